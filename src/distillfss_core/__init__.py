@@ -1,0 +1,58 @@
+"""Few-shot segmentation for microscopy: label a few slices, distil a small model from them, segment the rest.
+
+Names are fetched from their modules when first used, so that importing this package loads neither torch nor a GUI.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+try:
+    __version__ = version("napari-distillfss")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
+
+_HOME = {
+    "DistillFSSError": "errors",
+    "ImageError": "errors",
+    "InputFileError": "errors",
+    "ModelFileError": "errors",
+    "OutOfMemoryError": "errors",
+    "OutputError": "errors",
+    "SettingsError": "errors",
+    "SupportSetError": "errors",
+    "WeightsUnavailableError": "errors",
+    "IGNORE": "types",
+    "LabelledSlice": "types",
+    "Segmentation": "types",
+    "TrainStep": "types",
+    "DistillSettings": "config",
+    "read_image": "io",
+    "read_labels": "io",
+    "write_labels": "io",
+    "Scores": "metrics",
+    "evaluate": "metrics",
+    "generate_sample": "sample",
+    "SupportSet": "support",
+    "load_support": "support",
+    "suggest_planes": "support",
+    "SPECS": "backbones",
+    "load_backbone": "backbones",
+    "StudentModel": "model",
+    "distill": "training",
+    "iter_distill": "training",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

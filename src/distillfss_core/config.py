@@ -1,0 +1,108 @@
+"""Settings of the long jobs: frozen, checked when made, and described well enough to draw a form from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from distillfss_core.errors import SettingsError
+
+
+def _setting(default: Any, label: str, help: str, **limits: Any) -> Any:
+    """A dataclass field with a label, a sentence of help and limits (``low``, ``high`` or ``choices``)."""
+    return field(default=default, metadata={"label": label, "help": help, **limits})
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """How a student is made from a support set.
+
+    Raises
+    ------
+    SettingsError
+        If a value lies outside its limits; the message names the setting, the value and the limits.
+    """
+
+    backbone: str = _setting("efficientnet_lite0", "Backbone", "Frozen feature extractor; see `distillfss backbones`.")
+    weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
+    method: str = _setting(
+        "joint",
+        "Method",
+        "joint: teacher and student learn together (DistillFSS); two-stage: refine the teacher, then distil it; "
+        "direct: the student alone, without a teacher.",
+        choices=("joint", "two-stage", "direct"),
+    )
+    student: str = _setting(
+        "light",
+        "Student",
+        "light: classes share a trunk; published: one ConvDist a class.",
+        choices=("light", "published"),
+    )
+    decoder: str = _setting(
+        "slim",
+        "Decoder",
+        "slim: light, tiles without seams; published: DCAMA's mixer.",
+        choices=("slim", "published"),
+    )
+    teacher: str = _setting(
+        "ours",
+        "Teacher attention",
+        "ours: normalised tokens, balanced keys, no positional encoding; published: DCAMA as published.",
+        choices=("ours", "published"),
+    )
+    loss: str = _setting(
+        "balanced",
+        "Loss",
+        "balanced: cross-entropy and Dice, rare classes keep their weight; published: focal.",
+        choices=("balanced", "published"),
+    )
+    steps: int = _setting(300, "Steps", "Optimiser steps of each stage.", low=1, high=1_000_000)
+    crop: int = _setting(256, "Crop", "Side of a training view in pixels after zooming.", low=32, high=4096)
+    queries: int = _setting(4, "Queries", "Views segmented in a step.", low=1, high=256)
+    shots: int = _setting(4, "Shots", "Views that answer as support in a step, at most.", low=1, high=256)
+    width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
+    learning_rate: float = _setting(2e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
+    weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
+    zoom: str = _setting(
+        "auto", "Zoom", "Enlargement before the backbone; auto chooses on left-out slices. E.g. 1/2, 1, 2."
+    )
+    intensity: str = _setting(
+        "auto",
+        "Intensity",
+        "image: percentiles of each image; volume: those of the support; auto: volume for planes of one stack.",
+        choices=("auto", "image", "volume"),
+    )
+    polarity: float = _setting(0.0, "Polarity", "Probability of inverting a view.", low=0.0, high=1.0)
+    views: int = _setting(192, "Views", "Augmented views whose features are kept, at most.", low=2, high=1_000_000)
+    cache_mb: int = _setting(600, "Cache", "Megabytes for kept features, at most.", low=1, high=1_000_000)
+    left_out: str = _setting(
+        "auto",
+        "Left-out slice",
+        "Slice kept apart to choose the best step: its number, none, or auto (the middle one of 8 and more).",
+    )
+    seed: int = _setting(0, "Seed", "Same seed, same result on one machine.", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = _setting(
+        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
+        if self.left_out not in ("auto", "none") and not self.left_out.isdigit():
+            raise SettingsError(f"left_out is {self.left_out!r}; give auto, none or the number of a slice")
+        if self.crop % 32:
+            raise SettingsError(f"crop is {self.crop}; give a multiple of 32")
+
+
+def _check(name: str, value: Any, kind: Any, metadata: Any) -> None:
+    if kind == "str" and not isinstance(value, str):
+        raise SettingsError(f"{name} is {value!r}; give a text")
+    if kind in ("int", "float"):
+        good = isinstance(value, int if kind == "int" else (int, float)) and not isinstance(value, bool)
+        if not good or not math.isfinite(value) or not metadata["low"] <= value <= metadata["high"]:
+            what = "a whole number" if kind == "int" else "a number"
+            raise SettingsError(f"{name} is {value!r}; give {what} from {metadata['low']} to {metadata['high']}")
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise SettingsError(f"{name} is {value!r}; choose {', '.join(metadata['choices'])}")

@@ -1,0 +1,97 @@
+"""The only place that asks about hardware: where to compute, and in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from distillfss_core.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Device:
+    """A torch device and the precision to compute in.
+
+    Parameters
+    ----------
+    name : str
+        "cpu", "cuda", "cuda:1", "mps", ...
+    precision : str
+        "float32" or "bfloat16" (autocast; weights stay in float32).
+    """
+
+    name: str
+    precision: str = "float32"
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device(self.name)
+
+    @property
+    def kind(self) -> str:
+        return self.torch.type
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Context in which convolutions and attention run in the chosen precision."""
+        if self.precision == "bfloat16":
+            return torch.autocast(self.kind, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def __str__(self) -> str:
+        return self.name if self.precision == "float32" else f"{self.name} ({self.precision})"
+
+
+def choose_device(name: str = "auto", precision: str = "auto") -> Device:
+    """Turn "auto" into what this machine has: CUDA, then MPS, then the CPU.
+
+    ``precision="auto"`` is bfloat16 on CUDA devices that have it and float32 elsewhere.
+
+    Raises
+    ------
+    SettingsError
+        If the device named is not on this machine.
+    """
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise SettingsError(f"precision {precision!r} is unknown; choose auto, float32 or bfloat16")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise SettingsError(f"device {name!r} is unknown; choose auto, cpu, cuda, cuda:N or mps") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available()
+        and (torch.device(name).index or 0) < (torch.cuda.device_count() if torch.cuda.is_available() else 0),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(kind, False):
+        raise SettingsError(f"device {name!r} is not on this machine; choose auto or cpu")
+    if precision == "auto":
+        precision = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return Device(name, precision)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that a device (not the whole machine) ran out of memory."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Torch's global generators start at ``seed`` inside, and go on as before outside."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def default_threads() -> int:
+    """Threads for torch: the cores this process may use."""
+    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

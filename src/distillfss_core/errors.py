@@ -1,0 +1,37 @@
+"""The family of expected faults: each message says what happened, with which value, and what to do."""
+
+
+class DistillFSSError(Exception):
+    """An expected fault; its message is one line, fit to be shown to a user as it is."""
+
+
+class SettingsError(DistillFSSError, ValueError):
+    """A setting outside its limits, or settings that contradict one another."""
+
+
+class ImageError(DistillFSSError, ValueError):
+    """An image or label array that cannot be used as it is (shape, dtype, values)."""
+
+
+class InputFileError(DistillFSSError, OSError):
+    """A file of the user's that is missing, unreadable or of an unknown kind."""
+
+
+class SupportSetError(DistillFSSError, ValueError):
+    """Annotated slices that do not make a support set."""
+
+
+class WeightsUnavailableError(DistillFSSError):
+    """Backbone weights that are neither packaged nor on disk, and cannot be downloaded now."""
+
+
+class ModelFileError(DistillFSSError, OSError):
+    """A model file that is damaged, truncated, newer than this program or of another kind."""
+
+
+class OutputError(DistillFSSError, OSError):
+    """A result that could not be written; what was there before is untouched."""
+
+
+class OutOfMemoryError(DistillFSSError, MemoryError):
+    """A device that ran out of memory even with the smallest pieces."""

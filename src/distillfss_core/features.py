@@ -1,0 +1,124 @@
+"""Values of torch that flow between backbone, teacher, student and decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FeaturePyramid:
+    """Outputs of every block of a backbone, for a batch of images.
+
+    Parameters
+    ----------
+    stages : tuple of tuples of tensors
+        Fine to coarse; each stage holds one tensor "b c h w" a block. The last three stages feed attention
+        and ConvDist; the ones before ("detail stages") only give skip features to the decoder.
+    size : (int, int)
+        Height and width in pixels of the input that the maps stand for, padding included.
+    """
+
+    stages: tuple[tuple[Tensor, ...], ...]
+    size: tuple[int, int]
+
+    @property
+    def coarse(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The three coarser stages: fine, mid, deep (published: strides 8, 16, 32)."""
+        return self.stages[-3:]
+
+    @property
+    def skips(self) -> tuple[Tensor, ...]:
+        """Last block of each detail stage and of the first coarse stage, fine to coarse."""
+        return tuple(stage[-1] for stage in self.stages[:-2])
+
+    @property
+    def batch(self) -> int:
+        return self.stages[-1][-1].shape[0]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> FeaturePyramid:
+        """The same pyramid with ``function`` applied to every block."""
+        return FeaturePyramid(tuple(tuple(function(b) for b in stage) for stage in self.stages), self.size)
+
+    def lean(self) -> FeaturePyramid:
+        """Without the blocks nobody reads: of each detail stage only the last is kept."""
+        return FeaturePyramid(tuple((s[-1],) for s in self.stages[:-3]) + self.stages[-3:], self.size)
+
+    def __getitem__(self, index: slice | Tensor) -> FeaturePyramid:
+        return self.map(lambda block: block[index])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.numel() * b.element_size() for stage in self.stages for b in stage)
+
+
+def cat_pyramids(pyramids: list[FeaturePyramid]) -> FeaturePyramid:
+    """Concatenate along the batch; all must be of one size and one backbone."""
+    first = pyramids[0]
+    stages = tuple(
+        tuple(torch.cat([p.stages[s][i] for p in pyramids]) for i in range(len(stage)))
+        for s, stage in enumerate(first.stages)
+    )
+    return FeaturePyramid(stages, first.size)
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSupport:
+    """Support views that have been through the backbone, once.
+
+    Parameters
+    ----------
+    features : FeaturePyramid
+        Batch = shots.
+    masks : Tensor "n k h w"
+        One binary mask (0..1) a class at input resolution.
+    valid : Tensor "n h w"
+        1 where a pixel is annotated, 0 where it is IGNORE.
+    """
+
+    features: FeaturePyramid
+    masks: Float[Tensor, "n k h w"]
+    valid: Float[Tensor, "n h w"]
+
+    def __getitem__(self, index: slice | Tensor) -> EncodedSupport:
+        return EncodedSupport(self.features[index], self.masks[index], self.valid[index])
+
+
+@dataclass(frozen=True, eq=False)
+class CoarseMaps:
+    """Where each class might be, as every block of the three coarser stages sees it.
+
+    Each is "b k n h w": batch, class, block of the stage, grid. Values of attention lie in [0, 1].
+    """
+
+    fine: Float[Tensor, "b k n8 h8 w8"]
+    mid: Float[Tensor, "b k n16 h16 w16"]
+    deep: Float[Tensor, "b k n32 h32 w32"]
+
+    def __iter__(self):  # noqa: ANN204 - three tensors, fine to deep
+        return iter((self.fine, self.mid, self.deep))
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Coarse maps and what the decoder made of them: logits "b k 2 h w" (background, foreground of each class)."""
+
+    coarse: CoarseMaps
+    logits: Float[Tensor, "b k 2 h w"]
+
+
+def merge_classes(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k+1 h w"]:
+    """One background channel (that of the strongest class of the pixel), then one channel a class.
+
+    Source: DistillFSS (arXiv 2512.05613), several classes as binary passes.
+    """
+    if logits.shape[1] == 1:
+        return logits[:, 0]
+    foreground = logits[:, :, 1]
+    strongest = foreground.argmax(1, keepdim=True)
+    background = logits[:, :, 0].gather(1, strongest)
+    return torch.cat([background, foreground], 1)

@@ -1,0 +1,405 @@
+"""Models that segment: the student (a file of its own, no support needed) and a teacher with its support."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from distillfss_core.backbones import Backbone, backbone_from_state, load_backbone
+from distillfss_core.device import Device, choose_device, out_of_memory
+from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
+from distillfss_core.features import FeaturePyramid, merge_classes
+from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.io import atomic_path
+from distillfss_core.preprocess import Preprocess, resize
+from distillfss_core.support import SupportSet
+from distillfss_core.teachers import SupportKeys
+from distillfss_core.tiles import Tile, split_plane
+from distillfss_core.types import Array, Segmentation, check_image
+
+log = logging.getLogger(__name__)
+
+FORMAT = "distillfss-student"
+FORMAT_VERSION = 1
+TILE = 1024  # inner side of a tile, pixels after zooming
+HALO = 128  # pixels after zooming
+THUMBNAIL = 96
+
+
+class Segmenter:
+    """Tiled prediction, the same for every kind of model.
+
+    Subclasses say what the logits of a window are.
+    """
+
+    def __init__(
+        self, backbone: Backbone, preprocess: Preprocess, class_names: tuple[str, ...], *, device: Device, halo: int
+    ) -> None:
+        self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
+        self.device, self.halo = device, halo
+
+    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+        raise NotImplementedError
+
+    @property
+    def step(self) -> int:
+        """Pixels of the image that tiles must start at multiples of."""
+        return self.backbone.spec.multiple * self.preprocess.zoom_factor.denominator
+
+    def predict(self, image: Array, *, tile: int = TILE) -> Segmentation:
+        """Segment one plane.
+
+        Parameters
+        ----------
+        image : array, shape (y, x) or (y, x, c)
+            Any integer, bool or floating dtype; finite.
+        tile : int
+            Inner side of a tile in pixels after zooming; memory grows with its square, the answer stays the same.
+
+        Returns
+        -------
+        Segmentation
+            Labels, probabilities and uncertainty at the image's size.
+
+        Raises
+        ------
+        ImageError
+            If the image cannot be used or has other channels than the model.
+        OutOfMemoryError
+            If even the smallest tile does not fit into the device's memory.
+        """
+        check_image(image)
+        probabilities = np.empty((len(self.class_names) + 1, *image.shape[:2]), np.float32)
+        for where, found in self.iter_tiles(image, tile=tile):
+            probabilities[:, where.inner[0], where.inner[1]] = found
+        return Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
+
+    def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
+        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are never held."""
+        check_image(image)
+        labels = np.empty(image.shape[:2], np.uint8)
+        for where, found in self.iter_tiles(image, tile=tile):
+            labels[where.inner] = found.argmax(0)
+        return labels
+
+    def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+        """Tiles and the probabilities "k+1 y x" of their inner parts, row by row.
+
+        Where the device runs out of memory, the rest goes on in smaller tiles (a warning says so).
+        """
+        plane = self.preprocess.as_channels(image)
+        limits = self.preprocess.limits(plane)
+        zoom = self.preprocess.zoom_factor
+        side, halo = max(1, round(tile / zoom)), round(self.halo / zoom)
+        todo = list(split_plane((plane.shape[0], plane.shape[1]), side, halo, self.step))
+        while todo:
+            where = todo[0]
+            try:
+                window = self.preprocess.to_tensor(plane[where.outer], limits)
+                found = self._window(window)[:, where.crop[0], where.crop[1]].cpu().numpy()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                side = side // 2
+                if side < self.step:
+                    raise OutOfMemoryError(
+                        f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
+                        "use --device cpu, or free the device"
+                    ) from error
+                log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
+                _free(self.device)
+                todo = [part for old in todo for part in _split_tile(old, plane.shape, side, halo, self.step)]
+                continue
+            todo.pop(0)
+            yield where, found
+
+    @torch.inference_mode()
+    def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k1 h w"]:
+        """Probabilities of a window whose start lies on the grid; its far ends are padded to the grid."""
+        h, w = window.shape[-2:]
+        pad = (-h % self.step, -w % self.step)
+        if any(pad):
+            window = torch.from_numpy(np.pad(window.numpy(), ((0, 0), (0, pad[0]), (0, pad[1])), mode="symmetric"))
+        zoom = self.preprocess.zoom_factor
+        x = window[None].to(self.device.torch)
+        x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
+        with self.device.autocast():
+            logits = merge_classes(self._logits(self.backbone(x)))
+        logits = resize(logits.float(), (h + pad[0], w + pad[1]))[0, :, :h, :w]
+        return logits.softmax(0)
+
+
+def _split_tile(old: Tile, shape: tuple[int, ...], side: int, halo: int, step: int) -> list[Tile]:
+    """The smaller tiles that lie within a larger one."""
+    (y0, y1), (x0, x1) = old.y.inner, old.x.inner
+    parts = []
+    for part in split_plane((y1 - y0, x1 - x0), side, 0, step):
+        spans = []
+        for axis, start, length in ((part.y, y0, shape[0]), (part.x, x0, shape[1])):
+            a, b = axis.inner[0] + start, axis.inner[1] + start
+            grown = -(-halo // step) * step
+            spans.append(replace(axis, inner=(a, b), outer=(max(0, a - grown), min(length, b + grown))))
+        parts.append(Tile(*spans))
+    return parts
+
+
+def _free(device: Device) -> None:
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+    elif device.kind == "mps":
+        torch.mps.empty_cache()
+
+
+class FewShotModel(Segmenter):
+    """A teacher and the support it was told; lives in memory only."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        teacher: Any,
+        keys: SupportKeys,
+        preprocess: Preprocess,
+        class_names: tuple[str, ...],
+        *,
+        device: Device,
+        halo: int = HALO,
+    ) -> None:
+        super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
+        self.teacher, self.keys = teacher, keys
+
+    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+        return self.teacher(query, self.keys).logits
+
+
+@dataclass(frozen=True, eq=False)
+class Thumbnails:
+    """Small pictures of the support: ``images`` "n t t" uint8 and ``labels`` "n t t" uint8."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.uint8]
+
+
+class StudentModel(Segmenter):
+    """A light segmenter of its own: backbone, ConvDist, decoder, preprocessing and a card, in one file.
+
+    It is made by `distillfss_core.distill` or `StudentModel.load`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: FewShotHead,
+        preprocess: Preprocess,
+        class_names: tuple[str, ...],
+        *,
+        device: Device,
+        halo: int = HALO,
+        pixel_size: tuple[float, float] | None = None,
+        training: dict[str, Any] | None = None,
+        thumbnails: Thumbnails | None = None,
+        created: str | None = None,
+    ) -> None:
+        super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
+        self.head = head.eval().requires_grad_(False)
+        self.pixel_size = pixel_size
+        self.training = training or {}
+        self.thumbnails = thumbnails
+        self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
+
+    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+        return self.head.student_logits(query)
+
+    def to(self, device: str, precision: str = "auto") -> StudentModel:
+        """Move to another device ("auto", "cpu", "cuda", ...); returns self."""
+        self.device = choose_device(device, precision)
+        self.backbone.to(self.device.torch)
+        self.head.to(self.device.torch)
+        return self
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model is: JSON-able, the same before saving and after loading."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "created": self.created,
+            "classes": list(self.class_names),
+            "pixel_size_um": list(self.pixel_size) if self.pixel_size else None,
+            "backbone": {
+                "name": self.backbone.spec.name,
+                "weights": self.backbone.weights,
+                "license": self.backbone.spec.license,
+                "digest": self.backbone.digest(),
+            },
+            "head": self.head.form.to_json(),
+            "preprocess": self.preprocess.to_json(),
+            "halo": self.halo,
+            "training": self.training,
+        }
+
+    def save(self, path: str | Path, *, with_backbone: bool = True) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        with_backbone : bool
+            False leaves the backbone's weights out; loading then needs them packaged, on the hub or in a file, and
+            checks their digest.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written; a file that was there before stays as it was.
+        """
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        if with_backbone:
+            tensors |= {f"backbone.{name}": value for name, value in self.backbone.state().items()}
+        if self.thumbnails is not None:
+            tensors["thumbnails.images"] = torch.from_numpy(self.thumbnails.images)
+            tensors["thumbnails.labels"] = torch.from_numpy(self.thumbnails.labels)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        metadata = {"card": json.dumps(self.card), "digest": _digest(tensors), "backbone": str(with_backbone).lower()}
+        payload = save(tensors, metadata={"format": FORMAT, **metadata})
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_bytes(payload)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto", weights: str = "auto") -> StudentModel:
+        """Read a student.
+
+        Parameters
+        ----------
+        path : path
+        device : str
+            Any device, whatever the model was made on.
+        weights : str
+            Where the backbone's weights are, for a file that was saved without them.
+
+        Raises
+        ------
+        ModelFileError
+            If the file is missing, damaged, truncated, newer than this program or of another kind.
+        """
+        path = Path(path)
+        card, tensors, _ = _read(path)
+        try:
+            chosen = choose_device(device)
+            own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+            about = card["backbone"]
+            backbone = (
+                backbone_from_state(about["name"], own) if own else load_backbone(about["name"], weights)
+            )
+            if not own and backbone.digest() != about["digest"]:
+                raise ModelFileError(
+                    f"{path}: it was made on other weights of {about['name']} than those found ({weights}); "
+                    f"give weights with digest {about['digest'][:12]}..."
+                )
+            head = FewShotHead(backbone.spec, len(card["classes"]), HeadForm(**card["head"]))
+            head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})
+            thumbs = (
+                Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
+                if "thumbnails.images" in tensors
+                else None
+            )
+            pixel = card["pixel_size_um"]
+            model = cls(
+                backbone,
+                head,
+                Preprocess.from_json(card["preprocess"]),
+                tuple(card["classes"]),
+                device=chosen,
+                halo=int(card["halo"]),
+                pixel_size=(float(pixel[0]), float(pixel[1])) if pixel else None,
+                training=card["training"],
+                thumbnails=thumbs,
+                created=card["created"],
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
+        return model.to(chosen.name, chosen.precision)
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card of a student file, without loading the model; same errors as `StudentModel.load`."""
+    card, _, header = _read(Path(path), tensors=False)
+    return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
+
+
+def read_thumbnails(path: str | Path) -> Thumbnails | None:
+    """The support thumbnails of a student file, if it has any."""
+    _, tensors, _ = _read(Path(path))
+    if "thumbnails.images" not in tensors:
+        return None
+    return Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
+
+
+def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: there is no such file") from error
+    except (SafetensorError, OSError, struct.error) as error:
+        raise ModelFileError(
+            f"{path}: not a readable safetensors file ({error}); it is damaged, truncated or of another kind"
+        ) from error
+    if header.get("format") != FORMAT or "card" not in header:
+        raise ModelFileError(f"{path}: a safetensors file, but no DistillFSS student")
+    try:
+        card = json.loads(header["card"])
+        version = int(card["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path}: its card is damaged") from error
+    if version > FORMAT_VERSION:
+        raise ModelFileError(
+            f"{path}: format version {version} is newer than this program reads ({FORMAT_VERSION}); "
+            "upgrade napari-distillfss"
+        )
+    if tensors and _digest(found) != header.get("digest"):
+        raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
+    return card, found, header
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:
+    """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
+    chosen = [support.slices[i] for i in np.linspace(0, len(support) - 1, min(most, len(support))).round().astype(int)]
+    images, labels = [], []
+    for labelled in chosen:
+        h, w = labelled.labels.shape
+        rows = ((np.arange(THUMBNAIL) + 0.5) * h / THUMBNAIL).astype(int)
+        columns = ((np.arange(THUMBNAIL) + 0.5) * w / THUMBNAIL).astype(int)
+        small = labelled.image[rows][:, columns].astype(np.float32)
+        small = small.mean(-1) if small.ndim == 3 else small
+        low, high = np.percentile(small, (1, 99))
+        images.append((np.clip((small - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
+        labels.append(labelled.labels[rows][:, columns])
+    return Thumbnails(np.stack(images), np.stack(labels))

@@ -1,0 +1,209 @@
+"""From a user's pixels to what the backbone sees: intensity, channels and zoom, fitted once, stored with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.types import Array
+
+ZOOMS = tuple(Fraction(z) for z in ("1/4", "1/3", "1/2", "2/3", "1", "3/2", "2", "3", "4"))
+"""Zoom factors on offer: small fractions, so that tiles start on whole pixels before and after zooming."""
+
+PERCENTILES = (0.5, 99.5)
+_SAMPLE = 1 << 20  # pixels that percentiles are taken from at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Intensities that become 0 and 1, one pair a channel."""
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Maps an image "y x [c]" of any dtype to "3 h w" in [0, 1].
+
+    Parameters
+    ----------
+    channels : int
+        Channels the model was made for.
+    mix : 3 rows of ``channels`` numbers
+        The backbone's three inputs as weighted sums of the normalised channels.
+    scope : {"image", "volume"}
+        Whether the percentiles are those of each image ("image"), or were fitted on the support set and are
+        kept ("volume": planes of one acquisition, where an empty plane must stay dark).
+    fitted : Limits
+        Percentiles over the support set.
+    together : bool
+        One pair of limits for all channels (colour photographs keep their hue).
+    zoom : str
+        A fraction; 2 means that images are enlarged twofold before the backbone.
+    """
+
+    channels: int
+    mix: tuple[tuple[float, ...], ...]
+    scope: str
+    fitted: Limits
+    together: bool
+    zoom: str = "1"
+
+    @property
+    def zoom_factor(self) -> Fraction:
+        return Fraction(self.zoom)
+
+    def limits(self, image: Array) -> Limits:
+        """Intensities of this image (or of the support set) that become 0 and 1."""
+        if self.scope == "volume":
+            return self.fitted
+        return percentile_limits(self.as_channels(image), together=self.together)
+
+    def as_channels(self, image: Array, source: str = "image") -> Array:
+        """The image as "y x c" with the model's number of channels; grey and RGB are turned into one another.
+
+        Raises
+        ------
+        ImageError
+            If the number of channels is not the model's.
+        """
+        image = image[..., None] if image.ndim == 2 else image
+        c = image.shape[-1]
+        if c == self.channels:
+            return image
+        if c == 1 and self.channels == 3:
+            return np.broadcast_to(image, (*image.shape[:2], 3))
+        if c == 3 and self.channels == 1 and _is_grey(image):
+            return image[..., :1]
+        raise ImageError(
+            f"{source}: the image has {c} channel(s), the model was made for {self.channels}; "
+            "give the channels it was distilled from"
+        )
+
+    def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
+        """Normalise a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
+        x = torch.from_numpy(np.ascontiguousarray(crop, dtype=np.float32)).movedim(-1, 0)
+        low, high = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (limits.low, limits.high))
+        x = ((x - low) / (high - low)).clamp_(0, 1)
+        if self.channels == 1:
+            return x.expand(3, -1, -1).contiguous()
+        mix = torch.tensor(self.mix, dtype=torch.float32)
+        return torch.einsum("oc,chw->ohw", mix, x).clamp_(0, 1)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Preprocess:
+        fitted = Limits(tuple(record["fitted"]["low"]), tuple(record["fitted"]["high"]))
+        mix = tuple(tuple(float(w) for w in row) for row in record["mix"])
+        return cls(
+            int(record["channels"]), mix, str(record["scope"]), fitted, bool(record["together"]), str(record["zoom"])
+        )
+
+
+def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fraction | str | float = 1) -> Preprocess:
+    """Fit channels and intensity on the support images.
+
+    One channel is repeated, two become (first, second, mean), three are taken as they are, more are reduced
+    to their three principal components over the support set.
+
+    Raises
+    ------
+    ImageError
+        If the images differ in channels (grey and RGB may be mixed).
+    SettingsError
+        If the scope or the zoom is not on offer.
+    """
+    if scope not in ("image", "volume"):
+        raise SettingsError(f"intensity scope {scope!r} is unknown; choose image or volume")
+    counts = {1 if image.ndim == 2 or _is_grey(image) else image.shape[-1] for image in images}
+    if len(counts - {1, 3}) > 1 or (counts - {1, 3} and len(counts) > 1):
+        raise ImageError(f"support images have different numbers of channels ({sorted(counts)}); give one kind")
+    channels = max(counts)
+    together = channels == 3
+    probe = Preprocess(channels, _mix(channels, None), "image", Limits((), ()), together, str(parse_zoom(zoom)))
+    prepared = [probe.as_channels(image if channels > 1 or image.ndim == 2 else image[..., :1]) for image in images]
+    samples = np.concatenate([_sample(image, _SAMPLE // len(images)) for image in prepared])
+    fitted = percentile_limits(samples, together=together)
+    return Preprocess(channels, _mix(channels, (samples, fitted)), scope, fitted, together, probe.zoom)
+
+
+def parse_zoom(zoom: Fraction | str | float) -> Fraction:
+    """The zoom on offer that equals ``zoom``.
+
+    Raises
+    ------
+    SettingsError
+        If it is none of `ZOOMS`.
+    """
+    try:
+        wanted = Fraction(zoom).limit_denominator(16)
+    except (ValueError, ZeroDivisionError) as error:
+        raise SettingsError(f"zoom {zoom!r} is no number; choose one of {', '.join(map(str, ZOOMS))}") from error
+    if wanted not in ZOOMS:
+        raise SettingsError(f"zoom {zoom} is not on offer; choose one of {', '.join(map(str, ZOOMS))}")
+    return wanted
+
+
+def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
+    """Bilinear with half-pixel centres; smoothed first where it shrinks."""
+    if tuple(x.shape[-2:]) == size:
+        return x
+    shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+def percentile_limits(image: Array, *, together: bool) -> Limits:
+    """Percentiles 0.5 and 99.5 of each channel ("... c"), or of all at once; never equal."""
+    pixels = _sample(image, _SAMPLE).astype(np.float64)
+    axis = None if together else 0
+    low, high = np.percentile(pixels, PERCENTILES, axis=axis)
+    peak, floor = pixels.max(axis=axis), pixels.min(axis=axis)
+    # sparse bright objects can be rarer than the percentile leaves room for: fall back to the extremes
+    flat = high - low <= 1e-3 * (peak - floor)
+    low, high = np.where(flat, floor, low), np.where(flat, peak, high)
+    high = np.where(high > low, high, low + 1.0)
+    n = image.shape[-1]
+    return Limits(
+        tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n))
+    )
+
+
+def _sample(image: Array, count: int) -> Array:
+    """Pixels "n c" on a regular grid, at most about ``count``."""
+    if image.ndim == 3:
+        step = max(1, int(np.ceil(np.sqrt(image.shape[0] * image.shape[1] / max(count, 1)))))
+        image = image[::step, ::step].reshape(-1, image.shape[-1])
+    return image
+
+
+def _is_grey(image: Array) -> bool:
+    return image.ndim == 3 and image.shape[-1] == 3 and bool((image[..., :1] == image).all())
+
+
+def _mix(channels: int, data: tuple[Array, Limits] | None) -> tuple[tuple[float, ...], ...]:
+    if channels == 1:
+        return ((1.0,),) * 3
+    if channels == 2:
+        return ((1.0, 0.0), (0.0, 1.0), (0.5, 0.5))
+    if channels == 3 or data is None:
+        return tuple(tuple(float(i == j) for j in range(channels)) for i in range(3))
+    samples, limits = data
+    x = np.clip((samples - np.array(limits.low)) / (np.array(limits.high) - np.array(limits.low)), 0, 1)
+    _, vectors = np.linalg.eigh(np.cov(x.T))
+    rows = []
+    for vector in vectors.T[::-1][:3]:
+        vector = vector * np.sign(vector.sum() or 1.0)
+        rows.append(tuple(float(v) for v in vector / np.abs(vector).sum()))
+    return tuple(rows)

@@ -1,0 +1,281 @@
+"""DCAMA: dense cross-attention between query and support, weighted by the support's masks.
+
+Source: Shi et al., Dense Cross-Query-and-Support Attention Weighted Mask Aggregation, ECCV 2022; as the
+teacher of DistillFSS, arXiv 2512.05613.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from distillfss_core.decoder import Decoder
+from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
+from distillfss_core.teachers.protocol import SupportKeys, hide_absent, present_classes
+
+
+@dataclass(frozen=True)
+class DcamaSettings:
+    """How tokens become attention.
+
+    The defaults are ours; `PUBLISHED` is the published configuration.
+
+    Parameters
+    ----------
+    heads : int
+        Attention heads H; a stage's channels must be a multiple of it.
+    normalise : bool
+        LayerNorm (without parameters) of every token before the projections.
+    identity : float or None
+        W_q and W_k start as this multiple of the identity, so that attention compares features before any
+        training; None keeps PyTorch's random start.
+    position : bool
+        Sinusoidal encoding of the flattened token index, restarted for every shot.
+    dropout : float
+        Dropout of the encoded tokens in training.
+    balance : float
+        How far a key's weight is divided by the number of keys of its class, 0 (published: every key counts
+        the same, so a rare object weighs little) to 1 (object and background weigh the same).
+    max_keys : int or None
+        At most so many keys a stage; more are thinned out evenly, object and background apart, and the kept
+        ones weigh as much more. None keeps all.
+    area : bool
+        The mask value of a key is the mean over the annotated pixels of its cell, and a cell counts with the
+        share of it that is annotated (thin scribbles stay keys); False resizes the mask bilinearly with
+        align_corners and drops cells that are mostly unannotated, as published.
+
+    Notes
+    -----
+    Signed values (+1 object, -1 background, UINO-FSS's contrastive enhancement) are not an option of their
+    own: rows of the attention add up to one, so they give 2 m - 1, and our decoder reads m minus its neutral
+    value anyway.
+    """
+
+    heads: int = 4
+    normalise: bool = True
+    identity: float | None = 1.6
+    position: bool = False
+    dropout: float = 0.0
+    balance: float = 1.0
+    max_keys: int | None = 4096
+    area: bool = True
+
+
+PUBLISHED = DcamaSettings(
+    heads=8, normalise=False, identity=None, position=True, dropout=0.5, balance=0.0, max_keys=None, area=False
+)
+
+
+def attend(
+    q: Float[Tensor, "b heads lq c"],
+    k: Float[Tensor, "heads lk c"],
+    values: Float[Tensor, "lk columns"],
+    bias: Float[Tensor, " lk"] | None = None,
+) -> Float[Tensor, "b lq columns"]:
+    """Attention-weighted mean of ``values``, averaged over heads: mean_h softmax(q k^T / sqrt(c) + bias) values.
+
+    All columns share one attention. PyTorch's fused kernel never builds the lq x lk matrix, on the CPU only if
+    values are as wide as keys: the narrower of the two is padded with zeros, which changes nothing.
+
+    Parameters
+    ----------
+    bias : tensor, optional
+        Added to the scores of a key; -inf hides it. At least one key of every row must be visible.
+    """
+    (b, heads, _, channels), columns = q.shape, values.shape[-1]
+    width = max(channels, columns)
+    v = F.pad(values, (0, width - columns)).expand(b, heads, -1, -1).to(q.dtype)
+    q, k = F.pad(q, (0, width - channels)), F.pad(k, (0, width - channels)).expand(b, -1, -1, -1).to(q.dtype)
+    mask = None if bias is None else bias.expand(b, heads, q.shape[2], -1).to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 / math.sqrt(channels))
+    return out[..., :columns].mean(1)
+
+
+def position_encoding(length: int, channels: int, like: Tensor) -> Float[Tensor, "length channels"]:
+    """Sines on even, cosines on odd channels, base 10000 (Vaswani et al. 2017, section 3.5)."""
+    position = torch.arange(length, dtype=torch.float32)[:, None]
+    rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float32) * (-math.log(10000.0) / channels))
+    code = torch.zeros(length, channels)
+    code[:, 0::2] = torch.sin(position * rate)
+    code[:, 1::2] = torch.cos(position * rate[: channels // 2])
+    return code.to(like)
+
+
+class CrossAttention(nn.Module):
+    """W_q and W_k of one block; there is no value and no output projection."""
+
+    def __init__(self, channels: int, settings: DcamaSettings) -> None:
+        super().__init__()
+        if channels % settings.heads:
+            raise ValueError(f"{channels} channels do not split into {settings.heads} heads")
+        self.settings = settings
+        self.linears = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels)])
+        self.dropout = nn.Dropout(settings.dropout)
+        if settings.identity is not None:
+            for linear in self.linears:
+                assert isinstance(linear, nn.Linear)
+                nn.init.eye_(linear.weight)
+                with torch.no_grad():
+                    linear.weight.mul_(settings.identity)
+                nn.init.zeros_(linear.bias)
+
+    def tokens(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
+        tokens = features.flatten(2).transpose(1, 2)
+        if self.settings.normalise:
+            tokens = F.layer_norm(tokens, tokens.shape[-1:])
+        if self.settings.position:
+            tokens = tokens + position_encoding(tokens.shape[1], tokens.shape[2], tokens)
+        return self.dropout(tokens)
+
+    def queries(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
+        return self._split(self.linears[0](tokens))
+
+    def keys(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
+        return self._split(self.linears[1](tokens))
+
+    def _split(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
+        return x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class StageKeys:
+    """What a stage keeps of the support: keys of every block, and what each key stands for.
+
+    ``keys`` holds one tensor "heads l d" a block; ``values`` "l k" the masks at the keys; ``bias`` "l" the
+    logarithm of their weights.
+    """
+
+    keys: tuple[Float[Tensor, "heads l d"], ...]
+    values: Float[Tensor, "l k"]
+    bias: Float[Tensor, " l"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class DcamaKeys(SupportKeys):
+    """A support set as DCAMA keeps it: encoded once, asked many times."""
+
+    stages: tuple[StageKeys, ...]
+    present: Bool[Tensor, " k"]
+    skips: FeaturePyramid
+
+
+class DcamaTeacher(nn.Module):
+    """Dense cross-attention over three coarse stages, and a decoder.
+
+    Parameters
+    ----------
+    channels : (int, int, int)
+        Channels of the fine, mid and deep stage.
+    decoder : Decoder
+        Usually shared with the student.
+    settings : DcamaSettings
+    """
+
+    def __init__(self, channels: tuple[int, int, int], decoder: Decoder, settings: DcamaSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        self.decoder = decoder
+        self.DCAMA_blocks = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
+
+    def encode(self, support: EncodedSupport) -> DcamaKeys:
+        """Project the support's tokens and keep them with their mask values.
+
+        IGNORE pixels are no keys. A class without an example in this support is marked absent.
+
+        Raises
+        ------
+        ValueError
+            If no pixel of the support is annotated.
+        """
+        if not bool((support.valid > 0).any()):
+            raise ValueError("no pixel of this support is annotated")
+        stages = tuple(
+            self._encode_stage(attention, blocks, support)
+            for attention, blocks in zip(self.DCAMA_blocks, support.features.coarse, strict=True)
+        )
+        return DcamaKeys(stages, present_classes(support), support.features)
+
+    def _encode_stage(self, attention: nn.Module, blocks: tuple[Tensor, ...], support: EncodedSupport) -> StageKeys:
+        assert isinstance(attention, CrossAttention)
+        values, weights = mask_tokens(support, blocks[0].shape[-2:], area=self.settings.area)
+        index, bias = weigh_keys(values, weights, balance=self.settings.balance, max_keys=self.settings.max_keys)
+        keys = []
+        for block in blocks:
+            k = attention.keys(attention.tokens(block))  # n heads l d
+            keys.append(k.transpose(0, 1).flatten(1, 2)[:, index])
+        return StageKeys(tuple(keys), values[index], bias)
+
+    def coarse(self, query: FeaturePyramid, keys: DcamaKeys) -> CoarseMaps:
+        """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
+        maps = []
+        for attention, blocks, stage in zip(self.DCAMA_blocks, query.coarse, keys.stages, strict=True):
+            assert isinstance(attention, CrossAttention)
+            found = []
+            for block, k in zip(blocks, stage.keys, strict=True):
+                q = attention.queries(attention.tokens(block))  # b heads l d
+                m = attend(q, k, stage.values, stage.bias)  # b l k
+                found.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
+            maps.append(torch.stack(found, 2))  # b k n h w
+        return CoarseMaps(*maps)
+
+    def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        """Coarse maps and logits; the foreground of an absent class is -inf."""
+        assert isinstance(keys, DcamaKeys)
+        coarse = self.coarse(query, keys)
+        logits = self.decoder(coarse, query, keys.skips)
+        return Prediction(coarse, hide_absent(logits, keys.present))
+
+
+def mask_tokens(
+    support: EncodedSupport, size: tuple[int, int] | torch.Size, *, area: bool
+) -> tuple[Float[Tensor, "l k"], Float[Tensor, " l"]]:
+    """Mask value and weight (0: not annotated) of every support token, shots concatenated."""
+    masks, valid = support.masks.float(), support.valid.float()[:, None]
+    if area:
+        share = F.adaptive_avg_pool2d(valid, size)
+        values = F.adaptive_avg_pool2d(masks * valid, size) / share.clamp_min(1e-6)
+    else:
+        share = (F.interpolate(valid, size, mode="bilinear", align_corners=True) > 0.5).float()
+        values = F.interpolate(masks, size, mode="bilinear", align_corners=True)
+    return values.flatten(2).transpose(1, 2).flatten(0, 1), share.flatten()
+
+
+def weigh_keys(
+    values: Float[Tensor, "l k"], weights: Float[Tensor, " l"], *, balance: float, max_keys: int | None
+) -> tuple[Tensor, Float[Tensor, " kept"] | None]:
+    """Choose the keys of a stage and the logarithm of their weights (None: all weigh the same).
+
+    Deterministic: keys are thinned out evenly in raster order, each class apart, and every class keeps its
+    total weight.
+    """
+    index = torch.nonzero(weights > 0).flatten()
+    shares = torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1)[index]  # background first
+    weights = weights[index]
+    plain = balance == 0 and bool((weights == 1).all())
+    if balance:
+        totals = (shares * weights[:, None]).sum(0).clamp_min(1e-6)
+        weights = weights * (shares / totals**balance).sum(1)
+    if max_keys is not None and len(index) > max_keys:
+        kept, plain = _thin(shares.argmax(1), max_keys), False
+        groups = shares.argmax(1)
+        for group in range(shares.shape[1]):
+            before, after = weights[groups == group].sum(), weights[kept][groups[kept] == group].sum()
+            weights = torch.where(groups == group, weights * before / after.clamp_min(1e-12), weights)
+        index, weights = index[kept], weights[kept]
+    return index, None if plain else weights.clamp_min(1e-12).log()
+
+
+def _thin(groups: Tensor, budget: int) -> Tensor:
+    """Indices of at most ``budget`` items, evenly spaced within each group; small groups are kept whole."""
+    members = sorted((torch.nonzero(groups == g).flatten() for g in groups.unique()), key=len)
+    kept = []
+    for left, group in zip(range(len(members), 0, -1), members, strict=True):
+        quota = min(len(group), budget // left)
+        budget -= quota
+        kept.append(group[torch.linspace(0, len(group) - 1, quota, device=groups.device).round().long()])
+    return torch.cat(kept).sort().values

@@ -1,0 +1,86 @@
+"""Cutting a plane into tiles: pure geometry, no pixels.
+
+A tile is computed on a larger window, its halo thrown away::
+
+    +---------------------+
+    | halo                |      windows start and end at multiples of the step of the PLANE's grid
+    |    +-----------+    |      (or at the plane's border), so every backbone grid cell covers the same
+    |    |  inner    |    |      pixels however the plane is cut
+    |    |           |    |
+    |    +-----------+    |      at the plane's border there is no halo: the window ends where the plane ends
+    |                     |
+    +---------------------+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """One axis of a tile: ``inner`` is what the tile answers for, ``outer`` what it looks at. Half-open pixels."""
+
+    inner: tuple[int, int]
+    outer: tuple[int, int]
+
+    @property
+    def crop(self) -> slice:
+        """Where the inner part lies within the window."""
+        return slice(self.inner[0] - self.outer[0], self.inner[1] - self.outer[0])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle of a plane."""
+
+    y: Span
+    x: Span
+
+    @property
+    def inner(self) -> tuple[slice, slice]:
+        return slice(*self.y.inner), slice(*self.x.inner)
+
+    @property
+    def outer(self) -> tuple[slice, slice]:
+        return slice(*self.y.outer), slice(*self.x.outer)
+
+    @property
+    def crop(self) -> tuple[slice, slice]:
+        return self.y.crop, self.x.crop
+
+
+def split_axis(length: int, tile: int, halo: int, step: int) -> list[Span]:
+    """Cut ``length`` pixels into pieces of about ``tile``, each with ``halo`` pixels of context where there are any.
+
+    Parameters
+    ----------
+    length, tile, halo, step : int
+        Pixels. Tile and halo are rounded up to multiples of ``step``; pieces are even in size.
+
+    Returns
+    -------
+    list of Span
+        Inner parts cover every pixel exactly once, in order.
+    """
+    tile, halo = _round_up(max(tile, 1), step), _round_up(halo, step)
+    pieces = max(1, -(-length // tile))
+    size = _round_up(-(-length // pieces), step)
+    spans = []
+    for start in range(0, length, size):
+        stop = min(start + size, length)
+        spans.append(Span((start, stop), (max(0, start - halo), min(length, stop + halo))))
+    return spans
+
+
+def split_plane(shape: tuple[int, int], tile: int, halo: int, step: int) -> Iterator[Tile]:
+    """All tiles of a plane of ``shape`` (y, x), row by row."""
+    columns = split_axis(shape[1], tile, halo, step)
+    for y in split_axis(shape[0], tile, halo, step):
+        for x in columns:
+            yield Tile(y, x)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step

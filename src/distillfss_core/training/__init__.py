@@ -1,0 +1,12 @@
+"""Training on a support set: refine a teacher (TransferFSS), distil a student (DistillFSS)."""
+
+from distillfss_core.training.distill import (
+    DistillRun,
+    distill,
+    iter_distill,
+    iter_refine,
+    refine,
+    untrained_teacher,
+)
+
+__all__ = ["DistillRun", "distill", "iter_distill", "iter_refine", "refine", "untrained_teacher"]

@@ -1,0 +1,278 @@
+"""From a support set to a student: DistillFSS (joint), two-stage, direct; and TransferFSS (refine).
+
+Source: DistillFSS, arXiv 2512.05613.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+
+from distillfss_core.backbones import Backbone, load_backbone
+from distillfss_core.config import DistillSettings
+from distillfss_core.decoder import SlimDecoder
+from distillfss_core.device import Device, choose_device, seeded
+from distillfss_core.errors import SettingsError, SupportSetError
+from distillfss_core.features import EncodedSupport
+from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.model import FewShotModel, StudentModel, thumbnails
+from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
+from distillfss_core.support import SupportSet
+from distillfss_core.teachers import PrototypeTeacher
+from distillfss_core.training.fit import Best, LeftOut, iter_fit
+from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter, class_masks
+from distillfss_core.training.zoom import choose_zoom
+from distillfss_core.types import IGNORE, TrainStep
+
+AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
+SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
+
+
+class DistillRun(Iterator[TrainStep]):
+    """A training under way: iterate it for progress, ask `result` for the best student so far.
+
+    Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
+
+    Parameters
+    ----------
+    support : SupportSet
+    settings : DistillSettings
+    start : StudentModel, optional
+        Warm start: go on from this student's weights, zoom and intensity ("refine again"). Its backbone, form and
+        classes must be the settings' and the support's.
+    teacher_only : bool
+        TransferFSS: refine the teacher and distil nothing.
+    """
+
+    def __init__(
+        self,
+        support: SupportSet,
+        settings: DistillSettings,
+        start: StudentModel | None = None,
+        *,
+        teacher_only: bool = False,
+    ) -> None:
+        self.support, self.settings = support, settings
+        self.device = choose_device(settings.device, settings.precision)
+        self._began = time.perf_counter()
+        self._left_out_index = _left_out_index(settings, support)
+        self.backbone = start.backbone if start else load_backbone(settings.backbone, settings.weights)
+        self.backbone.to(self.device.torch)
+        self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=settings.views)
+        self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
+        with seeded(settings.seed):
+            form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+            self.head = _start_head(FewShotHead(self.backbone.spec, support.classes, form), support, start)
+        self.head.to(self.device.torch)
+        augmentation = replace(Augmentation(), polarity=settings.polarity)
+        self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation)
+        self._best = Best(self.head)
+        self._steps_done = 0
+        self._scores: list[float] = []
+        self._generator = self._run(start, teacher_only)
+
+    def __iter__(self) -> DistillRun:
+        return self
+
+    def __next__(self) -> TrainStep:
+        step = next(self._generator)
+        self._steps_done += 1
+        if "iou" in step.metrics:
+            self._scores.append(step.metrics["iou"])
+        return step
+
+    def close(self) -> None:
+        """Stop training; `result` keeps its answer."""
+        self._generator.close()
+
+    def _run(self, start: StudentModel | None, teacher_only: bool) -> Iterator[TrainStep]:
+        slices = [i for i in range(len(self.support)) if i != self._left_out_index]
+        left_out = self._left_out()
+        rng = np.random.default_rng(self.settings.seed)
+        self._bank.fill(self._cutter, slices, rng)
+        if isinstance(self.head.decoder, SlimDecoder) and start is None:
+            self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
+            self._best = Best(self.head)
+        stages = ["refine"] if teacher_only else {"two-stage": ["refine", "distil"]}.get(
+            self.settings.method, [self.settings.method]
+        )
+        fixed = None
+        for stage in stages:
+            if stage == "distil":
+                fixed = copy.deepcopy(self.head.decoder).eval().requires_grad_(False)
+                self._best = Best(self.head)
+            judge = left_out if stage != "refine" else None
+            with seeded(self.settings.seed):
+                yield from iter_fit(
+                    self.head, stage, self._bank, self._cutter, self.settings, judge, self._best, fixed
+                )
+
+    def _left_out(self) -> LeftOut | None:
+        if self._left_out_index is None:
+            return None
+        views = self._cutter.grid(self._left_out_index, 8)
+        features = [self._bank.encode([v]) for v in views]
+        return LeftOut(features, [v.labels[None].long().to(self.device.torch) for v in views])
+
+    def _best_head(self) -> FewShotHead:
+        head = copy.deepcopy(self._best.average)
+        self._best.restore(head)
+        return head.eval()
+
+    def result(self) -> StudentModel:
+        """The best student so far, with its card; it shares nothing with the training."""
+        record = {
+            "method": self.settings.method,
+            "steps": self._steps_done,
+            "best_step": self._best.best_step or self._best.steps,
+            "left_out_slice": self._left_out_index,
+            "left_out_iou": max(self._scores) if self._scores else None,
+            "zoom_scores": self.zoom_scores,
+            "seconds": round(time.perf_counter() - self._began, 1),
+            "device": str(self.device),
+            "settings": asdict(self.settings),
+            "support": [s.source for s in self.support.slices],
+            "support_shares": [round(float(s), 6) for s in self.support.shares()],
+        }
+        return StudentModel(
+            self.backbone,
+            self._best_head(),
+            self.preprocess,
+            self.support.class_names,
+            pixel_size=self.support.pixel_size,
+            training=record,
+            thumbnails=thumbnails(self.support),
+            device=self.device,
+        )
+
+    def teacher(self) -> FewShotModel:
+        """The teacher with its best weights so far, told by the whole support set."""
+        return _tell(self._best_head().teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
+
+
+def iter_distill(
+    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+) -> DistillRun:
+    """Distil, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
+    return DistillRun(support, settings or DistillSettings(), start)
+
+
+def distill(
+    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+) -> StudentModel:
+    """Make a student from a support set.
+
+    Parameters
+    ----------
+    support : SupportSet
+    settings : DistillSettings, optional
+    start : StudentModel, optional
+        Warm start from an existing student, with new or corrected slices.
+
+    Returns
+    -------
+    StudentModel
+        It needs no support images.
+
+    Raises
+    ------
+    SettingsError, WeightsUnavailableError
+    """
+    run = iter_distill(support, settings, start=start)
+    for _ in run:
+        pass
+    return run.result()
+
+
+def iter_refine(support: SupportSet, settings: DistillSettings | None = None) -> DistillRun:
+    """TransferFSS, step by step: refine the teacher on the support set; ask the run for its ``teacher()``."""
+    return DistillRun(support, settings or DistillSettings(), teacher_only=True)
+
+
+def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewShotModel:
+    """TransferFSS: a teacher refined on the support set, ready to predict."""
+    run = iter_refine(support, settings)
+    for _ in run:
+        pass
+    return run.teacher()
+
+
+def untrained_teacher(
+    support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama"
+) -> FewShotModel:
+    """A teacher that answers at once: DCAMA as it comes, or prototypes (kind "prototype")."""
+    settings = settings or DistillSettings()
+    device = choose_device(settings.device, settings.precision)
+    backbone = load_backbone(settings.backbone, settings.weights).to(device.torch)
+    bank = ViewBank(backbone, device, memory=1, most=1)
+    preprocess, _ = _fit_preprocess(support, settings, bank, None)
+    if kind == "prototype":
+        return _tell(PrototypeTeacher(), backbone, preprocess, support, settings, device)
+    with seeded(settings.seed):
+        form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+        head = FewShotHead(backbone.spec, support.classes, form).to(device.torch).eval()
+    return _tell(head.teacher, backbone, preprocess, support, settings, device)
+
+
+def _tell(
+    teacher: torch.nn.Module | PrototypeTeacher,
+    backbone: Backbone,
+    preprocess: Preprocess,
+    support: SupportSet,
+    settings: DistillSettings,
+    device: Device,
+) -> FewShotModel:
+    cutter = ViewCutter(support, preprocess, settings.crop, PLAIN)
+    bank = ViewBank(backbone, device, memory=1, most=1)
+    views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS * 5 // len(support)))]
+    with torch.no_grad():
+        keys = teacher.encode(_encode(views, bank, support.classes))
+    return FewShotModel(backbone, teacher, keys, preprocess, support.class_names, device=device)
+
+
+def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
+    labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
+    return EncodedSupport(bank.encode(views), class_masks(labels, classes), (labels != IGNORE).float())
+
+
+def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
+    if settings.left_out == "none":
+        return None
+    if settings.left_out == "auto":
+        return len(support) // 2 if len(support) >= AUTO_LEAVE_OUT else None
+    index = int(settings.left_out)
+    if not index < len(support) or len(support) == 1:
+        raise SettingsError(f"left_out is {index}, but there are {len(support)} slices; at least one must remain")
+    return index
+
+
+def _fit_preprocess(
+    support: SupportSet, settings: DistillSettings, bank: ViewBank, start: StudentModel | None
+) -> tuple[Preprocess, dict[str, float]]:
+    if start is not None:
+        return start.preprocess, {}
+    scope = settings.intensity
+    if scope == "auto":
+        scope = "volume" if support.planes_of_one_volume else "image"
+    images = [s.image for s in support.slices]
+    if settings.zoom != "auto":
+        return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
+    preprocess = fit_preprocess(images, scope=scope)
+    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed)
+    return replace(preprocess, zoom=str(zoom)), scores
+
+
+def _start_head(head: FewShotHead, support: SupportSet, start: StudentModel | None) -> FewShotHead:
+    if start is None:
+        return head
+    if start.class_names != support.class_names:
+        raise SupportSetError(
+            f"the student to start from knows the classes {list(start.class_names)}, the support set has "
+            f"{list(support.class_names)}; give the same classes, or start afresh"
+        )
+    return copy.deepcopy(start.head)

@@ -1,0 +1,319 @@
+"""The one training loop: episodes of stored views, AdamW, a moving average of the weights, the best kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from distillfss_core.config import DistillSettings
+from distillfss_core.features import CoarseMaps, FeaturePyramid, merge_classes
+from distillfss_core.head import FewShotHead
+from distillfss_core.teachers.protocol import hide_absent
+from distillfss_core.training.episodes import Episode, draw_episode
+from distillfss_core.training.losses import (
+    coarse_loss,
+    dice_loss,
+    distillation_loss,
+    focal_loss,
+    joint_loss,
+)
+from distillfss_core.training.views import ViewBank, ViewCutter, class_masks
+from distillfss_core.types import IGNORE, TrainStep
+
+REFRESH = 4  # steps between two fresh views
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What learns in a stage: "refine" the teacher alone, "joint" both, "distil" the student from a fixed
+    teacher, "direct" the student from the labels."""
+
+    teacher: bool
+    student: bool
+    truth: bool = True
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.teacher or not self.truth
+
+
+STAGES = {
+    "refine": Roles(teacher=True, student=False),
+    "joint": Roles(teacher=True, student=True),
+    "distil": Roles(teacher=False, student=True, truth=False),
+    "direct": Roles(teacher=False, student=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """Plain views of the slice that is kept apart."""
+
+    features: list[FeaturePyramid]
+    labels: list[Int[Tensor, "b h w"]]
+    answer_with_teacher: bool = False
+
+
+def iter_fit(
+    head: FewShotHead,
+    stage: str,
+    bank: ViewBank,
+    cutter: ViewCutter,
+    settings: DistillSettings,
+    left_out: LeftOut | None,
+    best: Best,
+    fixed_decoder: nn.Module | None = None,
+) -> Iterator[TrainStep]:
+    """Train ``head`` in place for ``settings.steps`` steps; ``best`` always holds the best weights so far.
+
+    Parameters
+    ----------
+    fixed_decoder : module, optional
+        Decoder of the fixed teacher in the stage "distil".
+    """
+    roles = STAGES[stage]
+    rng = np.random.default_rng([settings.seed, list(STAGES).index(stage)])
+    trained = [p for p in _trained(head, roles) if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, settings.steps))
+    patience = max(4, 100 * 4 // max(settings.steps, 1))
+    every = max(10, settings.steps // 12)
+    head.train()
+    for step in range(settings.steps):
+        _refresh(bank, cutter, rng, step)
+        episode = draw_episode(
+            bank.slices(),
+            [v.box for v in bank.views],
+            rng,
+            queries=settings.queries,
+            shots=settings.shots,
+            walk=step,
+        )
+        with bank.device.autocast():
+            losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder)
+        total = torch.stack(list(losses.values())).sum()
+        optimiser.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        best.follow(head)
+        metrics: dict[str, float] = {}
+        last = step + 1 == settings.steps
+        if left_out is not None and ((step + 1) % every == 0 or last):
+            metrics["iou"] = best.judge(left_out, bank)
+        yield TrainStep(
+            step + 1, settings.steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
+        )
+        if left_out is not None and best.waited >= patience:
+            break
+    best.restore(head)
+    head.eval()
+
+
+def episode_losses(
+    head: FewShotHead,
+    roles: Roles,
+    bank: ViewBank,
+    episode: Episode,
+    settings: DistillSettings,
+    fixed_decoder: nn.Module | None = None,
+) -> dict[str, Float[Tensor, ""]]:
+    """Loss terms of one episode; their sum is what is minimised.
+
+    Teacher and student ride through the shared decoder together, as if they were twice as many classes: what the
+    decoder computes from the query alone is computed once.
+    """
+    query, labels = bank.pyramid(episode.query), bank.labels(episode.query).long()
+    k = head.classes
+    teacher_maps = student_maps = None
+    present = torch.ones(k, dtype=torch.bool, device=labels.device)
+    if roles.uses_teacher:
+        with torch.set_grad_enabled(roles.teacher):
+            keys = head.teacher.encode(bank.support(episode.support, k))
+            teacher_maps, present = head.teacher.coarse(query, keys), keys.present
+    if roles.student:
+        student_maps = head.student(query)
+
+    if roles.teacher and teacher_maps is not None and student_maps is not None:
+        both = CoarseMaps(*(torch.cat([t, s], 1) for t, s in zip(teacher_maps, student_maps, strict=True)))
+        decoded = head.decoder(both, query)
+        teacher_logits, student_logits = decoded[:, :k], decoded[:, k:]
+    else:
+        teacher_logits = student_logits = None
+        if teacher_maps is not None:
+            with torch.set_grad_enabled(roles.teacher):
+                teacher_logits = (fixed_decoder or head.decoder)(teacher_maps, query)
+        if student_maps is not None:
+            student_logits = head.decoder(student_maps, query)
+
+    visible = _hide_labels(labels, present)
+    if teacher_logits is not None:
+        teacher_logits = merge_classes(hide_absent(teacher_logits, present)).float()
+    if student_logits is not None:
+        student_logits = merge_classes(student_logits).float()
+    return _terms(
+        settings.loss, roles, teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present
+    )
+
+
+def _terms(
+    kind: str,
+    roles: Roles,
+    teacher_logits: Tensor | None,
+    student_logits: Tensor | None,
+    teacher_maps: CoarseMaps | None,
+    student_maps: CoarseMaps | None,
+    labels: Int[Tensor, "b h w"],
+    visible: Int[Tensor, "b h w"],
+    present: Bool[Tensor, " k"],
+) -> dict[str, Float[Tensor, ""]]:
+    coarse = None
+    if teacher_maps is not None and student_maps is not None and bool(present.any()):
+        fixed = CoarseMaps(*(m.detach()[:, present] for m in teacher_maps))
+        coarse = coarse_loss(CoarseMaps(*(m[:, present] for m in student_maps)), fixed)
+    if kind == "published":
+        if teacher_logits is not None and student_logits is not None:
+            zero = teacher_logits.new_zeros(()) if coarse is None else coarse
+            if roles.truth:
+                return {"joint": joint_loss(teacher_logits, student_logits, zero, visible)}
+            return {"distil": distillation_loss(teacher_logits, student_logits, zero)}
+        if teacher_logits is not None:
+            return {"teacher": focal_loss(teacher_logits, visible)}
+        assert student_logits is not None
+        return {"student": focal_loss(student_logits, labels)}
+
+    terms: dict[str, Tensor] = {}
+    if roles.teacher and teacher_logits is not None:
+        terms["teacher"] = segmentation_loss(teacher_logits, visible)
+        assert teacher_maps is not None
+        terms["attention"] = 0.3 * map_loss(teacher_maps, visible, present)
+    if student_logits is not None:
+        if roles.truth:
+            terms["student"] = segmentation_loss(student_logits, labels)
+        else:
+            assert teacher_logits is not None
+            terms["student"] = F.cross_entropy(student_logits, teacher_logits.softmax(1)) + segmentation_loss(
+                student_logits, labels
+            )
+    if coarse is not None:
+        terms["coarse"] = coarse
+    return terms
+
+
+def segmentation_loss(logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"]) -> Float[Tensor, ""]:
+    """Cross-entropy over the annotated pixels plus Dice of the classes present."""
+    known = (target != IGNORE).sum().clamp_min(1)
+    ce = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
+    return ce + dice_loss(logits, target)
+
+
+def map_loss(
+    maps: CoarseMaps, target: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]
+) -> Float[Tensor, ""]:
+    """Binary cross-entropy of each stage's mean map against the share of the class in its cells.
+
+    It keeps attention meaningful while the decoder is still learning to read it.
+    """
+    if not bool(present.any()):
+        return maps.deep.new_zeros(())
+    masks = class_masks(target.to(torch.uint8), maps.deep.shape[1])[:, present]
+    known = (target != IGNORE).float()[:, None]
+    losses = []
+    for stage in maps:
+        mean = stage.mean(2)[:, present].float().clamp(1e-4, 1 - 1e-4)
+        share = F.adaptive_avg_pool2d(known, mean.shape[-2:])
+        truth = F.adaptive_avg_pool2d(masks * known, mean.shape[-2:]) / share.clamp_min(1e-6)
+        bce = -(truth * mean.log() + (1 - truth) * (1 - mean).log())
+        losses.append((bce * share).sum() / (share.sum() * bce.shape[1]).clamp_min(1e-6))
+    return torch.stack(losses).mean()
+
+
+class Best:
+    """A moving average of the trained weights, and the average that did best on the left-out slice.
+
+    Without a left-out slice the latest average is the best.
+    """
+
+    def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:
+        self.decay, self.steps = decay, 0
+        self.average = copy.deepcopy(head).eval().requires_grad_(False)
+        self.state: dict[str, Tensor] | None = None
+        self.iou = -math.inf
+        self.waited = 0
+        self.best_step = 0
+
+    @torch.no_grad()
+    def follow(self, head: FewShotHead) -> None:
+        self.steps += 1
+        keep = min(self.decay, self.steps / (self.steps + 9))
+        new = dict(head.named_parameters())
+        for name, old in self.average.named_parameters():
+            old.lerp_(new[name], 1 - keep)
+
+    def judge(self, left_out: LeftOut, bank: ViewBank) -> float:
+        """IoU of the average on the left-out views; remembers the best."""
+        iou = left_out_iou(self.average, left_out, bank)
+        self.waited += 1
+        if iou > self.iou:
+            self.iou, self.waited, self.best_step = iou, 0, self.steps
+            self.state = {name: value.clone() for name, value in self.average.state_dict().items()}
+        return iou
+
+    def restore(self, head: FewShotHead) -> None:
+        """Put the best weights so far into ``head``."""
+        head.load_state_dict(self.state if self.state is not None else self.average.state_dict())
+
+
+@torch.no_grad()
+def left_out_iou(head: FewShotHead, left_out: LeftOut, bank: ViewBank) -> float:
+    """Foreground IoU of the student, pooled over the left-out views, mean over the classes they hold."""
+    k = head.classes
+    overlap, union = torch.zeros(k), torch.zeros(k)
+    for features, labels in zip(left_out.features, left_out.labels, strict=True):
+        with bank.device.autocast():
+            found = merge_classes(head.student_logits(features)).argmax(1)
+        known = labels != IGNORE
+        for c in range(1, k + 1):
+            a, b = (found == c) & known, (labels == c) & known
+            overlap[c - 1] += float((a & b).sum())
+            union[c - 1] += float((a | b).sum())
+    held = union > 0
+    return float((overlap[held] / union[held]).mean()) if bool(held.any()) else 1.0
+
+
+def _trained(head: FewShotHead, roles: Roles) -> list[nn.Parameter]:
+    parts: list[nn.Module] = [head.decoder]
+    if roles.teacher:
+        parts.append(head.teacher.DCAMA_blocks)
+    if roles.student:
+        parts.append(head.student)
+    return [p for part in parts for p in part.parameters()]
+
+
+def _refresh(bank: ViewBank, cutter: ViewCutter, rng: np.random.Generator, step: int) -> None:
+    """Put a fresh view in place of an old one now and then."""
+    if step % REFRESH == 0:
+        index = int(rng.integers(len(bank)))
+        bank.replace(index, cutter.cut(bank.views[index].slice, rng))
+
+
+def _hide_labels(labels: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]) -> Int[Tensor, "b h w"]:
+    """Pixels of classes that the support does not show teach the teacher nothing."""
+    for missing in torch.nonzero(~present).flatten().tolist():
+        labels = labels.where(labels != missing + 1, IGNORE)
+    return labels
+
+
+def _rate(step: int, total: int) -> float:
+    """Ten steps of warm-up, then a cosine to a hundredth."""
+    warm = min(1.0, (step + 1) / 10)
+    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0))))

@@ -1,0 +1,123 @@
+"""Values at the door: numpy arrays with names, checked when they are made. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillfss_core.errors import ImageError
+
+IGNORE = 255
+"""Label of a pixel that nobody annotated: it teaches nothing and is no key of the attention."""
+
+MAX_CLASSES = 254
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSlice:
+    """A plane with labels.
+
+    Parameters
+    ----------
+    image : array, shape (y, x) or (y, x, c)
+        Intensities, any integer, bool or floating dtype; finite.
+    labels : array, shape (y, x)
+        uint8: 0 background, 1..K classes, ``IGNORE`` (255) not annotated.
+    source : str
+        Where it came from, for messages and for the training record.
+
+    Raises
+    ------
+    ImageError
+        If shapes do not fit, a pixel is not finite, or labels are not uint8.
+    """
+
+    image: Array
+    labels: npt.NDArray[np.uint8]
+    source: str = "slice"
+
+    def __post_init__(self) -> None:
+        check_image(self.image, self.source)
+        if self.labels.dtype != np.uint8:
+            raise ImageError(
+                f"{self.source}: labels have dtype {self.labels.dtype}; give uint8 classes (0 background, 1..K, "
+                f"{IGNORE} not annotated), e.g. by distillfss_core.io.labels_from_image"
+            )
+        if self.labels.shape != self.image.shape[:2]:
+            raise ImageError(
+                f"{self.source}: the image is {_size(self.image)} but its labels are {_size(self.labels)} (y x x); "
+                "give a label image of the same size"
+            )
+
+
+def check_image(image: Array, source: str = "image") -> None:
+    """Raise ImageError unless ``image`` is a finite, non-empty array of shape (y, x) or (y, x, c)."""
+    if image.ndim not in (2, 3):
+        raise ImageError(f"{source}: an image has axes y x or y x c, this array has shape {image.shape}")
+    if 0 in image.shape:
+        raise ImageError(f"{source}: the image is empty (shape {image.shape})")
+    if image.dtype.kind not in "buif":
+        raise ImageError(f"{source}: cannot use pixels of dtype {image.dtype}; give integers, floats or bool")
+    if image.dtype.kind == "f" and not np.isfinite(image).all():
+        bad = int((~np.isfinite(image)).sum())
+        raise ImageError(f"{source}: {bad} of {image.size} pixels are NaN or infinite; replace them, e.g. by 0")
+
+
+def _size(array: Array) -> str:
+    return " x ".join(str(n) for n in array.shape[:2]) if array.ndim >= 2 else str(array.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What a model says of one plane.
+
+    Parameters
+    ----------
+    labels : uint8 array, shape (y, x)
+        0 background, 1..K classes.
+    probabilities : float32 array, shape (k + 1, y, x)
+        Channel 0 is the background; they add up to one.
+    """
+
+    labels: npt.NDArray[np.uint8]
+    probabilities: npt.NDArray[np.float32]
+
+    @property
+    def uncertainty(self) -> npt.NDArray[np.float32]:
+        """Entropy of the probabilities over its maximum, log(k + 1): 0 sure, 1 no idea. Shape (y, x), float32."""
+        p = np.clip(self.probabilities, 1e-7, 1.0)
+        return (-(p * np.log(p)).sum(0) / np.log(len(p))).astype(np.float32)
+
+    @property
+    def margin(self) -> npt.NDArray[np.float32]:
+        """Largest probability minus the second largest. Shape (y, x), float32, 0..1; small means unsure."""
+        top = np.partition(self.probabilities, -2, axis=0)
+        return top[-1] - top[-2]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """One step of a training, as its generator yields it.
+
+    Parameters
+    ----------
+    index, total : int
+        Steps done (1..total) and steps planned.
+    losses, metrics : mapping of str to float
+        Loss terms of this step; scores measured at it (e.g. ``iou`` on the left-out slice), often empty.
+    stage : str
+        What is being done: "cache", "refine", "distil", ...
+    """
+
+    index: int
+    total: int
+    losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    stage: str = "distil"

@@ -1,0 +1,29 @@
+"""What the plugin offers napari."""
+
+import numpy as np
+import pytest
+
+from napari_distillfss._sample_data import make_nuclei
+
+
+def test_the_manifest_is_valid_and_its_functions_exist(root):
+    npe2 = pytest.importorskip("npe2", reason="needs npe2 (extra 'dev')")
+    manifest = npe2.PluginManifest.from_file(root / "src" / "napari_distillfss" / "napari.yaml")
+    manifest.validate_imports()
+    assert manifest.name == "napari-distillfss"
+    assert [sample.key for sample in manifest.contributions.sample_data] == ["nuclei"]
+
+
+def test_the_manifest_at_the_root_is_the_one_in_the_package(root):
+    in_package = root / "src" / "napari_distillfss" / "napari.yaml"
+    assert (root / "napari.yaml").read_text() == in_package.read_text()
+
+
+def test_the_sample_is_an_image_and_its_labels_in_one_place():
+    (image, image_meta, image_type), (labels, labels_meta, labels_type) = make_nuclei()
+    assert (image_type, labels_type) == ("image", "labels")
+    assert image.shape == labels.shape
+    assert image.ndim == 3
+    assert np.issubdtype(labels.dtype, np.integer)
+    assert image_meta["scale"] == labels_meta["scale"]
+    assert image_meta["name"] != labels_meta["name"]

@@ -1,0 +1,65 @@
+"""The README's commands parse and its Python runs, on a small generated sample."""
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+from distillfss_core.io import write_labels
+from distillfss_core.sample import generate_sample
+
+
+@pytest.fixture(scope="module")
+def readme(root) -> str:
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("distillfss ")]
+
+
+def test_every_command_of_the_readme_parses(readme):
+    from distillfss_core.cli import build_parser
+
+    found = commands(readme)
+    assert len(found) >= 5
+    for arguments in found:
+        try:
+            build_parser().parse_args(arguments)
+        except SystemExit:
+            pytest.fail(f"the README has: distillfss {shlex.join(arguments)}")
+
+
+@pytest.fixture
+def own_data(tmp_path, monkeypatch):
+    """A folder like the one the README speaks of: images/, labels/ of a few of them; the current folder."""
+    sample = generate_sample(planes=4, size=128)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for z, plane in enumerate(sample.image):
+        write_labels(tmp_path / "images" / f"plane_{z:02d}.tif", plane)
+    for z in (0, 2):
+        write_labels(tmp_path / "labels" / f"plane_{z:02d}_mask.tif", (sample.labels[z] > 0).astype(np.uint8))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_python_of_the_readme_runs(readme, own_data, monkeypatch):
+    import distillfss_core
+    from distillfss_core import DistillSettings, distill
+
+    # The README's code has the default settings; here only that it runs is asked, so a few steps will do.
+    few = DistillSettings(steps=2, views=4, queries=1, shots=1, crop=64, zoom="1")
+    monkeypatch.setattr(distillfss_core, "distill", lambda support: distill(support, few))
+    found = blocks(readme, "python")
+    assert found
+    namespace: dict[str, object] = {}
+    for code in found:
+        exec(compile(code, "README.md", "exec"), namespace)
+    assert (own_data / "nuclei.safetensors").stat().st_size > 0
