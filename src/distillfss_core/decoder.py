@@ -150,10 +150,10 @@ class SlimDecoder(Decoder):
     (stride 2 where the backbone has it: small objects need it). What is computed from the query alone is
     computed once for all classes::
 
-        deep --conv--up--+--conv--up--+--conv--up--+--conv--up--+--conv-- ... -- logits
-        mid  ------conv--'            |            |            |
-        fine ------------------conv---'            |            |
-        skips (query only) ------------------------conv---------'
+        deep --conv--up--+--conv--up--+--conv--up--+--conv--conv--up--+--conv-- ... -- logits
+        mid  ------conv--'            |            |                  |
+        fine ------------------conv---'            |                  |
+        skips (query only) ------------------------conv---------------conv
 
     Before any training its answer is the mean of the coarse maps against ``neutral`` (its last layer
     starts at zero), so a teacher whose attention means something already segments.
@@ -192,7 +192,7 @@ class SlimDecoder(Decoder):
         self.skips = nn.ModuleList(_conv(c, w) for c, w in zip(skip_channels, widths, strict=True))
         self.mixers = nn.ModuleList(_conv(a, w) for a, w in zip(above, widths, strict=True))
         self.refine = nn.ModuleList(_conv(w, w) for w in widths)
-        self.out = _conv(widths[0], 2)
+        self.out = _conv(widths[0], 2, 1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None
         nn.init.zeros_(self.out.bias)
@@ -216,9 +216,8 @@ class SlimDecoder(Decoder):
         skips = query.skips
         for level in reversed(range(len(skips))):
             from_query = self.skips[level](self.norms[level](skips[level]))
-            x = _resize(x, skips[level])
-            x = self.mixers[level](x).unflatten(0, (b, k)) + from_query[:, None]
-            x = F.relu(x.flatten(0, 1))
+            x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
+            x = F.relu((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
             x = F.relu(x + self.refine[level](x))
         evidence = sum(
             gain * _resize((maps - self.neutral).mean(1, keepdim=True), x)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +99,7 @@ class CoarseMaps:
     mid: Float[Tensor, "b k n16 h16 w16"]
     deep: Float[Tensor, "b k n32 h32 w32"]
 
-    def __iter__(self):  # noqa: ANN204 - three tensors, fine to deep
+    def __iter__(self) -> Iterator[Tensor]:
         return iter((self.fine, self.mid, self.deep))
 
 

@@ -37,7 +37,9 @@ log = logging.getLogger(__name__)
 FORMAT = "distillfss-student"
 FORMAT_VERSION = 1
 TILE = 1024  # inner side of a tile, pixels after zooming
-HALO = 128  # pixels after zooming
+HALO = 256  # pixels after zooming; a student has its own, measured
+HALOS = (64, 96, 128, 160, 192, 256)
+SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 
 
@@ -55,6 +57,20 @@ class Segmenter:
 
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         raise NotImplementedError
+
+    def fit_halo(self, image: Array) -> None:
+        """Set ``halo`` to the smallest of `HALOS` whose tiles give the labels of the whole.
+
+        It is measured on a corner of ``image`` in small tiles (mirrored where the image is smaller), so the larger
+        tiles of a real prediction do better.
+        """
+        side = round(3 * 192 / self.preprocess.zoom_factor)
+        plane = self.preprocess.as_channels(image)[:side, :side]
+        plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
+        whole = self.predict_labels(plane, tile=10**6)
+        for self.halo in HALOS:
+            if (self.predict_labels(plane, tile=192) == whole).mean() >= SEAMLESS:
+                return
 
     @property
     def step(self) -> int:
@@ -302,7 +318,7 @@ class StudentModel(Segmenter):
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
             about = card["backbone"]
             backbone = (
-                backbone_from_state(about["name"], own) if own else load_backbone(about["name"], weights)
+                backbone_from_state(about["name"], own, about["weights"]) if own else load_backbone(about["name"], weights)
             )
             if not own and backbone.digest() != about["digest"]:
                 raise ModelFileError(

@@ -34,8 +34,8 @@ class SupportSet:
         nothing annotated; if nothing but objects is annotated anywhere.
     """
 
-    slices: tuple[LabelledSlice, ...]
-    class_names: tuple[str, ...] = ("object",)
+    slices: Sequence[LabelledSlice]
+    class_names: Sequence[str] = ("object",)
     pixel_size: tuple[float, float] | None = None
     planes_of_one_volume: bool = False
 

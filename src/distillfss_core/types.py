@@ -40,7 +40,7 @@ class LabelledSlice:
     """
 
     image: Array
-    labels: npt.NDArray[np.uint8]
+    labels: Array
     source: str = "slice"
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distillfss_core.decoder import Decoder
@@ -182,10 +182,17 @@ class DcamaTeacher(nn.Module):
         self.decoder = decoder
         self.DCAMA_blocks = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
 
-    def encode(self, support: EncodedSupport) -> DcamaKeys:
+    def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> DcamaKeys:
         """Project the support's tokens and keep them with their mask values.
 
         IGNORE pixels are no keys. A class without an example in this support is marked absent.
+
+        Parameters
+        ----------
+        max_keys : int, optional
+            A smaller budget than the settings'.
+        offset : float
+            0..1: which of the evenly spaced keys are kept where there are more than the budget.
 
         Raises
         ------
@@ -194,16 +201,25 @@ class DcamaTeacher(nn.Module):
         """
         if not bool((support.valid > 0).any()):
             raise ValueError("no pixel of this support is annotated")
+        budget = max_keys or self.settings.max_keys
         stages = tuple(
-            self._encode_stage(attention, blocks, support)
+            self._encode_stage(attention, blocks, support, budget, offset)
             for attention, blocks in zip(self.DCAMA_blocks, support.features.coarse, strict=True)
         )
         return DcamaKeys(stages, present_classes(support), support.features)
 
-    def _encode_stage(self, attention: nn.Module, blocks: tuple[Tensor, ...], support: EncodedSupport) -> StageKeys:
+    def _encode_stage(
+        self,
+        attention: nn.Module,
+        blocks: tuple[Tensor, ...],
+        support: EncodedSupport,
+        max_keys: int | None,
+        offset: float,
+    ) -> StageKeys:
         assert isinstance(attention, CrossAttention)
         values, weights = mask_tokens(support, blocks[0].shape[-2:], area=self.settings.area)
-        index, bias = weigh_keys(values, weights, balance=self.settings.balance, max_keys=self.settings.max_keys)
+        shots, balance = support.features.batch, self.settings.balance
+        index, bias = weigh_keys(values, weights, shots=shots, balance=balance, max_keys=max_keys, offset=offset)
         keys = []
         for block in blocks:
             k = attention.keys(attention.tokens(block))  # n heads l d
@@ -246,36 +262,50 @@ def mask_tokens(
 
 
 def weigh_keys(
-    values: Float[Tensor, "l k"], weights: Float[Tensor, " l"], *, balance: float, max_keys: int | None
-) -> tuple[Tensor, Float[Tensor, " kept"] | None]:
+    values: Float[Tensor, "l k"],
+    weights: Float[Tensor, " l"],
+    *,
+    shots: int,
+    balance: float,
+    max_keys: int | None,
+    offset: float = 0.0,
+) -> tuple[Int[Tensor, " kept"], Float[Tensor, " kept"] | None]:
     """Choose the keys of a stage and the logarithm of their weights (None: all weigh the same).
 
-    Deterministic: keys are thinned out evenly in raster order, each class apart, and every class keeps its
-    total weight.
+    Keys are thinned out evenly in raster order, each class and each shot apart, so that the order of shots does not
+    matter; every class keeps its total weight.
+
+    Parameters
+    ----------
+    shots : int
+        The l tokens are those of so many shots, one after another.
+    offset : float
+        0..1, where the even spacing begins.
     """
-    index = torch.nonzero(weights > 0).flatten()
-    shares = torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1)[index]  # background first
-    weights = weights[index]
-    plain = balance == 0 and bool((weights == 1).all())
+    shares = torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1)  # background first
+    visible = weights > 0
+    plain = balance == 0 and bool((weights[visible] == 1).all())
     if balance:
         totals = (shares * weights[:, None]).sum(0).clamp_min(1e-6)
         weights = weights * (shares / totals**balance).sum(1)
-    if max_keys is not None and len(index) > max_keys:
-        kept, plain = _thin(shares.argmax(1), max_keys), False
-        groups = shares.argmax(1)
-        for group in range(shares.shape[1]):
-            before, after = weights[groups == group].sum(), weights[kept][groups[kept] == group].sum()
-            weights = torch.where(groups == group, weights * before / after.clamp_min(1e-12), weights)
-        index, weights = index[kept], weights[kept]
-    return index, None if plain else weights.clamp_min(1e-12).log()
+    kept = visible
+    if max_keys is not None and int(visible.sum()) > max_keys:
+        plain = False
+        groups = F.one_hot(shares.argmax(1), shares.shape[1]) * visible[:, None]  # l k+1
+        counts = groups.sum(0)
+        rate = _quotas(counts.tolist(), max_keys).to(values) / counts.clamp_min(1)
+        rank = groups.unflatten(0, (shots, -1)).cumsum(1).flatten(0, 1)
+        kept = ((torch.floor(rank * rate + offset) > torch.floor((rank - 1) * rate + offset)) & (groups > 0)).any(1)
+        before, after = (groups * weights[:, None]).sum(0), (groups * (weights * kept)[:, None]).sum(0)
+        weights = weights * (groups * (before / after.clamp_min(1e-12))).sum(1)
+    index = torch.nonzero(kept).flatten()
+    return index, None if plain else weights[index].clamp_min(1e-12).log()
 
 
-def _thin(groups: Tensor, budget: int) -> Tensor:
-    """Indices of at most ``budget`` items, evenly spaced within each group; small groups are kept whole."""
-    members = sorted((torch.nonzero(groups == g).flatten() for g in groups.unique()), key=len)
-    kept = []
-    for left, group in zip(range(len(members), 0, -1), members, strict=True):
-        quota = min(len(group), budget // left)
-        budget -= quota
-        kept.append(group[torch.linspace(0, len(group) - 1, quota, device=groups.device).round().long()])
-    return torch.cat(kept).sort().values
+def _quotas(counts: list[int], budget: int) -> Float[Tensor, " groups"]:
+    """Share a budget among groups evenly; what a small group does not need goes to the larger ones."""
+    quotas = [0] * len(counts)
+    for left, group in zip(range(len(counts), 0, -1), sorted(range(len(counts)), key=lambda g: counts[g]), strict=True):
+        quotas[group] = min(counts[group], budget // left)
+        budget -= quotas[group]
+    return torch.tensor(quotas, dtype=torch.float32)

@@ -139,7 +139,7 @@ class DistillRun(Iterator[TrainStep]):
             "support": [s.source for s in self.support.slices],
             "support_shares": [round(float(s), 6) for s in self.support.shares()],
         }
-        return StudentModel(
+        model = StudentModel(
             self.backbone,
             self._best_head(),
             self.preprocess,
@@ -149,6 +149,8 @@ class DistillRun(Iterator[TrainStep]):
             thumbnails=thumbnails(self.support),
             device=self.device,
         )
+        model.fit_halo(self.support.slices[len(self.support) // 2].image)
+        return model
 
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, told by the whole support set."""
@@ -275,4 +277,4 @@ def _start_head(head: FewShotHead, support: SupportSet, start: StudentModel | No
             f"the student to start from knows the classes {list(start.class_names)}, the support set has "
             f"{list(support.class_names)}; give the same classes, or start afresh"
         )
-    return copy.deepcopy(start.head)
+    return copy.deepcopy(start.head).requires_grad_(True)

@@ -29,6 +29,7 @@ from distillfss_core.training.views import ViewBank, ViewCutter, class_masks
 from distillfss_core.types import IGNORE, TrainStep
 
 REFRESH = 4  # steps between two fresh views
+TRAIN_KEYS = 512  # support keys a stage in a training step; another draw in every step
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def episode_losses(
     present = torch.ones(k, dtype=torch.bool, device=labels.device)
     if roles.uses_teacher:
         with torch.set_grad_enabled(roles.teacher):
-            keys = head.teacher.encode(bank.support(episode.support, k))
+            support = bank.support(episode.support, k)
+            budget = None if head.teacher.settings.max_keys is None else TRAIN_KEYS
+            keys = head.teacher.encode(support, max_keys=budget, offset=float(torch.rand(())))
             teacher_maps, present = head.teacher.coarse(query, keys), keys.present
     if roles.student:
         student_maps = head.student(query)

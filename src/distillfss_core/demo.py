@@ -1,0 +1,306 @@
+"""The demo: label a few planes, distil, segment the others, and say how good and how fast that was."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from distillfss_core.config import DistillSettings
+from distillfss_core.errors import InputFileError, OutputError, SettingsError, SupportSetError
+from distillfss_core.figure import Panel, Row, draw_panels
+from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels
+from distillfss_core.metrics import evaluate
+from distillfss_core.model import Segmenter
+from distillfss_core.sample import generate_sample
+from distillfss_core.support import SupportSet, suggest_planes
+from distillfss_core.training import iter_distill, untrained_teacher
+from distillfss_core.types import Array, LabelledSlice, TrainStep
+
+DEMO_STEPS = 150
+"""Steps of the demo's distillation: all of it takes less than three minutes on two cores."""
+
+DEMO_FOLDER = "distillfss-demo"
+DEMO_SUPPORTS = 5
+QUERY_SHARE = 1 / 3  # of the user's own slices: the last ones, kept to be judged on
+SHOWN = 5  # slices in the picture's first row
+MODEL, PICTURE, LABELS = "model.safetensors", "demo.png", "segmented"
+
+
+@dataclass(frozen=True, eq=False)
+class DemoData:
+    """Slices to learn from and slices to be judged on, none of them both.
+
+    Parameters
+    ----------
+    name : str
+        For titles.
+    support : SupportSet
+    queries : tuple of LabelledSlice
+        At least one, with truth.
+    stack, truth : integer arrays (z, y, x), optional
+        The generated stack that the slices are planes of.
+    """
+
+    name: str
+    support: SupportSet
+    queries: tuple[LabelledSlice, ...]
+    stack: Array | None = None
+    truth: Array | None = None
+
+
+@dataclass(frozen=True)
+class DemoScore:
+    """How one model did on the queries: pooled IoU and Dice (mean over classes), milliseconds a plane."""
+
+    name: str
+    iou: float
+    dice: float
+    ms_per_plane: float
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demo found.
+
+    Parameters
+    ----------
+    data : str
+    supports, queries : tuple of str
+        Names of the slices learnt from and judged on.
+    scores : tuple of DemoScore
+        Prototype teacher, refined teacher (unless the method is "direct"), student.
+    steps : int
+        Steps of the training done.
+    seconds : float
+        To make the student from the support set, loading the backbone included.
+    model_mb, peak_mb : float
+        Size of the model file; largest memory of the process so far (None where the system does not say).
+    device : str
+    folder : str
+        Where the files are.
+    files : tuple of str
+        Model, picture and label images.
+    """
+
+    data: str
+    supports: tuple[str, ...]
+    queries: tuple[str, ...]
+    scores: tuple[DemoScore, ...]
+    steps: int
+    seconds: float
+    model_mb: float
+    peak_mb: float | None
+    device: str
+    folder: str
+    files: tuple[str, ...]
+
+
+def generated_data(planes: int = 12, size: int = 384, supports: int = DEMO_SUPPORTS, seed: int = 0) -> DemoData:
+    """The generated nuclei: hierarchically uniform planes are the support, the others the queries.
+
+    Raises
+    ------
+    SettingsError
+        If a number is outside its limits, or no plane is left to be judged on.
+    """
+    if not 1 <= supports < planes:
+        raise SettingsError(f"supports is {supports}; give 1 to {planes - 1}, so that a plane is left to be judged on")
+    sample = generate_sample(planes=planes, size=size, seed=seed)
+    slices = [
+        LabelledSlice(image, labels_from_image(labels), f"plane {z:02d}")
+        for z, (image, labels) in enumerate(zip(sample.image, sample.labels, strict=True))
+    ]
+    chosen = suggest_planes(planes, supports)
+    support = SupportSet(tuple(slices[z] for z in chosen), ("nucleus",), None, True)
+    queries = tuple(s for z, s in enumerate(slices) if z not in chosen)
+    return DemoData(sample.name, support, queries, sample.image, sample.labels)
+
+
+def own_data(
+    images: str | Path,
+    labels: str | Path | None = None,
+    *,
+    supports: int = DEMO_SUPPORTS,
+    classes: Sequence[str] | None = None,
+    scribbles: bool = False,
+) -> DemoData:
+    """The user's labelled slices: the last third are the queries, of the others up to ``supports`` the support.
+
+    Parameters
+    ----------
+    images, labels : path
+        As for `distillfss_core.load_support`; without ``labels`` a folder that holds ``images`` and ``labels``.
+    supports : int
+        Slices to learn from at most, chosen evenly.
+    classes, scribbles
+        As for `distillfss_core.load_support`.
+
+    Raises
+    ------
+    InputFileError, ImageError, SupportSetError
+        As `distillfss_core.load_support` does, or if there are fewer than two labelled slices.
+    """
+    source = Path(images)
+    if labels is None:
+        images, labels = source / "images", source / "labels"
+        if not (images.is_dir() and labels.is_dir()):
+            raise InputFileError(f"{source}: holds no folders images and labels; make them, or give two paths")
+    names = tuple(classes) if classes else ("object",)
+    mode = "scribbles" if scribbles else "classes" if classes else "binary"
+    slices, one_volume = load_support_arrays(images, labels, mode=mode, n_classes=len(names))
+    if len(slices) < 2:
+        raise SupportSetError(f"{source}: holds 1 labelled slice; give two, one to learn from and one to be judged on")
+    if supports < 1:
+        raise SettingsError(f"supports is {supports}; give 1 or more")
+    kept = len(slices) - max(1, round(len(slices) * QUERY_SHARE))
+    chosen = [slices[i] for i in suggest_planes(kept, min(supports, kept))]
+    return DemoData(
+        source.name or str(source), SupportSet(tuple(chosen), names, None, one_volume), tuple(slices[kept:])
+    )
+
+
+def iter_demo(
+    data: DemoData, folder: str | Path = DEMO_FOLDER, settings: DistillSettings | None = None
+) -> Generator[TrainStep, None, DemoReport]:
+    """The demo, step by step; its return value (of ``yield from``) is the `DemoReport`.
+
+    Raises
+    ------
+    OutputError
+        If the files cannot be written; that is found out before the training where it can be.
+    """
+    settings = settings or DistillSettings(steps=DEMO_STEPS)
+    folder = Path(folder)
+    _make_folder(folder / LABELS)
+    began = time.perf_counter()
+    run = iter_distill(data.support, settings)
+    done = 0
+    for step in run:
+        done += 1
+        yield step
+    student = run.result()
+    seconds = time.perf_counter() - began
+    student.save(folder / MODEL)
+
+    known = replace(settings, zoom=student.preprocess.zoom)  # not chosen a second time
+    models: list[tuple[str, Segmenter]] = [
+        ("prototype teacher", untrained_teacher(data.support, known, kind="prototype"))
+    ]
+    if settings.method != "direct":
+        models.append(("teacher", run.teacher()))
+    models.append(("student", student))
+    scores: list[DemoScore] = []
+    answers: dict[str, list[Array]] = {}
+    total = len(models) * len(data.queries)
+    for name, model in models:
+        model.predict_labels(data.queries[0].image)  # the first time is slower
+        answers[name], spent = [], 0.0
+        for query in data.queries:
+            started = time.perf_counter()
+            answers[name].append(model.predict_labels(query.image))
+            spent += time.perf_counter() - started
+            yield TrainStep(len(scores) * len(data.queries) + len(answers[name]), total, stage="judge")
+        scores.append(_score(name, answers[name], data, 1000 * spent / len(data.queries)))
+
+    files = [folder / MODEL, folder / PICTURE]
+    _draw(data, answers, folder / PICTURE)
+    if data.stack is not None and data.truth is not None:
+        for name, stack in (("stack.tif", data.stack), ("stack_truth.tif", data.truth)):
+            write_labels(folder / name, stack)
+            files.append(folder / name)
+    for query, labels in zip(data.queries, answers["student"], strict=True):
+        files.append(folder / LABELS / f"{_file_stem(query.source)}.tif")
+        write_labels(files[-1], labels)
+    return DemoReport(
+        data=data.name,
+        supports=tuple(s.source for s in data.support.slices),
+        queries=tuple(q.source for q in data.queries),
+        scores=tuple(scores),
+        steps=done,
+        seconds=seconds,
+        model_mb=(folder / MODEL).stat().st_size / 1e6,
+        peak_mb=_peak_mb(),
+        device=str(student.device),
+        folder=str(folder),
+        files=tuple(map(str, files)),
+    )
+
+
+def run_demo(
+    data: DemoData | None = None, folder: str | Path = DEMO_FOLDER, settings: DistillSettings | None = None
+) -> DemoReport:
+    """Run the demo, by default on the generated nuclei.
+
+    Parameters
+    ----------
+    data : DemoData, optional
+        From `generated_data` or `own_data`.
+    folder : path
+        Is made if it is not there; gets the model, a picture and the label images.
+    settings : DistillSettings, optional
+        By default those of `distillfss_core.distill`, with fewer steps.
+    """
+    steps = iter_demo(data or generated_data(), folder, settings)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def _score(name: str, answers: Sequence[Array], data: DemoData, ms: float) -> DemoScore:
+    pairs = [(found, query.labels) for found, query in zip(answers, data.queries, strict=True)]
+    scores = evaluate(pairs, data.support.classes)
+    return DemoScore(name, scores.iou, scores.dice, ms)
+
+
+def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
+    """The support on top, then two queries: image, truth, teacher, student, errors."""
+    support = data.support.slices
+    shown = [support[i] for i in suggest_planes(len(support), min(SHOWN, len(support)))]
+    rows = [Row("labelled slices", [Panel(s.image, s.labels, "outline", caption=s.source) for s in shown])]
+    last = len(data.queries) - 1
+    for i in sorted({last // 3, last - last // 3}):
+        query = data.queries[i]
+        panels = [Panel(query.image, caption="image"), Panel(query.image, query.labels, "outline", caption="truth")]
+        for name in ("teacher", "student"):
+            if name in answers:
+                found = answers[name][i]
+                iou = evaluate([(found, query.labels)], data.support.classes).iou
+                panels.append(Panel(query.image, found, "outline", caption=f"{name}, IoU {iou:.2f}"))
+        errors = Panel(query.image, answers["student"][i], "errors", query.labels, "errors of the student")
+        rows.append(Row(query.source, [*panels, errors]))
+    student = evaluate(
+        [(found, q.labels) for found, q in zip(answers["student"], data.queries, strict=True)], data.support.classes
+    )
+    slices = "1 slice" if len(support) == 1 else f"{len(support)} slices"
+    title = f"{data.name}: learnt from {slices}, IoU {student.iou:.2f} on {len(data.queries)} others"
+    draw_panels(rows, path, title=title, class_names=data.support.class_names)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise OutputError(f"cannot make the folder {folder}: {fault.strerror}; give another with -o") from fault
+
+
+def _file_stem(source: str) -> str:
+    """A slice's name as the stem of a file: "a.tif plane 3" becomes "a_plane_3"."""
+    for suffix in READABLE:
+        source = re.sub(rf"{re.escape(suffix)}(?= plane \d+$|$)", "", source, flags=re.IGNORECASE)
+    return re.sub(r"[^\w.-]+", "_", source)
+
+
+def _peak_mb() -> float | None:
+    """Largest resident memory of this process so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)

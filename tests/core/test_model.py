@@ -1,0 +1,157 @@
+"""The student as a file and as a segmenter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from distillfss_core.errors import ImageError, ModelFileError, OutputError
+from distillfss_core.model import StudentModel, read_card, read_thumbnails
+from distillfss_core.support import SupportSet
+from distillfss_core.training import distill
+
+IMAGE = blobs(20, 120).image
+
+
+@pytest.fixture
+def saved(student: StudentModel, tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    student.save(path)
+    return path
+
+
+def test_a_loaded_student_predicts_exactly_as_the_saved_one(student, saved: Path) -> None:
+    again = StudentModel.load(saved, device="cpu")
+    assert np.array_equal(again.predict(IMAGE).probabilities, student.predict(IMAGE).probabilities)
+    assert again.card == student.card
+
+
+def test_a_file_without_backbone_is_small_and_finds_its_weights(student, tmp_path: Path, saved: Path) -> None:
+    slim = tmp_path / "slim.safetensors"
+    student.save(slim, with_backbone=False)
+    assert slim.stat().st_size < saved.stat().st_size / 3
+    again = StudentModel.load(slim, device="cpu")
+    assert np.array_equal(again.predict_labels(IMAGE), student.predict_labels(IMAGE))
+    with pytest.raises(ModelFileError, match="other weights"):
+        StudentModel.load(slim, device="cpu", weights="random")
+
+
+def test_the_card_is_read_without_loading_the_model(student, saved: Path) -> None:
+    card = read_card(saved)
+    assert card["classes"] == ["blob"]
+    assert card["training"]["support"] == ["blobs 0", "blobs 1", "blobs 2"]
+    assert card["backbone_inside"]
+    assert card["bytes"] == saved.stat().st_size
+    json.dumps(card)
+
+
+def test_thumbnails_of_the_support_travel_along(support, saved: Path) -> None:
+    thumbs = read_thumbnails(saved)
+    assert thumbs is not None
+    assert thumbs.images.shape == thumbs.labels.shape == (3, 96, 96)
+    assert np.array_equal(thumbs.labels[1], support.slices[1].labels)
+
+
+def _damage(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0xFF
+    path.write_bytes(bytes(data))
+
+
+def _rewrite(path: Path, **changes: str) -> None:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() | changes
+    save_file(load_file(path), path, metadata=metadata)
+
+
+def _newer(path: Path) -> None:
+    card = read_card(path)
+    card["format_version"] = 99
+    _rewrite(path, card=json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda p: _damage(p, -100), "checksum"),
+        (lambda p: _damage(p, 3), "safetensors"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1000]), "truncated"),
+        (lambda p: p.write_bytes(b""), "truncated"),
+        (lambda p: p.write_bytes(b"PK\x03\x04 not a model at all"), "safetensors"),
+        (_newer, "newer than this program"),
+        (lambda p: _rewrite(p, format="something-else"), "no DistillFSS student"),
+        (lambda p: _rewrite(p, card="{"), "card is damaged"),
+        (lambda p: _rewrite(p, card=json.dumps(read_card(p) | {"classes": ["a", "b"]})), "do not fit"),
+        (lambda p: p.unlink(), "no such file"),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_clear_line(saved: Path, harm, message: str) -> None:
+    harm(saved)
+    with pytest.raises(ModelFileError, match=message) as caught:
+        StudentModel.load(saved)
+    assert "\n" not in str(caught.value)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    path = tmp_path / "evil.safetensors"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(ModelFileError):
+        StudentModel.load(path)
+
+
+def test_saving_into_a_folder_that_is_not_there_says_so(student, tmp_path: Path) -> None:
+    with pytest.raises(OutputError):
+        student.save(tmp_path / "missing" / "model.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (31, 33), (97, 64), (64, 64, 3)])
+def test_any_size_is_segmented_at_its_own_size(student, shape) -> None:
+    image = np.random.default_rng(0).integers(0, 255, shape[:2], dtype=np.uint8)
+    image = np.repeat(image[..., None], 3, -1) if len(shape) == 3 else image
+    found = student.predict(image)
+    assert found.labels.shape == found.uncertainty.shape == found.margin.shape == shape[:2]
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+    assert np.array_equal(student.predict_labels(image), found.labels)
+    assert found.uncertainty.min() >= 0
+    assert found.uncertainty.max() <= 1 + 1e-6
+
+
+def test_an_image_with_other_channels_is_refused(student) -> None:
+    with pytest.raises(ImageError, match="5 channel"):
+        student.predict(np.zeros((8, 8, 5), np.uint8))
+
+
+@pytest.fixture(scope="module", params=["1", "2", "1/2"])
+def practised(request, nuclei, tiny) -> StudentModel:
+    """A student with sharp answers, at several zooms."""
+    support = SupportSet(
+        tuple(replace(blobs(0), image=nuclei.image[z], labels=(nuclei.labels[z] > 0).astype(np.uint8)) for z in (1, 4))
+    )
+    return distill(support, replace(tiny, steps=30, zoom=request.param, views=12))
+
+
+def test_a_tile_border_never_shows(practised: StudentModel, nuclei) -> None:
+    image = nuclei.image[2]
+    whole = practised.predict(image, tile=4096)
+    borders = sorted({t.y.inner[0] for t, _ in practised.iter_tiles(image, tile=160)} - {0})
+    tiled = practised.predict(image, tile=160)
+    assert borders
+    assert (whole.labels == tiled.labels).mean() >= 0.999
+    rows = [b - 1 for b in borders]
+    across, elsewhere = (np.abs(np.diff(p.probabilities[1], axis=0))[rows].mean() for p in (tiled, whole))
+    assert across <= 1.05 * elsewhere
+
+
+def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practised: StudentModel, nuclei) -> None:
+    image = nuclei.image[2]
+    a, b = (practised.predict(image, tile=t).labels for t in (128, 192))
+    assert (a == b).mean() >= 0.999

@@ -1,0 +1,232 @@
+"""Refining and distilling: what they promise whatever the data."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import blobs
+
+from distillfss_core.backbones import load_backbone
+from distillfss_core.config import DistillSettings
+from distillfss_core.device import choose_device
+from distillfss_core.errors import SettingsError, SupportSetError
+from distillfss_core.metrics import evaluate
+from distillfss_core.preprocess import fit_preprocess
+from distillfss_core.support import SupportSet
+from distillfss_core.training import distill, iter_distill, refine, untrained_teacher
+from distillfss_core.training.views import PLAIN, Augmentation, ViewBank, ViewCutter
+from distillfss_core.types import IGNORE, LabelledSlice
+
+
+def _weights(model) -> torch.Tensor:
+    return torch.cat([v.flatten().float() for v in model.head.state_dict().values()])
+
+
+def _iou(model, slices) -> float:
+    return evaluate([(model.predict_labels(s.image), s.labels) for s in slices], 2).iou
+
+
+def test_the_same_seed_gives_the_same_student_and_another_seed_another(support, student, tiny) -> None:
+    assert torch.equal(_weights(student), _weights(distill(support, tiny)))
+    assert not torch.equal(_weights(student), _weights(distill(support, replace(tiny, seed=1))))
+
+
+@pytest.mark.parametrize("method", ["joint", "two-stage", "direct"])
+def test_every_method_learns_to_segment_the_blobs(support, tiny, method: str) -> None:
+    settings = replace(tiny, steps=40 if method == "two-stage" else 60, method=method, views=24)
+    model = distill(support, settings)
+    assert _iou(model, [blobs(10), blobs(11)]) > 0.6
+
+
+def test_refining_makes_a_better_teacher(support, tiny) -> None:
+    queries = [blobs(10), blobs(11)]
+    before = untrained_teacher(support, tiny)
+    after = refine(support, replace(tiny, steps=40, views=24))
+    assert _iou(after, queries) > max(0.6, _iou(before, queries))
+
+
+def test_the_prototype_teacher_answers_without_training(support, tiny) -> None:
+    teacher = untrained_teacher(support, tiny, kind="prototype")
+    share = float(np.mean(blobs(10).labels))
+    assert _iou(teacher, [blobs(10)]) > 1.5 * share
+
+
+def test_the_backbone_stays_as_it_was(student) -> None:
+    assert student.backbone.digest() == load_backbone().digest()
+    fresh = {k: v for k, v in load_backbone().named_parameters()}
+    assert all(torch.equal(fresh[k], v) for k, v in student.backbone.named_parameters())
+
+
+def test_cancelling_keeps_the_best_so_far(support, tiny) -> None:
+    run = iter_distill(support, replace(tiny, steps=1000))
+    for step in run:
+        assert step.total == 1000
+        if step.index == 3:
+            run.close()
+    model = run.result()
+    assert model.training["steps"] == 3
+    assert model.predict(support.slices[0].image).labels.shape == (96, 96)
+
+
+def test_a_result_is_there_before_the_first_step(support, tiny) -> None:
+    assert iter_distill(support, tiny).result().training["steps"] == 0
+
+
+def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monkeypatch) -> None:
+    support = SupportSet(tuple(blobs(i) for i in range(3)))
+    cut: set[int] = set()
+    original = ViewCutter.cut
+
+    def spy(self, index, rng):
+        cut.add(index)
+        return original(self, index, rng)
+
+    monkeypatch.setattr(ViewCutter, "cut", spy)
+    run = iter_distill(support, replace(tiny, steps=24, left_out="1"))
+    scores = {s.index: s.metrics["iou"] for s in run if "iou" in s.metrics}
+    record = run.result().training
+    assert cut == {0, 2}
+    assert len(scores) >= 2
+    assert record["left_out_slice"] == 1
+    assert record["left_out_iou"] == max(scores.values())
+    assert scores[record["best_step"]] == max(scores.values())
+
+
+def test_from_eight_slices_on_one_is_left_out_by_itself(tiny) -> None:
+    many = SupportSet(tuple(blobs(i, 64) for i in range(8)))
+    assert distill(many, replace(tiny, steps=1)).training["left_out_slice"] == 4
+    few = SupportSet(tuple(blobs(i, 64) for i in range(7)))
+    assert distill(few, replace(tiny, steps=1)).training["left_out_slice"] is None
+
+
+@pytest.mark.parametrize("left_out", ["3", "x", "-1"])
+def test_a_slice_that_is_not_there_cannot_be_left_out(support, tiny, left_out: str) -> None:
+    with pytest.raises(SettingsError, match="left_out"):
+        iter_distill(support, replace(tiny, left_out=left_out))
+
+
+def test_a_single_slice_works_through_crops(tiny) -> None:
+    model = distill(SupportSet((blobs(0, 160),)), replace(tiny, steps=50, views=24))
+    assert _iou(model, [blobs(10)]) > 0.5
+
+
+def test_scribbles_are_enough(tiny) -> None:
+    slices = []
+    for i in range(3):
+        dense = blobs(i)
+        labels = np.full_like(dense.labels, IGNORE)
+        labels[::12] = dense.labels[::12]  # one row in twelve
+        slices.append(LabelledSlice(dense.image, labels, f"scribbles {i}"))
+    model = distill(SupportSet(tuple(slices)), replace(tiny, steps=60, views=24))
+    assert _iou(model, [blobs(10), blobs(11)]) > 0.5
+
+
+def test_several_classes_some_of_them_missing_in_some_slices(tiny) -> None:
+    slices = (blobs(0, classes=2), blobs(1), blobs(2, classes=2), blobs(3))
+    model = distill(SupportSet(slices, ("bright", "dark")), replace(tiny, steps=80, views=24))
+    query = blobs(10, classes=2)
+    scores = evaluate([(model.predict_labels(query.image), query.labels)], 3)
+    assert min(scores.pooled.iou) > 0.4
+    assert model.predict(query.image).probabilities.shape == (3, 96, 96)
+
+
+def test_rare_objects_do_not_collapse_to_background(tiny) -> None:
+    def rare(seed: int) -> LabelledSlice:
+        rng = np.random.default_rng(seed)
+        image = rng.normal(100, 10, (192, 192))
+        labels = np.zeros((192, 192), np.uint8)
+        y, x = rng.integers(16, 160, 2)
+        image[y : y + 14, x : x + 14] += 60
+        labels[y : y + 14, x : x + 14] = 1
+        return LabelledSlice(image.clip(0, 255).astype(np.uint8), labels, f"rare {seed}")
+
+    support = SupportSet(tuple(rare(i) for i in range(3)))
+    assert support.shares()[1] < 0.006
+    assert _iou(distill(support, replace(tiny, steps=60, views=24)), [rare(10), rare(11)]) > 0.4
+
+
+def test_refining_again_goes_on_from_where_it_was(support, student, tiny) -> None:
+    more = SupportSet((*support.slices, blobs(7)), support.class_names)
+    again = iter_distill(more, replace(tiny, zoom="auto"), start=student)
+    assert torch.equal(_weights(again.result()), _weights(student))
+    assert again.preprocess == student.preprocess
+    list(again)
+    assert not torch.equal(_weights(again.result()), _weights(student))
+
+
+def test_a_warm_start_needs_the_same_classes(support, student, tiny) -> None:
+    other = SupportSet(support.slices, ("cell",))
+    with pytest.raises(SupportSetError, match=r"blob.*cell"):
+        iter_distill(other, tiny, start=student)
+
+
+def test_published_forms_train_too(support, tiny) -> None:
+    settings = replace(tiny, student="published", decoder="published", teacher="published", loss="published", steps=2)
+    model = distill(support, settings)
+    assert np.isfinite(model.predict(support.slices[0].image).probabilities).all()
+
+
+def test_the_store_of_features_keeps_to_its_memory(support) -> None:
+    backbone = load_backbone()
+    bank = ViewBank(backbone, choose_device("cpu"), memory=2_000_000, most=1000)
+    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation())
+    bank.fill(cutter, [0, 1, 2], np.random.default_rng(0))
+    assert 6 <= len(bank) < 60
+    assert sum(f.nbytes for f in bank.features) <= 2_000_000
+
+
+def test_stored_features_are_those_of_the_view(support) -> None:
+    bank = ViewBank(load_backbone(), choose_device("cpu"), memory=1 << 30, most=4)
+    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, PLAIN)
+    view = cutter.cut(0, np.random.default_rng(0))
+    bank.add(view)
+    stored, fresh = bank.pyramid([0]), bank.encode([view])
+    for a, b in zip(stored.skips, fresh.skips, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-3)
+
+
+def test_views_keep_image_and_labels_together(support) -> None:
+    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation(noise=0))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        view = cutter.cut(int(rng.integers(3)), rng)
+        inside, outside = view.image[0][view.labels == 1], view.image[0][view.labels == 0]
+        assert view.image.shape == (3, 64, 64)
+        assert not len(inside) or float(inside.mean()) > float(outside.mean()) + 0.1
+
+
+def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() -> None:
+    small = SupportSet((blobs(0, 40),))
+    cutter = ViewCutter(small, fit_preprocess([small.slices[0].image]), 64, PLAIN)
+    view = cutter.cut(0, np.random.default_rng(0))
+    assert int((view.labels != IGNORE).sum()) == 40 * 40
+    assert float(view.image[:, 0].std()) > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give a whole number from 1"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"method": "magic"}, "method is 'magic'; choose joint"),
+        ({"crop": 100}, "crop is 100; give a multiple of 32"),
+        ({"seed": -1}, "seed"),
+        ({"device": "tpu"}, "device"),
+        ({"zoom": "9"}, "zoom 9"),
+        ({"backbone": "vgg"}, "vgg"),
+    ],
+)
+def test_bad_settings_say_what_is_allowed(support, tiny, change, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        iter_distill(support, replace(tiny, **change))
+
+
+def test_every_setting_explains_itself() -> None:
+    from dataclasses import fields
+
+    for setting in fields(DistillSettings):
+        assert setting.metadata["label"]
+        assert setting.metadata["help"].endswith(".")
