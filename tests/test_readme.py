@@ -1,4 +1,4 @@
-"""The README's commands parse and its Python runs, on a small generated sample."""
+"""The README's commands and its Python run, on a small generated sample."""
 
 import re
 import shlex
@@ -38,16 +38,30 @@ def test_every_command_of_the_readme_parses(readme):
 
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
-    """A folder like the one the README speaks of: images/, labels/ of a few of them; the current folder."""
-    sample = generate_sample(planes=4, size=128)
-    for name in ("images", "labels"):
-        (tmp_path / name).mkdir()
-    for z, plane in enumerate(sample.image):
-        write_labels(tmp_path / "images" / f"plane_{z:02d}.tif", plane)
-    for z in (0, 2):
-        write_labels(tmp_path / "labels" / f"plane_{z:02d}_mask.tif", (sample.labels[z] > 0).astype(np.uint8))
+    """A folder like the one the README speaks of: images/, labels/ of a few of them, a stack; the current folder."""
+    sample = generate_sample(planes=11, size=64)
+    for folder in (tmp_path, tmp_path / "my_data"):
+        for name in ("images", "labels"):
+            (folder / name).mkdir(parents=True)
+        for z in range(4):
+            write_labels(folder / "images" / f"plane_{z:02d}.tif", sample.image[z])
+        for z in (0, 2):
+            write_labels(folder / "labels" / f"plane_{z:02d}_mask.tif", (sample.labels[z] > 0).astype(np.uint8))
+    write_labels(tmp_path / "stack.tif", sample.image)
+    write_labels(tmp_path / "stack_labels.tif", sample.labels)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys):
+    from distillfss_core.cli import main
+
+    few = ["--steps=2", "--views=4", "--queries=1", "--shots=1", "--crop=64", "--zoom=1"]
+    for arguments in commands(readme):
+        trains = arguments[0] in ("distill", "demo")
+        assert main([*arguments, *(few if trains else [])]) == 0, capsys.readouterr().err
+    for name in ("nuclei.safetensors", "segmented/plane_03.tif", "stack_segmented_uncertainty.tif"):
+        assert (own_data / name).stat().st_size > 0
 
 
 def test_the_python_of_the_readme_runs(readme, own_data, monkeypatch):

@@ -302,13 +302,13 @@ def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[tuple[
     files: list[Path] = []
     others: list[Path] = []
     for path in sorted(args.input.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
+        if not path.is_dir() and not path.name.startswith("."):
             (files if path.suffix.lower() in READABLE else others).append(path)
     if not files:
         raise InputFileError(f"{args.input}: holds no image; put {KINDS_READ} files there")
     if others:
         logging.getLogger(__name__).warning(
-            "%d files of other kinds in %s are left out: %s%s",
+            "%d file(s) of other kinds in %s are left out: %s%s",
             len(others),
             args.input,
             ", ".join(path.name for path in others[:5]),
@@ -494,7 +494,7 @@ def _label_pairs(
     found, real = read_label_stack(predicted), read_label_stack(truth)
     if len(found) != len(real):
         raise ImageError(
-            f"{predicted.name} has {len(found)} planes, {truth.name} has {len(real)}; compare stacks of equal depth"
+            f"{predicted.name} has {len(found)} plane(s), {truth.name} has {len(real)}; compare stacks of equal depth"
         )
     plain = "classes" if args.classes else "binary"
     for z in args.planes or range(len(found)):

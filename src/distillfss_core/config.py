@@ -57,7 +57,9 @@ class DistillSettings:
         "balanced: cross-entropy and Dice, rare classes keep their weight; published: focal.",
         choices=("balanced", "published"),
     )
-    steps: int = _setting(300, "Steps", "Optimiser steps of each stage.", low=1, high=1_000_000)
+    steps: int = _setting(
+        0, "Steps", "Optimiser steps of each stage; 0 chooses by the number of slices.", low=0, high=1_000_000
+    )
     crop: int = _setting(256, "Crop", "Side of a training view in pixels after zooming.", low=32, high=4096)
     queries: int = _setting(4, "Queries", "Views segmented in a step.", low=1, high=256)
     shots: int = _setting(4, "Shots", "Views that answer as support in a step, at most.", low=1, high=256)

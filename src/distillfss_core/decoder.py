@@ -119,27 +119,30 @@ def _corner_resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
 
 
-class FeatureNorm(nn.Module):
-    """Standardises channels with a mean and deviation that were fitted once; a pixel's answer stays its own.
+class SkipProjection(nn.Conv2d):
+    """A 1x1 convolution of standardised features, in one step.
 
-    Before `fit` it changes nothing.
+    Mean and deviation of the channels are fitted once and then part of the model, so a pixel's answer stays its own.
+    Before `fit` they change nothing.
     """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("scale", torch.ones(channels))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
 
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "b c h w"]) -> None:
         self.mean.copy_(x.float().mean((0, 2, 3)))
         self.scale.copy_(1.0 / (x.float().std((0, 2, 3)) + 1e-4))
 
-    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        return (x - self.mean[:, None, None]) * self.scale[:, None, None]
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        assert self.bias is not None
+        weight = self.weight * self.scale[:, None, None]
+        return F.conv2d(x, weight, self.bias - (weight[:, :, 0, 0] @ self.mean))
 
 
 class SlimDecoder(Decoder):
@@ -153,7 +156,7 @@ class SlimDecoder(Decoder):
         deep --conv--up--+--conv--up--+--conv--up--+--conv--conv--up--+--conv-- ... -- logits
         mid  ------conv--'            |            |                  |
         fine ------------------conv---'            |                  |
-        skips (query only) ------------------------conv---------------conv
+        skips (query only) ------------------------1x1----------------1x1
 
     Before any training its answer is the mean of the coarse maps against ``neutral`` (its last layer
     starts at zero), so a teacher whose attention means something already segments.
@@ -165,7 +168,7 @@ class SlimDecoder(Decoder):
     skip_channels : sequence of int
         Channels of ``FeaturePyramid.skips``, fine to coarse.
     width : int
-        Channels at the coarser strides; the finest stage has half of it.
+        Channels at the coarser strides; the finest stage has a quarter of it.
     neutral : float
         Value of a coarse map that says nothing either way.
     """
@@ -185,11 +188,10 @@ class SlimDecoder(Decoder):
         self.fine = _conv(fine, width)
         self.join_mid = _conv(width, width)
         self.join_fine = _conv(width, width)
-        # finest first, as in FeaturePyramid.skips; the finest level is half as wide
-        widths = [width // 2 if level == 0 and len(skip_channels) > 1 else width for level in range(len(skip_channels))]
+        # finest first, as in FeaturePyramid.skips; the finest level has most pixels and fewest channels
+        widths = [width // 4 if level == 0 and len(skip_channels) > 1 else width for level in range(len(skip_channels))]
         above = [*widths[1:], width]
-        self.norms = nn.ModuleList(FeatureNorm(c) for c in skip_channels)
-        self.skips = nn.ModuleList(_conv(c, w) for c, w in zip(skip_channels, widths, strict=True))
+        self.skips = nn.ModuleList(SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True))
         self.mixers = nn.ModuleList(_conv(a, w) for a, w in zip(above, widths, strict=True))
         self.refine = nn.ModuleList(_conv(w, w) for w in widths)
         self.out = _conv(widths[0], 2, 1)
@@ -201,9 +203,9 @@ class SlimDecoder(Decoder):
 
     def fit_norms(self, features: FeaturePyramid) -> None:
         """Fit the skip standardisation on the features of a few support views."""
-        for norm, skip in zip(self.norms, features.skips, strict=True):
-            assert isinstance(norm, FeatureNorm)
-            norm.fit(skip)
+        for project, skip in zip(self.skips, features.skips, strict=True):
+            assert isinstance(project, SkipProjection)
+            project.fit(skip)
 
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
@@ -215,10 +217,10 @@ class SlimDecoder(Decoder):
         x = F.relu(self.join_fine(_resize(x, fine) + self.fine(fine - self.neutral)))
         skips = query.skips
         for level in reversed(range(len(skips))):
-            from_query = self.skips[level](self.norms[level](skips[level]))
+            from_query = self.skips[level](skips[level])
             x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
-            x = F.relu((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
-            x = F.relu(x + self.refine[level](x))
+            x = F.relu_((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
+            x = F.relu_(x + self.refine[level](x))
         evidence = sum(
             gain * _resize((maps - self.neutral).mean(1, keepdim=True), x)
             for gain, maps in zip(self.gain, (fine, mid, deep), strict=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
+import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +28,9 @@ from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsErr
 from distillfss_core.features import FeaturePyramid, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.io import atomic_path
-from distillfss_core.preprocess import Preprocess, resize
+from distillfss_core.preprocess import ZOOMS, Preprocess, resize
 from distillfss_core.support import SupportSet
-from distillfss_core.teachers import SupportKeys
+from distillfss_core.teachers import SupportKeys, Teacher
 from distillfss_core.tiles import Tile, split_plane
 from distillfss_core.types import Array, Segmentation, check_image
 
@@ -50,7 +52,7 @@ class Segmenter:
     """
 
     def __init__(
-        self, backbone: Backbone, preprocess: Preprocess, class_names: tuple[str, ...], *, device: Device, halo: int
+        self, backbone: Backbone, preprocess: Preprocess, class_names: Sequence[str], *, device: Device, halo: int
     ) -> None:
         self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
         self.device, self.halo = device, halo
@@ -187,10 +189,10 @@ class FewShotModel(Segmenter):
     def __init__(
         self,
         backbone: Backbone,
-        teacher: Any,
+        teacher: Teacher,
         keys: SupportKeys,
         preprocess: Preprocess,
-        class_names: tuple[str, ...],
+        class_names: Sequence[str],
         *,
         device: Device,
         halo: int = HALO,
@@ -221,7 +223,7 @@ class StudentModel(Segmenter):
         backbone: Backbone,
         head: FewShotHead,
         preprocess: Preprocess,
-        class_names: tuple[str, ...],
+        class_names: Sequence[str],
         *,
         device: Device,
         halo: int = HALO,
@@ -246,6 +248,32 @@ class StudentModel(Segmenter):
         self.backbone.to(self.device.torch)
         self.head.to(self.device.torch)
         return self
+
+    def at_pixel_size(self, pixel_size: tuple[float, float]) -> StudentModel:
+        """The same student for images of another pixel size: objects come to the size it was trained on.
+
+        Parameters
+        ----------
+        pixel_size : (float, float)
+            Micrometres (y, x) of the images to come; their geometric mean counts, and the nearest zoom on offer is
+            taken.
+
+        Raises
+        ------
+        SettingsError
+            If the student does not know its own pixel size, or one is not positive.
+        """
+        if self.pixel_size is None:
+            raise SettingsError(
+                "this student was made without a pixel size, so it cannot be scaled; give --pixel-size when distilling"
+            )
+        if not all(0 < p < math.inf for p in pixel_size):
+            raise SettingsError(f"pixel size {pixel_size} is not possible; give two positive numbers in micrometres")
+        wanted = float(self.preprocess.zoom_factor) * math.sqrt(math.prod(pixel_size) / math.prod(self.pixel_size))
+        zoom = min(ZOOMS, key=lambda z: abs(math.log(float(z) / wanted)))
+        scaled = copy.copy(self)
+        scaled.preprocess = replace(self.preprocess, zoom=str(zoom))
+        return scaled
 
     @property
     def card(self) -> dict[str, Any]:
@@ -318,7 +346,9 @@ class StudentModel(Segmenter):
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
             about = card["backbone"]
             backbone = (
-                backbone_from_state(about["name"], own, about["weights"]) if own else load_backbone(about["name"], weights)
+                backbone_from_state(about["name"], own, about["weights"])
+                if own
+                else load_backbone(about["name"], weights)
             )
             if not own and backbone.digest() != about["digest"]:
                 raise ModelFileError(

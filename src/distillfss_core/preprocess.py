@@ -175,9 +175,7 @@ def percentile_limits(image: Array, *, together: bool) -> Limits:
     low, high = np.where(flat, floor, low), np.where(flat, peak, high)
     high = np.where(high > low, high, low + 1.0)
     n = image.shape[-1]
-    return Limits(
-        tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n))
-    )
+    return Limits(tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n)))
 
 
 def _sample(image: Array, count: int) -> Array:

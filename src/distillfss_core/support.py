@@ -117,9 +117,7 @@ def load_support(
 
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    slices, one_volume = load_support_arrays(
-        Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names)
-    )
+    slices, one_volume = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
     return SupportSet(tuple(slices), names, pixel_size, one_volume)
 
 

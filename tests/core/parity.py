@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distillfss_core.features import EncodedSupport, FeaturePyramid, cat_pyramids
 
-STAGES = (range(0, 2), range(2, 4), range(4, 7), range(7, 9))
+STAGES = (range(2), range(2, 4), range(4, 7), range(7, 9))
 
 
 class PublishedCase:

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import blobs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distillfss_core.errors import ImageError, ModelFileError, OutputError
+from conftest import blobs
+from distillfss_core.errors import ImageError, ModelFileError, OutputError, SettingsError
 from distillfss_core.model import StudentModel, read_card, read_thumbnails
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill
@@ -155,3 +155,21 @@ def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practised: StudentM
     image = nuclei.image[2]
     a, b = (practised.predict(image, tile=t).labels for t in (128, 192))
     assert (a == b).mean() >= 0.999
+
+
+def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) -> None:
+    model = distill(SupportSet((blobs(0), blobs(1)), pixel_size=(0.5, 0.5)), replace(tiny, steps=40, views=16))
+    coarse = blobs(10)
+    fine = np.repeat(np.repeat(coarse.image, 2, 0), 2, 1)  # the same picture at half the pixel size
+    scaled = model.at_pixel_size((0.25, 0.25))
+    assert scaled.preprocess.zoom == "1/2"
+    expected = np.repeat(np.repeat(model.predict_labels(coarse.image), 2, 0), 2, 1)
+    assert (scaled.predict_labels(fine) == expected).mean() > 0.97
+    assert model.preprocess.zoom == "1"
+    with pytest.raises(SettingsError, match="positive"):
+        model.at_pixel_size((0.0, 1.0))
+
+
+def test_a_student_without_pixel_size_says_so(student) -> None:
+    with pytest.raises(SettingsError, match="without a pixel size"):
+        student.at_pixel_size((1.0, 1.0))

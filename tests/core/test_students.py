@@ -64,7 +64,7 @@ def test_a_class_more_costs_the_light_student_a_filter_a_block() -> None:
         return sum(p.numel() for p in module.parameters())
 
     one, five = size(LightConvDist(CHANNELS, BLOCKS, 1)), size(LightConvDist(CHANNELS, BLOCKS, 5))
-    assert five - one == 4 * sum(BLOCKS) * (64 + 1)
+    assert five - one == 4 * sum(BLOCKS) * (48 + 1)
     assert size(ConvDist(CHANNELS, 5)) == 5 * size(ConvDist(CHANNELS, 1))
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import PublishedCase
 from torch import Tensor
 
 from distillfss_core.decoder import PublishedDecoder, SlimDecoder
 from distillfss_core.features import EncodedSupport, FeaturePyramid
 from distillfss_core.teachers import PUBLISHED, DcamaSettings, DcamaTeacher, PrototypeTeacher, vote
 from distillfss_core.teachers.dcama import attend, mask_tokens, weigh_keys
-from parity import PublishedCase
 
 CHANNELS, BLOCKS, SKIPS = (32, 48, 64), (2, 3, 2), (4, 6, 32)
 

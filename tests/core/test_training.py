@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import blobs
 
+from conftest import blobs
 from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
@@ -56,7 +56,7 @@ def test_the_prototype_teacher_answers_without_training(support, tiny) -> None:
 
 def test_the_backbone_stays_as_it_was(student) -> None:
     assert student.backbone.digest() == load_backbone().digest()
-    fresh = {k: v for k, v in load_backbone().named_parameters()}
+    fresh = dict(load_backbone().named_parameters())
     assert all(torch.equal(fresh[k], v) for k, v in student.backbone.named_parameters())
 
 
@@ -209,7 +209,7 @@ def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": 0}, "steps is 0; give a whole number from 1"),
+        ({"steps": -1}, "steps is -1; give a whole number from 0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"method": "magic"}, "method is 'magic'; choose joint"),
         ({"crop": 100}, "crop is 100; give a multiple of 32"),

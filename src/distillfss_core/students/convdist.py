@@ -72,7 +72,7 @@ class LightConvDist(Student):
         blocks: tuple[int, int, int],
         classes: int,
         *,
-        width: int = 64,
+        width: int = 48,
         neutral: float = 0.5,
     ) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ teacher of DistillFSS, arXiv 2512.05613.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +63,7 @@ class DcamaSettings:
     position: bool = False
     dropout: float = 0.0
     balance: float = 1.0
-    max_keys: int | None = 4096
+    max_keys: int | None = 1024
     area: bool = True
 
 
@@ -248,16 +249,16 @@ class DcamaTeacher(nn.Module):
 
 
 def mask_tokens(
-    support: EncodedSupport, size: tuple[int, int] | torch.Size, *, area: bool
+    support: EncodedSupport, size: Sequence[int], *, area: bool
 ) -> tuple[Float[Tensor, "l k"], Float[Tensor, " l"]]:
     """Mask value and weight (0: not annotated) of every support token, shots concatenated."""
-    masks, valid = support.masks.float(), support.valid.float()[:, None]
+    masks, valid, grid = support.masks.float(), support.valid.float()[:, None], (size[0], size[1])
     if area:
-        share = F.adaptive_avg_pool2d(valid, size)
-        values = F.adaptive_avg_pool2d(masks * valid, size) / share.clamp_min(1e-6)
+        share = F.adaptive_avg_pool2d(valid, grid)
+        values = F.adaptive_avg_pool2d(masks * valid, grid) / share.clamp_min(1e-6)
     else:
-        share = (F.interpolate(valid, size, mode="bilinear", align_corners=True) > 0.5).float()
-        values = F.interpolate(masks, size, mode="bilinear", align_corners=True)
+        share = (F.interpolate(valid, grid, mode="bilinear", align_corners=True) > 0.5).float()
+        values = F.interpolate(masks, grid, mode="bilinear", align_corners=True)
     return values.flatten(2).transpose(1, 2).flatten(0, 1), share.flatten()
 
 

@@ -22,7 +22,7 @@ from distillfss_core.teachers.protocol import SupportKeys, hide_absent, present_
 class PrototypeKeys(SupportKeys):
     """Unit-length prototypes: for each stage and block one tensor "k+1 p c" (background first)."""
 
-    stages: tuple[tuple[Float[Tensor, "..."], ...], ...]
+    stages: tuple[tuple[Float[Tensor, ...], ...], ...]
     present: Bool[Tensor, " k"]
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -23,13 +23,14 @@ from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.model import FewShotModel, StudentModel, thumbnails
 from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
 from distillfss_core.support import SupportSet
-from distillfss_core.teachers import PrototypeTeacher
+from distillfss_core.teachers import PrototypeTeacher, Teacher
 from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter, class_masks
 from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
+AUTO_STEPS, AUTO_STEPS_PER_SLICE = 250, 8  # for up to five slices, and for each one more
 SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
 
 
@@ -72,6 +73,7 @@ class DistillRun(Iterator[TrainStep]):
         augmentation = replace(Augmentation(), polarity=settings.polarity)
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation)
         self._best = Best(self.head)
+        self._refined: FewShotHead | None = None
         self._steps_done = 0
         self._scores: list[float] = []
         self._generator = self._run(start, teacher_only)
@@ -90,7 +92,7 @@ class DistillRun(Iterator[TrainStep]):
         """Stop training; `result` keeps its answer."""
         self._generator.close()
 
-    def _run(self, start: StudentModel | None, teacher_only: bool) -> Iterator[TrainStep]:
+    def _run(self, start: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
         slices = [i for i in range(len(self.support)) if i != self._left_out_index]
         left_out = self._left_out()
         rng = np.random.default_rng(self.settings.seed)
@@ -98,19 +100,22 @@ class DistillRun(Iterator[TrainStep]):
         if isinstance(self.head.decoder, SlimDecoder) and start is None:
             self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
             self._best = Best(self.head)
-        stages = ["refine"] if teacher_only else {"two-stage": ["refine", "distil"]}.get(
-            self.settings.method, [self.settings.method]
+        stages = (
+            ["refine"]
+            if teacher_only
+            else {"two-stage": ["refine", "distil"]}.get(self.settings.method, [self.settings.method])
         )
+        steps = self.settings.steps or AUTO_STEPS + AUTO_STEPS_PER_SLICE * max(0, len(slices) - 5)
         fixed = None
         for stage in stages:
             if stage == "distil":
-                fixed = copy.deepcopy(self.head.decoder).eval().requires_grad_(False)
+                self._refined = self._best_head()
+                fixed = self._refined.decoder
                 self._best = Best(self.head)
             judge = left_out if stage != "refine" else None
-            with seeded(self.settings.seed):
-                yield from iter_fit(
-                    self.head, stage, self._bank, self._cutter, self.settings, judge, self._best, fixed
-                )
+            yield from iter_fit(
+                self.head, stage, self._bank, self._cutter, self.settings, steps, judge, self._best, fixed
+            )
 
     def _left_out(self) -> LeftOut | None:
         if self._left_out_index is None:
@@ -154,7 +159,8 @@ class DistillRun(Iterator[TrainStep]):
 
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, told by the whole support set."""
-        return _tell(self._best_head().teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
+        head = self._refined or self._best_head()
+        return _tell(head.teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
 
 
 def iter_distill(
@@ -222,7 +228,7 @@ def untrained_teacher(
 
 
 def _tell(
-    teacher: torch.nn.Module | PrototypeTeacher,
+    teacher: Teacher,
     backbone: Backbone,
     preprocess: Preprocess,
     support: SupportSet,

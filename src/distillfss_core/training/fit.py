@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distillfss_core.config import DistillSettings
+from distillfss_core.device import seeded
 from distillfss_core.features import CoarseMaps, FeaturePyramid, merge_classes
 from distillfss_core.head import FewShotHead
 from distillfss_core.teachers.protocol import hide_absent
@@ -28,6 +29,7 @@ from distillfss_core.training.losses import (
 from distillfss_core.training.views import ViewBank, ViewCutter, class_masks
 from distillfss_core.types import IGNORE, TrainStep
 
+PATIENCE = 5  # looks at the left-out slice without a better one, then training stops
 REFRESH = 4  # steps between two fresh views
 TRAIN_KEYS = 512  # support keys a stage in a training step; another draw in every step
 
@@ -69,11 +71,12 @@ def iter_fit(
     bank: ViewBank,
     cutter: ViewCutter,
     settings: DistillSettings,
+    steps: int,
     left_out: LeftOut | None,
     best: Best,
     fixed_decoder: nn.Module | None = None,
 ) -> Iterator[TrainStep]:
-    """Train ``head`` in place for ``settings.steps`` steps; ``best`` always holds the best weights so far.
+    """Train ``head`` in place for ``steps`` steps; ``best`` always holds the best weights so far.
 
     Parameters
     ----------
@@ -84,11 +87,10 @@ def iter_fit(
     rng = np.random.default_rng([settings.seed, list(STAGES).index(stage)])
     trained = [p for p in _trained(head, roles) if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, settings.steps))
-    patience = max(4, 100 * 4 // max(settings.steps, 1))
-    every = max(10, settings.steps // 12)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, steps))
+    every = max(10, steps // 12)
     head.train()
-    for step in range(settings.steps):
+    for step in range(steps):
         _refresh(bank, cutter, rng, step)
         episode = draw_episode(
             bank.slices(),
@@ -98,8 +100,8 @@ def iter_fit(
             shots=settings.shots,
             walk=step,
         )
-        with bank.device.autocast():
-            losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder)
+        with seeded(int(rng.integers(2**31))), bank.device.autocast():
+            losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
         total = torch.stack(list(losses.values())).sum()
         optimiser.zero_grad(set_to_none=True)
         total.backward()
@@ -108,13 +110,13 @@ def iter_fit(
         schedule.step()
         best.follow(head)
         metrics: dict[str, float] = {}
-        last = step + 1 == settings.steps
+        last = step + 1 == steps
         if left_out is not None and ((step + 1) % every == 0 or last):
             metrics["iou"] = best.judge(left_out, bank)
         yield TrainStep(
-            step + 1, settings.steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
+            step + 1, steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
         )
-        if left_out is not None and best.waited >= patience:
+        if left_out is not None and best.waited >= PATIENCE:
             break
     best.restore(head)
     head.eval()
@@ -127,8 +129,11 @@ def episode_losses(
     episode: Episode,
     settings: DistillSettings,
     fixed_decoder: nn.Module | None = None,
+    offset: float = 0.0,
 ) -> dict[str, Float[Tensor, ""]]:
     """Loss terms of one episode; their sum is what is minimised.
+
+    ``offset`` (0..1) says which of the support's keys are kept where there are more than `TRAIN_KEYS`.
 
     Teacher and student ride through the shared decoder together, as if they were twice as many classes: what the
     decoder computes from the query alone is computed once.
@@ -141,7 +146,7 @@ def episode_losses(
         with torch.set_grad_enabled(roles.teacher):
             support = bank.support(episode.support, k)
             budget = None if head.teacher.settings.max_keys is None else TRAIN_KEYS
-            keys = head.teacher.encode(support, max_keys=budget, offset=float(torch.rand(())))
+            keys = head.teacher.encode(support, max_keys=budget, offset=offset)
             teacher_maps, present = head.teacher.coarse(query, keys), keys.present
     if roles.student:
         student_maps = head.student(query)
@@ -219,9 +224,7 @@ def segmentation_loss(logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b 
     return ce + dice_loss(logits, target)
 
 
-def map_loss(
-    maps: CoarseMaps, target: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]
-) -> Float[Tensor, ""]:
+def map_loss(maps: CoarseMaps, target: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]) -> Float[Tensor, ""]:
     """Binary cross-entropy of each stage's mean map against the share of the class in its cells.
 
     It keeps attention meaningful while the decoder is still learning to read it.
@@ -233,8 +236,9 @@ def map_loss(
     losses = []
     for stage in maps:
         mean = stage.mean(2)[:, present].float().clamp(1e-4, 1 - 1e-4)
-        share = F.adaptive_avg_pool2d(known, mean.shape[-2:])
-        truth = F.adaptive_avg_pool2d(masks * known, mean.shape[-2:]) / share.clamp_min(1e-6)
+        grid = (mean.shape[-2], mean.shape[-1])
+        share = F.adaptive_avg_pool2d(known, grid)
+        truth = F.adaptive_avg_pool2d(masks * known, grid) / share.clamp_min(1e-6)
         bce = -(truth * mean.log() + (1 - truth) * (1 - mean).log())
         losses.append((bce * share).sum() / (share.sum() * bce.shape[1]).clamp_min(1e-6))
     return torch.stack(losses).mean()

@@ -64,7 +64,6 @@ class View:
     slice: int
     box: tuple[int, int, int, int]
 
-
     def without_pixels(self) -> View:
         """Only where it came from."""
         return View(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box)
@@ -97,18 +96,16 @@ class ViewCutter:
         aug = self.augmentation
         scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(aug.scale)))
         side = max(2, round(self.size / (float(self.preprocess.zoom_factor) * scale)))
-        image, labels = self._images[slice_index], self._labels[slice_index]
+        labels = self._labels[slice_index]
         y, x = self._centre(slice_index, rng)
         y0, x0 = (
             _place(int(c + rng.integers(-side // 4, side // 4 + 1)) - side // 2, side, n)
             for c, n in zip((y, x), labels.shape, strict=True)
         )
-        return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), rng, image, labels)
+        return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), aug, rng)
 
     def grid(self, slice_index: int, most: int) -> list[View]:
-        """Plain views that cover the slice, evenly thinned out to at most ``most``; those without labels are left out."""
-        plain = ViewCutter.__new__(ViewCutter)
-        plain.__dict__.update(self.__dict__, augmentation=PLAIN)
+        """Plain views that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
         side = max(2, round(self.size / float(self.preprocess.zoom_factor)))
         h, w = self._labels[slice_index].shape
         corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
@@ -116,10 +113,7 @@ class ViewCutter:
         corners = [(y, x) for y, x in corners if (labels[max(y, 0) : y + side, max(x, 0) : x + side] != IGNORE).any()]
         step = max(1, -(-len(corners) // most))
         rng = np.random.default_rng(0)
-        return [
-            plain._finish(slice_index, (y, x, y + side, x + side), rng, self._images[slice_index], labels)
-            for y, x in corners[::step]
-        ]
+        return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners[::step]]
 
     def _centre(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
         anchors = self._anchors[slice_index]
@@ -132,8 +126,10 @@ class ViewCutter:
         return int(y), int(x)
 
     def _finish(
-        self, index: int, box: tuple[int, int, int, int], rng: np.random.Generator, image: Array, labels: Array
+        self, index: int, box: tuple[int, int, int, int], augmentation: Augmentation, rng: np.random.Generator
     ) -> View:
+        """Cut a box, which may reach beyond the slice (mirrored there, and not annotated), and augment it."""
+        image, labels = self._images[index], self._labels[index]
         y0, x0, y1, x1 = box
         inside = (slice(max(y0, 0), min(y1, labels.shape[0])), slice(max(x0, 0), min(x1, labels.shape[1])))
         x = self.preprocess.to_tensor(image[inside], self._limits[index])[None]
@@ -149,12 +145,12 @@ class ViewCutter:
         rows = _nearest(y.shape[0], self.size)
         y = y[rows][:, _nearest(y.shape[1], self.size)]
         target = torch.from_numpy(np.ascontiguousarray(y))
-        if self.augmentation.turn:
+        if augmentation.turn:
             turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
             x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
             if mirror:
                 x, target = x.flip(2), target.flip(1)
-        return View(_recolour(x, self.augmentation, rng), target.contiguous(), index, box)
+        return View(_recolour(x, augmentation, rng), target.contiguous(), index, box)
 
 
 def _recolour(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:

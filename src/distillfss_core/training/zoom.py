@@ -86,9 +86,7 @@ def _best_iou(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
     return float((hits / (called + hits[-1] - hits)).max())
 
 
-def _ridge(
-    x: Float[Tensor, "n f"], y: Tensor, classes: int, query: Float[Tensor, "m f"]
-) -> Float[Tensor, "m k1"]:
+def _ridge(x: Float[Tensor, "n f"], y: Tensor, classes: int, query: Float[Tensor, "m f"]) -> Float[Tensor, "m k1"]:
     target = F.one_hot(y, classes + 1).to(x)
     gram = x.T @ x + len(x) * 1e-2 * torch.eye(x.shape[1], dtype=x.dtype)
     return query @ torch.linalg.solve(gram, x.T @ target)

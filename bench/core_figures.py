@@ -1,0 +1,372 @@
+"""The core's figures on real data: accuracy and cost of teacher and student, beside controls.
+
+    python bench/core_figures.py accuracy ../shared/data -o figures.jsonl [--only nucleus5,vnc] [--draws 3]
+    python bench/core_figures.py cost [-o figures.jsonl]
+
+Every row is appended as soon as it is known, and rows that the file holds already are not computed again, so that
+a run that was cut off goes on. ``python bench/core_figures.py table figures.jsonl`` prints the table.
+
+Protocols: *nucleus* draws its supports at random from the training part of DSB 2018 (ids sorted, scikit-learn's
+train_test_split(test_size=0.2, random_state=42)) and pools the foreground IoU over all test images at 384 x 384;
+*fluorescence* and *tissue* restrict supports and queries to that kind; *vnc* has planes 0, 5, 10, 14, 19 as support,
+*embryo* planes 12, 25, 38; the other planes are tested at full size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tifffile
+import torch
+from PIL import Image
+from sklearn.model_selection import train_test_split
+
+from distillfss_core.backbones import load_backbone
+from distillfss_core.config import DistillSettings
+from distillfss_core.device import choose_device
+from distillfss_core.features import EncodedSupport
+from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.io import read_image, read_labels
+from distillfss_core.metrics import Tally
+from distillfss_core.model import Segmenter
+from distillfss_core.preprocess import fit_preprocess
+from distillfss_core.sample import generate_sample
+from distillfss_core.support import SupportSet
+from distillfss_core.training import distill, iter_distill, iter_refine, untrained_teacher
+from distillfss_core.training.episodes import Episode
+from distillfss_core.training.fit import STAGES, episode_losses
+from distillfss_core.training.views import Augmentation, ViewBank, ViewCutter, class_masks
+from distillfss_core.types import IGNORE, Array, LabelledSlice
+
+PROTOCOL_SIDE = 384
+TISSUE_HUE = 8  # mean difference of red and blue from which on an image counts as stained tissue
+
+
+@dataclass(frozen=True)
+class Task:
+    """Slices to learn from and to be tested on."""
+
+    name: str
+    draw: int
+    support: SupportSet
+    queries: list[LabelledSlice]
+    side: int | None  # scores are pooled at this size; None: at the image's own
+
+
+# -- data ------------------------------------------------------------------------------------------------
+
+
+def nuclei(data: Path) -> tuple[list[str], list[str]]:
+    """Training and test ids of the Nucleus protocol."""
+    ids = sorted(p.stem for p in (data / "dsb2018" / "images").iterdir())
+    training, test = train_test_split(ids, test_size=0.2, random_state=42)
+    return list(training), list(test)
+
+
+def nucleus_slice(data: Path, name: str) -> LabelledSlice:
+    labels = read_labels(data / "dsb2018" / "labels" / f"{name}.png")
+    image = read_image(data / "dsb2018" / "images" / f"{name}.png")
+    return LabelledSlice(image[..., :3] if image.ndim == 3 else image, (labels > 0).astype(np.uint8), name)
+
+
+def kind(labelled: LabelledSlice) -> str:
+    """ "tissue" (colours differ), "fluorescence" (mostly dark) or "brightfield"."""
+    image = labelled.image.astype(float)
+    if image.ndim == 3 and np.abs(image[..., 0] - image[..., 2]).mean() > TISSUE_HUE:
+        return "tissue"
+    grey = image.mean(-1) if image.ndim == 3 else image
+    return "fluorescence" if np.median(grey) < 0.43 * 255 and grey.mean() < grey.max() / 2 else "brightfield"
+
+
+def stack(data: Path, image: str, labels: str) -> list[LabelledSlice]:
+    raw, truth = tifffile.imread(data / image), tifffile.imread(data / labels) > 0
+    return [LabelledSlice(a, b.astype(np.uint8), f"plane {z}") for z, (a, b) in enumerate(zip(raw, truth, strict=True))]
+
+
+def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
+    """The tasks asked for, made when their turn comes."""
+    for name in ("nucleus5", "nucleus50", "fluorescence5", "tissue5"):
+        if name not in only:
+            continue
+        training, test = nuclei(data)
+        queries = [nucleus_slice(data, i) for i in test]
+        what = name.rstrip("0123456789")
+        if what != "nucleus":
+            training = [i for i in training if kind(nucleus_slice(data, i)) == what]
+            queries = [q for q in queries if kind(q) == what]
+        for draw in range(draws):
+            chosen = np.random.default_rng(draw).choice(training, int(name.removeprefix(what)), replace=False)
+            support = SupportSet(tuple(nucleus_slice(data, i) for i in chosen), ("nucleus",))
+            yield Task(name, draw, support, queries, PROTOCOL_SIDE)
+    for name, files, planes in (
+        ("vnc", ("vnc/raw.tif", "vnc/mitochondria.tif"), (0, 5, 10, 14, 19)),
+        ("embryo", ("embryo_nuclei/images/cell8.tif", "embryo_nuclei/labels/cell8.tif"), (12, 25, 38)),
+    ):
+        if name in only:
+            slices = stack(data, *files)
+            support = SupportSet(tuple(slices[z] for z in planes), ("object",), planes_of_one_volume=True)
+            yield Task(name, 0, support, [s for z, s in enumerate(slices) if z not in planes], None)
+
+
+# -- accuracy --------------------------------------------------------------------------------------------
+
+
+def score(model: Segmenter, task: Task) -> dict[str, object]:
+    """Pooled and mean IoU, by kind of image where there are several, and seconds a megapixel."""
+    tallies: dict[str, Tally] = {}
+    pixels, began = 0, time.perf_counter()
+    for query in task.queries:
+        found = model.predict_labels(query.image)
+        pixels += found.size
+        for group in {"all", kind(query)}:
+            tallies.setdefault(group, Tally(1)).add(_at(found, task.side), _at(query.labels, task.side))
+    seconds = time.perf_counter() - began
+    scores = {group: tally.scores() for group, tally in tallies.items()}
+    everything = scores.pop("all")
+    return {
+        "pooled": round(float(everything.pooled.iou[0]), 4),
+        "mean": round(float(everything.mean.iou[0]), 4),
+        "by_kind": {g: [round(float(s.pooled.iou[0]), 4), s.images] for g, s in sorted(scores.items())},
+        "seconds_per_megapixel": round(seconds / pixels * 1e6, 3),
+    }
+
+
+def _at(labels: Array, side: int | None) -> Array:
+    if side is None:
+        return labels
+    return np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
+
+
+def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tuple[Segmenter, float]]]]:
+    """Name and maker of every model of a task; a maker gives the model and the seconds it took."""
+    joint: list[object] = []
+
+    def timed(make: Callable[[], Segmenter]) -> Callable[[], tuple[Segmenter, float]]:
+        def run() -> tuple[Segmenter, float]:
+            began = time.perf_counter()
+            model = make()
+            return model, time.perf_counter() - began
+
+        return run
+
+    def student(**changes: object) -> Segmenter:
+        run = iter_distill(task.support, DistillSettings(**changes))  # type: ignore[arg-type]
+        for _ in run:
+            pass
+        if not changes:
+            joint.append(run)
+        return run.result()
+
+    def refined() -> Segmenter:
+        run = iter_refine(task.support, DistillSettings())
+        for _ in run:
+            pass
+        return run.teacher()
+
+    makers: dict[str, Callable[[], Segmenter]] = {
+        "student distilled": student,
+        "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
+        "student trained directly": lambda: student(method="direct"),
+        "teacher refined": refined,
+        "teacher as is": lambda: untrained_teacher(task.support),
+        "prototype": lambda: untrained_teacher(task.support, kind="prototype"),
+        "random backbone, distilled": lambda: student(weights="random"),
+    }
+    for name, make in makers.items():
+        if name in wanted and (name != "teacher of the joint run" or "student distilled" in wanted):
+            yield name, timed(make)
+
+
+MODELS = (
+    "student distilled",
+    "teacher of the joint run",
+    "student trained directly",
+    "teacher refined",
+    "teacher as is",
+    "prototype",
+    "random backbone, distilled",
+)
+
+
+def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]) -> None:
+    known = {(r["task"], r["draw"], r["model"]) for r in _rows(out)}
+    for task in tasks(data, only, draws):
+        missing = {m for m in wanted if (task.name, task.draw, m) not in known}
+        if "teacher of the joint run" in missing:
+            missing.add("student distilled")
+        for name, make in models(task, missing):
+            model, seconds = make()
+            row = {"task": task.name, "draw": task.draw, "model": name, "zoom": model.preprocess.zoom}
+            row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": _peak_mb()}
+            _append(out, row)
+
+
+# -- cost ------------------------------------------------------------------------------------------------
+
+
+def _median_ms(function: Callable[[], object], runs: int = 15) -> float:
+    function()
+    times = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times)
+
+
+@torch.no_grad()
+def cost(out: Path, backbone_name: str, side: int) -> None:
+    """Backbone, student and teacher on one plane; a cached and an uncached training step on one episode."""
+    device = choose_device("auto")
+    backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random")
+    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval()
+    rng = np.random.default_rng(0)
+    x = torch.rand(1, 3, side, side)
+    labels = (torch.rand(5, side // 32, side // 32) < 0.2).byte()
+    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
+    features = backbone(torch.rand(5, 3, side, side))
+    keys = head.teacher.encode(EncodedSupport(features, class_masks(labels, 1), (labels != IGNORE).float()))
+    times = {
+        "backbone": _median_ms(lambda: backbone(x)),
+        "student": _median_ms(lambda: head.student_logits(backbone(x))),
+        "teacher, 5 shots encoded": _median_ms(lambda: head.teacher(backbone(x), keys)),
+    }
+    for classes in (2, 5):
+        more = FewShotHead(backbone.spec, classes, HeadForm("light", "slim", "ours", 32)).eval()
+        times[f"student, {classes} classes"] = _median_ms(lambda m=more: m.student_logits(backbone(x)))  # type: ignore[misc]
+    for name, ms in times.items():
+        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": side, "ms": round(ms, 1)}
+        _append(out, row | {"ratio_to_backbone": round(ms / times["backbone"], 2)})
+
+    # one walk over five slices, each query answered by the four others
+    slices = [LabelledSlice(rng.integers(0, 255, (256, 256), dtype=np.uint8), m[:256, :256].numpy()) for m in labels]
+    support = SupportSet(tuple(slices))
+    cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), 256, Augmentation())
+    bank = ViewBank(backbone, device, memory=1 << 30, most=5)
+    views = [cutter.cut(i, rng) for i in range(5)]
+    for view in views:
+        bank.add(view)
+    head.train()
+    walk = [Episode((i,), tuple(j for j in range(5) if j != i)) for i in range(5)]
+    settings = DistillSettings(backbone=backbone_name)
+
+    def step(cached: bool) -> None:
+        with torch.enable_grad():
+            for episode in walk:
+                if not cached:
+                    for i in (*episode.query, *episode.support):
+                        bank.replace(i, views[i])
+                losses = episode_losses(head, STAGES["joint"], bank, episode, settings)
+                torch.stack(list(losses.values())).sum().backward()
+
+    cached, fresh = _median_ms(lambda: step(True), 5), _median_ms(lambda: step(False), 5)
+    for name, ms in (("training step, cached", cached), ("training step, uncached", fresh)):
+        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": 256, "ms": round(ms, 1)}
+        _append(out, row | {"ratio_to_cached": round(ms / cached, 2)})
+
+
+def five_slices(out: Path) -> None:
+    """Five 1024 x 1024 slices to a student, in a process of its own."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import core_figures as c; c.five_slices_here()"
+    done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    _append(out, {"task": "cost", "draw": 0, "model": "five 1024 x 1024 slices"} | json.loads(done.stdout))
+
+
+def five_slices_here() -> None:
+    sample = generate_sample(planes=6, size=1024)
+    slices = [
+        LabelledSlice(i, (t > 0).astype(np.uint8), f"plane {z}")
+        for z, (i, t) in enumerate(zip(sample.image, sample.labels, strict=True))
+    ]
+    began = time.perf_counter()
+    model = distill(SupportSet(tuple(slices[:5]), planes_of_one_volume=True), DistillSettings())
+    seconds = time.perf_counter() - began
+    tally = Tally(1)
+    tally.add(model.predict_labels(slices[5].image), slices[5].labels)
+    row = {"seconds": round(seconds, 1), "pooled": round(tally.scores().iou, 4), "zoom": model.preprocess.zoom}
+    print(json.dumps(row | {"peak_mb": _peak_mb()}))
+
+
+# -- rows ------------------------------------------------------------------------------------------------
+
+
+def _peak_mb() -> int:
+    """Largest memory of this process so far, megabytes."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _append(path: Path, row: dict) -> None:
+    row = row | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def table(path: Path) -> None:
+    """Mean and spread over the draws, a line a task and model."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in _rows(path):
+        if "pooled" in row and row["task"] != "cost":
+            groups.setdefault((row["task"], row["model"]), []).append(row)
+    print(f"| {'task':13} | {'model':26} | draws | pooled IoU | mean IoU | by kind | seconds | peak MB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for (task, model), rows in groups.items():
+        pooled, mean = (statistics.mean(r[key] for r in rows) for key in ("pooled", "mean"))
+        spread = max(r["pooled"] for r in rows) - min(r["pooled"] for r in rows)
+        kinds = sorted({k for r in rows for k in r["by_kind"]})
+        by_kind = ", ".join(f"{k} {statistics.mean(r['by_kind'][k][0] for r in rows):.3f}" for k in kinds)
+        seconds, peak = statistics.median(r["seconds"] for r in rows), max(r["peak_mb"] for r in rows)
+        print(
+            f"| {task:13} | {model:26} | {len(rows)} | {pooled:.3f} ± {spread / 2:.3f} | {mean:.3f} | {by_kind} "
+            f"| {seconds:.0f} | {peak} |"
+        )
+    for row in _rows(path):
+        if row["task"] == "cost":
+            print({k: v for k, v in row.items() if k not in ("task", "draw", "torch", "machine")})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measure = commands.add_parser("accuracy")
+    measure.add_argument("data", type=Path)
+    measure.add_argument("--only", default="nucleus5,vnc,embryo,fluorescence5,tissue5,nucleus50")
+    measure.add_argument("--models", default=",".join(MODELS).replace("backbone,", "backbone;"))
+    measure.add_argument("--draws", type=int, default=3)
+    costs = commands.add_parser("cost")
+    costs.add_argument("--backbones", default="efficientnet_lite0,resnet50")
+    costs.add_argument("--side", type=int, default=512)
+    for command in (measure, costs):
+        command.add_argument("-o", "--out", type=Path, default=Path("figures.jsonl"))
+    commands.add_parser("table").add_argument("out", type=Path)
+    options = parser.parse_args()
+    if options.command == "accuracy":
+        wanted = {m.replace(";", ",") for m in options.models.split(",")}
+        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted)
+    elif options.command == "cost":
+        for name in options.backbones.split(","):
+            cost(options.out, name, options.side)
+        five_slices(options.out)
+    else:
+        table(options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,409 @@
+"""What users really give and what machines really do: each expected fault is one line, and nothing is lost."""
+
+import errno
+import os
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from distillfss_core import (
+    IGNORE,
+    DistillSettings,
+    ImageError,
+    LabelledSlice,
+    OutOfMemoryError,
+    OutputError,
+    StudentModel,
+    SupportSet,
+    SupportSetError,
+    distill,
+    io,
+)
+from distillfss_core.cli import FAULT, FINE, main
+from distillfss_core.model import Segmenter
+from distillfss_core.training.views import ViewBank
+
+FEW = ["--steps=2", "--views=2", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]
+TINY = DistillSettings(steps=2, views=2, queries=1, shots=1, crop=64, zoom="1", device="cpu")
+IMAGE = np.random.default_rng(0).integers(0, 200, (96, 96)).astype(np.uint8)
+LABELS = np.zeros((96, 96), np.uint8)
+LABELS[20:50, 30:70] = 1
+OTHER = np.random.default_rng(1).permuted(IMAGE)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, student):
+    """The current folder, with images/, labels/ (two pairs) and a model."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for name, image in (("a", IMAGE), ("b", OTHER)):
+        tifffile.imwrite(f"images/{name}.tif", image)
+        tifffile.imwrite(f"labels/{name}.tif", LABELS)
+    student.save("model.safetensors")
+    return tmp_path
+
+
+def distil(*options: str) -> int:
+    return main(["distill", "images", "labels", "-o", "new.safetensors", *FEW, *options])
+
+
+def segment(source: str, *options: str) -> int:
+    return main(["segment", source, "-m", "model.safetensors", "-o", "out.tif", "--device=cpu", *options])
+
+
+@pytest.fixture
+def fault(capsys):
+    """Check a command's exit code and give its one line on stderr."""
+
+    def check(code: int) -> str:
+        said = capsys.readouterr()
+        assert code == FAULT
+        assert said.err.count("\n") == 1, said.err
+        assert said.err.startswith("distillfss: error: ")
+        assert "Traceback" not in said.out + said.err
+        return said.err
+
+    return check
+
+
+# labels that do not make a support set
+
+
+def test_a_label_image_of_another_size(here, fault):
+    tifffile.imwrite("labels/b.tif", LABELS[:90])
+    assert "b.tif: the image is 96 x 96 but its labels are 90 x 96" in fault(distil())
+    assert not Path("new.safetensors").exists()
+
+
+def test_labels_without_any_object(here, fault):
+    for name in "ab":
+        tifffile.imwrite(f"labels/{name}.tif", np.zeros_like(LABELS))
+    assert "no slice has a pixel of class 'object'" in fault(distil())
+
+
+def test_labels_without_any_background(here, fault):
+    for name in "ab":
+        tifffile.imwrite(f"labels/{name}.tif", np.ones_like(LABELS))
+    assert "no pixel is labelled background" in fault(distil())
+
+
+def test_a_class_that_is_named_but_never_painted(here, fault):
+    assert "no slice has a pixel of class 'debris'" in fault(distil("--classes=nucleus,debris"))
+
+
+def test_a_class_that_is_painted_but_never_named(here, fault):
+    tifffile.imwrite("labels/b.tif", LABELS * 3)
+    assert "b.tif: holds the label 3, but there are 2 classes" in fault(distil("--classes=nucleus,debris"))
+
+
+def test_a_scribble_image_with_nothing_scribbled(here, fault):
+    tifffile.imwrite("labels/a.tif", LABELS + 1)
+    tifffile.imwrite("labels/b.tif", np.zeros_like(LABELS))
+    assert "b.tif: nothing is annotated" in fault(distil("--scribbles"))
+
+
+def test_bool_and_float_labels_are_labels(here, capsys):
+    np.save("labels/a.npy", LABELS > 0)
+    Path("labels/a.tif").unlink()
+    tifffile.imwrite("labels/b.tif", LABELS.astype(np.float32))
+    assert distil() == FINE
+    assert StudentModel.load("new.safetensors").training["support_shares"][1] == pytest.approx(1200 / 9216, abs=1e-5)
+
+
+def test_fractional_labels_are_none(here, fault):
+    tifffile.imwrite("labels/b.tif", LABELS.astype(np.float32) * 0.5)
+    assert "b.tif: holds 0.5" in fault(distil())
+
+
+# images that are not what they should be
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_pixels_that_are_no_number(here, fault, value):
+    image = IMAGE.astype(np.float32)
+    image[3, 4] = value
+    tifffile.imwrite("images/b.tif", image)
+    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(distil())
+    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(segment("images/b.tif"))
+    assert not Path("out.tif").exists()
+
+
+def test_a_bad_plane_is_named_and_no_half_stack_stays(here, fault):
+    stack = np.stack([IMAGE.astype(np.float32)] * 3)
+    stack[1, 0, 0] = np.nan
+    tifffile.imwrite("stack.tif", stack, photometric="minisblack")
+    assert "stack.tif plane 1: 1 of 9216 pixels" in fault(segment("stack.tif", "--uncertainty"))
+    assert not [p.name for p in here.iterdir() if "out" in p.name]
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_constant_images_are_segmented_and_learnt_from(here, value):
+    flat = np.full_like(IMAGE, value)
+    for name in "ab":
+        tifffile.imwrite(f"images/{name}.tif", flat)
+    assert distil() == FINE
+    assert segment("images/a.tif", "--probabilities") == FINE
+    assert np.isfinite(tifffile.imread("out_probabilities.tif")).all()
+    assert np.isfinite(StudentModel.load("new.safetensors").predict(flat).probabilities).all()
+
+
+def test_empty_files_and_arrays(here, fault):
+    Path("images/b.tif").write_bytes(b"")
+    assert "b.tif" in fault(distil())
+    np.save("empty.npy", np.zeros((0, 5)))
+    assert "empty.npy" in fault(segment("empty.npy"))
+    (here / "nothing").mkdir()
+    assert "holds no image" in fault(main(["segment", "nothing", "-m", "model.safetensors", "-o", "out"]))
+    assert "no label image" in fault(main(["distill", "images", "nothing", "-o", "new.safetensors"]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (2, 3), (33, 31)])
+def test_images_of_any_small_size_are_segmented(student, shape):
+    image = np.random.default_rng(2).integers(0, 255, shape).astype(np.uint16)
+    found = student.predict(image)
+    assert found.labels.shape == shape
+    np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
+
+
+def test_a_one_pixel_slice_may_be_learnt_from():
+    slices = (
+        LabelledSlice(IMAGE, LABELS, "large"),
+        LabelledSlice(np.array([[7]], np.uint8), np.array([[1]], np.uint8), "dot"),
+    )
+    model = distill(SupportSet(slices), TINY)
+    assert np.isfinite(model.predict(IMAGE).probabilities).all()
+
+
+@pytest.mark.parametrize("zoom", ["auto", "1/4"])
+def test_two_scribbled_pixels_are_little_but_no_crash(zoom):
+    labels = np.full((200, 200), IGNORE, np.uint8)
+    labels[50, 50], labels[100, 100] = 0, 1
+    image = np.tile(IMAGE, (3, 3))[:200, :200]
+    model = distill(SupportSet((LabelledSlice(image, labels, "dots"),)), replace(TINY, zoom=zoom, steps=10))
+    assert np.isfinite(model.predict(image).probabilities).all()
+
+
+def test_five_channels_are_learnt_from_and_others_refused(here, fault):
+    five = np.random.default_rng(3).integers(0, 4000, (96, 96, 5)).astype(np.uint16)
+    for name in "ab":
+        np.save(f"images/{name}.npy", five)
+        Path(f"images/{name}.tif").unlink()
+    assert distil() == FINE
+    Path("new.safetensors").rename("model.safetensors")
+    assert segment("images/a.npy") == FINE
+    tifffile.imwrite("grey.tif", IMAGE)
+    assert "grey.tif: the image has 1 channel(s), the model was made for 5" in fault(segment("grey.tif", "--overwrite"))
+    np.save("images/b.npy", five[..., :4])
+    assert "different numbers of channels" in fault(distil())
+
+
+def test_complex_pixels_are_refused(student):
+    with pytest.raises(ImageError, match="complex64"):
+        student.predict(IMAGE.astype(np.complex64))
+
+
+# very large planes
+
+LARGE = 8192
+
+
+def test_a_plane_of_8k_is_segmented_in_windows_of_bounded_size(student, monkeypatch):
+    # It looks at the plane at a quarter of its size: 16 times less to compute.
+    small = replace(student.preprocess, zoom="1/4")
+    quarter = StudentModel(student.backbone, student.head, small, ("blob",), device=student.device, halo=32)
+    windows = []
+    original = Segmenter._window
+
+    def seen(self, window):
+        windows.append(tuple(window.shape[-2:]))
+        return original(self, window)
+
+    monkeypatch.setattr(Segmenter, "_window", seen)
+    labels = quarter.predict_labels(np.tile(IMAGE, (86, 86))[:LARGE, :LARGE], tile=512)
+    assert labels.shape == (LARGE, LARGE)
+    assert labels.dtype == np.uint8
+    most = 4 * (512 + 2 * quarter.halo) + 2 * quarter.step
+    assert len(windows) == 16
+    assert max(max(window) for window in windows) <= most
+
+
+def test_the_first_tile_of_8k_needs_no_room_for_the_whole(student):
+    plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
+    next(student.iter_tiles(plane, tile=256))  # what is loaded once is loaded
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    where, found = next(student.iter_tiles(plane, tile=256))
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert found.shape == (2, where.y.inner[1], where.x.inner[1])
+    assert grown < 200_000  # kilobytes; as float32 the plane alone has 262144
+
+
+def test_a_slice_of_8k_is_learnt_from_in_crops():
+    plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
+    labels = np.zeros((LARGE, LARGE), np.uint8)
+    labels[4000:4100, 5000:5200] = 1
+    model = distill(SupportSet((LabelledSlice(plane, labels, "large"),)), TINY)
+    assert model.predict_labels(IMAGE).shape == IMAGE.shape
+
+
+# machines that fail
+
+
+def test_a_label_file_that_vanishes_after_it_was_listed(here, fault, monkeypatch):
+    listed = io.pair_files
+
+    def vanish(images, labels):
+        pairs = listed(images, labels)
+        pairs[1][1].unlink()
+        return pairs
+
+    monkeypatch.setattr(io, "pair_files", vanish)
+    assert "b.tif: no such file" in fault(distil())
+
+
+def test_an_image_that_vanishes_after_it_was_listed(here, capsys):
+    Path("images/b.tif").unlink()
+    Path("images/b.tif").symlink_to("nowhere")  # listed by its folder, but not there
+    assert main(["segment", "images", "-m", "model.safetensors", "-o", "out", "--device=cpu"]) == FAULT
+    assert capsys.readouterr().err == "distillfss: error: images/b.tif: no such file; check the name\n"
+    assert Path("out/a.tif").exists()
+
+
+def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, fault, monkeypatch):
+    old = Path("model.safetensors").read_bytes()
+    before = sorted(os.listdir())
+
+    def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    line = fault(main(["distill", "images", "labels", "-o", "model.safetensors", *FEW]))
+    assert "model.safetensors: No space left on device; free some space" in line
+    assert Path("model.safetensors").read_bytes() == old
+    assert sorted(os.listdir()) == before
+
+
+@pytest.fixture
+def little_room():
+    """Files cannot grow beyond 30 kB: writing truly fails, in the middle."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("planes", [1, 5])
+def test_a_write_that_fails_midway_keeps_the_old_results(here, fault, planes, little_room):
+    tifffile.imwrite("in.tif", np.stack([IMAGE] * planes)[:, :40, :40], compression="zlib")
+    names = ("out.tif", "out_probabilities.tif")
+    for name in names:
+        Path(name).write_bytes(b"old")
+    if planes == 1:
+        tifffile.imwrite("in.tif", IMAGE)
+    assert "cannot write out_probabilities.tif: File too large" in fault(
+        segment("in.tif", "--probabilities", "--overwrite")
+    )
+    assert [Path(name).read_bytes() for name in names] == [b"old", b"old"]
+    assert not [name for name in os.listdir() if name.startswith(".")]
+
+
+def test_a_full_disk_while_saving_from_python_is_an_output_error(here, student, little_room):
+    old = Path("model.safetensors").read_bytes()
+    with pytest.raises(OutputError, match=r"model\.safetensors"):
+        student.save("model.safetensors")
+    assert Path("model.safetensors").read_bytes() == old
+
+
+def out_of_memory_beyond(pixels: int, monkeypatch) -> list[int]:
+    """A device whose memory ends at windows of so many pixels; the list gets the sizes that were computed."""
+    original, computed = Segmenter._window, []
+
+    def window(self, window):
+        size = window.shape[-1] * window.shape[-2]
+        if size > pixels:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        computed.append(size)
+        return original(self, window)
+
+    monkeypatch.setattr(Segmenter, "_window", window)
+    return computed
+
+
+def test_out_of_memory_goes_on_in_smaller_tiles_with_the_same_answer(support, tiny, monkeypatch, caplog):
+    model = distill(support, replace(tiny, steps=30))  # steps enough to find something
+    image = np.tile(support.slices[0].image, (5, 7))
+    whole = model.predict(image)
+    assert 0.02 < whole.labels.mean() < 0.98
+    computed = out_of_memory_beyond(400 * 400, monkeypatch)
+    pieces = model.predict(image)
+    assert len(computed) > 4
+    assert "out of memory; going on with tiles of" in caplog.text
+    # The deepest features see farther than a halo: hairs by the border of a tile may fall the other way.
+    assert (pieces.labels != whole.labels).mean() < 1e-3
+    np.testing.assert_allclose(pieces.probabilities, whole.probabilities, atol=0.1)
+
+
+def test_out_of_memory_even_for_the_smallest_tile_is_a_fault(here, capsys, student, monkeypatch):
+    out_of_memory_beyond(100, monkeypatch)
+    with pytest.raises(OutOfMemoryError, match="--device cpu"):
+        student.predict(IMAGE)
+    assert segment("images/a.tif") == FAULT
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("distillfss: error: cpu has no memory left")
+    assert all(line.startswith("distillfss: warning: cpu is out of memory") for line in lines[:-1])
+    assert not Path("out.tif").exists()
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory_in_training_is_a_fault(here, fault, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ViewBank, "fill", fail)
+    assert "out of memory" in fault(distil())
+
+
+def test_a_bug_is_not_hidden(here, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(ViewBank, "fill", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        distil()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(here, fault):
+    Path("images").chmod(0)
+    try:
+        assert "images" in fault(distil())
+    finally:
+        Path("images").chmod(0o755)
+
+
+def test_an_error_of_the_system_is_one_line(here, fault, monkeypatch):
+    def denied(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "images")
+
+    monkeypatch.setattr(io, "_by_stem", denied)
+    assert fault(distil()) == "distillfss: error: images: Permission denied\n"
+
+
+def test_a_support_set_says_itself_what_is_wrong():
+    with pytest.raises(SupportSetError, match="empty"):
+        SupportSet(())
+    with pytest.raises(ImageError, match="y x x"):
+        LabelledSlice(IMAGE, LABELS[:5], "a")
+
+
+def test_the_disk_is_not_filled_with_left_overs(here):
+    assert distil() == FINE
+    assert segment("images/a.tif", "--probabilities", "--uncertainty") == FINE
+    assert not list(here.rglob(".*"))
