@@ -246,6 +246,12 @@ def _add_segment(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or .tif or .png file")
     parser.add_argument("--probabilities", action="store_true", help="write them too (float32 TIFF, a channel a class)")
     parser.add_argument("--uncertainty", action="store_true", help="write it too (float32 TIFF, 0 sure to 1 no idea)")
+    parser.add_argument(
+        "--pixel-size",
+        type=_pixel_size,
+        metavar="Y,X",
+        help="micrometres of a pixel here: zooms as the model needs, which must have been given its own",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
@@ -264,6 +270,8 @@ def _segment(args: argparse.Namespace) -> int:
     from distillfss_core.model import StudentModel
 
     model = StudentModel.load(args.model, device=args.device, weights=args.weights)
+    if args.pixel_size:
+        model = model.at_pixel_size(args.pixel_size)
     if args.input.is_dir():
         for folder in sorted({path.parent for path in written}):
             _make_folder(folder)

@@ -127,13 +127,13 @@ def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fract
     """
     if scope not in ("image", "volume"):
         raise SettingsError(f"intensity scope {scope!r} is unknown; choose image or volume")
-    counts = {1 if image.ndim == 2 or _is_grey(image) else image.shape[-1] for image in images}
+    counts = {1 if image.ndim == 2 else image.shape[-1] for image in images}
     if len(counts - {1, 3}) > 1 or (counts - {1, 3} and len(counts) > 1):
         raise ImageError(f"support images have different numbers of channels ({sorted(counts)}); give one kind")
     channels = max(counts)
     together = channels == 3
     probe = Preprocess(channels, _mix(channels, None), "image", Limits((), ()), together, str(parse_zoom(zoom)))
-    prepared = [probe.as_channels(image if channels > 1 or image.ndim == 2 else image[..., :1]) for image in images]
+    prepared = [probe.as_channels(image) for image in images]
     samples = np.concatenate([_sample(image, _SAMPLE // len(images)) for image in prepared])
     fitted = percentile_limits(samples, together=together)
     return Preprocess(channels, _mix(channels, (samples, fitted)), scope, fitted, together, probe.zoom)

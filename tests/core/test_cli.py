@@ -126,10 +126,10 @@ def test_every_setting_has_an_option_of_its_kind(command, setting):
     assert setting.name not in build_parser().parse_args(command)
 
 
-@pytest.mark.parametrize("option", ["--steps=0", "--crop=33", "--learning-rate=nan", "--left-out=all", "--zoom=7"])
+@pytest.mark.parametrize("option", ["--steps=-1", "--crop=33", "--learning-rate=nan", "--left-out=all", "--zoom=7"])
 def test_a_setting_outside_its_limits_is_a_fault(here, capsys, option):
     name = option[2:].partition("=")[0].replace("-", "_")
-    assert name in fault_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", option)
+    assert name in fault_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option)
     assert not (here / "new.safetensors").exists()
 
 
@@ -179,11 +179,12 @@ def test_scribbles_leave_pixels_out(here, capsys):
 
 
 def test_without_backbone_is_smaller_and_segments_the_same(here, capsys):
-    for name, option in (("with", []), ("without", ["--without-backbone"])):
-        assert run("distill", "images", "labels", "-o", f"{name}.safetensors", *FEW, *option) == FINE
+    as_before = ("distill", "images", "labels", *FEW, "--steps=12")
+    assert run(*as_before, "-o", "without.safetensors", "--without-backbone") == FINE
+    assert (here / "without.safetensors").stat().st_size < 0.5 * (here / "model.safetensors").stat().st_size
+    for name in ("model", "without"):
         assert run("segment", "stack.tif", "-m", f"{name}.safetensors", "-o", f"{name}.tif") == FINE
-    assert (here / "without.safetensors").stat().st_size < 0.5 * (here / "with.safetensors").stat().st_size
-    np.testing.assert_array_equal(read_stack("with.tif"), read_stack("without.tif"))
+    np.testing.assert_array_equal(read_stack("model.tif"), read_stack("without.tif"))
     capsys.readouterr()
     assert run("info", "without.safetensors") == FINE
     assert "not in the file" in capsys.readouterr().out
@@ -309,6 +310,19 @@ def test_an_image_gives_an_image_of_the_kind_asked_for(here, capsys):
     assert read_labels("out.png").shape == (96, 96)
     assert "a PNG holds one plane" in fault_of(capsys, "segment", "stack.tif", "-m", "model.safetensors", "-o", "s.png")
     assert not (here / "s.png").exists()
+
+
+def test_a_pixel_size_zooms_as_the_model_needs(here, capsys):
+    model = StudentModel.load("model.safetensors")
+    segment = ("segment", "images/plane_0.tif", "-m", "sized.safetensors", "--pixel-size=0.25,0.25", "-o")
+    model.save("sized.safetensors")
+    assert "pixel size" in fault_of(capsys, *segment, "out.tif")
+    model.pixel_size = (0.5, 0.5)
+    model.save("sized.safetensors")
+    assert run(*segment, "out.tif") == FINE
+    expected = model.at_pixel_size((0.25, 0.25)).predict_labels(read_image("images/plane_0.tif"))
+    np.testing.assert_array_equal(read_labels("out.tif"), expected)
+    assert (expected != model.predict_labels(read_image("images/plane_0.tif"))).any()
 
 
 def test_an_array_file_may_be_an_image_or_a_stack(here):

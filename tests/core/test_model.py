@@ -12,11 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from conftest import blobs
 from distillfss_core.errors import ImageError, ModelFileError, OutputError, SettingsError
 from distillfss_core.model import StudentModel, read_card, read_thumbnails
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill
+from pictures import blobs
 
 IMAGE = blobs(20, 120).image
 

@@ -65,6 +65,7 @@ def test_grey_and_rgb_are_turned_into_one_another() -> None:
     torch.testing.assert_close(_tensor(grey_model, rgb), _tensor(grey_model, GREY))
     with pytest.raises(ImageError, match="3 channel"):
         grey_model.as_channels(coloured, "photo.png")
+    assert fit_preprocess([rgb]).channels == 3  # saved as RGB: colour images may follow
     mixed = fit_preprocess([GREY, coloured])
     assert mixed.channels == 3
     assert _tensor(mixed, GREY).shape == (3, 40, 50)

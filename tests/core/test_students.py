@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity import PublishedCase
 from torch import nn
 
 from distillfss_core.decoder import Decoder, PublishedDecoder, SlimDecoder
 from distillfss_core.features import CoarseMaps, FeaturePyramid, merge_classes
 from distillfss_core.students import ConvDist, LightConvDist, Student
+from published import PublishedCase
 
 CHANNELS, BLOCKS, SKIPS = (8, 12, 16), (2, 3, 2), (4, 6, 8)
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import PublishedCase
 from torch import Tensor
 
 from distillfss_core.decoder import PublishedDecoder, SlimDecoder
 from distillfss_core.features import EncodedSupport, FeaturePyramid
-from distillfss_core.teachers import PUBLISHED, DcamaSettings, DcamaTeacher, PrototypeTeacher, vote
+from distillfss_core.teachers import PUBLISHED, DcamaSettings, DcamaTeacher, PrototypeTeacher, VotingTeacher, vote
 from distillfss_core.teachers.dcama import attend, mask_tokens, weigh_keys
+from published import PublishedCase
 
 CHANNELS, BLOCKS, SKIPS = (32, 48, 64), (2, 3, 2), (4, 6, 32)
 
@@ -68,6 +68,7 @@ TEACHERS = [
     pytest.param(_dcama, id="dcama"),
     pytest.param(lambda: _dcama(DcamaSettings(max_keys=64)), id="dcama-thinned"),
     pytest.param(PrototypeTeacher, id="prototype"),
+    pytest.param(lambda: VotingTeacher(_dcama(), 1), id="voting"),
 ]
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import blobs
 from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
@@ -19,6 +18,7 @@ from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, untrained_teacher
 from distillfss_core.training.views import PLAIN, Augmentation, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE, LabelledSlice
+from pictures import blobs
 
 
 def _weights(model) -> torch.Tensor:

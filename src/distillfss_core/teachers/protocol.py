@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -16,6 +16,7 @@ class SupportKeys:
     """An encoded support set in the form that one kind of teacher asks; opaque to everybody else."""
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A segmenter that is told by examples what to look for."""
 

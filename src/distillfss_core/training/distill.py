@@ -23,7 +23,7 @@ from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.model import FewShotModel, StudentModel, thumbnails
 from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
 from distillfss_core.support import SupportSet
-from distillfss_core.teachers import PrototypeTeacher, Teacher
+from distillfss_core.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter, class_masks
 from distillfss_core.training.zoom import choose_zoom
@@ -31,6 +31,7 @@ from distillfss_core.types import IGNORE, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS, AUTO_STEPS_PER_SLICE = 250, 8  # for up to five slices, and for each one more
+AGAIN = 5  # a warm start takes a fifth of the steps
 SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
 
 
@@ -44,8 +45,8 @@ class DistillRun(Iterator[TrainStep]):
     support : SupportSet
     settings : DistillSettings
     start : StudentModel, optional
-        Warm start: go on from this student's weights, zoom and intensity ("refine again"). Its backbone, form and
-        classes must be the settings' and the support's.
+        Warm start: go on from this student's weights, in its form, on its backbone, with its zoom and intensity
+        ("refine again"). Its classes must be the support's.
     teacher_only : bool
         TransferFSS: refine the teacher and distil nothing.
     """
@@ -64,11 +65,12 @@ class DistillRun(Iterator[TrainStep]):
         self._left_out_index = _left_out_index(settings, support)
         self.backbone = start.backbone if start else load_backbone(settings.backbone, settings.weights)
         self.backbone.to(self.device.torch)
-        self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=settings.views)
+        self._slices = [i for i in range(len(support)) if i != self._left_out_index]
+        self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
+        views = min(settings.views, self._steps * settings.queries)
+        self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
-        with seeded(settings.seed):
-            form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
-            self.head = _start_head(FewShotHead(self.backbone.spec, support.classes, form), support, start)
+        self.head = _start_head(start, support) if start else _new_head(settings, self.backbone, support)
         self.head.to(self.device.torch)
         augmentation = replace(Augmentation(), polarity=settings.polarity)
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation)
@@ -93,10 +95,8 @@ class DistillRun(Iterator[TrainStep]):
         self._generator.close()
 
     def _run(self, start: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
-        slices = [i for i in range(len(self.support)) if i != self._left_out_index]
         left_out = self._left_out()
-        rng = np.random.default_rng(self.settings.seed)
-        self._bank.fill(self._cutter, slices, rng)
+        self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
         if isinstance(self.head.decoder, SlimDecoder) and start is None:
             self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
             self._best = Best(self.head)
@@ -105,7 +105,6 @@ class DistillRun(Iterator[TrainStep]):
             if teacher_only
             else {"two-stage": ["refine", "distil"]}.get(self.settings.method, [self.settings.method])
         )
-        steps = self.settings.steps or AUTO_STEPS + AUTO_STEPS_PER_SLICE * max(0, len(slices) - 5)
         fixed = None
         for stage in stages:
             if stage == "distil":
@@ -114,7 +113,7 @@ class DistillRun(Iterator[TrainStep]):
                 self._best = Best(self.head)
             judge = left_out if stage != "refine" else None
             yield from iter_fit(
-                self.head, stage, self._bank, self._cutter, self.settings, steps, judge, self._best, fixed
+                self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
             )
 
     def _left_out(self) -> LeftOut | None:
@@ -211,20 +210,24 @@ def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewS
 
 
 def untrained_teacher(
-    support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama"
+    support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
 ) -> FewShotModel:
-    """A teacher that answers at once: DCAMA as it comes, or prototypes (kind "prototype")."""
+    """A teacher that answers at once: DCAMA as it comes, or prototypes (kind "prototype").
+
+    With ``voting`` every support view answers for itself and the surest one counts; otherwise all views stand in one
+    attention.
+    """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
     backbone = load_backbone(settings.backbone, settings.weights).to(device.torch)
     bank = ViewBank(backbone, device, memory=1, most=1)
     preprocess, _ = _fit_preprocess(support, settings, bank, None)
-    if kind == "prototype":
-        return _tell(PrototypeTeacher(), backbone, preprocess, support, settings, device)
-    with seeded(settings.seed):
-        form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
-        head = FewShotHead(backbone.spec, support.classes, form).to(device.torch).eval()
-    return _tell(head.teacher, backbone, preprocess, support, settings, device)
+    teacher: Teacher = PrototypeTeacher()
+    if kind == "dcama":
+        teacher = _new_head(settings, backbone, support).to(device.torch).eval().teacher
+    if voting:
+        teacher = VotingTeacher(teacher)
+    return _tell(teacher, backbone, preprocess, support, settings, device)
 
 
 def _tell(
@@ -275,10 +278,19 @@ def _fit_preprocess(
     return replace(preprocess, zoom=str(zoom)), scores
 
 
-def _start_head(head: FewShotHead, support: SupportSet, start: StudentModel | None) -> FewShotHead:
-    if start is None:
-        return head
-    if start.class_names != support.class_names:
+def _auto_steps(slices: int, *, again: bool) -> int:
+    steps = AUTO_STEPS + AUTO_STEPS_PER_SLICE * max(0, slices - 5)
+    return steps // AGAIN if again else steps
+
+
+def _new_head(settings: DistillSettings, backbone: Backbone, support: SupportSet) -> FewShotHead:
+    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+    with seeded(settings.seed):
+        return FewShotHead(backbone.spec, support.classes, form)
+
+
+def _start_head(start: StudentModel, support: SupportSet) -> FewShotHead:
+    if start.class_names != tuple(support.class_names):
         raise SupportSetError(
             f"the student to start from knows the classes {list(start.class_names)}, the support set has "
             f"{list(support.class_names)}; give the same classes, or start afresh"

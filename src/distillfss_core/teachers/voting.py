@@ -1,0 +1,45 @@
+"""Many shots by voting: the support in groups, each answering for itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
+from distillfss_core.teachers.protocol import SupportKeys, Teacher, vote
+
+
+@dataclass(frozen=True, eq=False)
+class VotingKeys(SupportKeys):
+    """The keys of every group."""
+
+    groups: tuple[SupportKeys, ...]
+
+
+class VotingTeacher:
+    """A teacher of teachers: `vote` decides between groups of shots, coarse maps are averaged over them.
+
+    Without it, shots are concatenated: all their tokens stand in one attention.
+
+    Parameters
+    ----------
+    teacher : Teacher
+    group : int
+        Shots a group.
+    """
+
+    def __init__(self, teacher: Teacher, group: int = 1) -> None:
+        self.teacher, self.group = teacher, group
+
+    def encode(self, support: EncodedSupport) -> VotingKeys:
+        """Encode every group; groups in which nothing is annotated have no vote."""
+        starts = range(0, support.features.batch, self.group)
+        groups = [support[start : start + self.group] for start in starts]
+        return VotingKeys(tuple(self.teacher.encode(g) for g in groups if bool((g.valid > 0).any())))
+
+    def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        assert isinstance(keys, VotingKeys)
+        found = [self.teacher(query, group) for group in keys.groups]
+        coarse = [torch.stack(maps).mean(0) for maps in zip(*(f.coarse for f in found), strict=True)]
+        return Prediction(CoarseMaps(*coarse), vote([f.logits for f in found]))
