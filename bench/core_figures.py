@@ -77,7 +77,8 @@ def nuclei(data: Path) -> tuple[list[str], list[str]]:
 def nucleus_slice(data: Path, name: str) -> LabelledSlice:
     labels = read_labels(data / "dsb2018" / "labels" / f"{name}.png")
     image = read_image(data / "dsb2018" / "images" / f"{name}.png")
-    return LabelledSlice(image[..., :3] if image.ndim == 3 else image, (labels > 0).astype(np.uint8), name)
+    rgb = image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
+    return LabelledSlice(rgb, (labels > 0).astype(np.uint8), name)
 
 
 def kind(labelled: LabelledSlice) -> str:
@@ -181,7 +182,7 @@ def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tup
         "teacher refined": refined,
         "teacher as is": lambda: untrained_teacher(task.support),
         "prototype": lambda: untrained_teacher(task.support, kind="prototype"),
-        "random backbone, distilled": lambda: student(weights="random"),
+        "student on a random backbone": lambda: student(weights="random"),
     }
     for name, make in makers.items():
         if name in wanted and (name != "teacher of the joint run" or "student distilled" in wanted):
@@ -195,7 +196,7 @@ MODELS = (
     "teacher refined",
     "teacher as is",
     "prototype",
-    "random backbone, distilled",
+    "student on a random backbone",
 )
 
 
@@ -348,7 +349,7 @@ def main() -> None:
     measure = commands.add_parser("accuracy")
     measure.add_argument("data", type=Path)
     measure.add_argument("--only", default="nucleus5,vnc,embryo,fluorescence5,tissue5,nucleus50")
-    measure.add_argument("--models", default=",".join(MODELS).replace("backbone,", "backbone;"))
+    measure.add_argument("--models", default=",".join(MODELS))
     measure.add_argument("--draws", type=int, default=3)
     costs = commands.add_parser("cost")
     costs.add_argument("--backbones", default="efficientnet_lite0,resnet50")
@@ -358,8 +359,7 @@ def main() -> None:
     commands.add_parser("table").add_argument("out", type=Path)
     options = parser.parse_args()
     if options.command == "accuracy":
-        wanted = {m.replace(";", ",") for m in options.models.split(",")}
-        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted)
+        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, set(options.models.split(",")))
     elif options.command == "cost":
         for name in options.backbones.split(","):
             cost(options.out, name, options.side)

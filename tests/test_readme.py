@@ -53,8 +53,11 @@ def own_data(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys):
+def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys, monkeypatch):
     from distillfss_core.cli import main
+    from distillfss_core.model import Segmenter
+
+    monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)  # takes longer than these trainings
 
     few = ["--steps=2", "--views=4", "--queries=1", "--shots=1", "--crop=64", "--zoom=1"]
     for arguments in commands(readme):

@@ -75,7 +75,11 @@ class DistillSettings:
         "image: percentiles of each image; volume: those of the support; auto: volume for planes of one stack.",
         choices=("auto", "image", "volume"),
     )
-    polarity: float = _setting(0.0, "Polarity", "Probability of inverting a view.", low=0.0, high=1.0)
+    polarity: str = _setting(
+        "auto",
+        "Polarity",
+        "Probability of inverting a view; auto: 0.3, but 0 for planes of one stack.",
+    )
     views: int = _setting(192, "Views", "Augmented views whose features are kept, at most.", low=2, high=1_000_000)
     cache_mb: int = _setting(600, "Cache", "Megabytes for kept features, at most.", low=1, high=1_000_000)
     left_out: str = _setting(
@@ -94,6 +98,13 @@ class DistillSettings:
             _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
         if self.left_out not in ("auto", "none") and not self.left_out.isdigit():
             raise SettingsError(f"left_out is {self.left_out!r}; give auto, none or the number of a slice")
+        if self.polarity != "auto":
+            try:
+                good = 0.0 <= float(self.polarity) <= 1.0
+            except ValueError:
+                good = False
+            if not good:
+                raise SettingsError(f"polarity is {self.polarity!r}; give auto or a probability from 0 to 1")
         if self.crop % 32:
             raise SettingsError(f"crop is {self.crop}; give a multiple of 32")
 

@@ -153,10 +153,10 @@ class SlimDecoder(Decoder):
     (stride 2 where the backbone has it: small objects need it). What is computed from the query alone is
     computed once for all classes::
 
-        deep --conv--up--+--conv--up--+--conv--up--+--conv--conv--up--+--conv-- ... -- logits
-        mid  ------conv--'            |            |                  |
-        fine ------------------conv---'            |                  |
-        skips (query only) ------------------------1x1----------------1x1
+        deep --conv--up--+--conv--up--+--conv--+--conv--up--+--conv--conv--up--+--1x1-- logits
+        mid  ------conv--'            |        |            |                  |
+        fine ------------------conv---'        |            |                  |
+        skips (query only) -------------------1x1----------1x1----------------1x1
 
     Before any training its answer is the mean of the coarse maps against ``neutral`` (its last layer
     starts at zero), so a teacher whose attention means something already segments.
@@ -192,8 +192,9 @@ class SlimDecoder(Decoder):
         widths = [width // 4 if level == 0 and len(skip_channels) > 1 else width for level in range(len(skip_channels))]
         above = [*widths[1:], width]
         self.skips = nn.ModuleList(SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True))
-        self.mixers = nn.ModuleList(_conv(a, w) for a, w in zip(above, widths, strict=True))
-        self.refine = nn.ModuleList(_conv(w, w) for w in widths)
+        kernels = [3 if level == 0 else 1 for level in range(len(widths))]
+        self.mixers = nn.ModuleList(_conv(a, w, k) for a, w, k in zip(above, widths, kernels, strict=True))
+        self.refine = nn.ModuleList(_conv(w, w) for w in widths[1:])  # not at the finest level: costly, no gain
         self.out = _conv(widths[0], 2, 1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None
@@ -220,11 +221,10 @@ class SlimDecoder(Decoder):
             from_query = self.skips[level](skips[level])
             x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
             x = F.relu_((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
-            x = F.relu_(x + self.refine[level](x))
-        evidence = sum(
-            gain * _resize((maps - self.neutral).mean(1, keepdim=True), x)
-            for gain, maps in zip(self.gain, (fine, mid, deep), strict=True)
-        )
+            if level > 0:
+                x = F.relu_(x + self.refine[level - 1](x))
+        means = (_resize((maps - self.neutral).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
+        evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
         logits = self.out(x) + torch.cat([-evidence, evidence], 1)
         return F.interpolate(logits, query.size, mode="bilinear", align_corners=False).unflatten(0, (b, k))
 

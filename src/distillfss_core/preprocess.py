@@ -92,9 +92,11 @@ class Preprocess:
 
     def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
         """Normalise a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
-        x = torch.from_numpy(np.ascontiguousarray(crop, dtype=np.float32)).movedim(-1, 0)
-        low, high = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (limits.low, limits.high))
-        x = ((x - low) / (high - low)).clamp_(0, 1)
+        exact = np.float32 if crop.dtype.itemsize <= 2 else np.float64  # small changes on a large offset survive
+        pixels: Array = crop.astype(exact)
+        low: Array = np.array(limits.low, exact)
+        scaled = np.clip((pixels - low) / (np.array(limits.high, exact) - low), 0, 1).astype(np.float32)
+        x = torch.from_numpy(scaled).movedim(-1, 0).contiguous()
         if self.channels == 1:
             return x.expand(3, -1, -1).contiguous()
         mix = torch.tensor(self.mix, dtype=torch.float32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distillfss_core.errors import SupportSetError
-from distillfss_core.types import IGNORE, MAX_CLASSES, LabelledSlice
+from distillfss_core.types import IGNORE, MAX_CLASSES, Array, LabelledSlice
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class SupportSet:
         self._check_names()
         if not self.slices:
             raise SupportSetError("the support set is empty; annotate at least one slice")
-        counts = np.stack([np.bincount(s.labels.ravel(), minlength=IGNORE + 1) for s in self.slices])
+        counts = np.stack([_count_labels(s.labels) for s in self.slices])
         known = len(self.class_names) + 1
         for labelled, row in zip(self.slices, counts, strict=True):
             beyond = np.flatnonzero(row[known:IGNORE]) + known
@@ -82,8 +82,15 @@ class SupportSet:
 
     def shares(self) -> np.ndarray:
         """Share of the annotated pixels that each class (background first) has, over all slices. Shape (k + 1,)."""
-        counts = sum(np.bincount(s.labels.ravel(), minlength=IGNORE + 1)[: self.classes + 1] for s in self.slices)
-        return np.asarray(counts / np.sum(counts))
+        counts = np.sum([_count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)
+        return np.asarray(counts / counts.sum())
+
+
+def _count_labels(labels: Array) -> Array:
+    """Pixels of each of the 256 labels; block by block, since bincount works on eight-byte copies."""
+    flat = labels.reshape(-1)
+    blocks = (flat[i : i + (1 << 20)] for i in range(0, flat.size, 1 << 20))
+    return np.sum([np.bincount(block, minlength=IGNORE + 1) for block in blocks], axis=0)
 
 
 def load_support(

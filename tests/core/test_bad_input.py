@@ -36,6 +36,14 @@ LABELS[20:50, 30:70] = 1
 OTHER = np.random.default_rng(1).permuted(IMAGE)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def halos_are_not_measured(student):
+    """To measure a halo takes longer than such a small training; the tests of models and trainings do it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segmenter, "fit_halo", lambda self, image: None)
+        yield
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch, student):
     """The current folder, with images/, labels/ (two pairs) and a model."""
@@ -338,6 +346,7 @@ def out_of_memory_beyond(pixels: int, monkeypatch) -> list[int]:
 
 def test_out_of_memory_goes_on_in_smaller_tiles_with_the_same_answer(support, tiny, monkeypatch, caplog):
     model = distill(support, replace(tiny, steps=30))  # steps enough to find something
+    model.halo = 96
     image = np.tile(support.slices[0].image, (5, 7))
     whole = model.predict(image)
     assert 0.02 < whole.labels.mean() < 0.98

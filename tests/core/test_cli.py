@@ -16,10 +16,18 @@ from PIL import Image
 from distillfss_core import DistillSettings, SettingsError, generate_sample
 from distillfss_core.cli import FAULT, FINE, INTERRUPTED, USAGE, build_parser, main
 from distillfss_core.io import read_image, read_labels, read_stack, write_labels
-from distillfss_core.model import StudentModel
+from distillfss_core.model import Segmenter, StudentModel
 from distillfss_core.training import DistillRun
 
 FEW = ["--steps=3", "--views=4", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def halos_are_not_measured():
+    """To measure a halo takes longer than such a small training; the tests of models and trainings do it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Segmenter, "fit_halo", lambda self, image: None)
+        yield
 
 
 @pytest.fixture(scope="module")

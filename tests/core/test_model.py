@@ -164,7 +164,7 @@ def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) 
     scaled = model.at_pixel_size((0.25, 0.25))
     assert scaled.preprocess.zoom == "1/2"
     expected = np.repeat(np.repeat(model.predict_labels(coarse.image), 2, 0), 2, 1)
-    assert (scaled.predict_labels(fine) == expected).mean() > 0.97
+    assert (scaled.predict_labels(fine) == expected).mean() > 0.95
     assert model.preprocess.zoom == "1"
     with pytest.raises(SettingsError, match="positive"):
         model.at_pixel_size((0.0, 1.0))

@@ -216,6 +216,7 @@ def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() 
         ({"seed": -1}, "seed"),
         ({"device": "tpu"}, "device"),
         ({"zoom": "9"}, "zoom 9"),
+        ({"polarity": "2"}, "polarity is '2'; give auto or a probability"),
         ({"backbone": "vgg"}, "vgg"),
     ],
 )

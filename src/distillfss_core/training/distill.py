@@ -31,6 +31,7 @@ from distillfss_core.types import IGNORE, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS, AUTO_STEPS_PER_SLICE = 250, 8  # for up to five slices, and for each one more
+AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
 SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
 
@@ -72,11 +73,10 @@ class DistillRun(Iterator[TrainStep]):
         self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
         self.head = _start_head(start, support) if start else _new_head(settings, self.backbone, support)
         self.head.to(self.device.torch)
-        augmentation = replace(Augmentation(), polarity=settings.polarity)
-        self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation)
+        self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
         self._best = Best(self.head)
         self._refined: FewShotHead | None = None
-        self._steps_done = 0
+        self._steps_done, self._finished = 0, False
         self._scores: list[float] = []
         self._generator = self._run(start, teacher_only)
 
@@ -115,6 +115,7 @@ class DistillRun(Iterator[TrainStep]):
             yield from iter_fit(
                 self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
             )
+        self._finished = True
 
     def _left_out(self) -> LeftOut | None:
         if self._left_out_index is None:
@@ -129,7 +130,7 @@ class DistillRun(Iterator[TrainStep]):
         return head.eval()
 
     def result(self) -> StudentModel:
-        """The best student so far, with its card; it shares nothing with the training."""
+        """The best student so far, with its card. Its halo is measured once the training has ended, and wide before."""
         record = {
             "method": self.settings.method,
             "steps": self._steps_done,
@@ -153,7 +154,8 @@ class DistillRun(Iterator[TrainStep]):
             thumbnails=thumbnails(self.support),
             device=self.device,
         )
-        model.fit_halo(self.support.slices[len(self.support) // 2].image)
+        if self._finished:
+            model.fit_halo(self.support.slices[len(self.support) // 2].image)
         return model
 
     def teacher(self) -> FewShotModel:
@@ -276,6 +278,12 @@ def _fit_preprocess(
     preprocess = fit_preprocess(images, scope=scope)
     zoom, scores = choose_zoom(support, preprocess, bank, settings.seed)
     return replace(preprocess, zoom=str(zoom)), scores
+
+
+def _augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+    if settings.polarity != "auto":
+        return Augmentation(polarity=float(settings.polarity))
+    return Augmentation(polarity=0.0 if support.planes_of_one_volume else AUTO_POLARITY)
 
 
 def _auto_steps(slices: int, *, again: bool) -> int:

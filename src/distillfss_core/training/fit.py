@@ -31,7 +31,7 @@ from distillfss_core.types import IGNORE, TrainStep
 
 PATIENCE = 5  # looks at the left-out slice without a better one, then training stops
 REFRESH = 4  # steps between two fresh views
-TRAIN_KEYS = 512  # support keys a stage in a training step; another draw in every step
+TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,7 @@ class ViewCutter:
             x = torch.from_numpy(np.pad(x[0].numpy(), ((0, 0), *margins), mode="symmetric"))[None]
         size = (self.size, self.size)
         x = resize(x, size)[0]
-        rows = _nearest(y.shape[0], self.size)
-        y = y[rows][:, _nearest(y.shape[1], self.size)]
-        target = torch.from_numpy(np.ascontiguousarray(y))
+        target = torch.from_numpy(resize_labels(y, self.size))
         if augmentation.turn:
             turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
             x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
@@ -169,11 +167,13 @@ def _recolour(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Gener
 
 def _anchors(labels: Array, classes: int, most: int = 4096) -> list[Array]:
     """For each class, background first, up to ``most`` of its pixels (y, x), evenly spaced."""
+    step = max(1, labels.shape[0] * labels.shape[1] >> 22)  # of a huge slice, every so many-th row is looked at first
     found = []
     for value in range(classes + 1):
-        points = np.flatnonzero(labels == value)
-        points = points[:: max(1, -(-len(points) // most))]
-        found.append(np.stack(np.unravel_index(points, labels.shape), 1))
+        points = np.argwhere(labels[::step] == value) * (step, 1)
+        if not len(points) and step > 1:
+            points = np.argwhere(labels == value)
+        found.append(points[:: max(1, -(-len(points) // most))])
     return found
 
 
@@ -191,8 +191,18 @@ def _starts(length: int, side: int) -> list[int]:
     return [round(i * (length - side) / (count - 1)) for i in range(count)]
 
 
-def _nearest(length: int, size: int) -> Array:
-    return np.minimum(((np.arange(size) + 0.5) * length / size).astype(int), length - 1)
+def resize_labels(labels: Array, size: int) -> Array:
+    """Labels "y x" brought to "size size" by the nearest pixel; where they shrink, no annotated pixel gets lost among
+    unannotated ones (a scribble is often one pixel wide)."""
+    rows, columns = (np.minimum(((np.arange(size) + 0.5) * n / size).astype(int), n - 1) for n in labels.shape)
+    small = np.ascontiguousarray(labels[rows][:, columns])
+    if size < max(labels.shape) and (labels == IGNORE).any():
+        y, x = np.nonzero(labels != IGNORE)
+        at = (y * size // labels.shape[0], x * size // labels.shape[1])
+        scattered = np.full_like(small, IGNORE)
+        scattered[at] = labels[y, x]
+        small = np.where(small == IGNORE, scattered, small)
+    return small
 
 
 class ViewBank:
@@ -248,7 +258,7 @@ class ViewBank:
         return self.encode([view]).map(lambda block: block.half())
 
     def pyramid(self, indices: Sequence[int]) -> FeaturePyramid:
-        return cat_pyramids([self.features[i] for i in indices]).map(_as_float)
+        return cat_pyramids([self.features[i].map(_as_float) for i in indices])
 
     def labels(self, indices: Sequence[int]) -> UInt8[Tensor, "b h w"]:
         return torch.stack([self._labels[i] for i in indices])
