@@ -22,6 +22,9 @@ def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
 class Decoder(nn.Module):
     """What teacher and student need of a decoder."""
 
+    support_skip = False  # whether it reads the support's features too
+    local = True  # whether the answer at a pixel depends on a bounded neighbourhood only
+
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
@@ -46,6 +49,8 @@ class PublishedDecoder(Decoder):
 
     Source: Shi et al., DCAMA, ECCV 2022, section 3 and published implementation.
     """
+
+    local = False  # GroupNorm and align_corners look at the whole tile
 
     def __init__(
         self,

@@ -60,12 +60,19 @@ class Segmenter:
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         raise NotImplementedError
 
+    @property
+    def local(self) -> bool:
+        """Whether tiles agree with one another as they are; otherwise they overlap and are blended."""
+        raise NotImplementedError
+
     def fit_halo(self, image: Array) -> None:
         """Set ``halo`` to the smallest of `HALOS` whose tiles give the labels of the whole.
 
         It is measured on a corner of ``image`` in small tiles (mirrored where the image is smaller), so the larger
         tiles of a real prediction do better.
         """
+        if not self.local:
+            return
         side = round(3 * 192 / self.preprocess.zoom_factor)
         plane = self.preprocess.as_channels(image)[:side, :side]
         plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
@@ -102,13 +109,18 @@ class Segmenter:
             If even the smallest tile does not fit into the device's memory.
         """
         check_image(image)
-        probabilities = np.empty((len(self.class_names) + 1, *image.shape[:2]), np.float32)
-        for where, found in self.iter_tiles(image, tile=tile):
-            probabilities[:, where.inner[0], where.inner[1]] = found
+        if self.local:
+            probabilities = np.empty((len(self.class_names) + 1, *image.shape[:2]), np.float32)
+            for where, found in self.iter_tiles(image, tile=tile):
+                probabilities[:, where.inner[0], where.inner[1]] = found
+        else:
+            probabilities = self._blended(image, tile)
         return Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
 
     def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
-        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are never held."""
+        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are not held (unless they are blended)."""
+        if not self.local:
+            return self.predict(image, tile=tile).labels
         check_image(image)
         labels = np.empty(image.shape[:2], np.uint8)
         for where, found in self.iter_tiles(image, tile=tile):
@@ -116,7 +128,23 @@ class Segmenter:
         return labels
 
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
-        """Tiles and the probabilities "k+1 y x" of their inner parts, row by row.
+        """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
+        for where, found in self._windows(image, tile):
+            yield where, found[:, where.crop[0], where.crop[1]]
+
+    def _blended(self, image: Array, tile: int) -> npt.NDArray[np.float32]:
+        """Probabilities in which neighbouring windows fade into one another across their halos."""
+        total = np.zeros((len(self.class_names) + 1, *image.shape[:2]), np.float32)
+        weight = np.zeros(image.shape[:2], np.float32)
+        for where, found in self._windows(image, tile):
+            fade = where.y.fade()[:, None] * where.x.fade()
+            total[:, where.outer[0], where.outer[1]] += found * fade
+            weight[where.outer] += fade
+        total /= weight
+        return total
+
+    def _windows(self, image: Array, tile: int) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+        """Tiles and the probabilities of their whole windows.
 
         Where the device runs out of memory, the rest goes on in smaller tiles (a warning says so).
         """
@@ -129,7 +157,7 @@ class Segmenter:
             where = todo[0]
             try:
                 window = self.preprocess.to_tensor(plane[where.outer], limits)
-                found = self._window(window)[:, where.crop[0], where.crop[1]].cpu().numpy()
+                found = self._window(window).cpu().numpy()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -200,6 +228,10 @@ class FewShotModel(Segmenter):
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
         self.teacher, self.keys = teacher, keys
 
+    @property
+    def local(self) -> bool:
+        return self.teacher.local
+
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.teacher(query, self.keys).logits
 
@@ -238,6 +270,10 @@ class StudentModel(Segmenter):
         self.training = training or {}
         self.thumbnails = thumbnails
         self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
+
+    @property
+    def local(self) -> bool:
+        return self.head.decoder.local
 
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.head.student_logits(query)

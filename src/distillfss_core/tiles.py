@@ -17,6 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 
 @dataclass(frozen=True)
 class Span:
@@ -29,6 +32,15 @@ class Span:
     def crop(self) -> slice:
         """Where the inner part lies within the window."""
         return slice(self.inner[0] - self.outer[0], self.inner[1] - self.outer[0])
+
+    def fade(self) -> npt.NDArray[np.float32]:
+        """Weights over the window that fade out towards its ends; those of two neighbours add up to one."""
+        at = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5
+        weights = np.ones_like(at)
+        for halo, distance in ((self.crop.start, at), (self.outer[1] - self.inner[1], at[::-1])):
+            if halo:
+                weights = weights * np.minimum(distance / (2 * halo), 1)
+        return weights
 
 
 @dataclass(frozen=True)

@@ -173,3 +173,18 @@ def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) 
 def test_a_student_without_pixel_size_says_so(student) -> None:
     with pytest.raises(SettingsError, match="without a pixel size"):
         student.at_pixel_size((1.0, 1.0))
+
+
+def test_the_published_form_is_blended_across_tiles(support, tiny) -> None:
+    forms = {"student": "published", "decoder": "published", "teacher": "published"}
+    model = distill(support, replace(tiny, steps=20, **forms))
+    assert not model.local
+    model.halo = 64
+    image = blobs(10, 256).image
+    cut = {t.y.inner[0] - 1 for t, _ in model.iter_tiles(image, tile=128)} - {-1}
+    tiles = np.concatenate([p for t, p in model.iter_tiles(image, tile=128) if t.x.inner[0] == 0], 1)[1]
+    blended = model.predict(image, tile=128).probabilities[1, :, : tiles.shape[1]]
+    hard, soft = (np.abs(np.diff(p, axis=0))[sorted(cut)].mean() for p in (tiles, blended))
+    assert cut
+    assert soft < hard
+    assert np.array_equal(model.predict_labels(image, tile=128), model.predict(image, tile=128).labels)

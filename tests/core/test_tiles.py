@@ -33,3 +33,14 @@ def test_no_window_is_needlessly_large(length: int, tile: int, halo: int) -> Non
     step = 32
     most = (-(-tile // step) + 2 * -(-halo // step)) * step
     assert all(span.outer[1] - span.outer[0] <= most for span in split_axis(length, tile, halo, step))
+
+
+@given(lengths, sides, st.integers(1, 90))
+def test_fading_windows_add_up_to_one(length: int, tile: int, halo: int) -> None:
+    spans = split_axis(length, max(tile, 2 * halo + 64), halo, 32)
+    total = np.zeros(length)
+    for span in spans:
+        total[slice(*span.outer)] += span.fade()
+    if len(spans) < 2 or spans[-1].inner[1] - spans[-1].inner[0] >= 2 * halo + 32:
+        np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert (total > 0).all()

@@ -162,7 +162,7 @@ class DcamaKeys(SupportKeys):
 
     stages: tuple[StageKeys, ...]
     present: Bool[Tensor, " k"]
-    skips: FeaturePyramid
+    features: FeaturePyramid | None
 
 
 class DcamaTeacher(nn.Module):
@@ -182,6 +182,11 @@ class DcamaTeacher(nn.Module):
         self.settings = settings
         self.decoder = decoder
         self.DCAMA_blocks = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
+
+    @property
+    def local(self) -> bool:
+        """Positions and the published decoder depend on the tile as a whole."""
+        return self.decoder.local and not self.settings.position
 
     def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> DcamaKeys:
         """Project the support's tokens and keep them with their mask values.
@@ -207,7 +212,8 @@ class DcamaTeacher(nn.Module):
             self._encode_stage(attention, blocks, support, budget, offset)
             for attention, blocks in zip(self.DCAMA_blocks, support.features.coarse, strict=True)
         )
-        return DcamaKeys(stages, present_classes(support), support.features)
+        features = support.features if self.decoder.support_skip else None
+        return DcamaKeys(stages, present_classes(support), features)
 
     def _encode_stage(
         self,
@@ -244,7 +250,7 @@ class DcamaTeacher(nn.Module):
         """Coarse maps and logits; the foreground of an absent class is -inf."""
         assert isinstance(keys, DcamaKeys)
         coarse = self.coarse(query, keys)
-        logits = self.decoder(coarse, query, keys.skips)
+        logits = self.decoder(coarse, query, keys.features)
         return Prediction(coarse, hide_absent(logits, keys.present))
 
 

@@ -20,6 +20,11 @@ class SupportKeys:
 class Teacher(Protocol):
     """A segmenter that is told by examples what to look for."""
 
+    @property
+    def local(self) -> bool:
+        """Whether the answer at a pixel depends on a bounded neighbourhood only, so that tiles agree."""
+        ...
+
     def encode(self, support: EncodedSupport) -> SupportKeys:
         """Turn support features into the form that queries are compared with."""
         ...

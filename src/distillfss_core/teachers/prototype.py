@@ -40,6 +40,8 @@ class PrototypeTeacher:
         Difference of cosines that counts as one unit of log-odds.
     """
 
+    local = True
+
     def __init__(self, prototypes: int = 5, temperature: float = 0.05) -> None:
         self.prototypes = prototypes
         self.temperature = temperature

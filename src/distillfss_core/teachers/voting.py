@@ -32,6 +32,10 @@ class VotingTeacher:
     def __init__(self, teacher: Teacher, group: int = 1) -> None:
         self.teacher, self.group = teacher, group
 
+    @property
+    def local(self) -> bool:
+        return self.teacher.local
+
     def encode(self, support: EncodedSupport) -> VotingKeys:
         """Encode every group; groups in which nothing is annotated have no vote."""
         starts = range(0, support.features.batch, self.group)

@@ -18,7 +18,7 @@ from distillfss_core.config import DistillSettings
 from distillfss_core.decoder import SlimDecoder
 from distillfss_core.device import Device, choose_device, seeded
 from distillfss_core.errors import SettingsError, SupportSetError
-from distillfss_core.features import EncodedSupport
+from distillfss_core.features import EncodedSupport, cat_pyramids
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.model import FewShotModel, StudentModel, thumbnails
 from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
@@ -250,7 +250,8 @@ def _tell(
 
 def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
-    return EncodedSupport(bank.encode(views), class_masks(labels, classes), (labels != IGNORE).float())
+    features = cat_pyramids([bank.encode([view]) for view in views])
+    return EncodedSupport(features, class_masks(labels, classes), (labels != IGNORE).float())
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
