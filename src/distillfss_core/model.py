@@ -118,7 +118,7 @@ class Segmenter:
         return Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
 
     def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
-        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are not held (unless they are blended)."""
+        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are held only where they are blended."""
         if not self.local:
             return self.predict(image, tile=tile).labels
         check_image(image)
