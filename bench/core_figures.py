@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -207,6 +206,7 @@ def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]
         if "teacher of the joint run" in missing:
             missing.add("student distilled")
         for name, make in models(task, missing):
+            _reset_peak()
             model, seconds = make()
             row = {"task": task.name, "draw": task.draw, "model": name, "zoom": model.preprocess.zoom}
             row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": _peak_mb()}
@@ -220,23 +220,30 @@ def _median_ms(function: Callable[[], object], runs: int = 15) -> float:
     function()
     times = []
     for _ in range(runs):
+        _wait()
         began = time.perf_counter()
         function()
+        _wait()
         times.append(time.perf_counter() - began)
     return 1000 * statistics.median(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @torch.no_grad()
 def cost(out: Path, backbone_name: str, side: int) -> None:
     """Backbone, student and teacher on one plane; a cached and an uncached training step on one episode."""
     device = choose_device("auto")
-    backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random")
-    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval()
+    backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
+    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
     rng = np.random.default_rng(0)
-    x = torch.rand(1, 3, side, side)
+    x = torch.rand(1, 3, side, side, device=device.torch)
     labels = (torch.rand(5, side // 32, side // 32) < 0.2).byte()
-    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2)
-    features = backbone(torch.rand(5, 3, side, side))
+    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device.torch)
+    features = backbone(torch.rand(5, 3, side, side, device=device.torch))
     keys = head.teacher.encode(EncodedSupport(features, class_masks(labels, 1), (labels != IGNORE).float()))
     times = {
         "backbone": _median_ms(lambda: backbone(x)),
@@ -244,14 +251,16 @@ def cost(out: Path, backbone_name: str, side: int) -> None:
         "teacher, 5 shots encoded": _median_ms(lambda: head.teacher(backbone(x), keys)),
     }
     for classes in (2, 5):
-        more = FewShotHead(backbone.spec, classes, HeadForm("light", "slim", "ours", 32)).eval()
+        more = FewShotHead(backbone.spec, classes, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
         times[f"student, {classes} classes"] = _median_ms(lambda m=more: m.student_logits(backbone(x)))  # type: ignore[misc]
     for name, ms in times.items():
         row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": side, "ms": round(ms, 1)}
         _append(out, row | {"ratio_to_backbone": round(ms / times["backbone"], 2)})
 
     # one walk over five slices, each query answered by the four others
-    slices = [LabelledSlice(rng.integers(0, 255, (256, 256), dtype=np.uint8), m[:256, :256].numpy()) for m in labels]
+    slices = [
+        LabelledSlice(rng.integers(0, 255, (256, 256), dtype=np.uint8), m[:256, :256].cpu().numpy()) for m in labels
+    ]
     support = SupportSet(tuple(slices))
     cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), 256, Augmentation())
     bank = ViewBank(backbone, device, memory=1 << 30, most=5)
@@ -304,9 +313,15 @@ def five_slices_here() -> None:
 # -- rows ------------------------------------------------------------------------------------------------
 
 
+def _reset_peak() -> None:
+    """Start measuring the peak anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_mb() -> int:
-    """Largest memory of this process so far, megabytes."""
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    """Largest memory of this process since `_reset_peak`, megabytes."""
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def _rows(path: Path) -> list[dict]:

@@ -78,7 +78,7 @@ class DistillSettings:
     polarity: str = _setting(
         "auto",
         "Polarity",
-        "Probability of inverting a view; auto: 0.3, but 0 for planes of one stack.",
+        "Probability of inverting a view; auto: 0.3, but 0 for planes of one stack or several classes.",
     )
     views: int = _setting(192, "Views", "Augmented views whose features are kept, at most.", low=2, high=1_000_000)
     cache_mb: int = _setting(600, "Cache", "Megabytes for kept features, at most.", low=1, high=1_000_000)
@@ -87,7 +87,7 @@ class DistillSettings:
         "Left-out slice",
         "Slice kept apart to choose the best step: its number, none, or auto (the middle one of 8 and more).",
     )
-    seed: int = _setting(0, "Seed", "Same seed, same result on one machine.", low=0, high=2**31 - 1)
+    seed: int = _setting(0, "Seed", "Same seed, same result on one machine's CPU.", low=0, high=2**31 - 1)
     device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
     precision: str = _setting(
         "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")

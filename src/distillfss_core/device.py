@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -73,8 +72,13 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if not available.get(kind, False):
         raise SettingsError(f"device {name!r} is not on this machine; choose auto or cpu")
     if precision == "auto":
-        precision = "bfloat16" if kind == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        precision = "bfloat16" if kind == "cuda" and _has_bfloat16(name) else "float32"
     return Device(name, precision)
+
+
+def _has_bfloat16(name: str) -> bool:
+    with torch.cuda.device(name):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -90,8 +94,3 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_available() else []):
         torch.manual_seed(seed)
         yield
-
-
-def default_threads() -> int:
-    """Threads for torch: the cores this process may use."""
-    return max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

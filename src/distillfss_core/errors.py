@@ -21,6 +21,10 @@ class SupportSetError(DistillFSSError, ValueError):
     """Annotated slices that do not make a support set."""
 
 
+class NoStudentYetError(DistillFSSError):
+    """A training that was asked for its student before it had begun to teach one."""
+
+
 class WeightsUnavailableError(DistillFSSError):
     """Backbone weights that are neither packaged nor on disk, and cannot be downloaded now."""
 

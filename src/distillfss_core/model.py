@@ -69,7 +69,7 @@ class Segmenter:
         """Set ``halo`` to the smallest of `HALOS` whose tiles give the labels of the whole.
 
         It is measured on a corner of ``image`` in small tiles (mirrored where the image is smaller), so the larger
-        tiles of a real prediction do better.
+        tiles of a real prediction do better. Where nothing can be seen (one label everywhere) it stays wide.
         """
         if not self.local:
             return
@@ -78,7 +78,8 @@ class Segmenter:
         plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
         whole = self.predict_labels(plane, tile=10**6)
         for self.halo in HALOS:
-            if (self.predict_labels(plane, tile=192) == whole).mean() >= SEAMLESS:
+            seamless = (self.predict_labels(plane, tile=192) == whole).mean() >= SEAMLESS
+            if seamless and whole.min() < whole.max():
                 return
 
     @property
@@ -153,26 +154,30 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         side, halo = max(1, round(tile / zoom)), round(self.halo / zoom)
         todo = list(split_plane((plane.shape[0], plane.shape[1]), side, halo, self.step))
+        side = min(side, max(plane.shape[:2]))
         while todo:
             where = todo[0]
+            fault: Exception | None = None
             try:
                 window = self.preprocess.to_tensor(plane[where.outer], limits)
                 found = self._window(window).cpu().numpy()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                side = side // 2
-                if side < self.step:
-                    raise OutOfMemoryError(
-                        f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
-                        "use --device cpu, or free the device"
-                    ) from error
-                log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
-                _free(self.device)
-                todo = [part for old in todo for part in _split_tile(old, plane.shape, side, halo, self.step)]
+                fault = error.with_traceback(None)  # a traceback would keep the failed tensors alive
+            if fault is None:
+                todo.pop(0)
+                yield where, found
                 continue
-            todo.pop(0)
-            yield where, found
+            side = side // 2
+            if side < self.step:
+                raise OutOfMemoryError(
+                    f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
+                    "use --device cpu, or free the device"
+                ) from fault
+            log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
+            _free(self.device)
+            todo = [part for old in todo for part in _split_tile(old, plane.shape, side, halo, self.step)]
 
     @torch.inference_mode()
     def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k1 h w"]:
@@ -186,7 +191,8 @@ class Segmenter:
         x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
         with self.device.autocast():
             logits = merge_classes(self._logits(self.backbone(x)))
-        logits = resize(logits.float(), (h + pad[0], w + pad[1]))[0, :, :h, :w]
+        logits = logits.float().clamp_min(-1e4)  # a class without example is -inf, which cannot be interpolated
+        logits = resize(logits, (h + pad[0], w + pad[1]))[0, :, :h, :w]
         return logits.softmax(0)
 
 
@@ -230,7 +236,7 @@ class FewShotModel(Segmenter):
 
     @property
     def local(self) -> bool:
-        return self.teacher.local
+        return self.teacher.local and self.backbone.spec.local
 
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.teacher(query, self.keys).logits
@@ -273,7 +279,7 @@ class StudentModel(Segmenter):
 
     @property
     def local(self) -> bool:
-        return self.head.decoder.local
+        return self.head.decoder.local and self.backbone.spec.local
 
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.head.student_logits(query)
@@ -353,13 +359,17 @@ class StudentModel(Segmenter):
             tensors["thumbnails.images"] = torch.from_numpy(self.thumbnails.images)
             tensors["thumbnails.labels"] = torch.from_numpy(self.thumbnails.labels)
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {"card": json.dumps(self.card), "digest": _digest(tensors), "backbone": str(with_backbone).lower()}
+        card = json.dumps(self.card)
+        metadata = {"card": card, "card_digest": _digest_text(card), "digest": _digest(tensors)}
+        metadata["backbone"] = str(with_backbone).lower()
         payload = save(tensors, metadata={"format": FORMAT, **metadata})
         with atomic_path(Path(path)) as temporary:
             temporary.write_bytes(payload)
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str = "auto", weights: str = "auto") -> StudentModel:
+    def load(
+        cls, path: str | Path, *, device: str = "auto", precision: str = "auto", weights: str = "auto"
+    ) -> StudentModel:
         """Read a student.
 
         Parameters
@@ -367,6 +377,8 @@ class StudentModel(Segmenter):
         path : path
         device : str
             Any device, whatever the model was made on.
+        precision : str
+            "float32", "bfloat16", or "auto": bfloat16 on CUDA devices that have it.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
 
@@ -378,7 +390,7 @@ class StudentModel(Segmenter):
         path = Path(path)
         card, tensors, _ = _read(path)
         try:
-            chosen = choose_device(device)
+            chosen = choose_device(device, precision)
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
             about = card["backbone"]
             backbone = (
@@ -420,7 +432,13 @@ class StudentModel(Segmenter):
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
-    """The card of a student file, without loading the model; same errors as `StudentModel.load`."""
+    """The card of a student file, without loading the model (its tensors are not checked).
+
+    Raises
+    ------
+    ModelFileError
+        As `StudentModel.load` does.
+    """
     card, _, header = _read(Path(path), tensors=False)
     return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
 
@@ -446,6 +464,8 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
         ) from error
     if header.get("format") != FORMAT or "card" not in header:
         raise ModelFileError(f"{path}: a safetensors file, but no DistillFSS student")
+    if _digest_text(header["card"]) != header.get("card_digest"):
+        raise ModelFileError(f"{path}: its card does not match its checksum; the file is damaged")
     try:
         card = json.loads(header["card"])
         version = int(card["format_version"])
@@ -459,6 +479,10 @@ def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str
     if tensors and _digest(found) != header.get("digest"):
         raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
     return card, found, header
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -100,7 +100,8 @@ class Preprocess:
         if self.channels == 1:
             return x.expand(3, -1, -1).contiguous()
         mix = torch.tensor(self.mix, dtype=torch.float32)
-        return torch.einsum("oc,chw->ohw", mix, x).clamp_(0, 1)
+        lowest = mix.clamp_max(0).sum(1)[:, None, None]  # of a component with negative weights
+        return (torch.einsum("oc,chw->ohw", mix, x) - lowest).clamp_(0, 1)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -175,7 +176,7 @@ def percentile_limits(image: Array, *, together: bool) -> Limits:
     # sparse bright objects can be rarer than the percentile leaves room for: fall back to the extremes
     flat = high - low <= 1e-3 * (peak - floor)
     low, high = np.where(flat, floor, low), np.where(flat, peak, high)
-    high = np.where(high > low, high, low + 1.0)
+    high = np.where(high > low, high, low + np.maximum(1.0, np.abs(low)))
     n = image.shape[-1]
     return Limits(tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n)))
 

@@ -115,7 +115,7 @@ class TrainStep:
     losses, metrics : mapping of str to float
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the left-out slice), often empty.
     stage : str
-        What is being done: "cache", "refine", "distil", ...
+        What is being done: "refine", "joint", "distil" or "direct".
     """
 
     index: int

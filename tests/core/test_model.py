@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from distillfss_core.backbones import backbone_spec
 from distillfss_core.errors import ImageError, ModelFileError, OutputError, SettingsError
 from distillfss_core.model import StudentModel, read_card, read_thumbnails
 from distillfss_core.support import SupportSet
-from distillfss_core.training import distill
+from distillfss_core.training import distill, untrained_teacher
 from pictures import blobs
 
 IMAGE = blobs(20, 120).image
@@ -69,6 +71,8 @@ def _damage(path: Path, position: int) -> None:
 def _rewrite(path: Path, **changes: str) -> None:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() | changes
+    if "card_digest" not in changes:
+        metadata["card_digest"] = hashlib.sha256(metadata["card"].encode()).hexdigest()
     save_file(load_file(path), path, metadata=metadata)
 
 
@@ -89,6 +93,7 @@ def _newer(path: Path) -> None:
         (_newer, "newer than this program"),
         (lambda p: _rewrite(p, format="something-else"), "no DistillFSS student"),
         (lambda p: _rewrite(p, card="{"), "card is damaged"),
+        (lambda p: _rewrite(p, card_digest="0"), "card does not match its checksum"),
         (lambda p: _rewrite(p, card=json.dumps(read_card(p) | {"classes": ["a", "b"]})), "do not fit"),
         (lambda p: p.unlink(), "no such file"),
     ],
@@ -188,3 +193,18 @@ def test_the_published_form_is_blended_across_tiles(support, tiny) -> None:
     assert cut
     assert soft < hard
     assert np.array_equal(model.predict_labels(image, tile=128), model.predict(image, tile=128).labels)
+
+
+def test_a_class_without_example_stays_finite_when_the_plane_is_enlarged_again(tiny, monkeypatch) -> None:
+    support = SupportSet((blobs(0, classes=2), blobs(1, classes=2)), ("bright", "dark"))
+    teacher = untrained_teacher(support, replace(tiny, zoom="1/2"))
+    teacher.keys.present[1] = False
+    found = teacher.predict(blobs(10).image)
+    assert np.isfinite(found.probabilities).all()
+    assert (found.labels != 2).all()
+
+
+def test_attention_over_the_whole_input_is_not_taken_for_local() -> None:
+    assert not backbone_spec("dinov3_small").local
+    assert not backbone_spec("swin_base_384").local
+    assert backbone_spec("efficientnet_lite0").local

@@ -218,3 +218,19 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
     square = 4 * 8192 * 8192 * 4 / 2**20  # megabytes of one score matrix for four heads
     assert float(done.stdout) < square / 8
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss > 0
+
+
+def test_no_class_loses_all_its_keys_however_thinly_it_is_spread() -> None:
+    values = torch.zeros(20 * 16, 3)
+    values[::16] = torch.eye(3)[torch.arange(20) % 3]  # one key a shot
+    index, _ = weigh_keys(values, torch.ones(len(values)), shots=20, balance=1.0, max_keys=16)
+    assert bool((values[index].sum(0) > 0).all())
+    assert bool((values[index].sum(1) == 0).any())
+
+
+def test_published_attention_finds_keys_in_thin_scribbles() -> None:
+    support = _support(1)
+    valid = torch.zeros(1, 64, 64)
+    valid[0, ::12] = 1
+    _, weights = mask_tokens(EncodedSupport(support.features, support.masks, valid), (2, 2), area=False)
+    assert bool((weights > 0).any())

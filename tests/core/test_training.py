@@ -11,7 +11,7 @@ import torch
 from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
-from distillfss_core.errors import SettingsError, SupportSetError
+from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
 from distillfss_core.metrics import evaluate
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.support import SupportSet
@@ -26,7 +26,7 @@ def _weights(model) -> torch.Tensor:
 
 
 def _iou(model, slices) -> float:
-    return evaluate([(model.predict_labels(s.image), s.labels) for s in slices], 2).iou
+    return evaluate([(model.predict_labels(s.image), s.labels) for s in slices], 1).iou
 
 
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(support, student, tiny) -> None:
@@ -128,7 +128,7 @@ def test_several_classes_some_of_them_missing_in_some_slices(tiny) -> None:
     slices = (blobs(0, classes=2), blobs(1), blobs(2, classes=2), blobs(3))
     model = distill(SupportSet(slices, ("bright", "dark")), replace(tiny, steps=80, views=24))
     query = blobs(10, classes=2)
-    scores = evaluate([(model.predict_labels(query.image), query.labels)], 3)
+    scores = evaluate([(model.predict_labels(query.image), query.labels)], 2)
     assert min(scores.pooled.iou) > 0.4
     assert model.predict(query.image).probabilities.shape == (3, 96, 96)
 
@@ -155,6 +155,15 @@ def test_refining_again_goes_on_from_where_it_was(support, student, tiny) -> Non
     assert again.preprocess == student.preprocess
     list(again)
     assert not torch.equal(_weights(again.result()), _weights(student))
+
+
+def test_a_warm_start_keeps_the_pixel_size_and_follows_another(support, tiny) -> None:
+    sized = replace(support, pixel_size=(0.5, 0.5))
+    first = distill(sized, replace(tiny, steps=1))
+    assert iter_distill(support, tiny, start=first).result().pixel_size == (0.5, 0.5)
+    finer = iter_distill(replace(support, pixel_size=(0.25, 0.25)), tiny, start=first)
+    assert finer.preprocess.zoom == "1/2"
+    assert first.preprocess.zoom == "1"
 
 
 def test_a_warm_start_needs_the_same_classes(support, student, tiny) -> None:
@@ -231,3 +240,34 @@ def test_every_setting_explains_itself() -> None:
     for setting in fields(DistillSettings):
         assert setting.metadata["label"]
         assert setting.metadata["help"].endswith(".")
+
+
+@pytest.mark.parametrize("method", ["joint", "two-stage", "direct"])
+def test_half_precision_arithmetic_trains_and_answers(support, tiny, method: str) -> None:
+    settings = replace(tiny, method=method, precision="bfloat16", steps=2)
+    run = iter_distill(support, settings)
+    list(run)
+    for model in (run.result(), run.teacher(), untrained_teacher(support, settings, kind="prototype")):
+        assert np.isfinite(model.predict(support.slices[0].image).probabilities).all()
+
+
+def test_a_two_stage_run_has_no_student_before_its_second_stage(support, tiny) -> None:
+    run = iter_distill(support, replace(tiny, method="two-stage", steps=2))
+    next(run)
+    with pytest.raises(NoStudentYetError, match="after 1 steps"):
+        run.result()
+    list(run)
+    record = run.result().training
+    assert record["steps"] == record["best_step"] == 4
+
+
+def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> None:
+    labels = np.zeros((640, 640), np.uint8)
+    labels[600:, 600:] = 1
+    image = np.random.default_rng(0).integers(0, 255, labels.shape, dtype=np.uint8)
+    support = SupportSet((LabelledSlice(image, labels),))
+    views = ViewCutter(support, fit_preprocess([image]), 64, PLAIN).grid(0, 8)
+    assert len(views) == 8
+    assert len({v.box[1] for v in views}) > 3
+    assert len({v.box[0] for v in views}) > 3
+    assert any((v.labels == 1).any() for v in views)

@@ -58,6 +58,11 @@ class BackboneSpec:
     package: str | None = None
 
     @property
+    def local(self) -> bool:
+        """Whether a feature depends on a bounded neighbourhood only; attention over the whole input does not."""
+        return self.family not in ("vit", "swin")
+
+    @property
     def coarse_channels(self) -> tuple[int, ...]:
         """Channels of the three coarse stages (as ``FeaturePyramid.coarse``)."""
         return self.channels[-3:]

@@ -90,18 +90,21 @@ def attend(
     """
     (b, heads, _, channels), columns = q.shape, values.shape[-1]
     width = max(channels, columns)
+    if q.is_cuda:
+        width += -width % 8  # as its fused kernels want it
     v = F.pad(values, (0, width - columns)).expand(b, heads, -1, -1).to(q.dtype)
     q, k = F.pad(q, (0, width - channels)), F.pad(k, (0, width - channels)).expand(b, -1, -1, -1).to(q.dtype)
-    mask = None if bias is None else bias.expand(b, heads, q.shape[2], -1).to(q.dtype)
+    mask = None if bias is None else (bias - bias.max()).expand(b, heads, q.shape[2], -1).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 / math.sqrt(channels))
     return out[..., :columns].mean(1)
 
 
 def position_encoding(length: int, channels: int, like: Tensor) -> Float[Tensor, "length channels"]:
     """Sines on even, cosines on odd channels, base 10000 (Vaswani et al. 2017, section 3.5)."""
-    position = torch.arange(length, dtype=torch.float32)[:, None]
-    rate = torch.exp(torch.arange(0, channels, 2, dtype=torch.float32) * (-math.log(10000.0) / channels))
-    code = torch.zeros(length, channels)
+    position = torch.arange(length, dtype=torch.float32, device=like.device)[:, None]
+    even = torch.arange(0, channels, 2, dtype=torch.float32, device=like.device)
+    rate = torch.exp(even * (-math.log(10000.0) / channels))
+    code = torch.zeros(length, channels, device=like.device)
     code[:, 0::2] = torch.sin(position * rate)
     code[:, 1::2] = torch.cos(position * rate[: channels // 2])
     return code.to(like)
@@ -229,8 +232,8 @@ class DcamaTeacher(nn.Module):
         index, bias = weigh_keys(values, weights, shots=shots, balance=balance, max_keys=max_keys, offset=offset)
         keys = []
         for block in blocks:
-            k = attention.keys(attention.tokens(block))  # n heads l d
-            keys.append(k.transpose(0, 1).flatten(1, 2)[:, index])
+            tokens = attention.tokens(block).flatten(0, 1)[index]  # (n l) c, thinned out
+            keys.append(attention.keys(tokens[None])[0])
         return StageKeys(tuple(keys), values[index], bias)
 
     def coarse(self, query: FeaturePyramid, keys: DcamaKeys) -> CoarseMaps:
@@ -265,6 +268,8 @@ def mask_tokens(
     else:
         share = (F.interpolate(valid, grid, mode="bilinear", align_corners=True) > 0.5).float()
         values = F.interpolate(masks, grid, mode="bilinear", align_corners=True)
+        if not bool(share.any()):  # thin scribbles only: better a doubtful key than none
+            share = F.adaptive_max_pool2d(valid, grid)
     return values.flatten(2).transpose(1, 2).flatten(0, 1), share.flatten()
 
 
@@ -303,6 +308,8 @@ def weigh_keys(
         rate = _quotas(counts.tolist(), max_keys).to(values) / counts.clamp_min(1)
         rank = groups.unflatten(0, (shots, -1)).cumsum(1).flatten(0, 1)
         kept = ((torch.floor(rank * rate + offset) > torch.floor((rank - 1) * rate + offset)) & (groups > 0)).any(1)
+        lost = (groups * kept[:, None]).sum(0) == 0  # a class so thinly spread keeps its first token of every shot
+        kept = kept | ((groups > 0) & (rank == 1) & lost).any(1)
         before, after = (groups * weights[:, None]).sum(0), (groups * (weights * kept)[:, None]).sum(0)
         weights = weights * (groups * (before / after.clamp_min(1e-12))).sum(1)
     index = torch.nonzero(kept).flatten()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -48,12 +49,10 @@ def hide_absent(logits: Float[Tensor, "b k 2 h w"], present: Bool[Tensor, " k"])
     return logits + hidden
 
 
-def vote(logits: Sequence[Float[Tensor, "b k 2 h w"]]) -> Float[Tensor, "b k 2 h w"]:
+def vote(logits: Iterable[Float[Tensor, "b k 2 h w"]]) -> Float[Tensor, "b k 2 h w"]:
     """Combine the answers of several support groups: at each pixel the group with the largest foreground
     logit gives both logits.
 
     Source: DistillFSS (arXiv 2512.05613), n-shot by voting.
     """
-    stacked = torch.stack(list(logits))  # g b k 2 h w
-    winner = stacked[:, :, :, 1:].argmax(0, keepdim=True).expand(1, -1, -1, 2, -1, -1)
-    return stacked.gather(0, winner)[0]
+    return reduce(lambda best, new: torch.where(new[:, :, 1:] > best[:, :, 1:], new, best), logits)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
 from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
 from distillfss_core.teachers.protocol import SupportKeys, Teacher, vote
@@ -44,6 +45,13 @@ class VotingTeacher:
 
     def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         assert isinstance(keys, VotingKeys)
-        found = [self.teacher(query, group) for group in keys.groups]
-        coarse = [torch.stack(maps).mean(0) for maps in zip(*(f.coarse for f in found), strict=True)]
-        return Prediction(CoarseMaps(*coarse), vote([f.logits for f in found]))
+        sums: list[Tensor] = []
+
+        def answers() -> Iterator[Tensor]:  # one group at a time: there may be many
+            for group in keys.groups:
+                found = self.teacher(query, group)
+                sums[:] = [a + b for a, b in zip(sums, found.coarse, strict=True)] if sums else list(found.coarse)
+                yield found.logits
+
+        logits = vote(answers())
+        return Prediction(CoarseMaps(*(s / len(keys.groups) for s in sums)), logits)

@@ -17,7 +17,7 @@ from distillfss_core.backbones import Backbone, load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.decoder import SlimDecoder
 from distillfss_core.device import Device, choose_device, seeded
-from distillfss_core.errors import SettingsError, SupportSetError
+from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
 from distillfss_core.features import EncodedSupport, cat_pyramids
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.model import FewShotModel, StudentModel, thumbnails
@@ -27,7 +27,7 @@ from distillfss_core.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter, class_masks
 from distillfss_core.training.zoom import choose_zoom
-from distillfss_core.types import IGNORE, TrainStep
+from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS, AUTO_STEPS_PER_SLICE = 250, 8  # for up to five slices, and for each one more
@@ -60,23 +60,28 @@ class DistillRun(Iterator[TrainStep]):
         *,
         teacher_only: bool = False,
     ) -> None:
+        if start is not None:
+            start, settings = _prepare_start(start, support, settings)
         self.support, self.settings = support, settings
         self.device = choose_device(settings.device, settings.precision)
         self._began = time.perf_counter()
-        self._left_out_index = _left_out_index(settings, support)
-        self.backbone = start.backbone if start else load_backbone(settings.backbone, settings.weights)
+        self._left_out_index = None if teacher_only else _left_out_index(settings, support)
+        self.backbone = copy.deepcopy(start.backbone) if start else load_backbone(settings.backbone, settings.weights)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
         self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
-        self.head = _start_head(start, support) if start else _new_head(settings, self.backbone, support)
+        head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support)
+        self.head = head.requires_grad_(True)
         self.head.to(self.device.torch)
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
         self._best = Best(self.head)
+        self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
         self._refined: FewShotHead | None = None
-        self._steps_done, self._finished = 0, False
+        self._stage_began, self._steps_done, self._finished = 0, 0, False
+        self._has_student = not teacher_only and settings.method != "two-stage"
         self._scores: list[float] = []
         self._generator = self._run(start, teacher_only)
 
@@ -108,7 +113,8 @@ class DistillRun(Iterator[TrainStep]):
         fixed = None
         for stage in stages:
             if stage == "distil":
-                self._refined = self._best_head()
+                self._refined, self._has_student = self._best_head(), True
+                self._stage_began = self._steps_done
                 fixed = self._refined.decoder
                 self._best = Best(self.head)
             judge = left_out if stage != "refine" else None
@@ -130,11 +136,22 @@ class DistillRun(Iterator[TrainStep]):
         return head.eval()
 
     def result(self) -> StudentModel:
-        """The best student so far, with its card. Its halo is measured once the training has ended, and wide before."""
+        """The best student so far, with its card. Its halo is measured once the training has ended, and wide before.
+
+        Raises
+        ------
+        NoStudentYetError
+            While the teacher is still being refined (two-stage), or if nothing but a teacher was asked for.
+        """
+        if not self._has_student:
+            raise NoStudentYetError(
+                f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
+                "let it go on, or use method joint, which has a student from the first step"
+            )
         record = {
             "method": self.settings.method,
             "steps": self._steps_done,
-            "best_step": self._best.best_step or self._best.steps,
+            "best_step": self._stage_began + (self._best.best_step or self._best.steps),
             "left_out_slice": self._left_out_index,
             "left_out_iou": max(self._scores) if self._scores else None,
             "zoom_scores": self.zoom_scores,
@@ -149,13 +166,13 @@ class DistillRun(Iterator[TrainStep]):
             self._best_head(),
             self.preprocess,
             self.support.class_names,
-            pixel_size=self.support.pixel_size,
+            pixel_size=self._pixel_size,
             training=record,
             thumbnails=thumbnails(self.support),
             device=self.device,
         )
         if self._finished:
-            model.fit_halo(self.support.slices[len(self.support) // 2].image)
+            model.fit_halo(_busiest(self.support).image)
         return model
 
     def teacher(self) -> FewShotModel:
@@ -243,7 +260,7 @@ def _tell(
     cutter = ViewCutter(support, preprocess, settings.crop, PLAIN)
     bank = ViewBank(backbone, device, memory=1, most=1)
     views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS * 5 // len(support)))]
-    with torch.no_grad():
+    with torch.no_grad(), device.autocast():
         keys = teacher.encode(_encode(views, bank, support.classes))
     return FewShotModel(backbone, teacher, keys, preprocess, support.class_names, device=device)
 
@@ -284,7 +301,8 @@ def _fit_preprocess(
 def _augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
     if settings.polarity != "auto":
         return Augmentation(polarity=float(settings.polarity))
-    return Augmentation(polarity=0.0 if support.planes_of_one_volume else AUTO_POLARITY)
+    one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
+    return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
 
 
 def _auto_steps(slices: int, *, again: bool) -> int:
@@ -298,10 +316,22 @@ def _new_head(settings: DistillSettings, backbone: Backbone, support: SupportSet
         return FewShotHead(backbone.spec, support.classes, form)
 
 
-def _start_head(start: StudentModel, support: SupportSet) -> FewShotHead:
+def _prepare_start(
+    start: StudentModel, support: SupportSet, settings: DistillSettings
+) -> tuple[StudentModel, DistillSettings]:
+    """The student to go on from at the support's pixel size, and the settings as the student decides them."""
     if start.class_names != tuple(support.class_names):
         raise SupportSetError(
             f"the student to start from knows the classes {list(start.class_names)}, the support set has "
             f"{list(support.class_names)}; give the same classes, or start afresh"
         )
-    return copy.deepcopy(start.head).requires_grad_(True)
+    if start.pixel_size and support.pixel_size:
+        start = start.at_pixel_size(support.pixel_size)
+    preprocess, form = start.preprocess, start.head.form
+    settings = replace(settings, backbone=start.backbone.spec.name, zoom=preprocess.zoom, intensity=preprocess.scope)
+    return start, replace(settings, **form.to_json())
+
+
+def _busiest(support: SupportSet) -> LabelledSlice:
+    """The slice with most foreground in its upper left, where the halo is measured."""
+    return max(support.slices, key=lambda s: int(((s.labels[:512, :512] > 0) & (s.labels[:512, :512] < IGNORE)).sum()))

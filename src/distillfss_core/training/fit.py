@@ -36,8 +36,8 @@ TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in eve
 
 @dataclass(frozen=True)
 class Roles:
-    """What learns in a stage: "refine" the teacher alone, "joint" both, "distil" the student from a fixed
-    teacher, "direct" the student from the labels."""
+    """What learns in a stage: "refine" the teacher alone, "joint" both, "distil" the student from a fixed teacher
+    (the published loss then sees no labels, ours sees them too), "direct" the student from the labels."""
 
     teacher: bool
     student: bool
@@ -58,11 +58,10 @@ STAGES = {
 
 @dataclass(frozen=True, eq=False)
 class LeftOut:
-    """Plain views of the slice that is kept apart."""
+    """Plain views of the slice that is kept apart: features and labels of each."""
 
     features: list[FeaturePyramid]
     labels: list[Int[Tensor, "b h w"]]
-    answer_with_teacher: bool = False
 
 
 def iter_fit(
@@ -90,6 +89,8 @@ def iter_fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, steps))
     every = max(10, steps // 12)
     head.train()
+    if not roles.teacher:
+        head.teacher.DCAMA_blocks.eval()  # a fixed teacher has no dropout
     for step in range(steps):
         _refresh(bank, cutter, rng, step)
         episode = draw_episode(
@@ -209,9 +210,10 @@ def _terms(
             terms["student"] = segmentation_loss(student_logits, labels)
         else:
             assert teacher_logits is not None
-            terms["student"] = F.cross_entropy(student_logits, teacher_logits.softmax(1)) + segmentation_loss(
-                student_logits, labels
-            )
+            ce = F.cross_entropy(student_logits, teacher_logits.softmax(1), reduction="none")
+            answered = (visible != IGNORE) | (labels == IGNORE)  # where the support shows what the truth holds
+            terms["student"] = segmentation_loss(student_logits, labels)
+            terms["answer"] = (ce * answered).sum() / answered.sum().clamp_min(1)
     if coarse is not None:
         terms["coarse"] = coarse
     return terms

@@ -111,9 +111,20 @@ class ViewCutter:
         corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
         labels = self._labels[slice_index]
         corners = [(y, x) for y, x in corners if (labels[max(y, 0) : y + side, max(x, 0) : x + side] != IGNORE).any()]
-        step = max(1, -(-len(corners) // most))
+        if len(corners) > most:
+            corners = self._spread(slice_index, corners, side, most)
         rng = np.random.default_rng(0)
-        return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners[::step]]
+        return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners]
+
+    def _spread(self, slice_index: int, corners: list[tuple[int, int]], side: int, most: int) -> list[tuple[int, int]]:
+        """``most`` of the corners, drawn evenly, but one for each class first."""
+        labels = self._labels[slice_index]
+        drawn = [corners[i] for i in np.random.default_rng(0).permutation(len(corners))]
+        held = [set(np.unique(labels[max(y, 0) : y + side, max(x, 0) : x + side]).tolist()) for y, x in drawn]
+        values = [value for value in range(len(self._anchors[slice_index])) if any(value in h for h in held)]
+        first = {next(i for i, h in enumerate(held) if value in h) for value in values}
+        chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:most]
+        return sorted(drawn[i] for i in chosen)
 
     def _centre(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
         anchors = self._anchors[slice_index]
@@ -230,7 +241,8 @@ class ViewBank:
         """Features of views, straight from the backbone, in single precision."""
         batch = torch.stack([v.image for v in views]).to(self.device.torch)
         with torch.no_grad(), self.device.autocast():
-            return self.backbone(batch).lean()
+            features = self.backbone(batch).lean()
+        return features.map(Tensor.float)
 
     def fill(self, cutter: ViewCutter, slices: Sequence[int], rng: np.random.Generator) -> None:
         """Cut and store views of the slices in turn until the limits are reached."""

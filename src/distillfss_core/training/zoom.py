@@ -36,7 +36,7 @@ def choose_zoom(
     Returns
     -------
     zoom : Fraction
-        The smallest candidate that no larger one beats by `WORTH` or more.
+        The best candidate; one above 1, which costs time, only if it gains at least `WORTH`.
     scores : dict
         Mean IoU of each candidate.
     """
@@ -63,7 +63,7 @@ def _probe(views: list[View], bank: ViewBank, classes: int, rng: np.random.Gener
         if not len(known):
             continue
         points = known[torch.from_numpy(rng.integers(len(known), size=_POINTS))]
-        features.append(point_features(bank.encode([view]), points).cpu())
+        features.append(point_features(bank.encode([view]).map(Tensor.cpu), points))
         labels.append(view.labels[points[:, 0], points[:, 1]].long())
         groups.append(torch.full((_POINTS,), (view.slice if several else number) % _FOLDS))
     x, y, g = torch.cat(features).double(), torch.cat(labels), torch.cat(groups)
