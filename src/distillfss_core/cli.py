@@ -254,6 +254,7 @@ def _add_segment(commands: Any) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 (auto: bfloat16 on CUDA)")
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
     _add_common(parser, _segment)
 
@@ -269,7 +270,7 @@ def _segment(args: argparse.Namespace) -> int:
 
     from distillfss_core.model import StudentModel
 
-    model = StudentModel.load(args.model, device=args.device, weights=args.weights)
+    model = StudentModel.load(args.model, device=args.device, precision=args.precision, weights=args.weights)
     if args.pixel_size:
         model = model.at_pixel_size(args.pixel_size)
     if args.input.is_dir():

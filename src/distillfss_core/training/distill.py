@@ -30,7 +30,7 @@ from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
-AUTO_STEPS, AUTO_STEPS_PER_SLICE = 250, 8  # for up to five slices, and for each one more
+AUTO_STEPS, AUTO_STEPS_PER_SLICE = 300, 16  # for up to five slices, and for each one more
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
 SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
