@@ -352,7 +352,7 @@ def test_out_of_memory_goes_on_in_smaller_tiles_with_the_same_answer(support, ti
     assert 0.02 < whole.labels.mean() < 0.98
     computed = out_of_memory_beyond(400 * 400, monkeypatch)
     pieces = model.predict(image)
-    assert len(computed) > 4
+    assert len(computed) == 4  # one halving is enough
     assert "out of memory; going on with tiles of" in caplog.text
     # The deepest features see farther than a halo: hairs by the border of a tile may fall the other way.
     assert (pieces.labels != whole.labels).mean() < 1e-3

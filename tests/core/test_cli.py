@@ -238,6 +238,7 @@ def interrupt_at(step: int, monkeypatch) -> None:
         self.taken += 1
         return original(self)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     monkeypatch.setattr(DistillRun, "taken", 0, raising=False)
     monkeypatch.setattr(DistillRun, "__next__", one_step)
 
