@@ -315,6 +315,7 @@ class StudentModel(Segmenter):
         zoom = min(ZOOMS, key=lambda z: abs(math.log(float(z) / wanted)))
         scaled = copy.copy(self)
         scaled.preprocess = replace(self.preprocess, zoom=str(zoom))
+        scaled.pixel_size = pixel_size  # zoom and pixel size belong together
         return scaled
 
     @property

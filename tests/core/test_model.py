@@ -171,6 +171,8 @@ def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) 
     expected = np.repeat(np.repeat(model.predict_labels(coarse.image), 2, 0), 2, 1)
     assert (scaled.predict_labels(fine) == expected).mean() > 0.95
     assert model.preprocess.zoom == "1"
+    assert scaled.at_pixel_size((0.25, 0.25)).preprocess.zoom == "1/2"
+    assert scaled.at_pixel_size((0.5, 0.5)).preprocess.zoom == "1"
     with pytest.raises(SettingsError, match="positive"):
         model.at_pixel_size((0.0, 1.0))
 

@@ -33,7 +33,7 @@ AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS, AUTO_STEPS_PER_SLICE = 300, 16  # for up to five slices, and for each one more
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
-SUPPORT_VIEWS = 16  # plain views a slice at most, from which a teacher answers
+SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
 
 
 class DistillRun(Iterator[TrainStep]):
@@ -259,7 +259,7 @@ def _tell(
 ) -> FewShotModel:
     cutter = ViewCutter(support, preprocess, settings.crop, PLAIN)
     bank = ViewBank(backbone, device, memory=1, most=1)
-    views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS * 5 // len(support)))]
+    views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS // len(support)))]
     with torch.no_grad(), device.autocast():
         keys = teacher.encode(_encode(views, bank, support.classes))
     return FewShotModel(backbone, teacher, keys, preprocess, support.class_names, device=device)

@@ -88,9 +88,6 @@ class ViewCutter:
         self._limits = [preprocess.limits(image) for image in self._images]
         self._anchors = [_anchors(labels, support.classes) for labels in self._labels]
 
-    def __len__(self) -> int:
-        return len(self._images)
-
     def cut(self, slice_index: int, rng: np.random.Generator) -> View:
         """A random view of one slice."""
         aug = self.augmentation
