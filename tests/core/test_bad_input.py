@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -298,33 +299,38 @@ def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, fault, mo
     assert sorted(os.listdir()) == before
 
 
-@pytest.fixture
+@contextmanager
 def little_room():
-    """Files cannot grow beyond 30 kB: writing truly fails, in the middle."""
+    """Files cannot grow beyond 30 kB: writing truly fails, in the middle.
+
+    No fixture: between tests pytest writes its own progress, and where that goes to a file it is held by the limit too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("planes", [1, 5])
-def test_a_write_that_fails_midway_keeps_the_old_results(here, fault, planes, little_room):
+def test_a_write_that_fails_midway_keeps_the_old_results(here, fault, planes):
     tifffile.imwrite("in.tif", np.stack([IMAGE] * planes)[:, :40, :40], compression="zlib")
     names = ("out.tif", "out_probabilities.tif")
     for name in names:
         Path(name).write_bytes(b"old")
     if planes == 1:
         tifffile.imwrite("in.tif", IMAGE)
-    assert "cannot write out_probabilities.tif: File too large" in fault(
-        segment("in.tif", "--probabilities", "--overwrite")
-    )
+    with little_room():
+        code = segment("in.tif", "--probabilities", "--overwrite")
+    assert "cannot write out_probabilities.tif: File too large" in fault(code)
     assert [Path(name).read_bytes() for name in names] == [b"old", b"old"]
     assert not [name for name in os.listdir() if name.startswith(".")]
 
 
-def test_a_full_disk_while_saving_from_python_is_an_output_error(here, student, little_room):
+def test_a_full_disk_while_saving_from_python_is_an_output_error(here, student):
     old = Path("model.safetensors").read_bytes()
-    with pytest.raises(OutputError, match=r"model\.safetensors"):
+    with pytest.raises(OutputError, match=r"model\.safetensors"), little_room():
         student.save("model.safetensors")
     assert Path("model.safetensors").read_bytes() == old
 
