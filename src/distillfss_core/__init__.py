@@ -27,6 +27,7 @@ _HOME = {
     "Segmentation": "types",
     "TrainStep": "types",
     "DistillSettings": "config",
+    "PretrainSettings": "config",
     "read_image": "io",
     "read_labels": "io",
     "write_labels": "io",

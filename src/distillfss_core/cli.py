@@ -15,7 +15,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from distillfss_core.config import DistillSettings
+from distillfss_core.config import DistillSettings, PretrainSettings
 from distillfss_core.errors import (
     DistillFSSError,
     ImageError,
@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_backbones(commands)
     _add_demo(commands)
+    _add_pretrain(commands)
     return parser
 
 
@@ -685,6 +686,68 @@ def _print_report(report: DemoReport) -> None:
     print(f"{'all files':14}{report.folder}")
 
 
+# pretrain
+
+
+def _add_pretrain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pretrain",
+        help="meta-train a few-shot head over many tasks",
+        description="Meta-train a few-shot head on generated episodes and, with --real, on pictures of your own. "
+        "It can be stopped at any moment (Ctrl-C, kill): the same command goes on where it was.",
+    )
+    parser.usage = f"{parser.prog} -o FOLDER [--real FOLDER ...] [options]"
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="gets checkpoint, curves and head"
+    )
+    parser.add_argument(
+        "--real",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="sets of pictures (images/ with labels/), or folders of such sets",
+    )
+    parser.add_argument(
+        "--keep-out", type=_names, default=(), metavar="SET,SET,...", help="sets not trained on, but judged on"
+    )
+    parser.add_argument("--name", default="", metavar="TEXT", help="name and version for the card")
+    _add_settings(parser, PretrainSettings, "meta-training")
+    _add_common(parser, _pretrain)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    settings = PretrainSettings(**_given_settings(args, PretrainSettings))
+    if args.keep_out and not args.real:
+        raise SettingsError("--keep-out names sets of --real; give it too")
+    try:
+        from distillfss_core.pretrain.run import PretrainRun, sources
+    except ModuleNotFoundError as fault:
+        raise SettingsError(f"meta-training needs {fault.name}: pip install 'napari-distillfss[pretrain]'") from fault
+
+    _make_folder(args.output)
+    real, held_out = sources(args.real, args.keep_out)
+    run = PretrainRun(settings, args.output, real=real, held_out=held_out)
+    step: TrainStep | None = None
+    try:
+        with _progress("preparing") as bar:
+            for step in run:
+                _show_step(bar, step)
+    except KeyboardInterrupt:
+        run.close()
+        _say(f"interrupted at step {run.step} of {settings.steps}; the same command goes on from {args.output}")
+        return INTERRUPTED
+    path = run.finish({"name": args.name} if args.name else {})
+    scores = run.card()["scores"]
+    if args.json:
+        _print_json({"head": str(path), "scores": scores})
+        return FINE
+    print(f"{path}, after {run.step} steps, {run.seconds / 3600:.1f} hours")
+    rows = [[name.replace("_", " "), _cell(value)] for name, value in scores.items() if name != "step"]
+    _print_table(["held-out tasks", "IoU"], rows, left=1)
+    return FINE
+
+
 # options that commands share
 
 
@@ -711,10 +774,12 @@ def _add_common(
     parser.set_defaults(run=run)
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """An option for every field of `DistillSettings`; those not given stay out of the namespace."""
-    group = parser.add_argument_group("settings of the distillation")
-    for setting in fields(DistillSettings):
+def _add_settings(
+    parser: argparse.ArgumentParser, kind_of: type = DistillSettings, title: str = "distillation"
+) -> None:
+    """An option for every field of the settings; those not given stay out of the namespace."""
+    group = parser.add_argument_group(f"settings of the {title}")
+    for setting in fields(kind_of):
         about = setting.metadata
         kind = {"int": int, "float": float}.get(str(setting.type), str)
         group.add_argument(
@@ -727,9 +792,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _given_settings(args: argparse.Namespace) -> dict[str, Any]:
+def _given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -> dict[str, Any]:
     given = vars(args)
-    return {setting.name: given[setting.name] for setting in fields(DistillSettings) if setting.name in given}
+    return {setting.name: given[setting.name] for setting in fields(kind_of) if setting.name in given}
 
 
 def _flag(name: str) -> str:

@@ -26,6 +26,12 @@ class DistillSettings:
 
     backbone: str = _setting("efficientnet_lite0", "Backbone", "Frozen feature extractor; see `distillfss backbones`.")
     weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
+    head: str = _setting(
+        "auto",
+        "Few-shot head",
+        "What attention and decoder start from: auto: the meta-trained weights of this package where they fit; "
+        "none: nothing; or the path of a head file.",
+    )
     method: str = _setting(
         "joint",
         "Method",
@@ -107,6 +113,51 @@ class DistillSettings:
                 raise SettingsError(f"polarity is {self.polarity!r}; give auto or a probability from 0 to 1")
         if self.crop % 32:
             raise SettingsError(f"crop is {self.crop}; give a multiple of 32")
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """How a few-shot head is meta-trained over episodes of many tasks.
+
+    Raises
+    ------
+    SettingsError
+        If a value lies outside its limits; the message names the setting, the value and the limits.
+    """
+
+    backbone: str = _setting("efficientnet_lite0", "Backbone", "Feature extractor; see `distillfss backbones`.")
+    weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
+    width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
+    steps: int = _setting(20_000, "Steps", "Optimiser steps.", low=1, high=100_000_000)
+    tasks: int = _setting(4, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)
+    size: int = _setting(192, "Size", "Side of a view in pixels.", low=64, high=1024)
+    shots: int = _setting(10, "Shots", "Views that answer as support, at most.", low=1, high=30)
+    synthetic: float = _setting(
+        0.5, "Synthetic share", "Share of generated tasks, where real ones are given too.", low=0.0, high=1.0
+    )
+    learning_rate: float = _setting(1e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
+    weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
+    average: float = _setting(
+        0.998,
+        "Weight average",
+        "Decay a step of the moving average of the weights, which is what is kept.",
+        low=0.0,
+        high=0.99999,
+    )
+    judge_every: int = _setting(500, "Judge every", "Steps between two looks at held-out tasks.", low=1, high=10**9)
+    judged: int = _setting(60, "Judged tasks", "Held-out tasks of each source that are looked at.", low=1, high=10_000)
+    workers: int = _setting(1, "Workers", "Processes that make episodes; 0: the main one.", low=0, high=256)
+    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = _setting(
+        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
+        if self.size % 32:
+            raise SettingsError(f"size is {self.size}; give a multiple of 32")
 
 
 def _check(name: str, value: Any, kind: Any, metadata: Any) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distillfss_core.features import CoarseMaps, FeaturePyramid
+from distillfss_core.features import NEUTRAL, CoarseMaps, FeaturePyramid
 
 
 def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
@@ -163,7 +163,7 @@ class SlimDecoder(Decoder):
         fine ------------------conv---'        |            |                  |
         skips (query only) -------------------1x1----------1x1----------------1x1
 
-    Before any training its answer is the mean of the coarse maps against ``neutral`` (its last layer
+    Before any training its answer is the mean of the coarse maps against `NEUTRAL` (its last layer
     starts at zero), so a teacher whose attention means something already segments.
 
     Parameters
@@ -173,9 +173,8 @@ class SlimDecoder(Decoder):
     skip_channels : sequence of int
         Channels of ``FeaturePyramid.skips``, fine to coarse.
     width : int
-        Channels at the coarser strides; the finest stage has a quarter of it.
-    neutral : float
-        Value of a coarse map that says nothing either way.
+        Channels at the strides of the coarse stages; each detail stage, with four times the pixels of the one below,
+        has half of it.
     """
 
     def __init__(
@@ -184,7 +183,6 @@ class SlimDecoder(Decoder):
         skip_channels: Sequence[int],
         *,
         width: int = 32,
-        neutral: float = 0.5,
     ) -> None:
         super().__init__()
         fine, mid, deep = blocks
@@ -193,8 +191,8 @@ class SlimDecoder(Decoder):
         self.fine = _conv(fine, width)
         self.join_mid = _conv(width, width)
         self.join_fine = _conv(width, width)
-        # finest first, as in FeaturePyramid.skips; the finest level has most pixels and fewest channels
-        widths = [width // 4 if level == 0 and len(skip_channels) > 1 else width for level in range(len(skip_channels))]
+        # finest first, as in FeaturePyramid.skips
+        widths = [max(2, width >> (len(skip_channels) - 1 - level)) for level in range(len(skip_channels))]
         above = [*widths[1:], width]
         self.skips = nn.ModuleList(SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True))
         kernels = [3 if level == 0 else 1 for level in range(len(widths))]
@@ -205,7 +203,6 @@ class SlimDecoder(Decoder):
         assert self.out.bias is not None
         nn.init.zeros_(self.out.bias)
         self.gain = nn.Parameter(torch.full((3,), 4.0))
-        self.neutral = neutral
 
     def fit_norms(self, features: FeaturePyramid) -> None:
         """Fit the skip standardisation on the features of a few support views."""
@@ -218,9 +215,9 @@ class SlimDecoder(Decoder):
     ) -> Float[Tensor, "b k 2 h w"]:
         b, k = coarse.deep.shape[:2]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
-        x = F.relu(self.deep(deep - self.neutral))
-        x = F.relu(self.join_mid(_resize(x, mid) + self.mid(mid - self.neutral)))
-        x = F.relu(self.join_fine(_resize(x, fine) + self.fine(fine - self.neutral)))
+        x = F.relu(self.deep(deep - NEUTRAL))
+        x = F.relu(self.join_mid(_resize(x, mid) + self.mid(mid - NEUTRAL)))
+        x = F.relu(self.join_fine(_resize(x, fine) + self.fine(fine - NEUTRAL)))
         skips = query.skips
         for level in reversed(range(len(skips))):
             from_query = self.skips[level](skips[level])
@@ -228,7 +225,7 @@ class SlimDecoder(Decoder):
             x = F.relu_((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
             if level > 0:
                 x = F.relu_(x + self.refine[level - 1](x))
-        means = (_resize((maps - self.neutral).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
+        means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
         evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
         logits = self.out(x) + torch.cat([-evidence, evidence], 1)
         return F.interpolate(logits, query.size, mode="bilinear", align_corners=False).unflatten(0, (b, k))

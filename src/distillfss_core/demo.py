@@ -17,7 +17,7 @@ from distillfss_core.metrics import evaluate
 from distillfss_core.model import Segmenter
 from distillfss_core.sample import generate_sample
 from distillfss_core.support import SupportSet, suggest_planes
-from distillfss_core.training import iter_distill, untrained_teacher
+from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import Array, LabelledSlice, TrainStep
 
 DEMO_STEPS = 150
@@ -188,7 +188,7 @@ def iter_demo(
 
     known = replace(settings, zoom=student.preprocess.zoom)  # not chosen a second time
     models: list[tuple[str, Segmenter]] = [
-        ("prototype teacher", untrained_teacher(data.support, known, kind="prototype"))
+        ("prototype teacher", unrefined_teacher(data.support, known, kind="prototype"))
     ]
     if settings.method != "direct":
         models.append(("teacher", run.teacher()))

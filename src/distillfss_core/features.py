@@ -6,8 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
+
+from distillfss_core.types import IGNORE
+
+NEUTRAL = 0.5
+"""Value of a coarse map that says nothing either way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +89,11 @@ class EncodedSupport:
     masks: Float[Tensor, "n k h w"]
     valid: Float[Tensor, "n h w"]
 
+    @classmethod
+    def of(cls, features: FeaturePyramid, labels: UInt8[Tensor, "n h w"], classes: int) -> EncodedSupport:
+        """From labels: 0 background, 1..classes, IGNORE not annotated."""
+        return cls(features, class_masks(labels, classes), (labels != IGNORE).float())
+
     def __getitem__(self, index: slice | Tensor) -> EncodedSupport:
         return EncodedSupport(self.features[index], self.masks[index], self.valid[index])
 
@@ -122,3 +132,9 @@ def merge_classes(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k+1 h 
     strongest = foreground.argmax(1, keepdim=True)
     background = logits[:, :, 0].gather(1, strongest)
     return torch.cat([background, foreground], 1)
+
+
+def class_masks(labels: UInt8[Tensor, "n h w"], classes: int) -> Float[Tensor, "n k h w"]:
+    """One binary mask a class."""
+    values = torch.arange(1, classes + 1, device=labels.device, dtype=labels.dtype)
+    return (labels[:, None] == values[:, None, None]).float()

@@ -45,12 +45,10 @@ class FewShotHead(nn.Module):
         self.form, self.classes = form, classes
         coarse, blocks, skips = _three(spec.coarse_channels), _three(spec.coarse_blocks), spec.skip_channels
         settings = PUBLISHED if form.teacher == "published" else DcamaSettings()
-        # attention balanced between background and K classes gives an undecided query 1 / (K + 1)
-        neutral = 1 / (classes + 1) if settings.balance else 0.5
         if form.decoder == "published":
             decoder: Decoder = PublishedDecoder(blocks, (skips[-2], skips[-1]))
         else:
-            decoder = SlimDecoder(blocks, skips, width=form.width, neutral=neutral)
+            decoder = SlimDecoder(blocks, skips, width=form.width)
         if any(c % settings.heads for c in coarse):
             raise SettingsError(
                 f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
@@ -58,9 +56,7 @@ class FewShotHead(nn.Module):
             )
         self.teacher = DcamaTeacher(coarse, decoder, settings)
         self.student: Student = (
-            ConvDist(coarse, classes)
-            if form.student == "published"
-            else LightConvDist(coarse, blocks, classes, neutral=neutral)
+            ConvDist(coarse, classes) if form.student == "published" else LightConvDist(coarse, blocks, classes)
         )
 
     @property

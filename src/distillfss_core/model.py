@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import logging
 import math
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -18,16 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from distillfss_core.backbones import Backbone, backbone_from_state, load_backbone
+from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.device import Device, choose_device, out_of_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
 from distillfss_core.features import FeaturePyramid, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.io import atomic_path
 from distillfss_core.preprocess import ZOOMS, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
@@ -36,8 +31,7 @@ from distillfss_core.types import Array, Segmentation, check_image
 
 log = logging.getLogger(__name__)
 
-FORMAT = "distillfss-student"
-FORMAT_VERSION = 1
+STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 1)
 TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
@@ -322,8 +316,8 @@ class StudentModel(Segmenter):
     def card(self) -> dict[str, Any]:
         """What the model is: JSON-able, the same before saving and after loading."""
         return {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format": STUDENT_FILE.name,
+            "format_version": STUDENT_FILE.version,
             "created": self.created,
             "classes": list(self.class_names),
             "pixel_size_um": list(self.pixel_size) if self.pixel_size else None,
@@ -359,13 +353,7 @@ class StudentModel(Segmenter):
         if self.thumbnails is not None:
             tensors["thumbnails.images"] = torch.from_numpy(self.thumbnails.images)
             tensors["thumbnails.labels"] = torch.from_numpy(self.thumbnails.labels)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        card = json.dumps(self.card)
-        metadata = {"card": card, "card_digest": _digest_text(card), "digest": _digest(tensors)}
-        metadata["backbone"] = str(with_backbone).lower()
-        payload = save(tensors, metadata={"format": FORMAT, **metadata})
-        with atomic_path(Path(path)) as temporary:
-            temporary.write_bytes(payload)
+        write_card_file(path, STUDENT_FILE, self.card, tensors, backbone=str(with_backbone).lower())
 
     @classmethod
     def load(
@@ -389,7 +377,7 @@ class StudentModel(Segmenter):
             If the file is missing, damaged, truncated, newer than this program or of another kind.
         """
         path = Path(path)
-        card, tensors, _ = _read(path)
+        card, tensors, _ = read_card_file(path, STUDENT_FILE)
         try:
             chosen = choose_device(device, precision)
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
@@ -440,60 +428,16 @@ def read_card(path: str | Path) -> dict[str, Any]:
     ModelFileError
         As `StudentModel.load` does.
     """
-    card, _, header = _read(Path(path), tensors=False)
+    card, _, header = read_card_file(path, STUDENT_FILE, tensors=False)
     return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
 
 
 def read_thumbnails(path: str | Path) -> Thumbnails | None:
     """The support thumbnails of a student file, if it has any."""
-    _, tensors, _ = _read(Path(path))
+    _, tensors, _ = read_card_file(path, STUDENT_FILE)
     if "thumbnails.images" not in tensors:
         return None
     return Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
-
-
-def _read(path: Path, *, tensors: bool = True) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ModelFileError(f"{path}: there is no such file") from error
-    except (SafetensorError, OSError, struct.error) as error:
-        raise ModelFileError(
-            f"{path}: not a readable safetensors file ({error}); it is damaged, truncated or of another kind"
-        ) from error
-    if header.get("format") != FORMAT or "card" not in header:
-        raise ModelFileError(f"{path}: a safetensors file, but no DistillFSS student")
-    if _digest_text(header["card"]) != header.get("card_digest"):
-        raise ModelFileError(f"{path}: its card does not match its checksum; the file is damaged")
-    try:
-        card = json.loads(header["card"])
-        version = int(card["format_version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelFileError(f"{path}: its card is damaged") from error
-    if version > FORMAT_VERSION:
-        raise ModelFileError(
-            f"{path}: format version {version} is newer than this program reads ({FORMAT_VERSION}); "
-            "upgrade napari-distillfss"
-        )
-    if tensors and _digest(found) != header.get("digest"):
-        raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
-    return card, found, header
-
-
-def _digest_text(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:

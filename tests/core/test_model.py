@@ -17,7 +17,7 @@ from distillfss_core.backbones import backbone_spec
 from distillfss_core.errors import ImageError, ModelFileError, OutputError, SettingsError
 from distillfss_core.model import StudentModel, read_card, read_thumbnails
 from distillfss_core.support import SupportSet
-from distillfss_core.training import distill, untrained_teacher
+from distillfss_core.training import distill, unrefined_teacher
 from pictures import blobs
 
 IMAGE = blobs(20, 120).image
@@ -199,7 +199,7 @@ def test_the_published_form_is_blended_across_tiles(support, tiny) -> None:
 
 def test_a_class_without_example_stays_finite_when_the_plane_is_enlarged_again(tiny, monkeypatch) -> None:
     support = SupportSet((blobs(0, classes=2), blobs(1, classes=2)), ("bright", "dark"))
-    teacher = untrained_teacher(support, replace(tiny, zoom="1/2"))
+    teacher = unrefined_teacher(support, replace(tiny, zoom="1/2"))
     teacher.keys.present[1] = False
     found = teacher.predict(blobs(10).image)
     assert np.isfinite(found.probabilities).all()

@@ -15,7 +15,7 @@ from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetE
 from distillfss_core.metrics import evaluate
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.support import SupportSet
-from distillfss_core.training import distill, iter_distill, refine, untrained_teacher
+from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
 from distillfss_core.training.views import PLAIN, Augmentation, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE, LabelledSlice
 from pictures import blobs
@@ -43,13 +43,13 @@ def test_every_method_learns_to_segment_the_blobs(support, tiny, method: str) ->
 
 def test_refining_makes_a_better_teacher(support, tiny) -> None:
     queries = [blobs(10), blobs(11)]
-    before = untrained_teacher(support, tiny)
+    before = unrefined_teacher(support, tiny)
     after = refine(support, replace(tiny, steps=40, views=24))
     assert _iou(after, queries) > max(0.6, _iou(before, queries))
 
 
 def test_the_prototype_teacher_answers_without_training(support, tiny) -> None:
-    teacher = untrained_teacher(support, tiny, kind="prototype")
+    teacher = unrefined_teacher(support, tiny, kind="prototype")
     share = float(np.mean(blobs(10).labels))
     assert _iou(teacher, [blobs(10)]) > 1.5 * share
 
@@ -247,7 +247,7 @@ def test_half_precision_arithmetic_trains_and_answers(support, tiny, method: str
     settings = replace(tiny, method=method, precision="bfloat16", steps=2)
     run = iter_distill(support, settings)
     list(run)
-    for model in (run.result(), run.teacher(), untrained_teacher(support, settings, kind="prototype")):
+    for model in (run.result(), run.teacher(), unrefined_teacher(support, settings, kind="prototype")):
         assert np.isfinite(model.predict(support.slices[0].image).probabilities).all()
 
 

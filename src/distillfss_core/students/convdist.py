@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distillfss_core.features import CoarseMaps, FeaturePyramid
+from distillfss_core.features import NEUTRAL, CoarseMaps, FeaturePyramid
 
 
 class Student(nn.Module):
@@ -62,8 +62,6 @@ class LightConvDist(Student):
     classes : int
     width : int
         Channels of the trunk.
-    neutral : float
-        Value the maps start at: that of a query about which nothing is known.
     """
 
     def __init__(
@@ -73,7 +71,6 @@ class LightConvDist(Student):
         classes: int,
         *,
         width: int = 48,
-        neutral: float = 0.5,
     ) -> None:
         super().__init__()
         self.classes = classes
@@ -83,7 +80,7 @@ class LightConvDist(Student):
         for read in self.read:
             assert isinstance(read, nn.Conv2d)
             assert read.bias is not None
-            nn.init.constant_(read.bias, neutral)
+            nn.init.constant_(read.bias, NEUTRAL)
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
         maps = []

@@ -53,8 +53,7 @@ class DcamaSettings:
     Notes
     -----
     Signed values (+1 object, -1 background, UINO-FSS's contrastive enhancement) are not an option of their
-    own: rows of the attention add up to one, so they give 2 m - 1, and our decoder reads m minus its neutral
-    value anyway.
+    own: rows of the attention add up to one, so they give 2 m - 1, and our decoder reads m minus 1/2 anyway.
     """
 
     heads: int = 4
@@ -244,10 +243,18 @@ class DcamaTeacher(nn.Module):
             found = []
             for block, k in zip(blocks, stage.keys, strict=True):
                 q = attention.queries(attention.tokens(block))  # b heads l d
-                m = attend(q, k, stage.values, stage.bias)  # b l k
+                m = self._against_the_rest(attend(q, k, stage.values, stage.bias))  # b l k
                 found.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
             maps.append(torch.stack(found, 2))  # b k n h w
         return CoarseMaps(*maps)
+
+    def _against_the_rest(self, m: Float[Tensor, "b l k"]) -> Float[Tensor, "b l k"]:
+        """Balanced keys give background and K classes the same weight; a class against all others then has 1 to K.
+
+        Weighed 1 to 1 instead, an undecided query gets 1/2 whatever K is, as the decoder expects.
+        """
+        k = m.shape[-1]
+        return k * m / (1 + (k - 1) * m) if self.settings.balance and k > 1 else m
 
     def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         """Coarse maps and logits; the foreground of an absent class is -inf."""

@@ -6,7 +6,7 @@ from distillfss_core.training.runs import (
     iter_distill,
     iter_refine,
     refine,
-    untrained_teacher,
+    unrefined_teacher,
 )
 
-__all__ = ["DistillRun", "distill", "iter_distill", "iter_refine", "refine", "untrained_teacher"]
+__all__ = ["DistillRun", "distill", "iter_distill", "iter_refine", "refine", "unrefined_teacher"]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distillfss_core.features import CoarseMaps
+from distillfss_core.features import CoarseMaps, class_masks
 from distillfss_core.types import IGNORE
 
 
@@ -76,3 +76,30 @@ def dice_loss(
     if not bool(chosen.any()):
         return probabilities[:, 1:].mean()
     return 1 - dice[chosen].mean()
+
+
+def segmentation_loss(logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"]) -> Float[Tensor, ""]:
+    """Cross-entropy over the annotated pixels plus Dice of the classes present."""
+    known = (target != IGNORE).sum().clamp_min(1)
+    ce = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
+    return ce + dice_loss(logits, target)
+
+
+def map_loss(maps: CoarseMaps, target: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]) -> Float[Tensor, ""]:
+    """Binary cross-entropy of each stage's mean map against the share of the class in its cells.
+
+    It keeps attention meaningful while the decoder is still learning to read it.
+    """
+    if not bool(present.any()):
+        return maps.deep.new_zeros(())
+    masks = class_masks(target.to(torch.uint8), maps.deep.shape[1])[:, present]
+    known = (target != IGNORE).float()[:, None]
+    losses = []
+    for stage in maps:
+        mean = stage.mean(2)[:, present].float().clamp(1e-4, 1 - 1e-4)
+        grid = (mean.shape[-2], mean.shape[-1])
+        share = F.adaptive_avg_pool2d(known, grid)
+        truth = F.adaptive_avg_pool2d(masks * known, grid) / share.clamp_min(1e-6)
+        bce = -(truth * mean.log() + (1 - truth) * (1 - mean).log())
+        losses.append((bce * share).sum() / (share.sum() * bce.shape[1]).clamp_min(1e-6))
+    return torch.stack(losses).mean()

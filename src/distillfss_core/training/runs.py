@@ -20,12 +20,13 @@ from distillfss_core.device import Device, choose_device, seeded
 from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
 from distillfss_core.features import EncodedSupport, cat_pyramids
 from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.headfile import HeadWeights, load_head, packaged_head
 from distillfss_core.model import FewShotModel, StudentModel, thumbnails
 from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.training.fit import Best, LeftOut, iter_fit
-from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter, class_masks
+from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter
 from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
@@ -73,7 +74,8 @@ class DistillRun(Iterator[TrainStep]):
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
-        head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support)
+        self._told = None if start else _head_weights(settings, self.backbone)
+        head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
         self.head = head.requires_grad_(True)
         self.head.to(self.device.torch)
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
@@ -102,7 +104,7 @@ class DistillRun(Iterator[TrainStep]):
     def _run(self, start: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
         left_out = self._left_out()
         self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
-        if isinstance(self.head.decoder, SlimDecoder) and start is None:
+        if isinstance(self.head.decoder, SlimDecoder) and start is None and self._told is None:
             self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
             self._best = Best(self.head)
         stages = (
@@ -150,6 +152,7 @@ class DistillRun(Iterator[TrainStep]):
             )
         record = {
             "method": self.settings.method,
+            "head": self._told.name if self._told else None,
             "steps": self._steps_done,
             "best_step": self._stage_began + (self._best.best_step or self._best.steps),
             "left_out_slice": self._left_out_index,
@@ -228,10 +231,10 @@ def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewS
     return run.teacher()
 
 
-def untrained_teacher(
+def unrefined_teacher(
     support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
 ) -> FewShotModel:
-    """A teacher that answers at once: DCAMA as it comes, or prototypes (kind "prototype").
+    """A teacher that answers at once: DCAMA as its weights come, or prototypes (kind "prototype").
 
     With ``voting`` every support view answers for itself and the surest one counts; otherwise all views stand in one
     attention.
@@ -243,7 +246,8 @@ def untrained_teacher(
     preprocess, _ = _fit_preprocess(support, settings, bank, None)
     teacher: Teacher = PrototypeTeacher()
     if kind == "dcama":
-        teacher = _new_head(settings, backbone, support).to(device.torch).eval().teacher
+        told = _head_weights(settings, backbone)
+        teacher = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
     if voting:
         teacher = VotingTeacher(teacher)
     return _tell(teacher, backbone, preprocess, support, settings, device)
@@ -268,7 +272,7 @@ def _tell(
 def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
     features = cat_pyramids([bank.encode([view]) for view in views])
-    return EncodedSupport(features, class_masks(labels, classes), (labels != IGNORE).float())
+    return EncodedSupport.of(features, labels, classes)
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
@@ -310,10 +314,28 @@ def _auto_steps(slices: int, *, again: bool) -> int:
     return steps // AGAIN if again else steps
 
 
-def _new_head(settings: DistillSettings, backbone: Backbone, support: SupportSet) -> FewShotHead:
+def _new_head(
+    settings: DistillSettings, backbone: Backbone, support: SupportSet, told: HeadWeights | None
+) -> FewShotHead:
     form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
     with seeded(settings.seed):
-        return FewShotHead(backbone.spec, support.classes, form)
+        head = FewShotHead(backbone.spec, support.classes, form)
+    if told is not None:
+        told.put_into(head)
+    return head
+
+
+def _head_weights(settings: DistillSettings, backbone: Backbone) -> HeadWeights | None:
+    """The meta-trained weights to start from. Those of the package only where they fit; a file must fit."""
+    if settings.head == "none":
+        return None
+    if settings.head != "auto":
+        return load_head(settings.head)
+    if (settings.decoder, settings.teacher) != ("slim", "ours"):
+        return None
+    found = packaged_head(backbone.spec.name)
+    fits = found is not None and found.width == settings.width and found.backbone_digest == backbone.digest()
+    return found if fits else None
 
 
 def _prepare_start(

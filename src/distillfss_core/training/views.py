@@ -273,8 +273,7 @@ class ViewBank:
         return torch.stack([self._labels[i] for i in indices])
 
     def support(self, indices: Sequence[int], classes: int) -> EncodedSupport:
-        labels = self.labels(indices)
-        return EncodedSupport(self.pyramid(indices), class_masks(labels, classes), (labels != IGNORE).float())
+        return EncodedSupport.of(self.pyramid(indices), self.labels(indices), classes)
 
     def slices(self) -> Array:
         """Slice index of every stored view."""
@@ -285,9 +284,3 @@ def _as_float(block: Tensor) -> Tensor:
     if block.device.type == "cpu":
         return block.float().contiguous(memory_format=torch.channels_last)
     return block.float()
-
-
-def class_masks(labels: UInt8[Tensor, "n h w"], classes: int) -> Float[Tensor, "n k h w"]:
-    """One binary mask a class."""
-    values = torch.arange(1, classes + 1, device=labels.device, dtype=labels.dtype)
-    return (labels[:, None] == values[:, None, None]).float()

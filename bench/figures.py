@@ -1,15 +1,17 @@
-"""The core's figures on real data: accuracy and cost of teacher and student, beside controls.
+"""The figures on real data: accuracy and cost of teacher and student, beside controls.
 
-    python bench/core_figures.py accuracy ../shared/data -o figures.jsonl [--only nucleus5,vnc] [--draws 3]
-    python bench/core_figures.py cost [-o figures.jsonl]
+    python bench/figures.py accuracy ../shared/data -o figures.jsonl [--only nucleus5,vnc] [--draws 3] [--head none]
+    python bench/figures.py cost [-o figures.jsonl]
 
 Every row is appended as soon as it is known, and rows that the file holds already are not computed again, so that
-a run that was cut off goes on. ``python bench/core_figures.py table figures.jsonl`` prints the table.
+a run that was cut off goes on. ``python bench/figures.py table figures.jsonl`` prints the table.
 
 Protocols: *nucleus* draws its supports at random from the training part of DSB 2018 (ids sorted, scikit-learn's
 train_test_split(test_size=0.2, random_state=42)) and pools the foreground IoU over all test images at 384 x 384;
-*fluorescence* and *tissue* restrict supports and queries to that kind; *vnc* has planes 0, 5, 10, 14, 19 as support,
-*embryo* planes 12, 25, 38; the other planes are tested at full size.
+*nucleus5* has 5 of them, *nucleus50* has 50; *fluorescence* and *tissue* restrict supports and queries to that kind;
+*vnc* has planes 0, 5, 10, 14, 19 as support, *embryo* planes 12, 25, 38, and the other planes are tested. *lidc* learns
+from the middle planes of 5 cubes and is tested on all planes of the other cubes, *polyps* and *road* learn from 5
+pictures (road: of two classes, the mean of which is given). All but nucleus are scored at full size.
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import tifffile
 import torch
+from baselines import PixelClassifier
 from PIL import Image
 from sklearn.model_selection import train_test_split
 
@@ -36,19 +40,20 @@ from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
 from distillfss_core.features import EncodedSupport
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.io import read_image, read_labels
+from distillfss_core.io import pair_files, read_image, read_labels
 from distillfss_core.metrics import Tally
 from distillfss_core.model import Segmenter
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.sample import generate_sample
 from distillfss_core.support import SupportSet
-from distillfss_core.training import distill, iter_distill, iter_refine, untrained_teacher
+from distillfss_core.training import distill, iter_distill, iter_refine, unrefined_teacher
 from distillfss_core.training.episodes import Episode
 from distillfss_core.training.fit import STAGES, episode_losses
-from distillfss_core.training.views import Augmentation, ViewBank, ViewCutter, class_masks
-from distillfss_core.types import IGNORE, Array, LabelledSlice
+from distillfss_core.training.views import Augmentation, ViewBank, ViewCutter
+from distillfss_core.types import Array, LabelledSlice
 
 PROTOCOL_SIDE = 384
+SUPPORTS = 5
 TISSUE_HUE = 8  # mean difference of red and blue from which on an image counts as stained tissue
 
 
@@ -96,17 +101,17 @@ def stack(data: Path, image: str, labels: str) -> list[LabelledSlice]:
 
 def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
     """The tasks asked for, made when their turn comes."""
-    for name in ("nucleus5", "nucleus50", "fluorescence5", "tissue5"):
-        if name not in only:
+    for name in sorted(only):
+        if not (found := re.fullmatch(r"(nucleus|fluorescence|tissue)(\d+)", name)):
             continue
         training, test = nuclei(data)
         queries = [nucleus_slice(data, i) for i in test]
-        what = name.rstrip("0123456789")
+        what, shots = found[1], int(found[2])
         if what != "nucleus":
             training = [i for i in training if kind(nucleus_slice(data, i)) == what]
             queries = [q for q in queries if kind(q) == what]
         for draw in range(draws):
-            chosen = np.random.default_rng(draw).choice(training, int(name.removeprefix(what)), replace=False)
+            chosen = np.random.default_rng(draw).choice(training, shots, replace=False)
             support = SupportSet(tuple(nucleus_slice(data, i) for i in chosen), ("nucleus",))
             yield Task(name, draw, support, queries, PROTOCOL_SIDE)
     for name, files, planes in (
@@ -117,6 +122,34 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             slices = stack(data, *files)
             support = SupportSet(tuple(slices[z] for z in planes), ("object",), planes_of_one_volume=True)
             yield Task(name, 0, support, [s for z, s in enumerate(slices) if z not in planes], None)
+    for name, load, names in (
+        ("lidc", cubes, ("nodule",)),
+        ("polyps", lambda: pictures(data / "polyps_kvasir"), ("polyp",)),
+        ("road", lambda: pictures(data / "road_cracks_potholes"), ("crack", "pothole")),
+    ):
+        if name not in only:
+            continue
+        groups = load(data) if name == "lidc" else load()  # type: ignore[operator]
+        for draw in range(draws):
+            order = np.random.default_rng(draw).permutation(len(groups))
+            # every class must be in the support: the first that hold the last class come first
+            firsts = [i for i in order if (groups[i][len(groups[i]) // 2].labels == len(names)).any()][:2]
+            chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
+            support = SupportSet(tuple(groups[i][len(groups[i]) // 2] for i in chosen), names)
+            yield Task(name, draw, support, [s for i in order if i not in chosen for s in groups[i]], None)
+
+
+def cubes(data: Path) -> list[list[LabelledSlice]]:
+    """CT cubes, each a list of its planes."""
+    folder = data / "lidc_lung_nodules"
+    files = sorted((folder / "images").iterdir())
+    return [stack(folder, f"images/{f.name}", f"labels/{f.name}") for f in files]
+
+
+def pictures(folder: Path) -> list[list[LabelledSlice]]:
+    """Single pictures, each a list of one."""
+    pairs = pair_files(folder / "images", folder / "labels")
+    return [[LabelledSlice(read_image(i), read_labels(t).astype(np.uint8), i.stem)] for i, t in pairs]
 
 
 # -- accuracy --------------------------------------------------------------------------------------------
@@ -130,16 +163,22 @@ def score(model: Segmenter, task: Task) -> dict[str, object]:
         found = model.predict_labels(query.image)
         pixels += found.size
         for group in {"all", kind(query)}:
-            tallies.setdefault(group, Tally(1)).add(_at(found, task.side), _at(query.labels, task.side))
+            tallies.setdefault(group, Tally(task.support.classes)).add(
+                _at(found, task.side), _at(query.labels, task.side)
+            )
     seconds = time.perf_counter() - began
     scores = {group: tally.scores() for group, tally in tallies.items()}
     everything = scores.pop("all")
     return {
-        "pooled": round(float(everything.pooled.iou[0]), 4),
-        "mean": round(float(everything.mean.iou[0]), 4),
-        "by_kind": {g: [round(float(s.pooled.iou[0]), 4), s.images] for g, s in sorted(scores.items())},
+        "pooled": _over_classes(everything.pooled.iou),
+        "mean": _over_classes(everything.mean.iou),
+        "by_kind": {g: [_over_classes(s.pooled.iou), s.images] for g, s in sorted(scores.items())},
         "seconds_per_megapixel": round(seconds / pixels * 1e6, 3),
     }
+
+
+def _over_classes(values: Sequence[float]) -> float:
+    return round(float(np.nanmean(values)), 4)
 
 
 def _at(labels: Array, side: int | None) -> Array:
@@ -148,9 +187,10 @@ def _at(labels: Array, side: int | None) -> Array:
     return np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
 
 
-def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tuple[Segmenter, float]]]]:
+def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Callable[[], tuple[Segmenter, float]]]]:
     """Name and maker of every model of a task; a maker gives the model and the seconds it took."""
     joint: list[object] = []
+    settings = DistillSettings(head=head)
 
     def timed(make: Callable[[], Segmenter]) -> Callable[[], tuple[Segmenter, float]]:
         def run() -> tuple[Segmenter, float]:
@@ -161,7 +201,7 @@ def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tup
         return run
 
     def student(**changes: object) -> Segmenter:
-        run = iter_distill(task.support, DistillSettings(**changes))  # type: ignore[arg-type]
+        run = iter_distill(task.support, replace(settings, **changes))  # type: ignore[arg-type]
         for _ in run:
             pass
         if not changes:
@@ -169,7 +209,7 @@ def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tup
         return run.result()
 
     def refined() -> Segmenter:
-        run = iter_refine(task.support, DistillSettings())
+        run = iter_refine(task.support, settings)
         for _ in run:
             pass
         return run.teacher()
@@ -179,9 +219,12 @@ def models(task: Task, wanted: set[str]) -> Iterator[tuple[str, Callable[[], tup
         "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
         "student trained directly": lambda: student(method="direct"),
         "teacher refined": refined,
-        "teacher as is": lambda: untrained_teacher(task.support),
-        "prototype": lambda: untrained_teacher(task.support, kind="prototype"),
-        "student on a random backbone": lambda: student(weights="random"),
+        "teacher as is": lambda: unrefined_teacher(task.support, settings),
+        "teacher as is, foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
+        "prototype": lambda: unrefined_teacher(task.support, settings, kind="prototype"),
+        "student on a random backbone": lambda: student(weights="random", head="none"),
+        "random forest": lambda: PixelClassifier.fit("forest", task.support),
+        "logistic regression": lambda: PixelClassifier.fit("regression", task.support),
     }
     for name, make in makers.items():
         if name in wanted and (name != "teacher of the joint run" or "student distilled" in wanted):
@@ -194,21 +237,35 @@ MODELS = (
     "student trained directly",
     "teacher refined",
     "teacher as is",
+    "teacher as is, foreign masks",
     "prototype",
     "student on a random backbone",
+    "random forest",
+    "logistic regression",
 )
 
 
-def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]) -> None:
-    known = {(r["task"], r["draw"], r["model"]) for r in _rows(out)}
+def with_foreign_masks(support: SupportSet) -> SupportSet:
+    """The same images, each with the masks of another, turned upside down: they say nothing true."""
+    slices = []
+    for i, labelled in enumerate(support.slices):
+        other = support.slices[(i + 1) % len(support)].labels[::-1, ::-1]
+        size = labelled.labels.shape[::-1]
+        labels = np.asarray(Image.fromarray(np.ascontiguousarray(other)).resize(size, Image.Resampling.NEAREST))
+        slices.append(LabelledSlice(labelled.image, labels, labelled.source))
+    return SupportSet(tuple(slices), support.class_names, None, support.planes_of_one_volume)
+
+
+def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str], head: str) -> None:
+    known = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
     for task in tasks(data, only, draws):
         missing = {m for m in wanted if (task.name, task.draw, m) not in known}
         if "teacher of the joint run" in missing:
             missing.add("student distilled")
-        for name, make in models(task, missing):
+        for name, make in models(task, missing, head):
             _reset_peak()
             model, seconds = make()
-            row = {"task": task.name, "draw": task.draw, "model": name, "zoom": model.preprocess.zoom}
+            row = {"task": task.name, "draw": task.draw, "model": name, "head": head, "zoom": model.preprocess.zoom}
             row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": _peak_mb()}
             _append(out, row)
 
@@ -244,7 +301,7 @@ def cost(out: Path, backbone_name: str, side: int) -> None:
     labels = (torch.rand(5, side // 32, side // 32) < 0.2).byte()
     labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device.torch)
     features = backbone(torch.rand(5, 3, side, side, device=device.torch))
-    keys = head.teacher.encode(EncodedSupport(features, class_masks(labels, 1), (labels != IGNORE).float()))
+    keys = head.teacher.encode(EncodedSupport.of(features, labels, 1))
     times = {
         "backbone": _median_ms(lambda: backbone(x)),
         "student": _median_ms(lambda: head.student_logits(backbone(x))),
@@ -288,7 +345,7 @@ def cost(out: Path, backbone_name: str, side: int) -> None:
 
 def five_slices(out: Path) -> None:
     """Five 1024 x 1024 slices to a student, in a process of its own."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import core_figures as c; c.five_slices_here()"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import figures as c; c.five_slices_here()"
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -337,21 +394,21 @@ def _append(path: Path, row: dict) -> None:
 
 def table(path: Path) -> None:
     """Mean and spread over the draws, a line a task and model."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str, str], list[dict]] = {}
     for row in _rows(path):
         if "pooled" in row and row["task"] != "cost":
-            groups.setdefault((row["task"], row["model"]), []).append(row)
-    print(f"| {'task':13} | {'model':26} | draws | pooled IoU | mean IoU | by kind | seconds | peak MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for (task, model), rows in groups.items():
+            groups.setdefault((row["task"], row["model"], row["head"]), []).append(row)
+    print(f"| {'task':13} | {'model':26} | head | draws | pooled IoU | mean IoU | by kind | seconds | peak MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for (task, model, head), rows in groups.items():
         pooled, mean = (statistics.mean(r[key] for r in rows) for key in ("pooled", "mean"))
         spread = max(r["pooled"] for r in rows) - min(r["pooled"] for r in rows)
         kinds = sorted({k for r in rows for k in r["by_kind"]})
         by_kind = ", ".join(f"{k} {statistics.mean(r['by_kind'][k][0] for r in rows):.3f}" for k in kinds)
         seconds, peak = statistics.median(r["seconds"] for r in rows), max(r["peak_mb"] for r in rows)
         print(
-            f"| {task:13} | {model:26} | {len(rows)} | {pooled:.3f} ± {spread / 2:.3f} | {mean:.3f} | {by_kind} "
-            f"| {seconds:.0f} | {peak} |"
+            f"| {task:13} | {model:26} | {head} | {len(rows)} | {pooled:.3f} ± {spread / 2:.3f} | {mean:.3f} "
+            f"| {by_kind} | {seconds:.0f} | {peak} |"
         )
     for row in _rows(path):
         if row["task"] == "cost":
@@ -366,6 +423,7 @@ def main() -> None:
     measure.add_argument("--only", default="nucleus5,vnc,embryo,fluorescence5,tissue5,nucleus50")
     measure.add_argument("--models", default=",".join(MODELS))
     measure.add_argument("--draws", type=int, default=3)
+    measure.add_argument("--head", default="auto", help="what to start from: auto, none or a head file")
     costs = commands.add_parser("cost")
     costs.add_argument("--backbones", default="efficientnet_lite0,resnet50")
     costs.add_argument("--side", type=int, default=512)
@@ -374,7 +432,8 @@ def main() -> None:
     commands.add_parser("table").add_argument("out", type=Path)
     options = parser.parse_args()
     if options.command == "accuracy":
-        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, set(options.models.split(",")))
+        wanted = set(options.models.split(","))
+        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
             cost(options.out, name, options.side)
