@@ -527,7 +527,7 @@ def _measures_json(measures: Measures, names: Sequence[str]) -> dict[str, dict[s
 
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model from distillfss distill, or a head from pretrain")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
     _add_common(parser, _info, threads=False)
 
 
