@@ -84,8 +84,8 @@ def attend(
     """Attention-weighted mean of ``values``, averaged over heads: mean_h softmax(q k^T / sqrt(c) + bias) values.
 
     All columns share one attention. PyTorch's fused kernel never builds the lq x lk matrix, on the CPU only if
-    values are as wide as keys: the narrower of the two is padded with zeros, which changes nothing. Small problems on the
-    CPU (all training steps) build the matrix: forward and backward then take 0.5 to 0.7 of the time.
+    values are as wide as keys: the narrower of the two is padded with zeros, which changes nothing. Small problems
+    on the CPU build the matrix: forward and backward then take 0.5 to 0.7 of the time.
 
     Parameters
     ----------
