@@ -67,14 +67,17 @@ class DistillRun(Iterator[TrainStep]):
         self.device = choose_device(settings.device, settings.precision)
         self._began = time.perf_counter()
         self._left_out_index = None if teacher_only else _left_out_index(settings, support)
-        self.backbone = copy.deepcopy(start.backbone) if start else load_backbone(settings.backbone, settings.weights)
+        self._told: HeadWeights | None = None
+        if start:
+            self.backbone = copy.deepcopy(start.backbone)
+        else:
+            self.backbone, self._told = _load_start(settings)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
         self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
-        self._told = None if start else _head_weights(settings, self.backbone)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
         self.head = head.requires_grad_(True)
         self.head.to(self.device.torch)
@@ -241,12 +244,11 @@ def unrefined_teacher(
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
-    backbone = load_backbone(settings.backbone, settings.weights).to(device.torch)
-    bank = ViewBank(backbone, device, memory=1, most=1)
+    backbone, told = _load_start(settings)
+    bank = ViewBank(backbone.to(device.torch), device, memory=1, most=1)
     preprocess, _ = _fit_preprocess(support, settings, bank, None)
     teacher: Teacher = PrototypeTeacher()
     if kind == "dcama":
-        told = _head_weights(settings, backbone)
         teacher = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
     if voting:
         teacher = VotingTeacher(teacher)
@@ -325,17 +327,34 @@ def _new_head(
     return head
 
 
-def _head_weights(settings: DistillSettings, backbone: Backbone) -> HeadWeights | None:
-    """The meta-trained weights to start from. Those of the package only where they fit; a file must fit."""
-    if settings.head == "none":
-        return None
-    if settings.head != "auto":
-        return load_head(settings.head)
-    if (settings.decoder, settings.teacher) != ("slim", "ours"):
-        return None
+def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
+    """The backbone and the meta-trained weights to start from.
+
+    Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained
+    with.
+    """
+    if settings.head not in ("auto", "none"):
+        told = load_head(settings.head)
+        return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
+    backbone = load_backbone(settings.backbone, settings.weights)
+    if settings.head == "none" or (settings.decoder, settings.teacher) != ("slim", "ours"):
+        return backbone, None
     found = packaged_head(backbone.spec.name)
     fits = found is not None and found.width == settings.width and found.backbone_digest == backbone.digest()
-    return found if fits else None
+    return backbone, found if fits else None
+
+
+def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | None:
+    """The backbone that was trained with the head, if any; other settings must not ask for another one."""
+    backbone = told.trained_backbone()
+    if backbone is not None:
+        for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
+            given = getattr(settings, name)
+            if given != own:
+                raise SettingsError(
+                    f"{name} is {given!r}, but head {told.source} brings its own backbone; give {own!r}"
+                )
+    return backbone
 
 
 def _prepare_start(
