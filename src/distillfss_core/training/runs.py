@@ -77,10 +77,13 @@ class DistillRun(Iterator[TrainStep]):
         self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
-        self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
-        self.head = head.requires_grad_(True)
+        self.head = head.requires_grad_(True).eval()
         self.head.to(self.device.torch)
+        judge = self.head.teacher if self._told else None
+        self.preprocess, self.zoom_scores = (
+            (start.preprocess, {}) if start else _fit_preprocess(support, settings, self._bank, judge)
+        )
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
         self._best = Best(self.head)
         self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
@@ -246,10 +249,9 @@ def unrefined_teacher(
     device = choose_device(settings.device, settings.precision)
     backbone, told = _load_start(settings)
     bank = ViewBank(backbone.to(device.torch), device, memory=1, most=1)
-    preprocess, _ = _fit_preprocess(support, settings, bank, None)
-    teacher: Teacher = PrototypeTeacher()
-    if kind == "dcama":
-        teacher = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
+    ours = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
+    preprocess, _ = _fit_preprocess(support, settings, bank, ours if told else None)
+    teacher: Teacher = ours if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)
     return _tell(teacher, backbone, preprocess, support, settings, device)
@@ -289,10 +291,8 @@ def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | Non
 
 
 def _fit_preprocess(
-    support: SupportSet, settings: DistillSettings, bank: ViewBank, start: StudentModel | None
+    support: SupportSet, settings: DistillSettings, bank: ViewBank, judge: Teacher | None
 ) -> tuple[Preprocess, dict[str, float]]:
-    if start is not None:
-        return start.preprocess, {}
     scope = settings.intensity
     if scope == "auto":
         scope = "volume" if support.planes_of_one_volume else "image"
@@ -300,7 +300,7 @@ def _fit_preprocess(
     if settings.zoom != "auto":
         return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
     preprocess = fit_preprocess(images, scope=scope)
-    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed)
+    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed, judge)
     return replace(preprocess, zoom=str(zoom)), scores
 
 
