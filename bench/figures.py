@@ -242,7 +242,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "student trained directly": lambda: student(method="direct"),
         "teacher refined": refined,
         "teacher as is": lambda: unrefined_teacher(task.support, settings),
-        "teacher as is, foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
+        "teacher on foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
         "prototype": lambda: unrefined_teacher(task.support, settings, kind="prototype"),
         "student on a random backbone": lambda: student(weights="random", head="none"),
         "random forest": lambda: PixelClassifier.fit("forest", task.support),
@@ -259,7 +259,7 @@ MODELS = (
     "student trained directly",
     "teacher refined",
     "teacher as is",
-    "teacher as is, foreign masks",
+    "teacher on foreign masks",
     "prototype",
     "student on a random backbone",
     "random forest",
@@ -461,6 +461,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "accuracy":
         wanted = set(options.models.split(","))
+        if unknown := wanted - set(MODELS):
+            parser.error(f"unknown models {sorted(unknown)}; choose from {', '.join(MODELS)}")
         accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
