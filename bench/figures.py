@@ -137,7 +137,8 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             # every class must be in the support: the first that hold the last class come first
             firsts = [i for i in order if (groups[i][len(groups[i]) // 2].labels == len(names)).any()][:2]
             chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
-            support = SupportSet(tuple(groups[i][len(groups[i]) // 2] for i in chosen), names)
+            middle = tuple(groups[i][len(groups[i]) // 2] for i in chosen)
+            support = SupportSet(middle, names, planes_of_one_volume=name == "lidc")  # one intensity scale, as CT has
             yield Task(name, draw, support, [s for i in order if i not in chosen for s in groups[i]], None)
 
 
