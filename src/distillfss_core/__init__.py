@@ -34,6 +34,8 @@ _HOME = {
     "Scores": "metrics",
     "evaluate": "metrics",
     "generate_sample": "sample",
+    "Volume": "volume",
+    "open_volume": "volume",
     "SupportSet": "support",
     "load_support": "support",
     "suggest_planes": "support",
