@@ -42,6 +42,7 @@ _HOME = {
     "SPECS": "backbones",
     "load_backbone": "backbones",
     "StudentModel": "model",
+    "segment_lazy": "lazy",
     "distill": "training",
     "iter_distill": "training",
 }

@@ -187,6 +187,12 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         return list(split_plane(shape, max(1, round(tile / zoom)), round(self.halo / zoom), self.step))
 
+    def reach(self, shape: tuple[int, int], region: Region, *, tile: int = TILE) -> Region:
+        """The part of a plane that `predict_region` reads to answer for a region."""
+        seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
+        return (min(y0), max(y1)), (min(x0), max(x1))
+
     def digest(self) -> str:
         """What the answers depend on, as a hexadecimal number: weights, classes, preprocessing and halo."""
         found = hashlib.sha256(self.backbone.digest().encode())

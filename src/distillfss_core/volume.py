@@ -111,30 +111,11 @@ class Volume:
 
     def __getitem__(self, key: Any) -> Array:
         """Basic indexing with numbers and slices, as dask and napari do."""
-        key = key if isinstance(key, tuple) else (key,)
-        if Ellipsis in key:
-            at = key.index(Ellipsis)
-            key = (*key[:at], *(slice(None),) * (self.ndim - len(key) + 1), *key[at + 1 :])
-        key = (*key, *(slice(None),) * (self.ndim - len(key)))
-        spans: list[slice] = []
-        rest: list[slice | int] = []
-        for part, n in zip(key, self.shape, strict=True):
-            if isinstance(part, slice):
-                start, stop, step = part.indices(n)
-                if step < 1:
-                    raise IndexError("a volume is not read backwards")
-                spans.append(slice(start, stop))
-                rest.append(slice(None, None, step))
-            else:
-                at = int(part) + (n if part < 0 else 0)
-                if not 0 <= at < n:
-                    raise IndexError(f"index {part} is out of range for an axis of {n}")
-                spans.append(slice(at, at + 1))
-                rest.append(0)
+        spans, rest = split_index(key, self.shape)
         found = self.read(*spans[:3])
         if self.ndim == 4:
             found = found[..., spans[3]]
-        return found[tuple(rest)]
+        return found[rest]
 
     def close(self) -> None:
         """Let go of open files; reading is over then."""
@@ -161,6 +142,39 @@ class Volume:
         found = found.transpose([axes.index(a) for a in (*names, *others)])
         found = found.reshape(found.shape[: len(names)])
         return found if "z" in names else found[None]
+
+
+def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice | int, ...]]:
+    """Basic indexing as a box to be read (slices without steps) and what to take from that box.
+
+    Raises
+    ------
+    IndexError
+        As numpy does; also for steps backwards.
+    """
+    key = key if isinstance(key, tuple) else (key,)
+    if Ellipsis in key:
+        at = key.index(Ellipsis)
+        key = (*key[:at], *(slice(None),) * (len(shape) - len(key) + 1), *key[at + 1 :])
+    key = (*key, *(slice(None),) * (len(shape) - len(key)))
+    if len(key) > len(shape):
+        raise IndexError(f"{len(key)} indices for {len(shape)} axes")
+    spans: list[slice] = []
+    rest: list[slice | int] = []
+    for part, n in zip(key, shape, strict=True):
+        if isinstance(part, slice):
+            start, stop, step = part.indices(n)
+            if step < 1:
+                raise IndexError("a volume is not read backwards")
+            spans.append(slice(start, max(start, stop)))
+            rest.append(slice(None, None, step))
+        else:
+            at = int(part) + (n if part < 0 else 0)
+            if not 0 <= at < n:
+                raise IndexError(f"index {part} is out of range for an axis of {n}")
+            spans.append(slice(at, at + 1))
+            rest.append(0)
+    return tuple(spans), tuple(rest)
 
 
 def open_volume(

@@ -39,7 +39,7 @@ def plain_student(support: SupportSet, tiny: DistillSettings):
     """A student that started from no head file, with a small halo: for what is about regions and files."""
     from distillfss_core.training import distill
 
-    model = distill(support, replace(tiny, head="none"))
+    model = distill(support, replace(tiny, head="none", steps=40))
     model.halo = 32
     return model
 
