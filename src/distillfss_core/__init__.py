@@ -43,6 +43,8 @@ _HOME = {
     "load_backbone": "backbones",
     "StudentModel": "model",
     "segment_lazy": "lazy",
+    "iter_segment": "engine",
+    "segment_to_zarr": "engine",
     "distill": "training",
     "iter_distill": "training",
 }

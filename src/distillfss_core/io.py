@@ -417,13 +417,13 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     except OutputError:
         raise
     except OSError as fault:
-        raise OutputError(f"cannot write {named}: {_reason(fault)}") from fault
+        raise OutputError(f"cannot write {named}: {fault_reason(fault)}") from fault
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _reason(fault: OSError) -> str:
+def fault_reason(fault: OSError) -> str:
     """What went wrong and what to do, in a line."""
     advice = {
         errno.ENOSPC: "free some space or write elsewhere",
