@@ -46,6 +46,15 @@ def write_card_file(
         temporary.write_bytes(payload)
 
 
+def kind_of(path: str | Path) -> str | None:
+    """Which kind of card file this is, if it is one at all; nothing is checked."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError, struct.error):
+        return None
+
+
 def read_card_file(
     path: str | Path, kind: FileKind, *, tensors: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:

@@ -527,19 +527,22 @@ def _measures_json(measures: Measures, names: Sequence[str]) -> dict[str, dict[s
 
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model from distillfss distill")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
     _add_common(parser, _info, threads=False)
 
 
 def _info(args: argparse.Namespace) -> int:
+    from distillfss_core.cardfile import kind_of
+    from distillfss_core.headfile import HEAD_FILE, read_head_card
     from distillfss_core.model import read_card
 
-    card = read_card(args.file)
+    is_head = kind_of(args.file) == HEAD_FILE.name
+    card = read_head_card(args.file) if is_head else read_card(args.file)
     if args.json:
         _print_json(card)
         return FINE
     try:
-        lines = _card_lines(card)
+        lines = _head_lines(card) if is_head else _card_lines(card)
     except (KeyError, TypeError, ValueError) as fault:
         raise ModelFileError(f"{args.file}: its card is damaged ({type(fault).__name__} {fault})") from fault
     print(f"{'file':12}{args.file}, {_mb(card['bytes'])}")
@@ -568,6 +571,25 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(("kept apart", f"slice {training['left_out_slice']}, IoU {training['left_out_iou']:.3f}"))
         lines.append(("slices", ", ".join(training["support"])))
     return lines
+
+
+def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A meta-trained head's card in words."""
+    backbone, training = card["backbone"], card["training"]
+    scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
+    return [
+        ("name", card.get("name", "")),
+        ("backbone", f"{backbone['name']}, weights {backbone['weights']}, licence {backbone['license']}"),
+        ("size", f"{card['parameters']} parameters, decoder width {card['width']}"),
+        (
+            "training",
+            f"{training['steps']} steps of {training['settings']['tasks']} tasks, {training['hours']} h on "
+            f"{training['device']}",
+        ),
+        ("held out", ", ".join(scores)),
+        *(("data", f"{row['name']} ({row['pictures']} pictures, {row['licence']})") for row in card["data"]),
+        *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
+    ]
 
 
 def _add_backbones(commands: Any) -> None:

@@ -129,7 +129,7 @@ class PretrainSettings:
     weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
     width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
     steps: int = _setting(20_000, "Steps", "Optimiser steps.", low=1, high=100_000_000)
-    tasks: int = _setting(4, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)
+    tasks: int = _setting(1, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)
     size: int = _setting(192, "Size", "Side of a view in pixels.", low=64, high=1024)
     shots: int = _setting(10, "Shots", "Views that answer as support, at most.", low=1, high=30)
     synthetic: float = _setting(
@@ -144,7 +144,7 @@ class PretrainSettings:
         low=0.0,
         high=0.99999,
     )
-    judge_every: int = _setting(500, "Judge every", "Steps between two looks at held-out tasks.", low=1, high=10**9)
+    judge_every: int = _setting(1000, "Judge every", "Steps between two looks at held-out tasks.", low=1, high=10**9)
     judged: int = _setting(60, "Judged tasks", "Held-out tasks of each source that are looked at.", low=1, high=10_000)
     workers: int = _setting(1, "Workers", "Processes that make episodes; 0: the main one.", low=0, high=256)
     seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)

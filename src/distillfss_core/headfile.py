@@ -92,6 +92,18 @@ def load_head(path: str | Path) -> HeadWeights:
     return HeadWeights(card, {name: value.to(torch.float32) for name, value in tensors.items()}, Path(path).name)
 
 
+def read_head_card(path: str | Path) -> dict[str, Any]:
+    """The card of a head file and its size, without its tensors.
+
+    Raises
+    ------
+    ModelFileError
+        As `load_head` does.
+    """
+    card, _, _ = read_card_file(path, HEAD_FILE, tensors=False)
+    return card | {"bytes": Path(path).stat().st_size}
+
+
 def packaged_head(backbone: str) -> HeadWeights | None:
     """The head that comes with this package for a backbone, if there is one."""
     if backbone not in PACKAGED:

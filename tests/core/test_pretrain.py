@@ -34,8 +34,8 @@ def finished(folder, settings=TINY) -> PretrainRun:
 
 def weights(run: PretrainRun) -> dict[str, torch.Tensor]:
     return {
-        **{f"now.{n}": v for n, v in run.teacher.state_dict().items()},
-        **{f"average.{n}": v for n, v in run.best_teacher.state_dict().items()},
+        **{f"now.{n}": v.clone() for n, v in run.teacher.state_dict().items()},
+        **{f"average.{n}": v.clone() for n, v in run.best_teacher.state_dict().items()},
     }
 
 
@@ -303,3 +303,13 @@ def test_a_head_is_written_whole_or_not_at_all(tmp_path, whole):
     with pytest.raises(TypeError):
         save_head(path, whole.best_teacher, {"bad": object()})
     assert path.read_bytes() == b"old"
+
+
+def test_info_tells_a_head_from_a_student(whole, capsys):
+    path = whole.finish({"name": "tiny"})
+    assert main(["info", str(path)]) == FINE
+    out = capsys.readouterr().out
+    assert "tiny" in out
+    assert "4 steps of 2 tasks" in out
+    assert main(["info", str(whole.folder / CHECKPOINT)]) == FAULT
+    assert "no DistillFSS student" in capsys.readouterr().err

@@ -124,6 +124,45 @@ def test_pixels_that_nobody_labelled_stay_ignored(tmp_path):
     assert all(set(np.unique(task.labels)) <= {0, 1, IGNORE} for task in found)
 
 
+def write_masks(folder, object_value, stacked=False):
+    """Discs as masks in which ``object_value`` is the object; one picture shows none."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    images, masks = [], []
+    for n in range(4):
+        image, labels = discs(n, colour=False)
+        images.append(image)
+        masks.append((labels == 1).astype(np.uint8) * np.uint8(object_value if n else 0))
+    if stacked:
+        tifffile.imwrite(folder / "images" / "v.tif", np.stack(images), photometric="minisblack")
+        tifffile.imwrite(folder / "labels" / "v.tif", np.stack(masks), photometric="minisblack")
+    for n in range(0 if stacked else 4):
+        Image.fromarray(images[n]).save(folder / "images" / f"{n}.png")
+        Image.fromarray(masks[n]).save(folder / "labels" / f"{n}.png")
+    return folder
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_masks_of_0_and_255_give_the_tasks_that_masks_of_0_and_1_give(tmp_path, stacked):
+    ones, masks = (RealSource([write_masks(tmp_path / str(v) / "s", v, stacked)]) for v in (1, 255))
+    assert masks.licences() == ones.licences()  # which may decode files before any is indexed
+    for seed in range(20):
+        wanted, task = (source.task(seed, size=64) for source in (ones, masks))
+        assert task.source == wanted.source
+        assert (task.images == wanted.images).all()
+        assert (task.labels == wanted.labels).all()
+        assert set(np.unique(task.labels)) == {0, 1}
+
+
+def test_one_class_anywhere_in_a_set_makes_255_ignored_in_all_its_files(tmp_path):
+    folder = write_masks(tmp_path / "s", 255)
+    labels = np.zeros((90, 110), np.uint8)
+    labels[30:60, 30:60] = 1
+    Image.fromarray(labels).save(folder / "labels" / "0.png")
+    found = tasks(RealSource([folder]), 30, size=64)
+    assert any((task.labels == IGNORE).any() for task in found)
+
+
 def test_classes_are_merged_into_one_object_or_its_complement():
     counts = np.zeros((3, 256), np.int64)
     counts[:, :4] = 500, 100, 200, 100

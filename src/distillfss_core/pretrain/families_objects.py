@@ -8,7 +8,34 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from distillfss_core.pretrain.painting import *
+from distillfss_core.pretrain.painting import (
+    FILL_CUES,
+    OUTLINES,
+    Fill,
+    Look,
+    Recipe,
+    Rng,
+    Scene,
+    Shape,
+    Texture,
+    View,
+    branched,
+    draw_fill,
+    draw_ground,
+    draw_shape,
+    draw_share,
+    draw_texture,
+    enlarge,
+    fit_for_cue,
+    line_cover,
+    line_edge,
+    other_fill,
+    paint_kinds,
+    random_walks,
+    smooth_noise,
+    stamp,
+    voronoi,
+)
 from distillfss_core.pretrain.task import F32
 
 

@@ -1,4 +1,4 @@
-"""Families whose object is a part of the view: some cells of a sheet, a layer, a phase, an organ, the walls between."""
+"""Families whose object is a part of the view: a layer, a phase, an organ, some cells of a sheet or all their walls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,34 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from distillfss_core.pretrain.painting import *
+from distillfss_core.pretrain.painting import (
+    FILL_CUES,
+    Fill,
+    Look,
+    Recipe,
+    Rng,
+    Scene,
+    Shape,
+    View,
+    alike,
+    cloud,
+    draw_fill,
+    draw_ground,
+    draw_shape,
+    draw_share,
+    draw_texture,
+    fit_for_cue,
+    line_cover,
+    other_fill,
+    paint_kinds,
+    paint_objects,
+    random_walks,
+    region,
+    smooth_noise,
+    stamp,
+    streaks,
+    voronoi,
+)
 from distillfss_core.pretrain.task import F32
 
 

@@ -16,13 +16,9 @@ from scipy import ndimage
 
 from distillfss_core.pretrain.task import F32
 
-
 Rng = np.random.Generator
 
-
 ANGLES = 256
-
-
 FAR = np.float32(1e4)
 
 
@@ -96,6 +92,7 @@ Family = Callable[[Rng], Recipe]
 
 
 def enlarge(few: F32, size: int, box: tuple[float, float, float, float] | None = None) -> F32:
+    """Few values (y x), or a ``box`` of them (left, top, right, bottom), as a smooth field of ``size`` pixels."""
     return np.array(Image.fromarray(few).resize((size, size), Image.Resampling.BICUBIC, box), np.float32)
 
 
@@ -182,6 +179,7 @@ class Texture:
 
 
 def draw_texture(rng: Rng, kinds: Sequence[str] = TEXTURES) -> Texture:
+    """A texture of one of the ``kinds``."""
     return Texture(str(rng.choice(kinds)), float(rng.uniform(4, 8)), float(rng.uniform(0, np.pi)))
 
 
@@ -202,6 +200,7 @@ class Fill:
 
 
 def draw_fill(rng: Rng, kinds: Sequence[str] = TEXTURES) -> Fill:
+    """A fill whose texture is one of the ``kinds``."""
     return Fill(
         float(rng.uniform(0.2, 0.8)), float(rng.uniform(0.03, 0.14)), draw_texture(rng, kinds), float(rng.random())
     )
@@ -293,6 +292,7 @@ class Shape:
 
 
 def draw_shape(rng: Rng, outlines: Sequence[str] = OUTLINES) -> Shape:
+    """A shape with one of the ``outlines``."""
     outline = str(rng.choice(outlines))
     stretch = {"rod": rng.uniform(2, 3.5), "bean": rng.uniform(1.8, 2.8), "star": 1.0}.get(outline, rng.uniform(1, 1.7))
     rough = rng.uniform(0.1, 0.22) if outline == "lobed" else rng.uniform(0, 0.05)
@@ -405,7 +405,9 @@ def paint_objects(rng: Rng, scene: Scene, layer: Layer, look: Look, view: View, 
         value += own[layer.ids]
     if look.bars:
         phase = layer.along * np.float32(2 * np.pi / max(3.5, look.bars * view.unit))
-        value += np.float32(look.fill.depth) * np.sin(phase + np.float32(1.5) * smooth_noise(rng, view.size, 14 * view.unit))
+        value += np.float32(look.fill.depth) * np.sin(
+            phase + np.float32(1.5) * smooth_noise(rng, view.size, 14 * view.unit)
+        )
     width = np.float32(max(1.0, 1.6 * view.unit))
     if look.rim:
         value += np.float32(look.rim) * np.exp(-np.square((layer.edge + width) / width))
@@ -554,7 +556,9 @@ def voronoi(rng: Rng, view: View, spacing: float, warp: float) -> tuple[F32, npt
 
 def region(rng: Rng, view: View, share: float, grain: float, soft: float) -> F32:
     """Cover (y x) of smooth patches ``grain`` units wide over about ``share`` of the view."""
-    field = smooth_noise(rng, view.size, grain * view.unit) + np.float32(0.15) * smooth_noise(rng, view.size, grain * view.unit / 4)
+    field = smooth_noise(rng, view.size, grain * view.unit) + np.float32(0.15) * smooth_noise(
+        rng, view.size, grain * view.unit / 4
+    )
     level = np.float32(np.quantile(field[::4, ::4], 1 - min(share, 0.95)))
     slope = np.float32(grain * view.unit / (1.6 * max(soft * view.unit, 0.8)))
     return np.clip(np.float32(0.5) + (field - level) * slope, 0, 1)

@@ -66,10 +66,14 @@ class _Pixels:
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Which pictures a set has: the file and plane of each (n 2), and how many pixels of each label (n 256)."""
+    """Which pictures a set has: the file and plane of each (n 2), and how many pixels of each label (n 256).
+
+    ``masks``: the set's labels hold 0 and 255 alone, so 255 is the object; ``counts`` has it as class 1.
+    """
 
     where: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
+    masks: bool = False
 
     @property
     def classes(self) -> npt.NDArray[np.int64]:
@@ -109,7 +113,8 @@ class RealSource:
     folders : sequence of path, or of (images path, labels path)
         Each a set (holds ``images/`` and, if there are labels, ``labels/``), a folder of sets, a folder of pictures
         without labels, or a pair of folders. Files belong together as `distillfss_core.io.pair_files` says. Labels
-        are 0 for the rest, 1.. for classes, 255 where nothing is known. A stack counts as many pictures.
+        are 0 for the rest, 1.. for classes, 255 where nothing is known; but in a set whose labels hold 0 and 255
+        alone (masks), 255 is the object. A stack counts as many pictures.
     keep_out : sequence of str
         Names of sets to leave out, e.g. to validate on.
     memory : int
@@ -218,6 +223,8 @@ class RealSource:
         self, rng: np.random.Generator, i: int, index: _Index, look: _Look, views: int, size: int
     ) -> tuple[U8, U8]:
         table = _draw_object(rng, index.counts)
+        if index.masks:
+            table[IGNORE] = table[1]
         where, counts = index.where, index.counts
         amount = counts[:, table == 1].sum(1)
         volumes, planes = np.unique(where[amount > 0, 0], return_counts=True)
@@ -348,7 +355,7 @@ class RealSource:
                     planes = [np.bincount(plane.ravel(), minlength=256) for plane in _read_classes(labels)]
                 where += [(k, z) for z in range(len(planes))]
                 counts += planes
-            index = _Index(np.array(where, np.int64), np.array(counts, np.int64))
+            index = _index_of(np.array(where, np.int64), np.array(counts, np.int64))
             if self._sets[i].labelled and not len(index.classes):
                 log.warning("%s: its labels hold no class; only superpixels are drawn from it", self._sets[i].name)
             self._indices[i] = index
@@ -479,6 +486,17 @@ def _as_bytes(planes: Array) -> U8:
 
 
 # What the object is
+
+
+def _index_of(where: npt.NDArray[np.int64], counts: npt.NDArray[np.int64]) -> _Index:
+    """The index, with 255 counted as class 1 where it cannot but be the object."""
+    index = _Index(where, counts)
+    # Labels of 255 alone are no masks: there nothing is known.
+    if len(index.classes) or not counts[:, 0].any() or not counts[:, IGNORE].any():
+        return index
+    counts = counts.copy()
+    counts[:, 1], counts[:, IGNORE] = counts[:, IGNORE], 0
+    return _Index(where, counts, masks=True)
 
 
 def _draw_object(rng: np.random.Generator, counts: npt.NDArray[np.int64]) -> U8:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from distillfss_core.headfile import save_head
 from distillfss_core.pretrain.curves import draw_curves
 from distillfss_core.pretrain.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
 from distillfss_core.pretrain.real import RealSource
-from distillfss_core.pretrain.task import Task
+from distillfss_core.pretrain.task import U8, Task
 from distillfss_core.teachers import DcamaTeacher
 from distillfss_core.training.losses import map_loss, segmentation_loss
 from distillfss_core.types import IGNORE, TrainStep
@@ -233,7 +234,7 @@ class PretrainRun(Iterator[TrainStep]):
         each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
         return {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
 
-    def _encode(self, images: np.ndarray[Any, Any], most: int = 64) -> FeaturePyramid:
+    def _encode(self, images: U8, most: int = 64) -> FeaturePyramid:
         x = torch.from_numpy(images).movedim(-1, 1)
         parts = []
         with torch.no_grad(), self.device.autocast():
@@ -344,7 +345,7 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, left)
 
 
-def _iou(found: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> float:
+def _iou(found: npt.NDArray[np.bool_], labels: U8) -> float:
     known = labels != IGNORE
     truth = labels == 1
     union = int(((found | truth) & known).sum())

@@ -20,30 +20,28 @@ from distillfss_core.pretrain.optics import degrade, draw_light
 from distillfss_core.pretrain.painting import Family, Recipe, Rng, Scene, View
 from distillfss_core.pretrain.task import U8, Task
 
-
 SMALLEST_SHARE = 0.003
 """Below this share of the pixels a view says too little about the object; at most every second view may."""
 
-
 FAMILIES: dict[str, Family] = {
-    "particles": particles,
-    "nuclei": nuclei,
-    "tubes": tubes,
-    "filaments": filaments,
-    "membranes": membranes,
-    "cells": cells,
-    "organelles": organelles,
-    "spots": spots,
-    "layers": layers,
-    "lesions": lesions,
-    "organs": organs,
-    "glands": glands,
-    "cracks": cracks,
-    "camouflage": camouflage,
-    "phases": phases,
-    "colonies": colonies,
-    "whole cells": whole_cells,
-    "axons": axons,
+    "particles": objects.particles,
+    "nuclei": objects.nuclei,
+    "tubes": objects.tubes,
+    "filaments": objects.filaments,
+    "membranes": regions.membranes,
+    "cells": regions.cells,
+    "organelles": objects.organelles,
+    "spots": objects.spots,
+    "layers": regions.layers,
+    "lesions": regions.lesions,
+    "organs": regions.organs,
+    "glands": objects.glands,
+    "cracks": objects.cracks,
+    "camouflage": regions.camouflage,
+    "phases": regions.phases,
+    "colonies": regions.colonies,
+    "whole cells": objects.whole_cells,
+    "axons": objects.axons,
 }
 """A family more is a function more."""
 

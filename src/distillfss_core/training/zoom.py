@@ -18,7 +18,7 @@ from distillfss_core.training.views import PLAIN, View, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
-WORTH = 0.02  # gain in IoU that a larger, slower zoom must bring
+WORTH = 0.02  # gain in IoU that another zoom than 1 must bring: larger is slower, smaller loses detail for good
 _SIDE = 192  # pixels of the slice in a probe view
 _VIEWS = 12
 _POINTS = 1500
@@ -36,7 +36,7 @@ def choose_zoom(
     Returns
     -------
     zoom : Fraction
-        The best candidate; one above 1, which costs time, only if it gains at least `WORTH`.
+        1, or the best candidate if it gains at least `WORTH`.
     scores : dict
         Mean IoU of each candidate.
     """
@@ -48,11 +48,8 @@ def choose_zoom(
         order = [int(i) for i in rng.permutation(len(support))]
         views = [cutter.cut(order[i % len(order)], rng) for i in range(max(_VIEWS, min(len(order), 2 * _VIEWS)))]
         scores[str(zoom)] = _probe(views, bank, support.classes, rng)
-    chosen = CANDIDATES[0]
-    for zoom in CANDIDATES[1:]:
-        if scores[str(zoom)] >= scores[str(chosen)] + (WORTH if zoom > 1 else 0.0):
-            chosen = zoom
-    return chosen, scores
+    best = max(CANDIDATES, key=lambda zoom: scores[str(zoom)])
+    return best if scores[str(best)] >= scores["1"] + WORTH else Fraction(1), scores
 
 
 def _probe(views: list[View], bank: ViewBank, classes: int, rng: np.random.Generator) -> float:
