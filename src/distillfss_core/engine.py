@@ -33,6 +33,7 @@ from distillfss_core.labelstore import (
     Box,
     Index,
     LabelStore,
+    Part,
     image_of,
     overlap,
     plan_layout,
@@ -102,7 +103,7 @@ def iter_segment(
     model: StudentModel,
     out: str | Path,
     *,
-    region: Box | None = None,
+    region: Part | None = None,
     resume: bool = True,
     overwrite: bool = False,
     tile: int = TILE,
@@ -120,8 +121,8 @@ def iter_segment(
     out : path
         A folder of its own ("labels.ome.zarr"), or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
     region : ((z0, z1), (y0, y1), (x0, x1)), optional
-        Voxels to segment; by default all. The labels always have the volume's size: what was not asked for stays 0,
-        and can be segmented later by another run.
+        Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the
+        volume's size: what was not asked for stays 0, and can be segmented later by another run.
     resume : bool
         False refuses to go on with what another run began.
     overwrite : bool
@@ -172,21 +173,22 @@ def iter_segment(
     return VolumeReport(out, clock.computed, plan.found, volume.missing_chunks, time.monotonic() - start)
 
 
-def check_region(volume: Volume, region: Box | None) -> Box:
-    """The region, or all of the volume.
+def check_region(volume: Volume, region: Part | None) -> Box:
+    """The region with all its ends; without one, all of the volume.
 
     Raises
     ------
     SettingsError
         If it is empty or not within the volume.
     """
-    depth, height, width = volume.shape[:3]
-    if region is None:
-        return (0, depth), (0, height), (0, width)
-    for name, (start, stop), length in zip("zyx", region, volume.shape, strict=False):
-        if not 0 <= start < stop <= length:
-            raise SettingsError(f"region {name} {start}:{stop} is empty or outside {volume.name}, 0:{length}")
-    return region
+    box = []
+    for name, (start, stop), length in zip("zyx", region or [(None, None)] * 3, volume.shape, strict=False):
+        first, last = start or 0, length if stop is None else stop
+        if not 0 <= first < last <= length:
+            raise SettingsError(f"region {name} {first}:{last} is empty or outside {volume.name}, 0:{length}")
+        box.append((first, last))
+    z, y, x = box
+    return z, y, x
 
 
 def open_store(segmenter: VolumeSegmenter, model: StudentModel, out: Path, *, resume: bool) -> LabelStore:

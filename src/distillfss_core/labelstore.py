@@ -37,9 +37,7 @@ from distillfss_core.types import Array
 log = logging.getLogger(__name__)
 
 OME_VERSION = "0.5"
-RECORD = Path(
-    "0", ".distillfss", "record"
-)  # within the finest array: a group that held it would not be taken for clean zarr
+RECORD = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
 _SHARD = 1 << 23  # voxels of a shard, about
 _SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
 _CHUNK = 512  # side of a chunk at most
@@ -49,6 +47,9 @@ _SMALLEST = 512  # the coarsest level fits into such a square
 Index = tuple[int, int, int]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """A part of a volume: (z0, z1), (y0, y1), (x0, x1)."""
+
+Part = Sequence[tuple[int | None, int | None]]
+"""A box as it is asked for, along z, y and x; None is where the volume begins or ends."""
 
 _COLOURS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (145, 209, 194))
 
@@ -151,6 +152,25 @@ def _divisor(n: int) -> int:
 def _box(spans: Iterator[tuple[int, int]] | Any) -> Box:
     z, y, x = spans
     return z, y, x
+
+
+def parse_region(text: str) -> Part:
+    """Read "z0:z1,y0:y1,x0:x1"; ends may be left out (":50", "10:"), and so may the last axes.
+
+    Raises
+    ------
+    SettingsError
+        If it is no such text.
+    """
+    spans = []
+    for part in text.split(","):
+        ends = [end.strip() for end in part.split(":")]
+        if not all(end.isdecimal() or not end for end in ends) or (len(ends) != 2 and part.strip()):
+            raise SettingsError(f"region {text!r} is not possible; give z0:z1,y0:y1,x0:x1, e.g. 0:100,:,512:1024")
+        spans.append((int(ends[0]) if ends[0] else None, int(ends[-1]) if ends[-1] else None))
+    if len(spans) > 3:
+        raise SettingsError(f"region {text!r} has {len(spans)} axes; give z, y and x")
+    return [*spans, *[(None, None)] * (3 - len(spans))]
 
 
 def slices(box: Box) -> tuple[slice, slice, slice]:
@@ -394,6 +414,17 @@ def remove_labels(path: Path) -> None:
     Record(path / RECORD).close()  # nobody else has it open
     with _told(path):
         shutil.rmtree(path)
+
+
+def count_voxels(path: Path, region: Box, classes: int) -> list[int]:
+    """How many voxels of a region of finished labels have each label 0..classes."""
+    array: Any = zarr.open_array(path / "0", mode="r")
+    counts = np.zeros(classes + 1, np.int64)
+    for z, y, x in product(*(range(a, b, n) for (a, b), n in zip(region, array.shards, strict=True))):
+        size = zip((z, y, x), array.shards, region, strict=True)
+        part = np.asarray(array[tuple(slice(start, min(start + n, stop)) for start, n, (_, stop) in size)])
+        counts += np.bincount(part.reshape(-1), minlength=classes + 1)[: classes + 1]
+    return counts.tolist()
 
 
 def coarsen_labels(labels: Array, step: Index, *, majority: bool = True) -> Array:

@@ -31,6 +31,8 @@ from distillfss_core.types import Array
 log = logging.getLogger(__name__)
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
+_LARGE_TIFFS = (".btf", ".tf8", ".lsm")
+LARGE_FILES = (*_LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
 MICROMETRE = "micrometer"
 _UNITS = {  # of one of them in micrometres
     "angstrom": 1e-4,
@@ -95,7 +97,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
         found = _open_folder(path, axes)
     elif path.suffix.lower() == ".zip":
         return _open_zarr(path, level, axes, series)
-    elif path.suffix.lower() in (*TIFF_SUFFIXES, ".btf", ".tf8", ".lsm"):
+    elif path.suffix.lower() in (*TIFF_SUFFIXES, *_LARGE_TIFFS):
         return _open_tiff(path, level, axes, series)
     elif path.suffix.lower() == ".npy":
         array = np.load(path, mmap_mode="r", allow_pickle=False)

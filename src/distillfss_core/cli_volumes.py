@@ -1,0 +1,177 @@
+"""Commands for volumes larger than memory: segment to OME-Zarr, batches."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.console import FAULT, FINE, INTERRUPTED, add_common, drain, print_json, progress, say
+from distillfss_core.errors import OutputError, SettingsError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.batch import BatchStep
+    from distillfss_core.engine import ShardDone
+    from distillfss_core.labelstore import Part
+    from distillfss_core.model import StudentModel
+
+_OPENING = ("level", "channel", "time", "series", "axes")
+_VOLUMES_ONLY = (*_OPENING, "region", "resume")
+
+
+def is_label_folder(path: Path) -> bool:
+    """Whether a name is that of labels in OME-Zarr: NAME.zarr, or IMAGE.zarr/labels/NAME."""
+    return path.suffix.lower() == ".zarr" or (path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Options that say what of a volume is meant."""
+    group = parser.add_argument_group(
+        "volumes", "where labels go to OME-Zarr: OUT is NAME.ome.zarr or IMAGE.ome.zarr/labels/NAME"
+    )
+    group.add_argument(
+        "--region", type=_region, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels to segment, e.g. 0:100,:,512:1024"
+    )
+    group.add_argument("--level", type=_whole, metavar="N", help="resolution of a pyramid; 0 is the finest (default)")
+    group.add_argument("--channel", type=_channel, metavar="C", help="number from 0, name, or all")
+    group.add_argument("--time", type=_whole, metavar="T", help="time point, from 0")
+    group.add_argument("--series", type=_whole, metavar="S", help="which image of a file that holds several, from 0")
+    group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
+    group.add_argument("--resume", action="store_true", help="go on where a run that was stopped or killed had come to")
+
+
+def check_no_volume_options(args: argparse.Namespace) -> None:
+    """Options of volumes have no meaning where labels go to images.
+
+    Raises
+    ------
+    SettingsError
+    """
+    given = [name for name in _VOLUMES_ONLY if getattr(args, name) not in (None, False)]
+    if given:
+        raise SettingsError(f"--{given[0]} is for volumes; end the name of the output in .ome.zarr")
+
+
+def load_model(args: argparse.Namespace) -> StudentModel:
+    """The model that the options name, at the pixel size they name."""
+    from distillfss_core.model import StudentModel
+
+    model = StudentModel.load(args.model, device=args.device, precision=args.precision, weights=args.weights)
+    return model.at_pixel_size(args.pixel_size) if args.pixel_size else model
+
+
+def segment_volume(args: argparse.Namespace) -> int:
+    """``distillfss segment`` where the output is OME-Zarr."""
+    from distillfss_core.engine import iter_segment
+    from distillfss_core.volume import open_volume
+
+    unable = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
+    if unable:
+        raise SettingsError(f"--{unable[0]} is not written for volumes; segment_lazy in Python computes it on demand")
+    with open_volume(args.input, **_opening(args)) as volume:
+        run = iter_segment(
+            volume, load_model(args), args.output, region=args.region, resume=args.resume, overwrite=args.overwrite
+        )
+        try:
+            with progress(volume.name, unit="shard") as bar:
+                report = drain(run, lambda step: _show_shard(bar, step))
+        except KeyboardInterrupt:
+            run.close()
+            say(f"interrupted; what is finished is kept, and --resume goes on from {args.output}")
+            return INTERRUPTED
+    if args.json:
+        print_json(
+            {
+                "labels": str(report.path),
+                "shards_computed": report.computed,
+                "shards_found": report.found,
+                "missing_chunks": report.missing_chunks,
+                "seconds": report.seconds,
+            }
+        )
+        return FINE
+    found = f", {report.found} found finished" if report.found else ""
+    print(f"{report.path}: {report.computed} shards computed{found}, {report.seconds:.0f} s")
+    return FINE
+
+
+def add_batch(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="segment many volumes to OME-Zarr",
+        description="Segment the volumes of a folder, or of a CSV file with a column 'volume' (and, where wanted, "
+        "output, region, level, channel, time, series, axes), one after another. One that fails does not stop the "
+        "others; the report has a row for each.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a folder of volumes, or a CSV file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help=".csv or .json (default: FOLDER/report.csv)")
+    add_common(parser, _batch)
+    return parser
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from distillfss_core.batch import iter_batch, plan_batch
+
+    jobs = plan_batch(args.input, args.output, _opening(args), args.region)
+    report = args.report or args.output / "report.csv"
+    model = load_model(args)
+    try:
+        args.output.mkdir(exist_ok=True)
+    except OSError as fault:
+        raise OutputError(f"cannot make {args.output}: {fault.strerror}; give another with -o") from fault
+    run = iter_batch(jobs, model, report, resume=args.resume, overwrite=args.overwrite)
+    try:
+        with progress("batch", unit="shard") as bar:
+            rows = drain(run, lambda step: _show_batch(bar, step))
+    except KeyboardInterrupt:
+        run.close()
+        say(f"interrupted; what is finished is kept, and --resume goes on; the volumes so far are in {report}")
+        return INTERRUPTED
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        say(f"error: {row['error']}")
+    if args.json:
+        print_json(rows)
+    else:
+        print(f"{len(rows) - len(failed)} of {len(rows)} volumes segmented: {report}")
+    return FAULT if failed else FINE
+
+
+def _opening(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _OPENING if getattr(args, name) is not None}
+
+
+def _show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:
+    if bar.total != step.total or step.index < bar.n:
+        bar.reset(step.total)
+    if not step.computed and not bar.n:
+        bar.initial = step.index  # found finished: says nothing of the pace
+    bar.update(step.index - bar.n)
+
+
+def _show_batch(bar: tqdm[NoReturn], step: BatchStep) -> None:
+    bar.set_description(f"{step.job.source.name} ({step.index} of {step.total})", refresh=False)
+    if step.shard is not None:
+        _show_shard(bar, step.shard)
+
+
+def _region(text: str) -> Part:
+    from distillfss_core.labelstore import parse_region
+
+    try:
+        return parse_region(text)
+    except SettingsError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from fault
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def _channel(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
