@@ -45,6 +45,8 @@ _HOME = {
     "segment_lazy": "lazy",
     "iter_segment": "engine",
     "segment_to_zarr": "engine",
+    "iter_instances": "instances",
+    "label_instances": "instances",
     "distill": "training",
     "iter_distill": "training",
 }

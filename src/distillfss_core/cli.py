@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli_volumes import (
     add_batch,
+    add_instances,
     add_opening,
     check_no_volume_options,
     is_label_folder,
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_distill(commands)
     _add_segment(commands)
     _add_batch(commands)
+    add_instances(commands)
     _add_evaluate(commands)
     _add_info(commands)
     _add_backbones(commands)

@@ -72,6 +72,10 @@ class Layout:
     chunk: Index
     dtype: str = "uint8"
 
+    def whole(self, level: int) -> Box:
+        """All of a level."""
+        return _box((0, n) for n in self.shapes[level])
+
     def shards(self, level: int, region: Box) -> Iterator[Index]:
         """Shards of a level that touch a region (in voxels of that level), plane by plane."""
         yield from product(*(range(a // n, -(-b // n)) for (a, b), n in zip(region, self.shard, strict=True)))
@@ -134,6 +138,20 @@ def plan_layout(
     planes = 1 << max(0, int(math.log2(max(1, _SHARD // (rows * columns)))))
     planes = min(planes, 64, 1 << max(0, (depth - 1).bit_length()))
     chunk = (min(planes, 4), _divisor(rows), _divisor(columns))
+    return plan_blocks(shape, (planes, rows, columns), chunk, scale, dtype=dtype, levels=levels)
+
+
+def plan_blocks(
+    shape: Sequence[int],
+    shard: Index,
+    chunk: Index,
+    scale: Sequence[float | None] = (None, None, None),
+    *,
+    dtype: str,
+    levels: int | None = None,
+) -> Layout:
+    """Shards and chunks (z, y, x) as given; the rest as for `plan_layout`."""
+    depth, height, width = (int(n) for n in shape[:3])
     shapes, factors = [(depth, height, width)], [(1, 1, 1)]
     while len(shapes) < (levels or (_DEEPEST if max(shapes[-1][1:]) > _SMALLEST else 0)):
         f = factors[-1]
@@ -141,7 +159,7 @@ def plan_layout(
         halve = z is not None and y is not None and x is not None and z * f[0] <= 1.5 * math.sqrt(y * x) * f[1]
         factors.append((f[0] * 2 if halve and shapes[-1][0] > 1 else f[0], f[1] * 2, f[2] * 2))
         shapes.append(tuple(-(-n // g) for n, g in zip(shapes[0], factors[-1], strict=True)))  # type: ignore[arg-type]
-    return Layout(tuple(shapes), tuple(factors), (planes, rows, columns), chunk, dtype)
+    return Layout(tuple(shapes), tuple(factors), shard, chunk, dtype)
 
 
 def _divisor(n: int) -> int:
