@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distillfss_core.model import StudentModel
 
 _OPENING = ("level", "channel", "time", "series", "axes")
-_VOLUMES_ONLY = (*_OPENING, "region", "resume")
+_VOLUMES_ONLY = (*_OPENING, "region", "mode", "resume")
 
 
 def is_label_folder(path: Path) -> bool:
@@ -42,6 +42,11 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--time", type=_whole, metavar="T", help="time point, from 0")
     group.add_argument("--series", type=_whole, metavar="S", help="which image of a file that holds several, from 0")
     group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
+    group.add_argument(
+        "--mode",
+        choices=("planes", "smooth", "consensus"),
+        help="planes on their own (default), with their neighbours, or three directions together (slow)",
+    )
     group.add_argument("--resume", action="store_true", help="go on where a run that was stopped or killed had come to")
 
 
@@ -74,9 +79,7 @@ def segment_volume(args: argparse.Namespace) -> int:
     if unable:
         raise SettingsError(f"--{unable[0]} is not written for volumes; segment_lazy in Python computes it on demand")
     with open_volume(args.input, **_opening(args)) as volume:
-        run = iter_segment(
-            volume, load_model(args), args.output, region=args.region, resume=args.resume, overwrite=args.overwrite
-        )
+        run = iter_segment(volume, load_model(args), args.output, region=args.region, **_how(args))
         try:
             with progress(volume.name, unit="shard") as bar:
                 report = drain(run, lambda step: _show_shard(bar, step))
@@ -125,7 +128,7 @@ def _batch(args: argparse.Namespace) -> int:
         args.output.mkdir(exist_ok=True)
     except OSError as fault:
         raise OutputError(f"cannot make {args.output}: {fault.strerror}; give another with -o") from fault
-    run = iter_batch(jobs, model, report, resume=args.resume, overwrite=args.overwrite)
+    run = iter_batch(jobs, model, report, **_how(args))
     try:
         with progress("batch", unit="shard") as bar:
             rows = drain(run, lambda step: _show_batch(bar, step))
@@ -227,6 +230,10 @@ def _show_stage(bar: tqdm[NoReturn], step: InstanceStep) -> None:
 
 def _opening(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _OPENING if getattr(args, name) is not None}
+
+
+def _how(args: argparse.Namespace) -> dict[str, Any]:
+    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes"}
 
 
 def _show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:

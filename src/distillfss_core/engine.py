@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError
+from distillfss_core.labellers import PlaneLabels, make_labeller
 from distillfss_core.labelstore import (
     About,
     Box,
@@ -36,11 +36,9 @@ from distillfss_core.labelstore import (
     Part,
     image_of,
     overlap,
-    plan_layout,
     remove_labels,
 )
-from distillfss_core.lazy import VolumeSegmenter
-from distillfss_core.model import TILE, Segmenter, StudentModel
+from distillfss_core.model import Segmenter, StudentModel
 from distillfss_core.types import Array
 from distillfss_core.volume import Volume
 
@@ -106,7 +104,8 @@ def iter_segment(
     region: Part | None = None,
     resume: bool = True,
     overwrite: bool = False,
-    tile: int = TILE,
+    mode: str = "planes",
+    tile: int | None = None,
 ) -> Generator[ShardDone, None, VolumeReport]:
     """Segment a volume into OME-Zarr 0.5 labels, shard by shard.
 
@@ -127,7 +126,10 @@ def iter_segment(
         False refuses to go on with what another run began.
     overwrite : bool
         Begin anew in place of labels that were written from here.
-    tile : int
+    mode : {"planes", "smooth", "consensus"}
+        Each plane on its own; with its neighbours along z; or the mean of what planes in three directions say, where
+        voxels are about as long as wide (some ten times slower). See `labellers`.
+    tile : int, optional
         Inner side of a tile in pixels after zooming.
 
     Yields
@@ -149,11 +151,11 @@ def iter_segment(
     """
     start = time.monotonic()
     wanted = check_region(volume, region)
-    segmenter = VolumeSegmenter(volume, model, tile=tile)
+    labeller = make_labeller(mode, volume, model, tile)
     out = Path(out)
     if overwrite:
         remove_labels(out)
-    store = open_store(segmenter, model, out, resume=resume)
+    store = open_store(labeller, model, out, resume=resume)
     try:
         plan = plan_work(store, wanted)
         clock = _Clock(start, plan.total, plan.found)
@@ -161,7 +163,7 @@ def iter_segment(
             yield clock.step(0, computed=False, count=0)
         with (
             _threads(model, store.notes["threads"]),
-            closing(_segmented(segmenter, store, plan.todo)) as segmented,
+            closing(_segmented(labeller, store, plan.todo)) as segmented,
         ):
             for _ in segmented:
                 yield clock.step(0)
@@ -191,13 +193,10 @@ def check_region(volume: Volume, region: Part | None) -> Box:
     return z, y, x
 
 
-def open_store(segmenter: VolumeSegmenter, model: StudentModel, out: Path, *, resume: bool) -> LabelStore:
+def open_store(labeller: PlaneLabels, model: StudentModel, out: Path, *, resume: bool) -> LabelStore:
     """The labels to be written, new or begun; errors are those of `LabelStore`."""
-    volume = segmenter.volume
-    first = model.tiles(segmenter.shape, tile=segmenter.tile)[0]
-    rows, columns = (-(-span.inner[1] // model.step) * model.step for span in (first.y, first.x))
-    levels = len(volume.levels) if image_of(out) else None  # OME-Zarr asks for as many as the image has
-    layout = plan_layout(volume.shape, (rows, columns), volume.scale, levels=levels)
+    volume = labeller.volume
+    layout = labeller.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
     digest = model.digest()
     about = About(
         name=out.name.partition(".")[0],
@@ -214,7 +213,8 @@ def open_store(segmenter: VolumeSegmenter, model: StudentModel, out: Path, *, re
     settings = {
         "volume": volume.identity,
         "model": digest,
-        "tile": segmenter.tile,
+        "mode": labeller.mode,
+        "tile": labeller.tile,
         "device": f"{model.device.kind} {model.device.precision}",
     }
     return LabelStore(out, layout, about, settings, resume=resume, notes={"threads": torch.get_num_threads()})
@@ -256,21 +256,6 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
     return Plan(todo, coarser, found)
 
 
-def read_part(segmenter: VolumeSegmenter, box: Box) -> Array:
-    """What has to be read for the labels of a box; the limits of its planes are looked up on the way."""
-    for z in range(*box[0]):
-        segmenter.limits(z)
-    return segmenter.read(slice(*box[0]), box[1:])
-
-
-def infer_part(segmenter: VolumeSegmenter, box: Box, pixels: Array) -> Array:
-    """Labels of a box, shape (z, y, x), uint8."""
-    labels = np.empty([b - a for a, b in box], np.uint8)
-    for at, z in enumerate(range(*box[0])):
-        labels[at] = segmenter.labels(z, box[1:], pixels[at])
-    return labels
-
-
 def coarsen(store: LabelStore, level: int, at: Index, *, majority: bool = True) -> bool:
     """Make a shard of a coarser level and note it; False if that was done already."""
     made = store.coarsen(level, at, majority=majority)
@@ -279,16 +264,14 @@ def coarsen(store: LabelStore, level: int, at: Index, *, majority: bool = True) 
     return made is not None
 
 
-def _segmented(
-    segmenter: VolumeSegmenter, store: LabelStore, todo: dict[Index, list[Box]]
-) -> Generator[Index, None, None]:
+def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]) -> Generator[Index, None, None]:
     """Read, infer and write at the same time; gives each shard when it is in the record.
 
     Left early, what is being written is still written and noted.
     """
 
     def read(boxes: list[Box]) -> list[Array]:
-        return [read_part(segmenter, box) for box in boxes]
+        return [labeller.read(box) for box in boxes]
 
     def write(index: Index, boxes: list[Box], labels: list[Array]) -> Index:
         digests = [store.write(0, box, part) for box, part in zip(boxes, labels, strict=True)]
@@ -307,7 +290,7 @@ def _segmented(
                 break
             index, boxes, coming = reading.popleft()
             blocks = coming.result()
-            labels = [infer_part(segmenter, box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
+            labels = [labeller.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
             del blocks, coming
             writing.append(writer.submit(write, index, boxes, labels))
             while writing and (writing[0].done() or len(writing) > 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 import dask.array as da
@@ -29,6 +30,8 @@ class VolumeSegmenter:
     tile : int
         Inner side of a tile in pixels after zooming. The grid of tiles hangs on the volume, so whatever part is asked
         for has the labels of the whole.
+    limits : Limits, optional
+        Intensities that become 0 and 1, the same for all planes; by default those of each plane, or of the training.
 
     Raises
     ------
@@ -36,7 +39,7 @@ class VolumeSegmenter:
         If the volume has other channels than the model.
     """
 
-    def __init__(self, volume: Volume, model: Segmenter, *, tile: int = TILE) -> None:
+    def __init__(self, volume: Volume, model: Segmenter, *, tile: int = TILE, limits: Limits | None = None) -> None:
         channels = volume.shape[3] if volume.ndim == 4 else 1
         wanted = model.preprocess.channels
         if channels != wanted and {channels, wanted} != {1, 3}:
@@ -45,6 +48,7 @@ class VolumeSegmenter:
                 "give the channels it was distilled from"
             )
         self.volume, self.model, self.tile = volume, model, tile
+        self._fixed = model.preprocess.fitted if model.preprocess.scope == "volume" else limits
         self._limits: dict[int, Limits] = {}
         self._inference = threading.Lock()  # two inferences at a time only take each other's cores
 
@@ -55,14 +59,20 @@ class VolumeSegmenter:
 
     def limits(self, z: int) -> Limits:
         """Intensities of plane ``z`` that become 0 and 1: those that the whole plane in memory would have."""
-        prepare = self.model.preprocess
-        if prepare.scope == "volume":
-            return prepare.fitted
+        if self._fixed is not None:
+            return self._fixed
         if z not in self._limits:
-            sample = self._sample(z)
-            check_image(sample, f"{self.volume.name} plane {z}")
-            self._limits[z] = prepare.sample_limits(sample)
+            self._limits[z] = self.limits_of([z])
         return self._limits[z]
+
+    def limits_of(self, planes: Sequence[int]) -> Limits:
+        """Intensities that become 0 and 1, judged by some planes together."""
+        if self._fixed is not None:
+            return self._fixed
+        samples = [self._sample(z) for z in planes]
+        for z, sample in zip(planes, samples, strict=True):
+            check_image(sample, f"{self.volume.name} plane {z}")
+        return self.model.preprocess.sample_limits(np.concatenate(samples))
 
     def read(self, z: slice, region: Region) -> Array:
         """Voxels (z, y, x[, c]) that are needed to answer for a region of planes."""

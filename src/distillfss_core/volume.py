@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class Volume:
     _source: Source = field(repr=False)
     _fixed: Mapping[str, slice] = field(repr=False)
     _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
+    _across: str = field(default="z", repr=False)
 
     @property
     def ndim(self) -> int:
@@ -109,6 +110,23 @@ class Volume:
             raise SettingsError(f"{self.name}: has no plane {z}; its planes are 0 to {self.shape[0] - 1}")
         return self.read(slice(z, z + 1))[0]
 
+    def along(self, axis: str) -> Volume:
+        """The same voxels with planes across another axis: planes (z, x) along "y", planes (z, y) along "x".
+
+        Shape, scale and chunks are in the new order; ``levels`` stay as they are.
+        """
+        order = {"y": (1, 0, 2), "x": (2, 0, 1)}[axis]
+        letters = str.maketrans({"zyx"[old]: new for new, old in zip("zyx", order, strict=True)})
+        z, y, x = order
+        return replace(
+            self,
+            shape=(*(self.shape[k] for k in order), *self.shape[3:]),
+            scale=(self.scale[z], self.scale[y], self.scale[x]),
+            chunks=(self.chunks[z], self.chunks[y], self.chunks[x]),
+            _source=_Renamed(self._source, letters),
+            _across=axis,
+        )
+
     def __getitem__(self, key: Any) -> Array:
         """Basic indexing with numbers and slices, as dask and napari do."""
         spans, rest = split_index(key, self.shape)
@@ -128,8 +146,7 @@ class Volume:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        source, how = self._reopen
-        return _open_again, (source, how)
+        return _open_again, (*self._reopen, self._across)
 
     def __dask_tokenize__(self) -> str:
         return json.dumps([str(self.path), self.identity], sort_keys=True, default=str)
@@ -237,8 +254,23 @@ def open_volume(
     return _choose(name, path, found, how, source)
 
 
-def _open_again(source: Any, how: dict[str, Any]) -> Volume:
-    return open_volume(source, **how)
+def _open_again(source: Any, how: dict[str, Any], across: str) -> Volume:
+    volume = open_volume(source, **how)
+    return volume if across == "z" else volume.along(across)
+
+
+class _Renamed:
+    """A source whose axes go by other letters."""
+
+    def __init__(self, source: Source, letters: dict[int, str]) -> None:
+        self.source, self.axes = source, source.axes.translate(letters)
+        self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return self.source.get(box)
+
+    def close(self) -> None:
+        self.source.close()
 
 
 def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], original: Any) -> Volume:
