@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from distillfss_core.model import StudentModel
 
 _OPENING = ("level", "channel", "time", "series", "axes")
-_VOLUMES_ONLY = (*_OPENING, "region", "mode", "resume")
+_VOLUMES_ONLY = (*_OPENING, "region", "mode", "cluster", "resume")
 
 
 def is_label_folder(path: Path) -> bool:
@@ -47,6 +47,11 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
         choices=("planes", "smooth", "consensus"),
         help="planes on their own (default), with their neighbours, or three directions together (slow)",
     )
+    group.add_argument(
+        "--cluster",
+        metavar="WHERE",
+        help="local, local:N (processes here), slurm:N (jobs) or tcp://HOST:PORT; --device is that of its workers",
+    )
     group.add_argument("--resume", action="store_true", help="go on where a run that was stopped or killed had come to")
 
 
@@ -66,7 +71,8 @@ def load_model(args: argparse.Namespace) -> StudentModel:
     """The model that the options name, at the pixel size they name."""
     from distillfss_core.model import StudentModel
 
-    model = StudentModel.load(args.model, device=args.device, precision=args.precision, weights=args.weights)
+    device, precision = ("cpu", "auto") if args.cluster else (args.device, args.precision)
+    model = StudentModel.load(args.model, device=device, precision=precision, weights=args.weights)
     return model.at_pixel_size(args.pixel_size) if args.pixel_size else model
 
 
@@ -78,8 +84,9 @@ def segment_volume(args: argparse.Namespace) -> int:
     unable = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
     if unable:
         raise SettingsError(f"--{unable[0]} is not written for volumes; segment_lazy in Python computes it on demand")
-    with open_volume(args.input, **_opening(args)) as volume:
-        run = iter_segment(volume, load_model(args), args.output, region=args.region, **_how(args))
+    with ExitStack() as stack:
+        volume = stack.enter_context(open_volume(args.input, **_opening(args)))
+        run = iter_segment(volume, load_model(args), args.output, region=args.region, **_how(args, stack))
         try:
             with progress(volume.name, unit="shard") as bar:
                 report = drain(run, lambda step: _show_shard(bar, step))
@@ -128,12 +135,11 @@ def _batch(args: argparse.Namespace) -> int:
         args.output.mkdir(exist_ok=True)
     except OSError as fault:
         raise OutputError(f"cannot make {args.output}: {fault.strerror}; give another with -o") from fault
-    run = iter_batch(jobs, model, report, **_how(args))
     try:
-        with progress("batch", unit="shard") as bar:
+        with ExitStack() as stack, progress("batch", unit="shard") as bar:
+            run = stack.enter_context(closing(iter_batch(jobs, model, report, **_how(args, stack))))
             rows = drain(run, lambda step: _show_batch(bar, step))
     except KeyboardInterrupt:
-        run.close()
         say(f"interrupted; what is finished is kept, and --resume goes on; the volumes so far are in {report}")
         return INTERRUPTED
     failed = [row for row in rows if row["status"] == "failed"]
@@ -232,8 +238,14 @@ def _opening(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in _OPENING if getattr(args, name) is not None}
 
 
-def _how(args: argparse.Namespace) -> dict[str, Any]:
-    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes"}
+def _how(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Options of `iter_segment`; a cluster is left with the stack."""
+    cluster = None
+    if args.cluster:
+        from distillfss_core.cluster import connect
+
+        cluster = stack.enter_context(connect(args.cluster, device=args.device, precision=args.precision))
+    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes", "cluster": cluster}
 
 
 def _show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from distillfss_core import __version__
+from distillfss_core.cluster import Connection, connect, iter_shards
 from distillfss_core.errors import SettingsError
 from distillfss_core.labellers import PlaneLabels, make_labeller
 from distillfss_core.labelstore import (
@@ -106,6 +107,7 @@ def iter_segment(
     overwrite: bool = False,
     mode: str = "planes",
     tile: int | None = None,
+    cluster: str | Connection | None = None,
 ) -> Generator[ShardDone, None, VolumeReport]:
     """Segment a volume into OME-Zarr 0.5 labels, shard by shard.
 
@@ -131,6 +133,9 @@ def iter_segment(
         voxels are about as long as wide (some ten times slower). See `labellers`.
     tile : int, optional
         Inner side of a tile in pixels after zooming.
+    cluster : str or Connection, optional
+        Workers that segment the shards, as for `cluster.connect`; they load the model anew, on what devices they have.
+        By default this process does it, on the device of ``model``.
 
     Yields
     ------
@@ -152,27 +157,31 @@ def iter_segment(
     start = time.monotonic()
     wanted = check_region(volume, region)
     labeller = make_labeller(mode, volume, model, tile)
-    out = Path(out)
+    out, missing = Path(out), set[str]()
     if overwrite:
         remove_labels(out)
-    store = open_store(labeller, model, out, resume=resume)
-    try:
+    with ExitStack() as stack:
+        workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
+        device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
+        threads = 1 if workers else torch.get_num_threads()
+        store = open_store(labeller, model, out, device=device, threads=threads, resume=resume)
+        stack.callback(store.close)
         plan = plan_work(store, wanted)
         clock = _Clock(start, plan.total, plan.found)
         if plan.found:
             yield clock.step(0, computed=False, count=0)
-        with (
-            _threads(model, store.notes["threads"]),
-            closing(_segmented(labeller, store, plan.todo)) as segmented,
-        ):
-            for _ in segmented:
+        if workers:
+            run = _segmented_by(workers, model, labeller, store, plan.todo, missing)
+        else:
+            run = _segmented(labeller, store, plan.todo)
+            stack.enter_context(_threads(model, store.notes["threads"]))
+        with closing(run):
+            for _ in run:
                 yield clock.step(0)
         for level, index in plan.coarser:
             yield clock.step(level, computed=coarsen(store, level, index))
         store.finish(wanted)
-    finally:
-        store.close()
-    return VolumeReport(out, clock.computed, plan.found, volume.missing_chunks, time.monotonic() - start)
+    return VolumeReport(out, clock.computed, plan.found, len(volume.missing | missing), time.monotonic() - start)
 
 
 def check_region(volume: Volume, region: Part | None) -> Box:
@@ -193,7 +202,9 @@ def check_region(volume: Volume, region: Part | None) -> Box:
     return z, y, x
 
 
-def open_store(labeller: PlaneLabels, model: StudentModel, out: Path, *, resume: bool) -> LabelStore:
+def open_store(
+    labeller: PlaneLabels, model: StudentModel, out: Path, *, device: str, threads: int, resume: bool
+) -> LabelStore:
     """The labels to be written, new or begun; errors are those of `LabelStore`."""
     volume = labeller.volume
     layout = labeller.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
@@ -215,9 +226,9 @@ def open_store(labeller: PlaneLabels, model: StudentModel, out: Path, *, resume:
         "model": digest,
         "mode": labeller.mode,
         "tile": labeller.tile,
-        "device": f"{model.device.kind} {model.device.precision}",
+        "device": device,
     }
-    return LabelStore(out, layout, about, settings, resume=resume, notes={"threads": torch.get_num_threads()})
+    return LabelStore(out, layout, about, settings, resume=resume, notes={"threads": threads})
 
 
 @dataclass(frozen=True)
@@ -300,6 +311,23 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
     finally:
         readers.shutdown(cancel_futures=True)
         writer.shutdown()
+
+
+def _segmented_by(
+    workers: Connection,
+    model: StudentModel,
+    labeller: PlaneLabels,
+    store: LabelStore,
+    todo: dict[Index, list[Box]],
+    missing: set[str],
+) -> Generator[Index, None, None]:
+    """Have the workers do it; gives each shard when it is in the record, and adds to the chunks that have no file."""
+    threads = store.notes["threads"]
+    with closing(iter_shards(workers, model, labeller, store.path, store.layout, todo, threads)) as shards:
+        for index, boxes, digest, gone in shards:
+            store.note(0, index, list(boxes), digest)
+            missing |= gone
+            yield index
 
 
 class _Clock:

@@ -66,9 +66,9 @@ class Volume:
         return "zyxc"[: len(self.shape)]
 
     @property
-    def missing_chunks(self) -> int:
-        """Chunks asked for so far that have no file, so that they read as the fill value."""
-        return len(getattr(self._source, "missing", ()))
+    def missing(self) -> frozenset[str]:
+        """Names of the chunks asked for so far that have no file, so that they read as the fill value."""
+        return frozenset(getattr(self._source, "missing", ()))
 
     def read(self, z: slice = slice(None), y: slice = slice(None), x: slice = slice(None)) -> Array:
         """A box of voxels, shape (z, y, x) or (z, y, x, c); slices as for numpy, without steps.
@@ -331,5 +331,5 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
         },
         _source=source,
         _fixed=fixed,
-        _reopen=(original, how),
+        _reopen=(original if path is None else path.absolute(), how),
     )

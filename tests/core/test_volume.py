@@ -230,7 +230,7 @@ def test_a_missing_chunk_is_the_fill_value_and_the_log_says_so_once(tmp_path, ca
     assert len(caplog.records) == 1
     assert "1 of 4 chunks" in caplog.text
     assert "fill value 0" in caplog.text
-    assert volume.missing_chunks == 1
+    assert len(volume.missing) == 1
     assert not found[:, 16:, :16].any()
     assert np.array_equal(found[:, :16], data[:, :16])
 
