@@ -12,10 +12,10 @@ from typing import Any
 
 from distillfss_core.engine import ShardDone, check_region, iter_segment
 from distillfss_core.errors import DistillFSSError, InputFileError, OutputError, SettingsError
-from distillfss_core.io import READABLE, atomic_path
+from distillfss_core.formats import is_volume, stem_of
+from distillfss_core.io import atomic_path
 from distillfss_core.labelstore import Part, count_voxels, parse_region
 from distillfss_core.model import StudentModel
-from distillfss_core.sources import LARGE_FILES, ZARR_FILES
 from distillfss_core.volume import open_volume
 
 REPORTS = (".csv", ".json")
@@ -76,7 +76,7 @@ def plan_batch(source: Path, out: Path, how: Mapping[str, Any], region: Part | N
         If it holds no volume or is no such table, or two volumes would have one output.
     """
     if source.is_dir():
-        jobs = [Job(path, out / f"{_stem(path)}.ome.zarr", region, how) for path in _volumes_in(source)]
+        jobs = [Job(path, out / f"{stem_of(path)}.ome.zarr", region, how) for path in _volumes_in(source)]
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
     else:
@@ -185,20 +185,7 @@ def _segment_job(
 
 
 def _volumes_in(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and _is_volume(path)]
-
-
-def _is_volume(path: Path) -> bool:
-    if path.is_dir():
-        return any((path / name).is_file() for name in ZARR_FILES) or any(
-            f.suffix.lower() in READABLE for f in path.iterdir()
-        )
-    return path.suffix.lower() in (*READABLE, *LARGE_FILES)
-
-
-def _stem(path: Path) -> str:
-    """The name without its endings: "a.ome.zarr" and "a.ome.tif" are "a"."""
-    return path.with_suffix("").name.removesuffix(".ome") if path.suffix else path.name
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and is_volume(path)]
 
 
 def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | None) -> list[Job]:
@@ -215,7 +202,7 @@ def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | No
         if "volume" not in given:
             raise InputFileError(f"{path} line {line}: names no volume; fill it in, or remove the line")
         source = path.parent / given["volume"]
-        output = path.parent / given["output"] if "output" in given else out / f"{_stem(source)}.ome.zarr"
+        output = path.parent / given["output"] if "output" in given else out / f"{stem_of(source)}.ome.zarr"
         notes = {n: t for n, t in given.items() if n not in ("volume", "output", "region", *_OPTIONS)}
         try:
             part = parse_region(given["region"]) if "region" in given else region

@@ -34,7 +34,7 @@ ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _LARGE_TIFFS = (".btf", ".tf8", ".lsm")
 LARGE_FILES = (*_LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
 MICROMETRE = "micrometer"
-_UNITS = {  # of one of them in micrometres
+UNITS = {  # of one of them in micrometres
     "angstrom": 1e-4,
     "å": 1e-4,
     "nanometer": 1e-3,
@@ -104,26 +104,27 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
         if not isinstance(array, np.ndarray):
             raise InputFileError(f"{path}: is no single .npy array; save it with numpy.save")
         stat = path.stat()
-        found = Found(_ArraySource(array, _letters(axes, array.shape, str(path))), _file_identity("npy", stat))
+        found = Found(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
     elif path.suffix.lower() in READABLE:
         image = read_image(path)
-        source = _ArraySource(image, _letters(axes or "yxc"[: image.ndim], image.shape, str(path)))
-        found = Found(source, _file_identity("image", path.stat()), colour=image.ndim == 3)
+        source = ArraySource(image, letters_of(axes or "yxc"[: image.ndim], image.shape, str(path)))
+        found = Found(source, file_identity("image", path.stat()), colour=image.ndim == 3)
     else:
         raise InputFileError(
-            f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; give OME-Zarr, zarr, TIFF, .npy or a "
-            "folder of planes"
+            f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; give OME-Zarr, zarr, TIFF, MRC, NIfTI, "
+            "DICOM, .npy or a folder of planes"
         )
     if level:
         raise SettingsError(f"{path}: has no level {level}; it has only level 0")
     return found
 
 
-def _file_identity(kind: str, stat: Any) -> dict[str, Any]:
+def file_identity(kind: str, stat: Any) -> dict[str, Any]:
+    """What tells a file from another, without reading it."""
     return {"kind": kind, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
 
 
-def _letters(axes: str | None, shape: Sequence[int], name: str) -> str:
+def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
     """The axes given, checked; or those that an array of so many dimensions has."""
     if axes is None:
         if len(shape) not in (2, 3):
@@ -147,7 +148,7 @@ def reason(fault: BaseException) -> str:
 # arrays
 
 
-class _ArraySource:
+class ArraySource:
     """Anything with shape, dtype and numpy's basic indexing."""
 
     def __init__(self, array: Any, axes: str) -> None:
@@ -170,7 +171,7 @@ def open_array(array: Any, axes: str | None) -> Found:
         return _from_zarr_array(array, axes, "zarr array")
     if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
         raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
-    source = _ArraySource(array, _letters(axes, array.shape, "array"))
+    source = ArraySource(array, letters_of(axes, array.shape, "array"))
     identity: dict[str, Any] = {"kind": "array"}
     if isinstance(array, np.ndarray):
         some = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)]
@@ -313,18 +314,18 @@ def _open_multiscale(
         raise InputFileError(
             f"{path}: its metadata do not fit its array: axes {letters}, scale {vectors[1]}, shape {array.shape}"
         )
-    found_axes = _letters(letters, array.shape, str(path))
+    found_axes = letters_of(letters, array.shape, str(path))
     total = np.ones(len(letters))
     for vector in vectors:
         if vector:
             total = total * vector
     step: dict[str, float] = {}
-    units_of_space = [_UNITS.get((units.get(a) or "").lower()) for a in "zyx" if a in letters]
+    units_of_space = [UNITS.get((units.get(a) or "").lower()) for a in "zyx" if a in letters]
     known = bool(units_of_space) and all(u is not None for u in units_of_space)
     if any(vectors):
         for a in "zyx":
             if a in found_axes:
-                factor = _UNITS[(units.get(a) or "").lower()] if known else 1.0
+                factor = UNITS[(units.get(a) or "").lower()] if known else 1.0
                 step[a] = float(total[found_axes.index(a)]) * factor
     if any(not 0 < s < math.inf for s in step.values()):
         raise InputFileError(f"{path}: its metadata give an impossible scale {vectors[1]}; mend it, or give the array")
@@ -367,7 +368,7 @@ def _from_zarr_array(array: Any, axes: str | None, name: str) -> Found:
         if letters and all(n in ("t", "c", "z", "y", "x") for n in letters):
             axes = "".join(letters)
     digest = hashlib.sha256(json.dumps(array.metadata.to_dict(), default=str).encode())
-    source = _ZarrSource(array, _letters(axes, array.shape, name), name)
+    source = _ZarrSource(array, letters_of(axes, array.shape, name), name)
     return Found(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]})
 
 
@@ -455,7 +456,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
     if level >= len(chosen.levels):
         raise SettingsError(f"{path}: has no level {level}; its levels are 0 to {len(chosen.levels) - 1}")
     letters = axes.lower() if axes is not None else _tiff_letters(chosen.levels[level].axes, chosen.shape, path)
-    source = _TiffSource(file, chosen, level, _letters(letters, chosen.levels[level].shape, str(path)), str(path))
+    source = _TiffSource(file, chosen, level, letters_of(letters, chosen.levels[level].shape, str(path)), str(path))
     if source.shape != tuple(chosen.levels[level].shape):
         raise InputFileError(f"{path}: its metadata name the shape {chosen.levels[level].shape}, it has {source.shape}")
     source.check_contiguous()
@@ -466,7 +467,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
         step = {a: s * fine.get(a, 1) / coarse.get(a, 1) for a, s in step.items()}
     return Found(
         source,
-        _file_identity("tiff", path.stat()) | {"series": series or 0},
+        file_identity("tiff", path.stat()) | {"series": series or 0},
         step=step,
         unit=unit,
         levels=tuple(tuple(s.shape) for s in chosen.levels),
@@ -502,7 +503,7 @@ def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, t
         found = file.pages[0].tags.get(tag)
         if found is not None and found.value[0] and found.value[1]:
             step[a] = found.value[1] / found.value[0]
-    factor = _UNITS.get(str(about.get("unit", "")).lower())
+    factor = UNITS.get(str(about.get("unit", "")).lower())
     labels = tuple(str(v) for v in about.get("Labels") or ()) if about.get("channels", 1) > 1 else ()
     if factor is None:
         return {a: abs(s) for a, s in step.items() if s}, None, labels
@@ -529,7 +530,7 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
             if value and 0 < float(value) < math.inf:
                 unit = about.get(f"PhysicalSize{a.upper()}Unit", "µm")
                 step[a] = float(value)
-                factors.append(_UNITS.get(unit if unit == "m" else unit.lower()))
+                factors.append(UNITS.get(unit if unit == "m" else unit.lower()))
     if not step or any(f is None for f in factors):
         return step, None, names
     return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETRE, names
@@ -608,7 +609,7 @@ def _plane_of(path: Path, decode: Callable[[Path], Array]) -> Iterator[Source]:
     """The plane "y x [c]" in a file; TIFF is read by windows, other kinds are decoded whole."""
     if path.suffix.lower() not in TIFF_SUFFIXES:
         image = decode(path)
-        yield _ArraySource(image, "yxc"[: image.ndim])
+        yield ArraySource(image, "yxc"[: image.ndim])
         return
     source = _open_tiff(path, 0, None, 0).source
     try:
@@ -629,6 +630,6 @@ def _open_folder(path: Path, axes: str | None) -> Found:
     names = hashlib.sha256("\n".join(f.name for f in files).encode()).hexdigest()[:16]
     source = _FolderSource(files, shape, dtype)
     if axes is not None:
-        source.axes = _letters(axes, source.shape, str(path))
+        source.axes = letters_of(axes, source.shape, str(path))
     identity = {"kind": "folder", "names": names, "bytes": sum(f.stat().st_size for f in files)}
     return Found(source, identity, colour=len(shape) == 3)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
-from distillfss_core.sources import FAULTS, Found, Source, open_array, open_path, reason
+from distillfss_core.formats import open_any
+from distillfss_core.sources import FAULTS, Found, Source, open_array, reason
 from distillfss_core.types import Array
 
 Scale = tuple[float | None, float | None, float | None]
@@ -209,8 +210,8 @@ def open_volume(
     ----------
     source : path or array
         OME-Zarr (0.1 to 0.5; zarr format 2 or 3, sharded or not, also zipped), any zarr array, TIFF (OME also of
-        several files, ImageJ, BigTIFF, pyramids), a folder of planes, a .npy file, another image file; or an array
-        with shape, dtype and indexing (numpy, dask, zarr).
+        several files, ImageJ, BigTIFF, pyramids), MRC, NIfTI, a DICOM series (a folder, or one file), a folder of
+        planes, a .npy file, another image file; or an array with shape, dtype and indexing (numpy, dask, zarr).
     axes : str, optional
         One letter of "tczyx" a dimension, where the source does not say (or says wrong) what its dimensions are.
         Without it, arrays of two and three dimensions are "yx" and "zyx".
@@ -244,7 +245,7 @@ def open_volume(
     path = Path(source) if isinstance(source, (str, Path)) else None
     name = str(source) if path is not None else "array"
     try:
-        found = open_path(path, level, axes, series) if path is not None else open_array(source, axes)
+        found = open_any(path, level, axes, series) if path is not None else open_array(source, axes)
     except (SettingsError, ImageError, InputFileError):
         raise
     except FAULTS as fault:
