@@ -212,6 +212,7 @@ def open_store(
     about = About(
         name=out.name.partition(".")[0],
         scale=volume.scale,
+        origin=volume.origin,
         unit=volume.unit,
         classes=model.class_names,
         provenance={

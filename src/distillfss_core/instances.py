@@ -159,6 +159,7 @@ def iter_instances(
     about = About(
         name=out.name.partition(".")[0],
         scale=labels.scale,
+        origin=labels.origin,
         unit=labels.unit,
         classes=(),
         provenance={"program": f"napari-distillfss {__version__}", "instances": settings},

@@ -212,8 +212,8 @@ class About:
     Parameters
     ----------
     name : str
-    scale : (z, y, x)
-        None where not known.
+    scale, origin : (z, y, x)
+        As of a `Volume`.
     unit : str or None
     classes : names of the labels 1, 2, ...; none for instances
     provenance : mapping
@@ -224,6 +224,7 @@ class About:
 
     name: str
     scale: tuple[float | None, float | None, float | None]
+    origin: tuple[float, float, float]
     unit: str | None
     classes: tuple[str, ...]
     provenance: Mapping[str, Any]
@@ -558,8 +559,9 @@ def _attributes(layout: Layout, about: About) -> dict[str, Any]:
     datasets = []
     for level, factors in enumerate(layout.factors):
         steps: list[dict[str, Any]] = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factors, strict=True)]}]
-        if level:  # the centre of the first voxel of this level, seen from that of the finest
-            shift = [s * (f - 1) / 2 for s, f in zip(scale, factors, strict=True)]
+        # the centre of the first voxel of this level, seen from that of the finest
+        shift = [o + s * (f - 1) / 2 for o, s, f in zip(about.origin, scale, factors, strict=True)]
+        if any(shift):
             steps.append({"type": "translation", "translation": shift})
         datasets.append({"path": str(level), "coordinateTransformations": steps})
     image: dict[str, Any] = {"version": OME_VERSION}

@@ -79,6 +79,7 @@ class Found:
     identity: Mapping[str, Any]
     step: Mapping[str, float] = field(default_factory=dict)  # size of a voxel along "z", "y", "x", as far as known
     unit: str | None = None
+    origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
     levels: tuple[tuple[int, ...], ...] = ()
     channel_names: tuple[str, ...] = ()
     colour: bool = False  # whether the channels are samples of a colour picture
@@ -183,15 +184,15 @@ def open_array(array: Any, axes: str | None) -> Found:
 
 
 class _ZarrSource:
-    """A zarr array; says once in the log when chunks are asked for that have no file."""
+    """A zarr array; says once in the log when chunks are asked for that have no file, unless it is ``sparse``."""
 
-    def __init__(self, array: Any, axes: str, name: str) -> None:
+    def __init__(self, array: Any, axes: str, name: str, *, sparse: bool = False) -> None:
         self.array, self.axes, self.name = array, axes, name
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
         self.chunks = tuple(array.chunks)
         self._stored = tuple(getattr(array, "shards", None) or array.chunks)  # what has a file of its own
         store = array.store_path.store
-        self._root = store.root / array.path if isinstance(store, zarr.storage.LocalStore) else None
+        self._root = store.root / array.path if isinstance(store, zarr.storage.LocalStore) and not sparse else None
         self.missing: set[str] = set()
         self._lock = threading.Lock()
 
@@ -287,7 +288,9 @@ def _open_multiscale(
         channels = tuple(
             str(c.get("label", i)) for i, c in enumerate((about.get("omero") or {}).get("channels", ()) or ())
         )
-        vectors = [_scale_vector(image.get("coordinateTransformations", ())), _scale_vector(datasets[level][1])]
+        whole = image.get("coordinateTransformations", ())
+        vectors = [_vector(whole, "scale"), _vector(datasets[level][1], "scale")]
+        shifts = [_vector(whole, "translation"), _vector(datasets[level][1], "translation")]
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
         if isinstance(fault, SettingsError):
             raise
@@ -310,16 +313,16 @@ def _open_multiscale(
             "can be read; the copy is not whole"
         )
     letters = axes.lower() if axes is not None else letters
-    if len(letters) != len(array.shape) or any(v and len(v) != len(letters) for v in vectors):
+    if len(letters) != len(array.shape) or any(v and len(v) != len(letters) for v in (*vectors, *shifts)):
         raise InputFileError(
             f"{path}: its metadata do not fit its array: axes {letters}, scale {vectors[1]}, shape {array.shape}"
         )
     found_axes = letters_of(letters, array.shape, str(path))
-    total = np.ones(len(letters))
-    for vector in vectors:
-        if vector:
-            total = total * vector
+    ones, zeros = [1.0] * len(letters), [0.0] * len(letters)
+    total = np.multiply(vectors[0] or ones, vectors[1] or ones)
+    place = np.multiply(vectors[0] or ones, shifts[1] or zeros) + (shifts[0] or zeros)
     step: dict[str, float] = {}
+    origin: dict[str, float] = {}
     units_of_space = [UNITS.get((units.get(a) or "").lower()) for a in "zyx" if a in letters]
     known = bool(units_of_space) and all(u is not None for u in units_of_space)
     if any(vectors):
@@ -327,14 +330,18 @@ def _open_multiscale(
             if a in found_axes:
                 factor = UNITS[(units.get(a) or "").lower()] if known else 1.0
                 step[a] = float(total[found_axes.index(a)]) * factor
+                origin[a] = float(place[found_axes.index(a)]) * factor
     if any(not 0 < s < math.inf for s in step.values()):
         raise InputFileError(f"{path}: its metadata give an impossible scale {vectors[1]}; mend it, or give the array")
     digest = hashlib.sha256(json.dumps([about["multiscales"], array.metadata.to_dict()], default=str).encode())
     return Found(
-        _ZarrSource(array, found_axes, str(path)),
+        _ZarrSource(
+            array, found_axes, str(path), sparse="image-label" in about
+        ),  # where nothing is, labels have no file
         {"kind": "ome-zarr", "metadata": digest.hexdigest()[:16]},
         step=step,
         unit=MICROMETRE if known and step else None,
+        origin=origin,
         levels=tuple(shapes),
         channel_names=channels,
     )
@@ -354,10 +361,11 @@ def _unit_of(axis: Any) -> str | None:
     return str(unit) if unit else None
 
 
-def _scale_vector(transformations: Any) -> list[float]:
+def _vector(transformations: Any, kind: str) -> list[float]:
+    """The vector of the first transformation of a kind, "scale" or "translation"; empty if there is none."""
     for one in transformations or ():
-        if one["type"] == "scale" and "scale" in one:
-            return [float(v) for v in one["scale"]]
+        if one["type"] == kind and kind in one:
+            return [float(v) for v in one[kind]]
     return []
 
 

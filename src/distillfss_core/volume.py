@@ -32,6 +32,8 @@ class Volume:
         Size of a voxel along z, y, x, in ``unit``; None where not known.
     unit : str or None
         "micrometer", or None where the file gives numbers without a known unit.
+    origin : (float,) * 3
+        Place of the first voxel along z, y, x, in ``unit``; 0 where not known.
     level, levels : int, tuple of shapes
         Which resolution this is, and the sizes (z, y, x) of all there are (0 is the finest).
     chunks : (z, y, x)
@@ -48,6 +50,7 @@ class Volume:
     dtype: np.dtype[Any]
     scale: Scale
     unit: str | None
+    origin: tuple[float, float, float]
     level: int
     levels: tuple[tuple[int, int, int], ...]
     chunks: tuple[int, int, int]
@@ -114,7 +117,7 @@ class Volume:
     def along(self, axis: str) -> Volume:
         """The same voxels with planes across another axis: planes (z, x) along "y", planes (z, y) along "x".
 
-        Shape, scale and chunks are in the new order; ``levels`` stay as they are.
+        Shape, scale, origin and chunks are in the new order; ``levels`` stay as they are.
         """
         order = {"y": (1, 0, 2), "x": (2, 0, 1)}[axis]
         letters = str.maketrans({"zyx"[old]: new for new, old in zip("zyx", order, strict=True)})
@@ -123,6 +126,7 @@ class Volume:
             self,
             shape=(*(self.shape[k] for k in order), *self.shape[3:]),
             scale=(self.scale[z], self.scale[y], self.scale[x]),
+            origin=(self.origin[z], self.origin[y], self.origin[x]),
             chunks=(self.chunks[z], self.chunks[y], self.chunks[x]),
             _source=_Renamed(self._source, letters),
             _across=axis,
@@ -317,6 +321,7 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
         dtype=source.dtype,
         scale=step,
         unit=found.unit,
+        origin=(found.origin.get("z", 0.0), found.origin.get("y", 0.0), found.origin.get("x", 0.0)),
         level=how["level"],
         levels=tuple((s.get("z", 1), s.get("y", 1), s.get("x", 1)) for s in levels),
         chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),

@@ -86,26 +86,34 @@ def test_the_pyramid_holds_what_most_voxels_have(volume, plain_student, expected
     assert np.array_equal(labels_of(out, 2), coarsen_labels(first, (1, 2, 2)))
 
 
-def test_readers_that_are_not_ours_open_it(volume, plain_student, expected, tmp_path):
-    models = pytest.importorskip("ome_zarr_models")
-    tensorstore = pytest.importorskip("tensorstore")
-    out = tmp_path / "out.ome.zarr"
-    segment_to_zarr(volume, plain_student, out, tile=TILE)
-    segment_to_zarr(volume, plain_student, tmp_path / "image.ome.zarr" / "labels" / "blob", tile=TILE)
-    opened = models.open_ome_zarr(zarr.open_group(out, mode="r"))
-    assert type(opened).__name__ == "ImageLabel"
-    image = models.open_ome_zarr(zarr.open_group(tmp_path / "image.ome.zarr", mode="r"))
-    assert image.ome_zarr_version == "0.5"
-    for path in (out, tmp_path / "image.ome.zarr" / "labels" / "blob"):
-        for level in range(3 if path == out else 1):
-            theirs = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/{level}"}).result()
-            assert np.array_equal(theirs.read().result(), labels_of(path, level))
-    labels = zarr.open_group(tmp_path / "image.ome.zarr" / "labels", mode="r")
+def test_labels_inside_an_image_are_listed_and_know_it(volume, plain_student, tmp_path):
+    image = tmp_path / "image.ome.zarr"
+    segment_to_zarr(volume, plain_student, image / "labels" / "blob", tile=TILE)
+    labels = zarr.open_group(image / "labels", mode="r")
     assert labels.attrs["ome"]["labels"] == ["blob"]
     about = labels["blob"].attrs["ome"]["image-label"]
     assert about["source"] == {"image": "../.."}
     assert about["properties"][1] == {"label-value": 1, "class": "blob"}
     assert labels["blob"].attrs["distillfss"]["model"]["digest"] == plain_student.digest()
+
+
+def test_labels_of_a_coarser_level_lie_where_that_level_lies(plain_student, tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", STACK, scale=(2.0, 0.5, 0.5), levels=2)
+    group = zarr.open_group(path, mode="r+")
+    about = group.attrs["ome"]
+    about["multiscales"][0]["coordinateTransformations"] = [
+        {"type": "scale", "scale": [1.0, 2.0, 2.0]},
+        {"type": "translation", "translation": [10.0, 20.0, 30.0]},
+    ]
+    shift = {"type": "translation", "translation": [0.0, 0.25, 0.25]}
+    about["multiscales"][0]["datasets"][1]["coordinateTransformations"].append(shift)
+    group.attrs["ome"] = about
+    volume = open_volume(path, level=1)
+    assert volume.scale == (2.0, 2.0, 2.0)
+    assert volume.origin == (10.0, 20.5, 30.5)
+    segment_to_zarr(volume, plain_student, tmp_path / "out.zarr", tile=TILE)
+    assert open_volume(tmp_path / "out.zarr").origin == (10.0, 20.5, 30.5)
+    assert open_volume(tmp_path / "out.zarr").scale == (2.0, 2.0, 2.0)
 
 
 def test_a_region_is_that_of_the_whole_and_can_be_extended(volume, plain_student, expected, tmp_path):
