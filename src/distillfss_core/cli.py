@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from distillfss_core.cli_volumes import (
+    add_batch,
+    add_instances,
+    add_opening,
+    check_no_volume_options,
+    is_label_folder,
+    load_model,
+    segment_volume,
+)
 from distillfss_core.config import DistillSettings, PretrainSettings
+from distillfss_core.console import (
+    FAULT,
+    FINE,
+    INTERRUPTED,
+    USAGE,
+    add_common,
+    cell,
+    drain,
+    fail,
+    one_line,
+    positive,
+    print_json,
+    print_table,
+    progress,
+    say,
+    warnings_shown,
+)
 from distillfss_core.errors import (
     DistillFSSError,
     ImageError,
@@ -33,10 +58,7 @@ if TYPE_CHECKING:
     from distillfss_core.model import StudentModel
     from distillfss_core.types import Array, TrainStep
 
-FINE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
 MEASURES = ("iou", "dice", "precision", "recall")
-
-T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse: --help, --version, or a usage fault that it has told
         return int(end.code or 0)
     try:
-        with _warnings_shown():
+        with warnings_shown():
             if getattr(args, "threads", None):
                 import torch
 
@@ -66,22 +88,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code
     except DistillFSSError as fault:
-        return _fault(fault)
+        return fail(fault)
     except KeyboardInterrupt:
-        _say("interrupted")
+        say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # "distillfss ... | head": the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAULT
     except OSError as fault:
         where = f"{fault.filename}: " if fault.filename else ""
-        return _fault(f"{where}{fault.strerror or fault}")
+        return fail(f"{where}{fault.strerror or fault}")
     except MemoryError:
-        return _fault("the machine is out of memory; give smaller images, or fewer views (--views, --cache-mb)")
+        return fail("the machine is out of memory; give smaller images, or fewer views (--views, --cache-mb)")
     except RuntimeError as fault:
         if not _is_out_of_memory(fault):
             raise
-        return _fault("the device is out of memory; lower --cache-mb, --crop or --queries, or use --device cpu")
+        return fail("the device is out of memory; lower --cache-mb, --crop or --queries, or use --device cpu")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -95,6 +117,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_distill(commands)
     _add_segment(commands)
+    _add_batch(commands)
+    add_instances(commands)
     _add_evaluate(commands)
     _add_info(commands)
     _add_backbones(commands)
@@ -110,7 +134,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"distillfss: error: {_one_line(message)}; see {self.prog} --help\n")
+        self.exit(USAGE, f"distillfss: error: {one_line(message)}; see {self.prog} --help\n")
 
 
 class _Version(argparse.Action):
@@ -145,7 +169,7 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("--start", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
     _add_settings(parser)
-    _add_common(parser, _distill)
+    add_common(parser, _distill)
 
 
 def _distill(args: argparse.Namespace) -> int:
@@ -178,7 +202,7 @@ def _distill(args: argparse.Namespace) -> int:
     step: TrainStep | None = None
     interrupted = False
     try:
-        with _progress("preparing") as bar:
+        with progress("preparing") as bar:
             run = iter_distill(support, settings, start=start)
             if args.without_backbone and run.backbone.trained:
                 raise SettingsError(KEEP_BACKBONE)
@@ -187,13 +211,13 @@ def _distill(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         interrupted = True
         if step is None:
-            _say("interrupted before the first step; nothing was saved")
+            say("interrupted before the first step; nothing was saved")
             return INTERRUPTED
     model = run.result()
     model.save(args.output, with_backbone=not args.without_backbone)
     if interrupted and step is not None:
         best = model.training["best_step"]
-        _say(
+        say(
             f"interrupted at step {step.index} of {step.total} ({step.stage}); "
             f"the best model so far, of step {best}, is saved in {args.output}"
         )
@@ -224,7 +248,7 @@ def _settings_of(start: StudentModel, given: dict[str, Any], path: Path) -> Dist
 def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     size = args.output.stat().st_size
     if args.json:
-        _print_json({"model": str(args.output), "bytes": size, **model.card})
+        print_json({"model": str(args.output), "bytes": size, **model.card})
         return
     record = model.training
     print(f"{args.output}: {_mb(size)}, {_list_classes(model.class_names)}, zoom {model.preprocess.zoom}")
@@ -240,29 +264,32 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
 def _add_segment(commands: Any) -> None:
     parser = commands.add_parser(
         "segment",
-        help="segment an image, a stack or a folder",
+        help="segment an image, a stack, a folder or a volume",
         description="Segment with a model: a folder gives a folder of label images of the same stems, a stack a "
-        "stack, an image an image. Labels are 0 for background and 1, 2, ... for the classes.",
+        "stack, an image an image; where OUT ends in .ome.zarr the input is a volume of any size. Labels are 0 for "
+        "background and 1, 2, ... for the classes.",
     )
-    parser.add_argument("input", type=Path, metavar="INPUT", help="an image, a stack, or a folder of either")
-    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="folder, or .tif or .png file")
+    parser.add_argument("input", type=Path, metavar="INPUT", help="an image, a stack, a folder, or a volume")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, .tif or .png file, or NAME.ome.zarr"
+    )
     parser.add_argument("--probabilities", action="store_true", help="write them too (float32 TIFF, a channel a class)")
     parser.add_argument("--uncertainty", action="store_true", help="write it too (float32 TIFF, 0 sure to 1 no idea)")
-    parser.add_argument(
-        "--pixel-size",
-        type=_pixel_size,
-        metavar="Y,X",
-        help="micrometres of a pixel here: zooms as the model needs, which must have been given its own",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 (auto: bfloat16 on CUDA)")
-    parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
-    _add_common(parser, _segment)
+    _add_model_options(parser)
+    add_opening(parser)
+    add_common(parser, _segment)
+
+
+def _add_batch(commands: Any) -> None:
+    parser = add_batch(commands)
+    _add_model_options(parser)
+    add_opening(parser)
 
 
 def _segment(args: argparse.Namespace) -> int:
+    if is_label_folder(args.output):
+        return segment_volume(args)
+    check_no_volume_options(args)
     extras = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
     jobs = _plan_folder(args, extras) if args.input.is_dir() else [_plan_file(args, extras)]
     written = [path for _, outputs in jobs for path in outputs.values()]
@@ -271,11 +298,7 @@ def _segment(args: argparse.Namespace) -> int:
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""
         raise OutputError(f"{present[0]}{more} already there; give --overwrite, or another name with -o")
 
-    from distillfss_core.model import StudentModel
-
-    model = StudentModel.load(args.model, device=args.device, precision=args.precision, weights=args.weights)
-    if args.pixel_size:
-        model = model.at_pixel_size(args.pixel_size)
+    model = load_model(args)
     if args.input.is_dir():
         for folder in sorted({path.parent for path in written}):
             _make_folder(folder)
@@ -283,18 +306,18 @@ def _segment(args: argparse.Namespace) -> int:
         _check_output(path)
     done: list[Path] = []
     faults = 0
-    with _progress("segmenting", len(jobs), "file") as bar:
+    with progress("segmenting", len(jobs), "file") as bar:
         for source, outputs in jobs:
             try:
                 _segment_file(model, source, outputs)
             except (InputFileError, ImageError) as fault:  # the other files can still be done
                 faults += 1
-                _fault(fault)
+                fail(fault)
             else:
                 done += outputs.values()
             bar.update()
     if args.json:
-        _print_json({"written": [str(path) for path in done], "failed": faults})
+        print_json({"written": [str(path) for path in done], "failed": faults})
     elif done:
         what = f"{len(jobs) - faults} of {len(jobs)} files segmented" if faults or len(jobs) > 1 else "segmented"
         print(f"{what}: {args.output}")
@@ -400,7 +423,7 @@ def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: di
             writers[name] = stack.enter_context(tifffile.TiffWriter(temporary, bigtiff=big))
 
         def label_planes() -> Iterator[Array]:
-            with _progress(source.name, len(planes), "plane") as bar:
+            with progress(source.name, len(planes), "plane") as bar:
                 for z, plane in enumerate(planes):
                     with _source_named(f"{source} plane {z}"):
                         if len(outputs) == 1:
@@ -453,7 +476,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("truth", type=Path, metavar="TRUTH", help="the same; folders are paired by stem")
     parser.add_argument("--planes", type=_planes, metavar="Z,Z,...", help="compare these planes of a stack only")
     _add_label_options(parser)
-    _add_common(parser, _evaluate, threads=False)
+    add_common(parser, _evaluate, threads=False)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -463,7 +486,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     names = tuple(args.classes) if args.classes else ("object",)
     tally = Tally(len(names))
     each: list[tuple[str, Scores]] = []
-    with _progress("comparing", unit="image") as bar:
+    with progress("comparing", unit="image") as bar:
         for predicted, truth in pair_files(args.predicted, args.truth):
             for name, found, real in _label_pairs(predicted, truth, args, len(names)):
                 with _source_named(name):
@@ -473,7 +496,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     scores = tally.scores()
     if args.json:
         images = {name: _measures_json(one.pooled, names) for name, one in each}
-        _print_json(
+        print_json(
             {
                 "images": images,
                 "pooled": _measures_json(scores.pooled, names),
@@ -483,10 +506,10 @@ def _evaluate(args: argparse.Namespace) -> int:
             }
         )
         return FINE
-    _print_table(
+    print_table(
         ["image", "class", "IoU", "Dice", "precision", "recall"],
         [
-            [name, label, *(_cell(getattr(one.pooled, m)[k]) for m in MEASURES)]
+            [name, label, *(cell(getattr(one.pooled, m)[k]) for m in MEASURES)]
             for name, one in each
             for k, label in enumerate(names)
         ],
@@ -530,7 +553,7 @@ def _measures_json(measures: Measures, names: Sequence[str]) -> dict[str, dict[s
 def _add_info(commands: Any) -> None:
     parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
     parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
-    _add_common(parser, _info, threads=False)
+    add_common(parser, _info, threads=False)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -541,7 +564,7 @@ def _info(args: argparse.Namespace) -> int:
     is_head = kind_of(args.file) == HEAD_FILE.name
     card = read_head_card(args.file) if is_head else read_card(args.file)
     if args.json:
-        _print_json(card)
+        print_json(card)
         return FINE
     try:
         lines = _head_lines(card) if is_head else _card_lines(card)
@@ -605,7 +628,7 @@ def _add_backbones(commands: Any) -> None:
         help="list the backbones",
         description="List the backbones, where their weights come from, and the licence of those weights.",
     )
-    _add_common(parser, _backbones, threads=False)
+    add_common(parser, _backbones, threads=False)
 
 
 def _backbones(args: argparse.Namespace) -> int:
@@ -623,7 +646,7 @@ def _backbones(args: argparse.Namespace) -> int:
 
     rows = [(s, source(s.package, s.hub_id)) for s in SPECS.values()]
     if args.json:
-        _print_json(
+        print_json(
             [
                 {
                     "name": s.name,
@@ -641,7 +664,7 @@ def _backbones(args: argparse.Namespace) -> int:
         )
         return FINE
     default = DistillSettings().backbone
-    _print_table(
+    print_table(
         ["backbone", "weights", "licence"],
         [[s.name + (" (default)" if s.name == default else ""), weights, s.license] for s, weights in rows],
         left=3,
@@ -668,12 +691,12 @@ def _add_demo(commands: Any) -> None:
         metavar="PATH",
         help="a folder that holds images and labels, or IMAGES LABELS as for distill; the last third is judged on",
     )
-    parser.add_argument("--supports", type=_positive, metavar="N", help="slices to learn from (default: 5)")
-    parser.add_argument("--planes", type=_positive, default=12, metavar="N", help="planes to generate (default: 12)")
-    parser.add_argument("--size", type=_positive, default=384, metavar="N", help="their side in pixels (default: 384)")
+    parser.add_argument("--supports", type=positive, metavar="N", help="slices to learn from (default: 5)")
+    parser.add_argument("--planes", type=positive, default=12, metavar="N", help="planes to generate (default: 12)")
+    parser.add_argument("--size", type=positive, default=384, metavar="N", help="their side in pixels (default: 384)")
     _add_label_options(parser)
     _add_settings(parser)
-    _add_common(parser, _demo)
+    add_common(parser, _demo)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -692,10 +715,10 @@ def _demo(args: argparse.Namespace) -> int:
         data = own_data(*args.data, supports=supports, classes=args.classes, scribbles=args.scribbles)
     else:
         data = generated_data(args.planes, args.size, supports, settings.seed)
-    with _progress("preparing") as bar:
-        report = _drain(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: _show_step(bar, step))
+    with progress("preparing") as bar:
+        report = drain(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: _show_step(bar, step))
     if args.json:
-        _print_json(asdict(report))
+        print_json(asdict(report))
     else:
         _print_report(report)
     return FINE
@@ -704,8 +727,8 @@ def _demo(args: argparse.Namespace) -> int:
 def _print_report(report: DemoReport) -> None:
     print(f"{report.data}: learnt from {', '.join(report.supports)}")
     print(f"{' ' * len(report.data)}  judged on {', '.join(report.queries)}\n")
-    rows = [[s.name, _cell(s.iou), _cell(s.dice), f"{s.ms_per_plane:.0f}"] for s in report.scores]
-    _print_table(["", "IoU", "Dice", "ms a plane"], rows, left=1)
+    rows = [[s.name, cell(s.iou), cell(s.dice), f"{s.ms_per_plane:.0f}"] for s in report.scores]
+    print_table(["", "IoU", "Dice", "ms a plane"], rows, left=1)
     print()
     print(f"{'distilled in':14}{report.seconds:.0f} s, {report.steps} steps, on {report.device}")
     print(f"{'model':14}{report.files[0]}, {report.model_mb:.1f} MB")
@@ -742,7 +765,7 @@ def _add_pretrain(commands: Any) -> None:
     )
     parser.add_argument("--name", default="", metavar="TEXT", help="name and version for the card")
     _add_settings(parser, PretrainSettings, "meta-training")
-    _add_common(parser, _pretrain)
+    add_common(parser, _pretrain)
 
 
 def _pretrain(args: argparse.Namespace) -> int:
@@ -759,25 +782,39 @@ def _pretrain(args: argparse.Namespace) -> int:
     run = PretrainRun(settings, args.output, real=real, held_out=held_out)
     step: TrainStep | None = None
     try:
-        with _progress("preparing") as bar:
+        with progress("preparing") as bar:
             for step in run:
                 _show_step(bar, step)
     except KeyboardInterrupt:
         run.close()
-        _say(f"interrupted at step {run.step} of {settings.steps}; the same command goes on from {args.output}")
+        say(f"interrupted at step {run.step} of {settings.steps}; the same command goes on from {args.output}")
         return INTERRUPTED
     path = run.finish({"name": args.name} if args.name else {})
     scores = run.card()["scores"]
     if args.json:
-        _print_json({"head": str(path), "scores": scores})
+        print_json({"head": str(path), "scores": scores})
         return FINE
     print(f"{path}, after {run.step} steps, {run.seconds / 3600:.1f} hours")
-    rows = [[name.replace("_", " "), _cell(value)] for name, value in scores.items() if name != "step"]
-    _print_table(["held-out tasks", "IoU"], rows, left=1)
+    rows = [[name.replace("_", " "), cell(value)] for name, value in scores.items() if name != "step"]
+    print_table(["held-out tasks", "IoU"], rows, left=1)
     return FINE
 
 
 # options that commands share
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
+    parser.add_argument(
+        "--pixel-size",
+        type=_pixel_size,
+        metavar="Y,X",
+        help="micrometres of a pixel here: zooms as the model needs, which must have been given its own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 (auto: bfloat16 on CUDA)")
+    parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
 
 
 def _add_label_options(parser: argparse.ArgumentParser) -> None:
@@ -792,15 +829,6 @@ def _add_label_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="labels are 0 where not annotated, 1 for background, 2, 3, ... for the classes",
     )
-
-
-def _add_common(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], *, threads: bool = True
-) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    if threads:
-        parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
-    parser.set_defaults(run=run)
 
 
 def _add_settings(
@@ -828,12 +856,6 @@ def _given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return int(text)
 
 
 def _planes(text: str) -> tuple[int, ...]:
@@ -903,43 +925,6 @@ def _source_named(source: str) -> Iterator[None]:
 # what is printed
 
 
-class _Warnings(logging.Handler):
-    """Writes the core's warnings, a line each, without tearing a progress bar."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
-        tqdm.write(f"distillfss: warning: {_one_line(record.getMessage())}", file=sys.stderr)
-
-
-@contextmanager
-def _warnings_shown() -> Iterator[None]:
-    """Show warnings of the core while a command runs.
-
-    What tifffile says of a damaged file is left to our own error about it.
-    """
-    added = [
-        (logging.getLogger("distillfss_core"), _Warnings(logging.WARNING)),
-        (logging.getLogger("tifffile"), logging.NullHandler()),
-    ]
-    for logger, handler in added:
-        logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        for logger, handler in added:
-            logger.removeHandler(handler)
-
-
-@contextmanager
-def _progress(what: str, total: int | None = None, unit: str = "step") -> Iterator[tqdm[NoReturn]]:
-    """A bar on stderr where that is a terminal, else nothing."""
-    from tqdm import tqdm
-
-    with tqdm(desc=what, total=total, unit=unit, leave=False, disable=None, file=sys.stderr) as bar:
-        yield bar
-
-
 def _show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
     if bar.disable:
         return
@@ -951,57 +936,10 @@ def _show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
     bar.update(step.index - bar.n)
 
 
-def _drain(steps: Iterator[T], show: Callable[[T], None]) -> Any:
-    """Go through a generator; give what it returns."""
-    while True:
-        try:
-            show(next(steps))
-        except StopIteration as end:
-            return end.value
-
-
-def _fault(fault: Exception | str) -> int:
-    _say(f"error: {fault}")
-    return FAULT
-
-
-def _say(text: str) -> None:
-    print(f"distillfss: {_one_line(text)}", file=sys.stderr)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
-
-
 def _is_out_of_memory(fault: RuntimeError) -> bool:
     from distillfss_core.device import out_of_memory
 
     return out_of_memory(fault)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_without_nan(value), indent=2, allow_nan=False))
-
-
-def _without_nan(value: Any) -> Any:
-    """The value with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
-    """Columns of text; the first ``left`` lean left, the others right."""
-    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
-    for row in (headers, *rows):
-        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-        print("  ".join(cells).rstrip())
-
-
-def _cell(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.3f}"
 
 
 def _mb(size: int) -> str:

@@ -41,7 +41,7 @@ LABEL_ENDINGS = ("masks", "mask", "labels", "label", "seg", "segmentation", "gt"
 PathLike = str | os.PathLike[str]
 
 # What decoders raise on files that are cut short or damaged.
-_DECODER_FAULTS = (
+DECODER_FAULTS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -417,13 +417,13 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
     except OutputError:
         raise
     except OSError as fault:
-        raise OutputError(f"cannot write {named}: {_reason(fault)}") from fault
+        raise OutputError(f"cannot write {named}: {fault_reason(fault)}") from fault
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def _reason(fault: OSError) -> str:
+def fault_reason(fault: OSError) -> str:
     """What went wrong and what to do, in a line."""
     advice = {
         errno.ENOSPC: "free some space or write elsewhere",
@@ -468,7 +468,7 @@ def _read(path: Path, palette_numbers: bool = False, npy_stack: bool = False) ->
         raise
     except MemoryError as fault:
         raise InputFileError(f"{path}: does not fit into memory; cut it into smaller files") from fault
-    except _DECODER_FAULTS as fault:
+    except DECODER_FAULTS as fault:
         why = " ".join(str(fault).split())[:160] or type(fault).__name__
         raise InputFileError(f"{path}: cannot be read ({why}); check that the file is whole") from fault
 

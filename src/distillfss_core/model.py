@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +25,7 @@ from distillfss_core.device import Device, choose_device, out_of_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
 from distillfss_core.features import FeaturePyramid, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.preprocess import ZOOMS, Preprocess, resize
+from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
 from distillfss_core.tiles import Tile, split_plane
@@ -40,6 +42,13 @@ THUMBNAIL = 96
 KEEP_BACKBONE = (
     "the backbone's weights were trained with the head and are in no package; keep them in the student's file"
 )
+
+
+Window = Callable[[slice, slice], Array]
+"""Reads a window (y, x) of a plane."""
+
+Region = tuple[tuple[int, int], tuple[int, int]]
+"""Part of a plane: (y0, y1), (x0, x1)."""
 
 
 class Segmenter:
@@ -107,57 +116,141 @@ class Segmenter:
             If even the smallest tile does not fit into the device's memory.
         """
         check_image(image)
-        if self.local:
-            probabilities = np.empty((len(self.class_names) + 1, *image.shape[:2]), np.float32)
-            for where, found in self.iter_tiles(image, tile=tile):
-                probabilities[:, where.inner[0], where.inner[1]] = found
-        else:
-            probabilities = self._blended(image, tile)
+        probabilities = self.predict_region(*self._whole(image), tile=tile)
         return Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
 
     def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
         """Labels alone, shape (y, x), uint8: probabilities of the whole plane are held only where they are blended."""
-        if not self.local:
-            return self.predict(image, tile=tile).labels
         check_image(image)
-        labels = np.empty(image.shape[:2], np.uint8)
-        for where, found in self.iter_tiles(image, tile=tile):
-            labels[where.inner] = found.argmax(0)
+        return self.region_labels(*self._whole(image), tile=tile)
+
+    def predict_region(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+    ) -> npt.NDArray[np.float32]:
+        """Probabilities of a part of a plane: bit for bit those that the whole plane would have there.
+
+        The tiles are those of the whole plane; the ones that touch the region are computed, on the windows that the
+        whole would have given them::
+
+            +-------+-------+-------+
+            |       |  :    |       |      four tiles touch the region ":"; each is computed with its halo,
+            +-------+::+----+-------+      so regions that are made of whole tiles waste nothing
+            |       |  :    |       |
+            +-------+-------+-------+
+
+        (Where a device runs out of memory, smaller tiles are taken, which may change single labels.)
+
+        Parameters
+        ----------
+        read : function of two slices (y, x)
+            Gives that window of the plane, "y x" or "y x c".
+        shape : (y, x)
+            Of the whole plane.
+        region : ((y0, y1), (x0, x1))
+            Within the plane.
+        limits : Limits
+            Intensities that become 0 and 1, of the whole plane: see `Preprocess.limits`.
+        tile : int
+            As for `predict`.
+
+        Returns
+        -------
+        float32 array, shape (k + 1, y1 - y0, x1 - x0)
+        """
+        (y0, y1), (x0, x1) = region
+        if not self.local:
+            return self._blended(read, shape, region, limits, tile)
+        probabilities = np.empty((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
+        for where, found in self._windows(read, shape, region, limits, tile):
+            to, frm = _overlap(where.inner, where.outer, region)
+            probabilities[:, to[0], to[1]] = found[:, frm[0], frm[1]]
+        return probabilities
+
+    def region_labels(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+    ) -> npt.NDArray[np.uint8]:
+        """Labels of a part of a plane, shape (y1 - y0, x1 - x0); as `predict_region` otherwise."""
+        if not self.local:
+            return self._blended(read, shape, region, limits, tile).argmax(0).astype(np.uint8)
+        (y0, y1), (x0, x1) = region
+        labels = np.empty((y1 - y0, x1 - x0), np.uint8)
+        for where, found in self._windows(read, shape, region, limits, tile):
+            to, frm = _overlap(where.inner, where.outer, region)
+            labels[to] = found[:, frm[0], frm[1]].argmax(0)
         return labels
 
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
-        for where, found in self._windows(image, tile):
+        check_image(image)
+        for where, found in self._windows(*self._whole(image), tile):
             yield where, found[:, where.crop[0], where.crop[1]]
 
-    def _blended(self, image: Array, tile: int) -> npt.NDArray[np.float32]:
+    def tiles(self, shape: tuple[int, int], *, tile: int = TILE) -> list[Tile]:
+        """The tiles of a plane of ``shape`` (y, x), row by row."""
+        zoom = self.preprocess.zoom_factor
+        return list(split_plane(shape, max(1, round(tile / zoom)), round(self.halo / zoom), self.step))
+
+    def reach(self, shape: tuple[int, int], region: Region, *, tile: int = TILE) -> Region:
+        """The part of a plane that `predict_region` reads to answer for a region."""
+        seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
+        return (min(y0), max(y1)), (min(x0), max(x1))
+
+    def digest(self) -> str:
+        """What the answers depend on, as a hexadecimal number: weights, classes, preprocessing and halo."""
+        found = hashlib.sha256(self.backbone.digest().encode())
+        about = [self.class_names, self.preprocess.to_json(), self.halo, self.backbone.spec.name]
+        found.update(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in self._own_tensors():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def __dask_tokenize__(self) -> str:
+        return self.digest()
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What it holds beside the backbone, by name."""
+        raise NotImplementedError
+
+    def _whole(self, image: Array) -> tuple[Window, tuple[int, int], Region, Limits]:
+        plane = self.preprocess.as_channels(image)
+        shape = (plane.shape[0], plane.shape[1])
+        return lambda y, x: plane[y, x], shape, ((0, shape[0]), (0, shape[1])), self.preprocess.limits(plane)
+
+    def _blended(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+    ) -> npt.NDArray[np.float32]:
         """Probabilities in which neighbouring windows fade into one another across their halos."""
-        total = np.zeros((len(self.class_names) + 1, *image.shape[:2]), np.float32)
-        weight = np.zeros(image.shape[:2], np.float32)
-        for where, found in self._windows(image, tile):
+        (y0, y1), (x0, x1) = region
+        total = np.zeros((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
+        weight = np.zeros((y1 - y0, x1 - x0), np.float32)
+        for where, found in self._windows(read, shape, region, limits, tile):
             fade = where.y.fade()[:, None] * where.x.fade()
-            total[:, where.outer[0], where.outer[1]] += found * fade
-            weight[where.outer] += fade
+            to, frm = _overlap(where.outer, where.outer, region)
+            total[:, to[0], to[1]] += (found * fade)[:, frm[0], frm[1]]
+            weight[to] += fade[frm]
         total /= weight
         return total
 
-    def _windows(self, image: Array, tile: int) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
-        """Tiles and the probabilities of their whole windows.
+    def _windows(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+    ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+        """The tiles that have a say in a region, and the probabilities of their whole windows.
 
         Where the device runs out of memory, the rest goes on in smaller tiles (a warning says so).
         """
-        plane = self.preprocess.as_channels(image)
-        limits = self.preprocess.limits(plane)
         zoom = self.preprocess.zoom_factor
         side, halo = max(1, round(tile / zoom)), round(self.halo / zoom)
-        todo = list(split_plane((plane.shape[0], plane.shape[1]), side, halo, self.step))
-        side = min(side, max(plane.shape[:2]))
+        todo = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        side = min(side, max(shape))
         while todo:
             where = todo[0]
             fault: Exception | None = None
             try:
-                window = self.preprocess.to_tensor(plane[where.outer], limits)
-                found = self._window(window).cpu().numpy()
+                pixels = self.preprocess.as_channels(read(*where.outer))
+                check_image(pixels)
+                found = self._window(self.preprocess.to_tensor(pixels, limits)).cpu().numpy()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -174,7 +267,7 @@ class Segmenter:
                 ) from fault
             log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
             _free(self.device)
-            todo = [part for old in todo for part in _split_tile(old, plane.shape, side, halo, self.step)]
+            todo = [part for old in todo for part in _split_tile(old, shape, side, halo, self.step)]
 
     @torch.inference_mode()
     def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k1 h w"]:
@@ -191,6 +284,22 @@ class Segmenter:
         logits = logits.float().clamp_min(-1e4)  # a class without example is -inf, which cannot be interpolated
         logits = resize(logits, (h + pad[0], w + pad[1]))[0, :, :h, :w]
         return logits.softmax(0)
+
+
+def _touches(part: tuple[slice, slice], region: Region) -> bool:
+    return all(s.start < stop and start < s.stop for s, (start, stop) in zip(part, region, strict=True))
+
+
+def _overlap(
+    part: tuple[slice, slice], window: tuple[slice, slice], region: Region
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where ``part`` of a plane lies within the region, and within its window."""
+    to, frm = [], []
+    for p, w, (start, stop) in zip(part, window, region, strict=True):
+        a, b = max(p.start, start), min(p.stop, stop)
+        to.append(slice(a - start, b - start))
+        frm.append(slice(a - w.start, b - w.start))
+    return (to[0], to[1]), (frm[0], frm[1])
 
 
 def _split_tile(old: Tile, shape: tuple[int, ...], side: int, halo: int, step: int) -> list[Tile]:
@@ -238,6 +347,9 @@ class FewShotModel(Segmenter):
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.teacher(query, self.keys).logits
 
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        raise SettingsError("a teacher with its support has no digest; distil a student from it")
+
 
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
@@ -280,6 +392,9 @@ class StudentModel(Segmenter):
 
     def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.head.student_logits(query)
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(sorted(self.head.state_dict().items()))
 
     def to(self, device: str, precision: str = "auto") -> StudentModel:
         """Move to another device ("auto", "cpu", "cuda", ...); returns self."""

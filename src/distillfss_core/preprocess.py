@@ -69,6 +69,13 @@ class Preprocess:
             return self.fitted
         return percentile_limits(self.as_channels(image), together=self.together)
 
+    def sample_limits(self, sample: Array) -> Limits:
+        """`limits` of a plane of which only every `sample_step`-th row and column, "y x" or "y x c", was read."""
+        if self.scope == "volume":
+            return self.fitted
+        sample = self.as_channels(sample)
+        return percentile_limits(sample.reshape(-1, sample.shape[-1]), together=self.together)
+
     def as_channels(self, image: Array, source: str = "image") -> Array:
         """The image as "y x c" with the model's number of channels; grey and RGB are turned into one another.
 
@@ -181,10 +188,15 @@ def percentile_limits(image: Array, *, together: bool) -> Limits:
     return Limits(tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n)))
 
 
+def sample_step(shape: tuple[int, int], count: int = _SAMPLE) -> int:
+    """Percentiles are taken from every so manieth row and column of a plane of ``shape`` (y, x)."""
+    return max(1, int(np.ceil(np.sqrt(shape[0] * shape[1] / max(count, 1)))))
+
+
 def _sample(image: Array, count: int) -> Array:
     """Pixels "n c" on a regular grid, at most about ``count``."""
     if image.ndim == 3:
-        step = max(1, int(np.ceil(np.sqrt(image.shape[0] * image.shape[1] / max(count, 1)))))
+        step = sample_step((image.shape[0], image.shape[1]), count)
         image = image[::step, ::step].reshape(-1, image.shape[-1])
     return image
 

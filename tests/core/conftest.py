@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from distillfss_core.config import DistillSettings
@@ -30,6 +32,16 @@ def student(support: SupportSet, tiny: DistillSettings):
     from distillfss_core.training import distill
 
     return distill(support, tiny)
+
+
+@pytest.fixture(scope="session")
+def plain_student(support: SupportSet, tiny: DistillSettings):
+    """A student that started from no head file, with a small halo: for what is about regions and files."""
+    from distillfss_core.training import distill
+
+    model = distill(support, replace(tiny, head="none", steps=40))
+    model.halo = 32
+    return model
 
 
 @pytest.fixture(scope="session")

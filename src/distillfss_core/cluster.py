@@ -1,0 +1,218 @@
+"""Segmenting on many processes or machines by dask.distributed: one task is one whole shard of labels.
+
+::
+
+    this process                       workers
+    plan, record, pyramid   <-------   read, infer, write a shard, force it to disk, tell its digest
+
+Workers see the same files. A task that is lost with its worker is done again by another; it writes the same file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillfss_core.device import choose_device
+from distillfss_core.errors import OutOfMemoryError, SettingsError
+from distillfss_core.labellers import PlaneLabels
+from distillfss_core.labelstore import Box, Index, Layout
+from distillfss_core.model import StudentModel
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 3  # tasks that wait for each thread of the workers
+_RETRIES = 2  # of a task that ends in an error, e.g. of a file system that is away for a moment
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A dask.distributed client, and what its workers compute on; it is made by `connect`."""
+
+    client: Any
+    device: str
+    precision: str
+
+    def worker_device(self) -> str:
+        """What the workers compute on, as "cpu float32".
+
+        Raises
+        ------
+        SettingsError
+            If they differ, or do not have this program.
+        """
+        try:
+            found = set(self.client.run(_describe_device, self.device, self.precision).values())
+        except ModuleNotFoundError as fault:
+            raise SettingsError(
+                f"the workers have no {fault.name}; install napari-distillfss where they run"
+            ) from fault
+        if len(found) != 1:
+            raise SettingsError(
+                f"the workers compute on different devices ({', '.join(sorted(found))}), so shards would differ; give "
+                "--device, or workers of one kind"
+            )
+        return str(found.pop())
+
+
+@contextmanager
+def connect(address: str, *, device: str = "auto", precision: str = "auto") -> Iterator[Connection]:
+    """Workers to compute on.
+
+    Parameters
+    ----------
+    address : str
+        "local" or "local:N" starts N processes here (by default one less than there are cores; one for each GPU where
+        dask-cuda is installed), "slurm:N" asks SLURM for N jobs as dask-jobqueue's own configuration describes them,
+        "tcp://HOST:PORT" is a scheduler that runs.
+    device, precision : str
+        Of the workers, as for `StudentModel.load`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such kind of cluster, a library is missing, or nobody answers.
+    """
+    kind, _, count = address.partition(":")
+    if kind not in ("local", "slurm", "tcp", "tls") or (kind in ("local", "slurm") and count and not count.isdecimal()):
+        raise SettingsError(f"cluster {address!r} is not possible; give local, local:N, slurm:N or tcp://HOST:PORT")
+    if find_spec("distributed") is None:
+        raise SettingsError("a cluster needs distributed: pip install 'napari-distillfss[cluster]'")
+    from distributed import Client
+
+    if kind in ("tcp", "tls"):
+        try:
+            client = Client(address, timeout="30s")
+        except OSError as fault:
+            raise SettingsError(f"no scheduler answers at {address}; start one by dask scheduler") from fault
+        with client:
+            yield Connection(client, device, precision)
+        return
+    with _start(kind, int(count or 0)) as cluster, Client(cluster) as client:
+        log.info("waiting for a worker")
+        client.wait_for_workers(1)
+        yield Connection(client, device, precision)
+
+
+def iter_shards(
+    connection: Connection,
+    model: StudentModel,
+    labeller: PlaneLabels,
+    path: Path,
+    layout: Layout,
+    todo: Mapping[Index, Sequence[Box]],
+    threads: int,
+) -> Generator[tuple[Index, Sequence[Box], str, frozenset[str]], None, None]:
+    """Have shards of labels written by the workers.
+
+    Yields
+    ------
+    index, boxes : of a shard that is on disk
+    digest : of its file
+    missing : chunks of the volume without a file that were met
+
+    Raises
+    ------
+    SettingsError
+        If the volume is an array in memory.
+    OutOfMemoryError
+        If workers die of a shard again and again.
+    DistillFSSError
+        What went wrong on a worker.
+    """
+    if labeller.volume.path is None:
+        raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    from distillfss_core.worker import Job, Spec, segment_shard
+
+    client, name = connection.client, f"distillfss-{secrets.token_hex(4)}"
+    spec = Spec(
+        _model_bytes(model),
+        labeller.volume,
+        labeller.mode,
+        labeller.tile,
+        path.absolute(),
+        layout,
+        connection.device,
+        connection.precision,
+        threads,
+    )
+    client.register_plugin(Job(spec), name=name)
+    ahead = iter(todo.items())
+    running: dict[Any, tuple[Index, Sequence[Box]]] = {}
+    finished = as_completed()
+    try:
+        while True:
+            room = _AHEAD * max(1, sum(client.nthreads().values()))
+            while len(running) < room and (following := next(ahead, None)):
+                future = client.submit(segment_shard, name, following[1], pure=False, retries=_RETRIES)
+                running[future] = following
+                finished.add(future)
+            if not running:
+                return
+            future = next(finished)
+            index, boxes = running.pop(future)
+            try:
+                digest, missing = future.result()
+            except KilledWorker as fault:
+                raise OutOfMemoryError(
+                    f"{path}: shard {index} ended one worker after another, most likely for want of memory; what is "
+                    "finished is kept, give workers more memory and resume"
+                ) from fault
+            yield index, boxes, digest, missing
+    finally:
+        client.cancel(list(running))
+        client.unregister_worker_plugin(name)
+
+
+def _describe_device(device: str, precision: str) -> str:
+    chosen = choose_device(device, precision)
+    return f"{chosen.kind} {chosen.precision}"
+
+
+def _model_bytes(model: StudentModel) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        model.save(file)
+        return file.read_bytes()
+
+
+def _start(kind: str, count: int) -> Any:
+    """A cluster of our own; it is closed by leaving it."""
+    if kind == "slurm":
+        if find_spec("dask_jobqueue") is None:
+            raise SettingsError("slurm needs dask-jobqueue: pip install 'napari-distillfss[cluster]'")
+        from dask_jobqueue import SLURMCluster
+
+        try:
+            cluster = SLURMCluster()
+        except ValueError as fault:
+            raise SettingsError(
+                f"dask-jobqueue is not configured for SLURM ({' '.join(str(fault).split())[:120]}); see docs/volumes.md"
+            ) from fault
+        cluster.scale(jobs=count or 1)
+        return cluster
+    if torch.cuda.is_available() and find_spec("dask_cuda") is not None:
+        from dask_cuda import LocalCUDACluster
+
+        return LocalCUDACluster(n_workers=count or None, threads_per_worker=1, dashboard_address=None)
+    from distributed import LocalCluster
+
+    return LocalCluster(
+        n_workers=count or max(1, (os.cpu_count() or 2) - 1),
+        threads_per_worker=1,
+        dashboard_address=None,
+        host="127.0.0.1",
+    )

@@ -1,0 +1,212 @@
+"""A model at work on a volume: any part of any plane, computed when it is looked at."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.model import TILE, Region, Segmenter
+from distillfss_core.preprocess import Limits, sample_step
+from distillfss_core.types import Array, Segmentation, check_image
+from distillfss_core.volume import Volume, split_index
+
+KINDS = ("labels", "probabilities", "uncertainty")
+_BAND = 1 << 22  # voxels read at a time while intensities are sampled
+
+
+class VolumeSegmenter:
+    """A model and a volume; knows the intensity limits of every plane that it has seen.
+
+    Parameters
+    ----------
+    volume : Volume
+    model : Segmenter
+    tile : int
+        Inner side of a tile in pixels after zooming. The grid of tiles hangs on the volume, so whatever part is asked
+        for has the labels of the whole.
+    limits : Limits, optional
+        Intensities that become 0 and 1, the same for all planes; by default those of each plane, or of the training.
+
+    Raises
+    ------
+    ImageError
+        If the volume has other channels than the model.
+    """
+
+    def __init__(self, volume: Volume, model: Segmenter, *, tile: int = TILE, limits: Limits | None = None) -> None:
+        channels = volume.shape[3] if volume.ndim == 4 else 1
+        wanted = model.preprocess.channels
+        if channels != wanted and {channels, wanted} != {1, 3}:
+            raise ImageError(
+                f"{volume.name}: has {channels} channel(s), the model was made for {wanted}; "
+                "give the channels it was distilled from"
+            )
+        self.volume, self.model, self.tile = volume, model, tile
+        self._fixed = model.preprocess.fitted if model.preprocess.scope == "volume" else limits
+        self._limits: dict[int, Limits] = {}
+        self._inference = threading.Lock()  # two inferences at a time only take each other's cores
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a plane (y, x)."""
+        return self.volume.shape[1], self.volume.shape[2]
+
+    def limits(self, z: int) -> Limits:
+        """Intensities of plane ``z`` that become 0 and 1: those that the whole plane in memory would have."""
+        if self._fixed is not None:
+            return self._fixed
+        if z not in self._limits:
+            self._limits[z] = self.limits_of([z])
+        return self._limits[z]
+
+    def limits_of(self, planes: Sequence[int]) -> Limits:
+        """Intensities that become 0 and 1, judged by some planes together."""
+        if self._fixed is not None:
+            return self._fixed
+        samples = [self._sample(z) for z in planes]
+        for z, sample in zip(planes, samples, strict=True):
+            check_image(sample, f"{self.volume.name} plane {z}")
+        return self.model.preprocess.sample_limits(np.concatenate(samples))
+
+    def read(self, z: slice, region: Region) -> Array:
+        """Voxels (z, y, x[, c]) that are needed to answer for a region of planes."""
+        (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
+        return self.volume.read(z, slice(y0, y1), slice(x0, x1))
+
+    def labels(self, z: int, region: Region, pixels: Array | None = None) -> Array:
+        """Labels of a region of plane ``z``, shape (y, x), uint8.
+
+        Parameters
+        ----------
+        pixels : array, optional
+            What `read` gave for this plane; read now if left out.
+
+        Raises
+        ------
+        ImageError
+            If pixels are not finite.
+        InputFileError
+            If the volume is damaged here.
+        """
+        return self._answer(z, region, pixels, "labels")
+
+    def probabilities(self, z: int, region: Region, pixels: Array | None = None) -> Array:
+        """Probabilities of a region of plane ``z``, shape (k + 1, y, x), float32; as `labels` otherwise."""
+        return self._answer(z, region, pixels, "probabilities")
+
+    def _answer(self, z: int, region: Region, pixels: Array | None, what: str) -> Array:
+        limits = self.limits(z)
+        if pixels is None:
+            pixels = self.read(slice(z, z + 1), region)[0]
+        given = pixels
+        (top, _), (left, _) = self.model.reach(self.shape, region, tile=self.tile)
+
+        def window(y: slice, x: slice) -> Array:
+            return given[y.start - top : y.stop - top, x.start - left : x.stop - left]
+
+        predict = self.model.region_labels if what == "labels" else self.model.predict_region
+        try:
+            with self._inference:
+                return predict(window, self.shape, region, limits, tile=self.tile)
+        except ImageError as fault:
+            text = str(fault).removeprefix("image: ")
+            raise ImageError(f"{self.volume.name} plane {z}: {text}") from fault
+
+    def _sample(self, z: int) -> Array:
+        """Every so manieth row and column of a plane, read in bands."""
+        rows, columns = self.shape
+        step = sample_step(self.shape)
+        height = max(1, _BAND // columns // self.volume.chunks[1]) * self.volume.chunks[1]
+        parts = []
+        for y in range(0, rows, height):
+            band = self.volume.read(slice(z, z + 1), slice(y, min(y + height, rows)))[0]
+            parts.append(band[-y % step :: step, ::step])
+        return np.concatenate(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_inference"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _inference=threading.Lock())
+
+
+class _Answers:
+    """What a model says of a volume, as an array that computes what is taken from it."""
+
+    def __init__(self, segmenter: VolumeSegmenter, what: str) -> None:
+        self.segmenter, self.what = segmenter, what
+        volume = segmenter.volume
+        self.dtype = np.dtype(np.uint8 if what == "labels" else np.float32)
+        head = (len(segmenter.model.class_names) + 1,) if what == "probabilities" else ()
+        self.shape = (*head, *volume.shape[:3])
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, key: Any) -> Array:
+        box, rest = split_index(key, self.shape)
+        z, y, x = box[-3:]
+        size = tuple(s.stop - s.start for s in box)
+        found = np.empty(size, self.dtype)
+        if found.size:
+            region = ((y.start, y.stop), (x.start, x.stop))
+            for at, pixels in enumerate(self.segmenter.read(z, region)):
+                found[..., at, :, :] = self._plane(z.start + at, region, pixels)[box[:-3]]
+        return found[rest]
+
+    def _plane(self, z: int, region: Region, pixels: Array) -> Array:
+        if self.what == "labels":
+            return self.segmenter.labels(z, region, pixels)
+        chances = self.segmenter.probabilities(z, region, pixels)
+        if self.what == "probabilities":
+            return chances
+        return Segmentation(chances.argmax(0).astype(np.uint8), chances).uncertainty
+
+
+def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int = TILE) -> da.Array:
+    """What a model says of a volume, as a dask array that computes a tile of a plane when it is looked at.
+
+    Whatever region is taken from it has the values of the whole, bit for bit.
+
+    Parameters
+    ----------
+    volume : Volume
+    model : Segmenter
+    what : {"labels", "probabilities", "uncertainty"}
+    tile : int
+        Inner side of a tile in pixels after zooming.
+
+    Returns
+    -------
+    dask array
+        labels: uint8 (z, y, x); probabilities: float32 (k + 1, z, y, x); uncertainty: float32 (z, y, x). A chunk is a
+        tile of one plane. The graph is made when something is computed, and of what is computed only.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such kind of answer.
+    ImageError
+        If the volume has other channels than the model.
+    """
+    if what not in KINDS:
+        raise SettingsError(f"there is no answer {what!r}; choose one of: {', '.join(KINDS)}")
+    segmenter = VolumeSegmenter(volume, model, tile=tile)
+    answers = _Answers(segmenter, what)
+    grid = model.tiles(segmenter.shape, tile=tile)
+    rows = tuple(t.y.inner[1] - t.y.inner[0] for t in grid if t.x.inner[0] == 0)
+    columns = tuple(t.x.inner[1] - t.x.inner[0] for t in grid if t.y.inner[0] == 0)
+    chunks = ((1,) * volume.shape[0], rows, columns)
+    return da.from_array(
+        answers,
+        chunks=((answers.shape[0],), *chunks) if what == "probabilities" else chunks,
+        name=f"segment-{uuid.uuid4().hex}",  # a hash of model and volume would read them
+        meta=np.empty((0,) * answers.ndim, answers.dtype),
+        asarray=False,
+        fancy=False,
+        lock=False,
+    )

@@ -1,0 +1,13 @@
+"""A process to be killed: python segment_worker.py VOLUME MODEL OUT TILE."""
+
+import sys
+
+from distillfss_core import StudentModel, labelstore, open_volume, segment_to_zarr
+
+if __name__ == "__main__":
+    volume, model, out, tile = sys.argv[1:]
+    labelstore._SIDE = int(tile)
+    labelstore._SHARD = 2 * labelstore._SIDE**2
+    print("begun", flush=True)
+    report = segment_to_zarr(open_volume(volume), StudentModel.load(model, device="cpu"), out, tile=int(tile))
+    print(report.computed, report.found, flush=True)
