@@ -41,7 +41,10 @@ _HOME = {
     "suggest_planes": "support",
     "SPECS": "backbones",
     "load_backbone": "backbones",
+    "choose_device": "device",
     "StudentModel": "model",
+    "read_card": "model",
+    "read_thumbnails": "model",
     "segment_lazy": "lazy",
     "iter_segment": "engine",
     "segment_to_zarr": "engine",
@@ -49,6 +52,7 @@ _HOME = {
     "label_instances": "instances",
     "distill": "training",
     "iter_distill": "training",
+    "unrefined_teacher": "training",
 }
 
 __all__ = sorted(_HOME)

@@ -1,0 +1,238 @@
+"""What the user paints: an array on disk that a Labels layer paints into, so that nothing is ever lost.
+
+A stroke is on disk when it is drawn. The same volume finds its annotations again, after a crash too. In the array 0 is
+not labelled, 1 is background, 2, 3, ... are the classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import zarr
+
+import distillfss_core as core
+
+UNLABELLED, BACKGROUND, FIRST_CLASS = 0, 1, 2
+COLOURS = ("#e64b35", "#4dbbd5", "#00a087", "#f39b7f", "#8491b4", "#91d1c2")
+BACKGROUND_COLOUR = "#3c5488"
+KINDS = ("masks", "classes", "scribbles")
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Class:
+    """A class to be segmented: its name, and the colour it is painted in ("#rrggbb")."""
+
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True, eq=False)
+class PaintedSlice:
+    """How much of a plane is painted: pixels of every label (0 not labelled, 1 background, 2.. classes)."""
+
+    plane: int
+    counts: npt.NDArray[np.int64]
+    enabled: bool
+
+    @property
+    def annotated(self) -> float:
+        """Share of the plane that is labelled."""
+        return float(self.counts[1:].sum() / self.counts.sum())
+
+    def share(self, label: int) -> float:
+        """Share of the labelled pixels that have a label."""
+        return float(self.counts[label] / max(1, self.counts[1:].sum()))
+
+
+class Annotations:
+    """The painted planes of a volume, in a folder of their own.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there; what is in it is taken up.
+    shape : tuple of int
+        Of the array, with as many axes as the image layer.
+    index : function
+        From the number of a plane to its index in the array: `ChosenVolume.index`.
+    """
+
+    def __init__(self, folder: Path, shape: Sequence[int], index: Any) -> None:
+        self.folder, self.index = folder, index
+        self._notes_path = folder / "notes.json"
+        side = [1] * (len(shape) - 2) + [min(_CHUNK, n) for n in shape[-2:]]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "owner").write_text(str(os.getpid()))
+            self.restored = (folder / "labels.zarr").is_dir()
+            self.array: Any = (
+                zarr.open_array(folder / "labels.zarr", mode="r+")
+                if self.restored
+                else zarr.create_array(
+                    folder / "labels.zarr", shape=tuple(shape), chunks=tuple(side), dtype="uint8", fill_value=0
+                )
+            )
+        except OSError as fault:
+            raise core.OutputError(f"annotations cannot be kept in {folder}: {fault.strerror or fault}") from fault
+        notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
+        self._classes = tuple(Class(**c) for c in notes.get("classes", [{"name": "object", "colour": COLOURS[0]}]))
+        self._disabled: set[int] = set(notes.get("disabled", []))
+        self._counts: dict[int, npt.NDArray[np.int64]] = {}
+
+    @property
+    def classes(self) -> tuple[Class, ...]:
+        return self._classes
+
+    @classes.setter
+    def classes(self, classes: Sequence[Class]) -> None:
+        self._classes = tuple(classes)
+        self._write_notes()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(c.name for c in self._classes)
+
+    def enable(self, z: int, on: bool = True) -> None:
+        """Whether a painted plane is part of the support."""
+        (self._disabled.discard if on else self._disabled.add)(z)
+        self._write_notes()
+
+    def planes(self) -> list[int]:
+        """Planes in which anything is painted, ascending."""
+        if self.array.ndim < 3:
+            found = {0}
+        else:
+            chunks = self.folder / "labels.zarr" / "c"  # an empty chunk has no file
+            found = {
+                int(z.name)
+                for z in chunks.glob("/".join("*" * (self.array.ndim - 2)))
+                if next((f for f in z.rglob("*") if f.is_file()), None)
+            }
+        return [z for z in sorted(found) if self.counts(z)[1:].any()]
+
+    def plane(self, z: int) -> npt.NDArray[np.uint8]:
+        """Labels as painted, shape (y, x)."""
+        return np.asarray(self.array[self.index(z)])
+
+    def counts(self, z: int) -> npt.NDArray[np.int64]:
+        """Pixels of each of the 256 labels."""
+        if z not in self._counts:
+            self._counts[z] = np.bincount(self.plane(z).ravel(), minlength=256)
+        return self._counts[z]
+
+    def known_counts(self, z: int | None) -> npt.NDArray[np.int64] | None:
+        """What `counts` said of a plane when it was asked last; None if it was not."""
+        return None if z is None else self._counts.get(z)
+
+    def forget_counts(self, z: int | None = None) -> None:
+        """Something was painted, in plane ``z`` or anywhere."""
+        if z is None:
+            self._counts.clear()
+        else:
+            self._counts.pop(z, None)
+
+    def slices(self) -> list[PaintedSlice]:
+        return [PaintedSlice(z, self.counts(z), z not in self._disabled) for z in self.planes()]
+
+    def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
+        """Replace what is painted in a plane."""
+        self.array[self.index(z)] = labels
+        self.forget_counts(z)
+
+    def remove(self, z: int) -> None:
+        """Wipe a plane."""
+        self.put(z, np.zeros(self.array.shape[-2:], np.uint8))
+        self.enable(z)
+
+    def close(self) -> None:
+        """Let others take it up."""
+        (self.folder / "owner").unlink(missing_ok=True)
+
+    def _write_notes(self) -> None:
+        notes = {"classes": [asdict(c) for c in self._classes], "disabled": sorted(self._disabled)}
+        temporary = self._notes_path.with_suffix(".partial")
+        temporary.write_text(json.dumps(notes))
+        temporary.replace(self._notes_path)
+
+
+def make_support(volume: Any, annotations: Annotations, pixel_size: tuple[float, float] | None) -> Any:
+    """The support set of the painted planes that are enabled; planes are read here.
+
+    Raises
+    ------
+    core.DistillFSSError
+        If they make no support set.
+    """
+    chosen = [s.plane for s in annotations.slices() if s.enabled]
+    return core.SupportSet(
+        [core.LabelledSlice(volume.plane(z), to_classes(annotations.plane(z)), f"plane {z}") for z in chosen],
+        annotations.class_names,
+        pixel_size,
+        planes_of_one_volume=True,
+    )
+
+
+def to_classes(painted: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Painted labels as the core has them: 0 background, 1.. classes, IGNORE not annotated."""
+    return np.where(painted == UNLABELLED, core.IGNORE, painted - np.uint8(1)).astype(np.uint8)
+
+
+def from_classes(labels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """The core's labels as they are painted."""
+    return np.where(labels == core.IGNORE, UNLABELLED, labels.astype(np.int64) + 1).astype(np.uint8)
+
+
+def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
+    """Where the annotations of a volume are kept: the same volume finds the same folder, unless it is in use."""
+    about = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
+    digest = hashlib.sha256(about.encode()).hexdigest()[:12]
+    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
+    number = 1
+    while _in_use(folder := root / f"{stem}-{digest}{f'-{number}' if number > 1 else ''}"):
+        number += 1
+    return folder
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a folder of annotations, so that the volume begins anew; nothing is deleted."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
+        number += 1
+    shutil.move(folder, aside)
+
+
+def _in_use(folder: Path) -> bool:
+    owner = folder / "owner"
+    return owner.is_file() and psutil.pid_exists(int(owner.read_text() or 0))
+
+
+def painted_from(numbers: npt.NDArray[Any], kind: str, classes: int, source: str) -> npt.NDArray[np.uint8]:
+    """Numbers of a label file as they are painted; see `iter_import` for the kinds.
+
+    Raises
+    ------
+    core.ImageError
+        If they are no integers, or a number stands for no class.
+    """
+    if numbers.dtype.kind not in "bui":
+        raise core.ImageError(f"{source}: holds {numbers.dtype}, no labels; give a file of whole numbers")
+    if kind == "masks":
+        return np.where(numbers != 0, FIRST_CLASS, BACKGROUND).astype(np.uint8)
+    most = classes if kind == "classes" else classes + 1
+    if int(numbers.max()) > most or int(numbers.min()) < 0:
+        raise core.ImageError(
+            f"{source}: holds the label {int(numbers.max())}, but {most} is the largest that {classes} classes make; "
+            "add classes first, or import it as masks"
+        )
+    return (numbers.astype(np.uint8) + (kind == "classes")).astype(np.uint8)

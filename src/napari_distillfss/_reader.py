@@ -1,0 +1,61 @@
+"""File > Open: student files as pictures of their support, and OME-Zarr lazily where napari has no reader for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import zarr
+
+import distillfss_core as core
+from napari_distillfss._layers import layer_of_file
+
+LayerTuple = tuple[Any, dict[str, Any], str]
+
+
+def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerTuple]] | None:
+    """The function that reads a path, or None if it is nothing of ours."""
+    if isinstance(path, list):
+        return None
+    if Path(path).suffix == ".safetensors":
+        return read_student
+    return read_ome_zarr if ".zarr" in Path(path).suffixes else None
+
+
+def read_student(path: str | list[str]) -> list[LayerTuple]:
+    """The pictures of the slices that a student learnt from, with its card as metadata."""
+    card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
+    if pictures is None:
+        raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock's Model section")
+    about = {"metadata": {"distillfss_card": card, "path": str(path)}}
+    name = Path(str(path)).stem
+    labels = pictures.labels.copy()
+    labels[labels == core.IGNORE] = 0
+    return [
+        (pictures.images, {"name": f"{name}: support", "colormap": "gray", **about}, "image"),
+        (labels, {"name": f"{name}: labels", **about}, "labels"),
+    ]
+
+
+def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
+    """An OME-Zarr image, a layer a channel, or labels; read when they are looked at."""
+    path = str(path)
+    attributes = zarr.open(path, mode="r").attrs.asdict()
+    if "image-label" in attributes.get("ome", attributes):
+        levels, about = layer_of_file(path)
+        about.pop("rgb")
+        return [(levels if about["multiscale"] else levels[0], about, "labels")]
+    made = []
+    for channel in _channels(path):
+        levels, about = layer_of_file(path, channel=channel)
+        if channel is not None:
+            about["name"] += f" channel {channel}"
+        made.append((levels if about["multiscale"] else levels[0], about, "image"))
+    return made
+
+
+def _channels(path: str) -> list[int | None]:
+    """The channels that become layers of their own; [None] where there is one, or colours that belong together."""
+    everything = core.open_volume(path, channel="all")
+    return [None] if everything.ndim == 3 else list(range(everything.shape[3]))

@@ -1,0 +1,285 @@
+"""The whole volume, or a region of it, into OME-Zarr; then its objects, counted and measured."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import zarr
+from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QWidget
+
+import distillfss_core as core
+from napari_distillfss import _words as words
+from napari_distillfss._jobs import Job
+from napari_distillfss._layers import ChosenVolume, OnGrid
+from napari_distillfss._session import Applied, Counted, Session
+from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
+from napari_distillfss._widgets.region import RegionEdit
+from napari_distillfss._widgets.support import colours_of
+from napari_distillfss._widgets.table import ObjectTable
+from napari_distillfss._work import Doing, iter_applying, iter_counting
+
+MODES = {"planes": "planes", "smooth along z": "smooth", "consensus of 3 directions": "consensus"}
+
+
+class ApplyWidget(QWidget):
+    """Writes labels with the student; the layer is there as soon as something is written."""
+
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._viewer = session, viewer
+        self._running: tuple[ChosenVolume, Applied] | None = None
+        self.layer: Any = None
+        self.region = RegionEdit()
+        self.screen = button("What is on screen", "Take the part of the planes that you see", self._on_screen_clicked)
+        self.mode = combo(
+            "planes: each on its own; smooth: with its neighbours, so that single planes do not flicker; consensus: "
+            "three directions, for voxels as long as wide (ten times slower)",
+            tuple(MODES),
+        )
+        self.out = QLineEdit()
+        self.out.setToolTip("Folder of the labels, ending in .ome.zarr; an unfinished one goes on where it stopped")
+        self.out.setPlaceholderText("NAME.ome.zarr")
+        self.browse = button("…", "Choose where to write", self._on_browse_clicked)
+        self.replace = QCheckBox("Replace labels that are there")
+        self.replace.setToolTip("Begin anew in place of labels that were written from here; nothing else is replaced")
+        self.apply = button(
+            "Apply", "Segment into OME-Zarr; cancelled or crashed, pressing Apply again goes on", self.start
+        )
+        self.job = Job(session, "segmenting", self)
+        self.message = Message("distil or load a student first")
+        column(
+            self,
+            row(self.region, self.screen),
+            row("mode", self.mode),
+            row("into", self.out, self.browse),
+            self.replace,
+            self.apply,
+            JobBar(self.job, cancel="Stop; what is written is kept, and Apply goes on from there"),
+            self.message,
+        )
+        self.job.stepped.connect(self._on_job_stepped)
+        self.job.done.connect(self._on_job_done)
+        self.job.failed.connect(self.message.warn)
+        session.volume_changed.connect(self._on_volume_changed)
+        session.model_changed.connect(self._on_state_changed)
+        session.busy_changed.connect(self._on_state_changed)
+        self._on_state_changed()
+
+    def start(self) -> None:
+        """Segment, or go on where a run was stopped."""
+
+        def start() -> None:
+            chosen, model = self._session.volume, self._session.model
+            if chosen is None:
+                raise core.SettingsError("no volume is chosen; choose an image layer first")
+            if model is None:
+                raise core.SettingsError("there is no student yet; distil or load one first")
+            out = Path(self.out.text().strip() or ".")
+            if ".zarr" not in out.suffixes and out.parent.name != "labels":
+                raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
+            region, mode = self.region.value(), MODES[self.mode.currentText()]
+            how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
+            self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **how))
+            self._remove_layer()
+            self._running = (chosen, Applied(out, mode, region))
+            self.message.tell("")
+
+        attempt(self.message, start)
+
+    def _on_job_stepped(self, step: Any) -> None:
+        if isinstance(step, Doing) or self._running is None:
+            return
+        if self.layer is None:
+            self._show(finished=False)
+        elif step.level == 0:
+            self.layer.refresh()
+
+    def _on_job_done(self, report: Any) -> None:
+        if self._running is None:
+            return
+        if report is None:
+            self.message.tell("stopped; what is written is kept, and Apply goes on from there")
+            return
+        self._show(finished=True)
+        self._session.set_applied(self._running[1])
+        found = f", {report.found} found finished" if report.found else ""
+        self.message.tell(
+            f"done in {words.duration(report.seconds)}: {report.computed} pieces computed{found}; {report.path}"
+        )
+
+    def _show(self, *, finished: bool) -> None:
+        """The labels as a layer: the finest level while they are written, the pyramid in the end."""
+        if self._running is None:
+            return
+        chosen, applied = self._running
+        self._remove_layer()
+        levels = open_levels(applied.out, chosen, all_levels=finished)
+        classes = self._session.annotations.classes if self._session.annotations else ()
+        known = len(classes) == len(self._session.model.class_names)
+        self.layer = self._viewer.add_labels(
+            levels if len(levels) > 1 else levels[0],
+            name=applied.out.name.partition(".")[0],
+            multiscale=len(levels) > 1,
+            colormap=colours_of(classes, first=1) if known else None,
+            opacity=0.5,
+            **chosen.place(),
+        )
+
+    def _remove_layer(self) -> None:
+        layer, self.layer = self.layer, None
+        if layer is not None:
+            with suppress(ValueError):  # the user was faster
+                self._viewer.layers.remove(layer)
+
+    def _on_volume_changed(self) -> None:
+        chosen = self._session.volume
+        if chosen is not None:
+            z, y, x = chosen.volume.shape[:3]
+            self.region.setShape((z, y, x))
+            path = chosen.volume.path
+            folder = path.parent if path else Path.home()
+            stem = (path.name if path else chosen.name.replace("/", "_")).partition(".")[0].strip()
+            self.out.setText(str(folder / f"{stem}-labels.ome.zarr"))
+
+    def _on_screen_clicked(self) -> None:
+        chosen = self._session.volume
+        if chosen is not None:
+            self.region.setValue(((0, chosen.planes), *chosen.on_screen()))
+
+    def _on_browse_clicked(self) -> None:
+        path, _ = QFileDialog.getSaveFileName(self, "Write labels to", self.out.text(), "OME-Zarr (*.ome.zarr)")
+        if path:
+            self.out.setText(path if ".zarr" in Path(path).suffixes else f"{path}.ome.zarr")
+
+    def _on_state_changed(self) -> None:
+        self.apply.setEnabled(not self._session.busy and self._session.model is not None)
+        if self._session.model is not None and self.message.text().startswith("distil"):
+            self.message.tell("ready: labels are written piece by piece, and can be stopped and gone on with")
+
+
+class ObjectsWidget(QWidget):
+    """Numbers the objects of the labels that were written, and shows their measures beside them."""
+
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._viewer = session, viewer
+        self._running: tuple[ChosenVolume, Counted] | None = None
+        self.layer: Any = None
+        self.method = combo(
+            "connected: whatever hangs together is one object; watershed: objects that touch are cut apart where "
+            "they are narrow",
+            ("connected", "watershed"),
+        )
+        self.of_class = combo("Objects of which class")
+        self.radius = QDoubleSpinBox()
+        self.radius.setRange(0.01, 1e6)
+        self.radius.setValue(5)
+        self.radius.setToolTip("Radius of a typical object, in the unit of the pixel size, for the watershed")
+        self.smallest = spin(1, 10**9, 20, "Smaller objects (voxels) are left out")
+        self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
+        self.job = Job(session, "counting", self)
+        self.table = ObjectTable()
+        self.message = Message("apply a student first")
+        column(
+            self,
+            row(self.method, "radius", self.radius),
+            row("class", self.of_class, "smallest", self.smallest),
+            self.count,
+            JobBar(self.job, cancel="Stop; Count objects goes on from there"),
+            self.table,
+            self.message,
+        )
+        self.table.hide()
+        self.radius.setEnabled(False)
+        self.method.currentIndexChanged.connect(self.radius.setEnabled)
+        self.table.chosen.connect(self._on_object_chosen)
+        self.job.done.connect(self._on_job_done)
+        self.job.failed.connect(self.message.warn)
+        session.labels_changed.connect(self._on_state_changed)
+        session.busy_changed.connect(self._on_state_changed)
+        self._on_state_changed()
+
+    def start(self) -> None:
+        """Number and measure."""
+
+        def start() -> None:
+            chosen, applied = self._session.volume, self._session.applied
+            if chosen is None or applied is None:
+                raise core.SettingsError("there are no labels yet; apply a student first")
+            out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
+            how: dict[str, Any] = {"value": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
+            method = "watershed" if self.method.currentIndex() else "components"
+            if method == "watershed":
+                how["radius"] = self.radius.value()
+            image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}
+            table = out.with_name(f"{out.name.partition('.')[0]}.csv")
+            self.job.start(
+                lambda stop: iter_counting(
+                    applied.out, out, stop, table=table, method=method, overwrite=out.exists(), **image, **how
+                )
+            )
+            self._running = (chosen, Counted(out, table, how))
+            self.message.tell("")
+
+        attempt(self.message, start)
+
+    def _on_job_done(self, report: Any) -> None:
+        if report is None or self._running is None:
+            self.message.tell("stopped; Count objects begins again")
+            return
+        chosen, counted = self._running
+        self._session.counted = counted
+        if self.layer is not None:
+            with suppress(ValueError):
+                self._viewer.layers.remove(self.layer)
+        levels = open_levels(counted.out, chosen, all_levels=True)
+        self.layer = self._viewer.add_labels(
+            levels if len(levels) > 1 else levels[0],
+            name=counted.out.name.partition(".")[0],
+            multiscale=len(levels) > 1,
+            **chosen.place(),
+        )
+        self.layer.events.selected_label.connect(self._on_label_selected)
+        self.table.read(counted.table)
+        self.table.show()
+        small = f", {report.too_small} smaller ones left out" if report.too_small else ""
+        self.message.tell(f"{report.objects} objects{small}; measures in {counted.table}")
+
+    def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
+        """Show an object: ``box`` is its middle (z, y, x) in voxels."""
+        if self._running is None or self.layer not in self._viewer.layers:
+            return
+        chosen = self._running[0]
+        place = chosen.point_of(*box)
+        dims = self._viewer.dims
+        for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
+            dims.set_point(axis, value)
+        self._viewer.camera.center = (0, *place[-2:])
+        self.layer.selected_label = label
+
+    def _on_label_selected(self) -> None:
+        self.table.select(int(self.layer.selected_label))
+
+    def _on_state_changed(self) -> None:
+        ready = self._session.applied is not None
+        self.count.setEnabled(ready and not self._session.busy)
+        if ready and self._session.model is not None:
+            names = list(self._session.model.class_names)
+            if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
+                self.of_class.clear()
+                self.of_class.addItems(names)
+            if self.message.text().startswith("apply"):
+                self.message.tell(f"ready to count the objects of {self._session.applied.out.name}")
+
+
+def open_levels(path: Path, chosen: ChosenVolume, *, all_levels: bool) -> list[Any]:
+    """The levels of labels on disk, with the axes of the layer they are of."""
+    names = sorted((p.name for p in path.iterdir() if p.name.isdigit()), key=int)
+    return [
+        OnGrid(zarr.open_array(path / name, mode="r"), len(chosen.lead), chosen.layer.ndim)
+        for name in (names if all_levels else names[:1])
+    ]
+
+

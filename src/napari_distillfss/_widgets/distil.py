@@ -1,0 +1,92 @@
+"""Distil: from the annotated slices to a student, with its progress."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qtpy.QtWidgets import QWidget
+
+import distillfss_core as core
+from napari_distillfss._jobs import Job
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
+from napari_distillfss._widgets.plot import TrainingPlot
+from napari_distillfss._widgets.settings import PresetPicker
+from napari_distillfss._work import Distilled, iter_training
+
+
+class DistilWidget(QWidget):
+    """Trains a student in another thread; cancelled, the best one so far is kept."""
+
+    def __init__(self, session: Session, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session = session
+        self._started: tuple[Any, Any] = (None, None)  # settings, and the path of the student gone on from
+        self.settings = PresetPicker()
+        self.distil = button("Distil", "Make a student from the annotated slices", self.start)
+        self.refine = button(
+            "Refine", "Go on from the student there is, with the slices as they are now: quick", self.start_refining
+        )
+        self.job = Job(session, "distilling", self)
+        self.plot = TrainingPlot()
+        self.message = Message("annotate some slices, then press Distil")
+        column(
+            self,
+            self.settings,
+            row(self.distil, self.refine),
+            JobBar(self.job, cancel="Stop here and keep the best student so far"),
+            self.plot,
+            self.message,
+        )
+        self.plot.hide()
+        self.job.stepped.connect(self._on_job_stepped)
+        self.job.done.connect(self._on_job_done)
+        self.job.failed.connect(self.message.warn)
+        session.model_changed.connect(self._on_state_changed)
+        session.busy_changed.connect(self._on_state_changed)
+        self._on_state_changed()
+
+    def start(self) -> None:
+        """Distil anew."""
+        self._start(None)
+
+    def start_refining(self) -> None:
+        """Go on from the student there is."""
+        if self._session.model is None:
+            self.message.warn("there is no student to refine yet; press Distil first")
+            return
+        self._start(self._session.model)
+
+    def _start(self, model: Any) -> None:
+        def start() -> None:
+            if self.settings.fault:
+                raise core.SettingsError(self.settings.fault)
+            settings, maker = self.settings.value(), self._session.support_maker()
+            keep = self._session.next_model_path()
+            self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop))
+            self._started = (settings, self._session.model_path if model is not None else None)
+            self.plot.clear()
+            self.plot.show()
+            self.message.tell("")
+
+        attempt(self.message, start)
+
+    def _on_job_stepped(self, step: Any) -> None:
+        if isinstance(step, core.TrainStep):
+            loss = sum(step.losses.values()) if step.losses else None
+            self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
+
+    def _on_job_done(self, found: Distilled) -> None:
+        settings, start = self._started
+        self._session.take_student(found.model, found.path, settings, start)
+        record = found.model.training
+        line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
+        if record.get("left_out_iou") is not None:
+            line += f", IoU {record['left_out_iou']:.3f} on the slice left out"
+        if found.stopped:
+            line += f"; the best student so far (step {record['best_step']}) is kept"
+        self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
+
+    def _on_state_changed(self) -> None:
+        self.distil.setEnabled(not self._session.busy)
+        self.refine.setEnabled(not self._session.busy and self._session.model is not None)

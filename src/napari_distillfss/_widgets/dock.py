@@ -1,0 +1,80 @@
+"""The dock: from top to bottom what a user does from first to last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qtpy.QtCore import Qt
+from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
+
+from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
+from napari_distillfss._widgets.distil import DistilWidget
+from napari_distillfss._widgets.model import ModelWidget
+from napari_distillfss._widgets.parts import Section, attempt
+from napari_distillfss._widgets.preview import PreviewWidget
+from napari_distillfss._widgets.support import SupportWidget
+from napari_distillfss._widgets.volume import VolumePicker
+
+if TYPE_CHECKING:
+    import napari
+
+
+class DistillDock(QScrollArea):
+    """Volume, Support, Distil, Preview, Apply, Objects, Model.
+
+    Parameters
+    ----------
+    napari_viewer : napari.Viewer
+        (The name is what napari asks for.)
+    folder : path, optional
+        Where annotations and students are kept; by default the user's data folder.
+    """
+
+    def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
+        super().__init__()
+        session = self.session = Session(folder)
+        self.volume = VolumePicker(session, napari_viewer)
+        self.support = SupportWidget(session, napari_viewer)
+        self.distil = DistilWidget(session)
+        self.preview = PreviewWidget(session, napari_viewer)
+        self.apply = ApplyWidget(session, napari_viewer)
+        self.objects = ObjectsWidget(session, napari_viewer)
+        self.model = ModelWidget(session)
+        sections = [
+            Section("1  Volume", self.volume, tooltip="What to segment"),
+            Section("2  Support", self.support, tooltip="The few slices that you annotate"),
+            Section("3  Distil", self.distil, tooltip="From your slices to a student"),
+            Section("4  Preview", self.preview, tooltip="What the student says of the plane on screen"),
+            Section("5  Apply", self.apply, tooltip="The whole volume into OME-Zarr", unfolded=False),
+            Section("6  Objects", self.objects, tooltip="Count and measure what was segmented", unfolded=False),
+            Section("7  Model", self.model, tooltip="The student as a file; what was done as a script", unfolded=False),
+        ]
+        self.sections = {section.content: section for section in sections}
+        content = QWidget()
+        layout = QVBoxLayout(content)
+        layout.setContentsMargins(2, 2, 2, 2)
+        layout.setSpacing(2)
+        for section in sections:
+            layout.addWidget(section)
+        layout.addStretch()
+        self.setWidget(content)
+        self.setWidgetResizable(True)
+        self.setFrameShape(QFrame.Shape.NoFrame)
+        self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+        self.setMinimumWidth(360)
+        self.volume.valueChanged.connect(self._on_volume_chosen)
+        self.preview.correct.connect(self.support.put_into_plane)
+        session.model_changed.connect(self._on_model_changed)
+        session.labels_changed.connect(lambda: self.sections[self.objects].heading.setChecked(True))
+        self.destroyed.connect(session.close)
+        self._on_volume_chosen(self.volume.value())
+
+    def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
+        attempt(self.volume.message, lambda: self.session.choose_volume(chosen))
+
+    def _on_model_changed(self) -> None:
+        for widget in (self.apply, self.model):
+            self.sections[widget].heading.setChecked(True)

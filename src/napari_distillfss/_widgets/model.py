@@ -1,0 +1,133 @@
+"""The student as a file: save, load, its card; and what was done as a script."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qtpy.QtWidgets import QApplication, QFileDialog, QPlainTextEdit, QWidget
+
+from napari_distillfss import _words as words
+from napari_distillfss._jobs import Job
+from napari_distillfss._scripts import command_line, python_lines, write_support
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
+from napari_distillfss._work import iter_loading
+
+SUFFIX = ".safetensors"
+
+
+class ModelWidget(QWidget):
+    """Saves and loads students, shows their cards, and copies what was done as a script."""
+
+    def __init__(self, session: Session, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session = session
+        self._loading: Path | None = None
+        self.save = button("Save…", "Write the student as one file, which needs no support", self._on_save_clicked)
+        self.load = button("Load…", "Take a student from a file, to preview and apply it", self._on_load_clicked)
+        self.command = button(
+            "Copy command", "The exact commands of what was done, for a terminal or a cluster", self.copy_command
+        )
+        self.python = button("Copy Python", "The same as lines of Python", self.copy_python)
+        self.card = QPlainTextEdit()
+        self.card.setReadOnly(True)
+        self.card.setMinimumHeight(120)
+        self.card.setToolTip("What the student is and how it was made; it travels with its file")
+        self.job = Job(session, "loading a student", self)
+        self.message = Message("no student yet")
+        column(
+            self,
+            row(self.save, self.load),
+            row(self.command, self.python),
+            JobBar(self.job, cancel="Stop"),
+            self.message,
+            self.card,
+        )
+        self.card.hide()
+        self.job.done.connect(self._on_loaded)
+        self.job.failed.connect(self.message.warn)
+        session.model_changed.connect(self._on_model_changed)
+        self._on_model_changed()
+
+    def save_to(self, path: Path) -> None:
+        """Write the student."""
+
+        def save() -> None:
+            self._session.model.save(path)
+            self._session.model_path = path
+            self.message.tell(f"saved as {path}")
+
+        attempt(self.message, save)
+
+    def load_from(self, path: Path) -> None:
+        """Read a student in another thread."""
+
+        def load() -> None:
+            self.job.start(lambda stop: iter_loading(path, stop))
+            self._loading = path
+
+        attempt(self.message, load)
+
+    def copy_command(self) -> None:
+        self._copy(command_line)
+
+    def copy_python(self) -> None:
+        self._copy(python_lines)
+
+    def _copy(self, make: Any) -> None:
+        def copy() -> None:
+            session = self._session
+            support = Path("SUPPORT")
+            if session.volume is not None and session.annotations is not None and session.annotations.planes():
+                folder = session.annotations.folder / "support"
+                support = write_support(session.volume.volume, session.annotations, folder)
+            QApplication.clipboard().setText(make(session, support))
+            self.message.tell("copied; the annotated slices it reads were written beside your annotations")
+
+        attempt(self.message, copy)
+
+    def _on_loaded(self, model: Any) -> None:
+        self._session.set_model(model, path=self._loading, training=None)
+        self.message.tell(f"loaded {self._loading}; switch the preview on, or apply it")
+
+    def _on_model_changed(self) -> None:
+        model = self._session.model
+        for part in (self.save, self.command, self.python):
+            part.setEnabled(model is not None)
+        self.card.setVisible(model is not None)
+        if model is not None:
+            self.card.setPlainText(describe(model.card))
+            self.message.tell("a student is there; Save keeps it where you want it")
+
+    def _on_save_clicked(self) -> None:
+        path, _ = QFileDialog.getSaveFileName(self, "Save the student", f"student{SUFFIX}", f"Student (*{SUFFIX})")
+        if path:
+            self.save_to(Path(path) if path.endswith(SUFFIX) else Path(path + SUFFIX))
+
+    def _on_load_clicked(self) -> None:
+        path, _ = QFileDialog.getOpenFileName(self, "Load a student", "", f"Student (*{SUFFIX})")
+        if path:
+            self.load_from(Path(path))
+
+
+def describe(card: dict[str, Any]) -> str:
+    """A card in a few lines."""
+    training, pixel = card["training"], card["pixel_size_um"]
+    lines = [
+        f"classes: {', '.join(card['classes'])}",
+        f"made: {card['created']}",
+        f"pixel size: {f'{pixel[0]:.3g} × {pixel[1]:.3g} µm' if pixel else 'not known'}",
+        f"backbone: {card['backbone']['name']} ({card['backbone']['license']})",
+        f"zoom: {card['preprocess']['zoom']}, intensity of {card['preprocess']['scope']}",
+    ]
+    if training:
+        lines.append(
+            f"trained: {training['method']}, {training['steps']} steps in {words.duration(training['seconds'])} "
+            f"on {training['device']}, {len(training['support'])} slices"
+        )
+        if training.get("left_out_iou") is not None:
+            lines.append(f"left-out IoU: {training['left_out_iou']:.3f}")
+    return "\n".join(lines)
+
+

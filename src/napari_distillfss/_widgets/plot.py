@@ -1,0 +1,75 @@
+"""Two curves over the steps of a training, drawn by Qt alone: its loss, and the IoU on the slice left out."""
+
+from __future__ import annotations
+
+import numpy as np
+from qtpy.QtCore import QPointF, QRectF, QSize, Qt
+from qtpy.QtGui import QColor, QPainter, QPaintEvent, QPen, QPolygonF
+from qtpy.QtWidgets import QSizePolicy, QWidget
+
+LOSS_COLOUR, IOU_COLOUR = QColor("#4dbbd5"), QColor("#f39b7f")
+_MOST_POINTS = 400
+
+
+class TrainingPlot(QWidget):
+    """Shows the loss (smoothed, its own scale) and the left-out IoU (0 to 1) as they come."""
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.setToolTip(
+            "Blue: the loss of the training, which should fall. Orange: IoU on the slice left out (with eight slices "
+            "and more, or if you choose one), which should rise."
+        )
+        self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
+        self.total = 1
+        self.losses: list[tuple[int, float]] = []
+        self.scores: list[tuple[int, float]] = []
+
+    def sizeHint(self) -> QSize:
+        return QSize(280, 110)
+
+    def clear(self) -> None:
+        self.losses, self.scores = [], []
+        self.update()
+
+    def add(self, index: int, total: int, loss: float | None, score: float | None) -> None:
+        """One more step; a number that was not measured is None."""
+        self.total = total
+        if loss is not None:
+            smooth = loss if not self.losses else 0.8 * self.losses[-1][1] + 0.2 * loss
+            self.losses.append((index, smooth))
+        if score is not None:
+            self.scores.append((index, score))
+        self.update()
+
+    def paintEvent(self, event: QPaintEvent | None) -> None:
+        painter = QPainter(self)
+        painter.setRenderHint(QPainter.RenderHint.Antialiasing)
+        frame = QRectF(4, 18, self.width() - 8, self.height() - 22)
+        ink = self.palette().text().color()
+        ink.setAlpha(90)
+        painter.setPen(QPen(ink, 1))
+        painter.drawRect(frame)
+        if self.losses:
+            values = [v for _, v in self.losses]
+            self._draw(painter, frame, self.losses, min(values), max(values), LOSS_COLOUR)
+            self._write(painter, f"loss {values[-1]:.3f}", LOSS_COLOUR, Qt.AlignmentFlag.AlignLeft)
+        if self.scores:
+            self._draw(painter, frame, self.scores, 0.0, 1.0, IOU_COLOUR)
+            text = f"left-out IoU {self.scores[-1][1]:.3f}"
+            self._write(painter, text, IOU_COLOUR, Qt.AlignmentFlag.AlignRight)
+        painter.end()
+
+    def _draw(
+        self, painter: QPainter, frame: QRectF, points: list[tuple[int, float]], low: float, high: float, colour: QColor
+    ) -> None:
+        thin = points[:: max(1, len(points) // _MOST_POINTS)]
+        x, y = np.array(thin, float).T
+        x = frame.left() + x / max(self.total, 1) * frame.width()
+        y = frame.bottom() - (y - low) / max(high - low, 1e-9) * frame.height()
+        painter.setPen(QPen(colour, 2))
+        painter.drawPolyline(QPolygonF([QPointF(float(a), float(b)) for a, b in zip(x, y, strict=True)]))
+
+    def _write(self, painter: QPainter, text: str, colour: QColor, side: Qt.AlignmentFlag) -> None:
+        painter.setPen(colour)
+        painter.drawText(QRectF(4, 0, self.width() - 8, 16), side | Qt.AlignmentFlag.AlignVCenter, text)

@@ -1,0 +1,295 @@
+"""What the student says of the plane on screen, while scrolling; what is wrong can be painted over."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+from qtpy.QtCore import QTimer, Signal
+from qtpy.QtWidgets import QCheckBox, QWidget
+
+import distillfss_core as core
+from napari_distillfss._annotations import from_classes
+from napari_distillfss._jobs import Job, LatestJob
+from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row
+from napari_distillfss._widgets.support import colours_of
+from napari_distillfss._work import PlanePart, iter_plane, iter_teacher
+
+MARK = "distillfss_preview"
+SOURCES = {"student": None, "teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
+_NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
+_WAIT = 60  # milliseconds without a move before a plane is asked for
+
+
+class PreviewWidget(QWidget):
+    """Keeps up to three layers of one plane at the plane on screen; answers to outdated questions are dropped.
+
+    ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
+    emitted whenever all that is on screen has been answered.
+    """
+
+    correct = Signal(object)
+    settled = Signal()
+
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._viewer = session, viewer
+        self._teacher: Any = None
+        self._plane = -1
+        self._known: dict[tuple[int, int], tuple[slice, slice]] = {}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._probabilities: np.ndarray | None = None
+        self.layers: dict[str, Any] = {}
+        self.on = QCheckBox("Preview the plane on screen")
+        self.on.setToolTip("Segment what you look at, as you scroll; only what is on screen is computed")
+        self.source = combo(
+            "student: what you distilled; teacher and prototypes answer from your slices at once, without training",
+            tuple(SOURCES),
+        )
+        self.shown = {name: QCheckBox(name) for name in _NAMES}
+        for name, help_ in {
+            "labels": "The class of every pixel",
+            "probability": "How probable the chosen class is, 0 to 1",
+            "uncertainty": "0 sure, 1 no idea: paint where it is bright",
+        }.items():
+            self.shown[name].setToolTip(help_)
+            self.shown[name].toggled.connect(self._on_shown_toggled)
+        self.of_class = combo("The class whose probability is shown")
+        self.take = button(
+            "Correct this plane",
+            "Copy the preview of this plane into the annotations where nothing is painted, so that you only repaint "
+            "what is wrong; then Refine",
+            self._on_take_clicked,
+        )
+        self.job = Job(session, "telling the teacher", self)
+        self.message = Message("distil a student first, or choose teacher or prototypes")
+        self._latest = LatestJob(self)
+        self._soon = QTimer(self)
+        self._soon.setSingleShot(True)
+        self._soon.setInterval(_WAIT)
+        self.shown["labels"].setChecked(True)
+        column(
+            self,
+            self.on,
+            row("by", self.source),
+            row(*self.shown.values(), self.of_class),
+            self.take,
+            JobBar(self.job, cancel="Stop"),
+            self.message,
+        )
+        self._soon.timeout.connect(self._ask)
+        self._latest.answered.connect(self._on_part)
+        self._latest.failed.connect(self._on_failed)
+        self._latest.idle.connect(self._on_idle)
+        self.job.done.connect(self._on_teacher)
+        self.job.failed.connect(self.message.warn)
+        self.on.toggled.connect(self._on_toggled)
+        self.source.activated.connect(self._on_source_activated)
+        self.of_class.activated.connect(self._on_class_activated)
+        session.model_changed.connect(self._on_model_changed)
+        session.volume_changed.connect(self._on_volume_changed)
+        session.closed.connect(self._forget_viewer)
+        viewer.dims.events.current_step.connect(self._on_view_moved)
+        viewer.dims.events.order.connect(self._on_view_moved)
+        viewer.dims.events.ndisplay.connect(self._on_view_moved)
+        viewer.camera.events.zoom.connect(self._on_view_moved)
+        viewer.camera.events.center.connect(self._on_view_moved)
+        viewer.layers.events.removed.connect(self._on_layer_removed)
+
+    @property
+    def plane(self) -> int:
+        """The plane that the layers hold."""
+        return self._plane
+
+    def model(self) -> Any:
+        """Who is asked: the student or the teacher; None if there is none."""
+        return self._session.model if SOURCES[self.source.currentText()] is None else self._teacher
+
+    # what happens
+
+    def _on_toggled(self, on: bool) -> None:
+        if not on:
+            self._latest.cancel()
+            self._remove_layers()
+            return
+        if SOURCES[self.source.currentText()] is not None and self._teacher is None:
+            self._make_teacher()
+        self._ask()
+
+    def _on_source_activated(self, _: int) -> None:
+        self._teacher = None
+        self._forget_answers()
+        if SOURCES[self.source.currentText()] is None:
+            self._ask()
+        else:
+            self._make_teacher()
+
+    def _make_teacher(self) -> None:
+        kind = SOURCES[self.source.currentText()]
+
+        def start() -> None:
+            maker = self._session.support_maker()
+            self.job.start(lambda stop: iter_teacher(maker, core.DistillSettings(), str(kind), stop))
+
+        attempt(self.message, start)
+
+    def _on_teacher(self, teacher: Any) -> None:
+        self._teacher = teacher
+        self._forget_answers()
+        self.on.setChecked(True)
+        self._ask()
+
+    def _on_model_changed(self) -> None:
+        if self._session.model is not None:
+            self.source.setCurrentIndex(0)
+            self._forget_answers()
+            self.on.setChecked(True)
+            self._ask()
+
+    def _on_volume_changed(self) -> None:
+        self._latest.cancel()
+        self._remove_layers()
+        self._ask()
+
+    def _on_view_moved(self) -> None:
+        if self.on.isChecked():
+            self._soon.start()
+
+    def _ask(self) -> None:
+        """Ask for what is on screen and not known yet."""
+        chosen, model = self._session.volume, self.model()
+        if not self.on.isChecked() or chosen is None:
+            return
+        if model is None:
+            self.message.tell("distil a student first, or choose teacher or prototypes")
+            return
+        dims = self._viewer.dims
+        if dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
+            self.message.tell("the preview is of planes (y, x): show the volume in 2D, in its own order of axes")
+            return
+        z = chosen.plane_at(dims.point)
+        self._go_to(chosen, z, model)
+        self._latest.cancel()
+        known, on_screen, volume = frozenset(self._known), chosen.on_screen(), chosen.volume
+        self.message.tell(f"plane {z}: computing")
+        self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, known, stop))
+
+    def _on_part(self, part: PlanePart) -> None:
+        if part.plane != self._plane or self._probabilities is None:
+            return
+        where = (0,) * (self._arrays["labels"].ndim - 2) + part.where
+        self._arrays["labels"][where] = part.labels
+        self._arrays["uncertainty"][where] = part.uncertainty
+        self._probabilities[(slice(None), *part.where)] = part.probabilities
+        self._arrays["probability"][where] = part.probabilities[self.of_class.currentIndex() + 1]
+        self._known[part.where[0].start, part.where[1].start] = part.where
+        self._show_layers()
+
+    def _on_failed(self, message: str) -> None:
+        self.message.warn(message)
+        self.on.setChecked(False)
+
+    def _on_idle(self) -> None:
+        if self.on.isChecked() and self._known:
+            self.message.tell(f"plane {self._plane}: done. Paint where it is wrong, then Refine")
+            self.settled.emit()
+
+    def _on_shown_toggled(self) -> None:
+        if self._known:
+            self._show_layers()
+
+    def _on_class_activated(self, index: int) -> None:
+        if self._probabilities is not None:
+            self._arrays["probability"][...] = self._probabilities[index + 1]
+            self._show_layers()
+
+    def _on_take_clicked(self) -> None:
+        if not self._known:
+            self.message.warn("there is no preview of this plane yet; switch the preview on")
+            return
+        chosen = self._session.volume
+        if chosen is None or chosen.plane_at(self._viewer.dims.point) != self._plane:
+            self.message.warn("the preview is of another plane; wait until this one is computed")
+            return
+        labels = self._arrays["labels"].reshape(chosen.plane_shape)
+        known = np.full(labels.shape, core.IGNORE, np.uint8)
+        for where in self._known.values():  # what was not computed stays unlabelled
+            known[where] = labels[where]
+        self.correct.emit(from_classes(known))
+
+    def _on_layer_removed(self) -> None:
+        self.layers = {name: layer for name, layer in self.layers.items() if layer in self._viewer.layers}
+
+    # layers
+
+    def _go_to(self, chosen: ChosenVolume, z: int, model: Any) -> None:
+        """Empty the layers and move them to another plane."""
+        if z == self._plane:
+            return
+        self._plane, self._known = z, {}
+        shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
+        names = list(model.class_names)
+        if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
+            self.of_class.clear()
+            self.of_class.addItems(names)
+        self._probabilities = np.zeros((len(names) + 1, *chosen.plane_shape), np.float32)
+        self._arrays = {
+            "labels": np.zeros(shape, np.uint8),
+            "probability": np.zeros(shape, np.float32),
+            "uncertainty": np.zeros(shape, np.float32),
+        }
+
+    def _show_layers(self) -> None:
+        chosen = self._session.volume
+        if chosen is None:
+            return
+        place = chosen.place(self._plane)
+        for name, array in self._arrays.items():
+            layer = self.layers.get(name)
+            if layer is None and self.shown[name].isChecked():
+                self.layers[name] = self._add_layer(name, array, place)
+            elif layer is not None:
+                layer.visible = self.shown[name].isChecked()
+                if layer.data is not array:
+                    layer.data = array
+                    layer.translate = place["translate"]
+                layer.refresh()
+
+    def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
+        active = self._viewer.layers.selection.active
+        classes = self._session.annotations.classes if self._session.annotations else ()
+        about = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
+        if name == "labels":
+            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colours_of(classes, first=1), **about)
+        else:
+            colours = "viridis" if name == "probability" else "inferno"
+            layer = self._viewer.add_image(
+                array, colormap=colours, contrast_limits=(0, 1), opacity=0.6, blending="translucent", **about
+            )
+        if active is not None:
+            self._viewer.layers.selection.active = active  # the brush stays where it was
+        return layer
+
+    def _forget_answers(self) -> None:
+        self._latest.cancel()
+        self._plane, self._known = -1, {}
+
+    def _remove_layers(self) -> None:
+        self._forget_answers()
+        layers, self.layers = self.layers, {}
+        for layer in layers.values():
+            with suppress(ValueError):  # the user was faster
+                self._viewer.layers.remove(layer)
+
+    def _forget_viewer(self) -> None:
+        self._soon.stop()
+        self._latest.cancel()
+        events = self._viewer.dims.events
+        for event in (events.current_step, events.order, events.ndisplay):
+            event.disconnect(self._on_view_moved)
+        for event in (self._viewer.camera.events.zoom, self._viewer.camera.events.center):
+            event.disconnect(self._on_view_moved)
+        self._viewer.layers.events.removed.disconnect(self._on_layer_removed)

@@ -1,0 +1,357 @@
+"""The annotated slices: suggested, painted, listed, imported."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qtpy.QtCore import QSize, Qt, QTimer
+from qtpy.QtGui import QIcon, QImage, QPixmap
+from qtpy.QtWidgets import QFileDialog, QListWidget, QListWidgetItem, QWidget
+
+import distillfss_core as core
+from napari_distillfss import _words as words
+from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, FIRST_CLASS, KINDS, Class
+from napari_distillfss._jobs import Job, LatestJob
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.classes import ClassList
+from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
+from napari_distillfss._work import THUMBNAIL, iter_import, iter_least_sure, iter_thumbnails, pick
+
+MARK = "distillfss_annotations"
+"""Key of the metadata of the layer that is painted."""
+
+_MOST_LOOKED_AT = 24  # planes, where the student is least sure
+
+
+class SupportWidget(QWidget):
+    """Suggests planes, keeps the layer that is painted, lists what is painted."""
+
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._viewer = session, viewer
+        self.layer: Any = None
+        self.suggested: list[int] = []
+        self._pictures: dict[int, np.ndarray] = {}
+        self.count = spin(1, 100, 5, "How many slices to suggest")
+        self.way = combo(
+            "evenly: both ends, then midpoints; least sure: where the student doubts most (after Distil)",
+            ("evenly", "least sure"),
+        )
+        self.suggest = button("Suggest slices", "Which slices to paint", self.suggest_slices)
+        self.classes = ClassList()
+        self.paint = button("Paint", "Show the annotation layer and take the brush", self._on_paint_clicked)
+        self.rest = button(
+            "Rest is background", "Whatever is not labelled in this slice becomes background (Ctrl+Z undoes it)",
+            self.fill_rest,
+        )  # fmt: skip
+        self.list = QListWidget()
+        self.list.setToolTip("Click to go there; untick to leave a slice out of the training")
+        self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
+        self.list.setMinimumHeight(150)
+        self.remove = button("Remove slice", "Wipe what is painted in the chosen slice", self._on_remove_clicked)
+        self.kind = combo(
+            "What numbers of a label file mean. masks: 0 background, others the first class; classes: 0 background, "
+            "1.. classes; scribbles: 0 not labelled, 1 background, 2.. classes",
+            KINDS,
+        )
+        self.import_file = button("Import…", "Take labels of a file over", self._on_import_clicked)
+        self.anew = button("Begin anew", "Set these annotations aside (they stay on disk)", self._on_anew_clicked)
+        self.message = Message("choose a volume first")
+        self.job = Job(session, "looking at slices", self)
+        self._thumbnails = LatestJob(self)
+        self._soon = QTimer(self)
+        self._soon.setSingleShot(True)
+        self._soon.setInterval(300)
+        column(
+            self,
+            row(self.suggest, self.count, self.way),
+            self.classes,
+            row(self.paint, self.rest),
+            self.list,
+            row(self.remove, self.anew),
+            row(self.import_file, self.kind),
+            JobBar(self.job, cancel="Stop looking"),
+            self.message,
+        )
+        self._soon.timeout.connect(self._on_painted)
+        self.job.done.connect(self._on_job_done)
+        self.job.failed.connect(self.message.warn)
+        self._thumbnails.answered.connect(self._on_picture)
+        self.classes.valueChanged.connect(self._on_classes_edited)
+        self.classes.brushChanged.connect(self._on_brush_changed)
+        self.list.itemClicked.connect(lambda item: self.go_to(item.data(Qt.ItemDataRole.UserRole)))
+        self.list.itemChanged.connect(self._on_item_changed)
+        session.volume_changed.connect(self._on_volume_changed)
+        session.classes_changed.connect(self._on_classes_changed)
+        session.slices_changed.connect(self._on_slices_changed)
+        session.closed.connect(self._forget_viewer)
+        viewer.layers.events.removed.connect(self._on_layer_removed)
+
+    # what the user does
+
+    def suggest_slices(self) -> None:
+        """Suggest planes to paint, and go to the first."""
+        chosen = self._session.volume
+        if chosen is None:
+            self.message.warn("no volume is chosen; choose an image layer first")
+            return
+        count = min(self.count.value(), chosen.planes)
+        if self.way.currentText() == "evenly":
+            self._show_suggested(core.suggest_planes(chosen.planes, count))
+            return
+        model = self._session.model
+        if model is None:
+            self.message.warn("there is no student yet that could doubt; distil first, or choose evenly")
+            return
+        painted = set(self._session.annotations.planes()) if self._session.annotations else set()
+        looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
+        planes = [z for z in looked_at if z not in painted]
+        attempt(
+            self.message,
+            lambda: self.job.start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop)),
+        )
+
+    def fill_rest(self) -> None:
+        """Whatever is not labelled in the current plane becomes background."""
+        self.put_into_plane(None)
+
+    def put_into_plane(self, labels: np.ndarray | None) -> None:
+        """Put labels (as painted, "y x"; by default background) where the current plane has none; it can be undone."""
+        annotations = self._session.annotations
+        if annotations is None or not self._show_layer():
+            self.message.warn("no volume is chosen; choose an image layer first")
+            return
+        z = self.plane()
+        empty = np.nonzero(annotations.plane(z) == 0)
+        index = annotations.index(z)
+        indices = (*(np.full(len(empty[0]), i) for i in index), *empty)
+        values = np.full(len(empty[0]), BACKGROUND, np.uint8) if labels is None else labels[empty]
+        self.layer.data_setitem(indices, values)
+        self._session.painted(z)
+
+    def go_to(self, z: int) -> None:
+        """Show a plane."""
+        chosen = self._session.volume
+        if chosen is None:
+            return
+        dims = self._viewer.dims
+        place = chosen.point_of(z)
+        for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
+            dims.set_point(axis, value)
+
+    def plane(self) -> int:
+        """The plane that is shown."""
+        chosen = self._session.volume
+        return chosen.plane_at(self._viewer.dims.point) if chosen else 0
+
+    def import_labels(self, path: Path, kind: str = "masks") -> None:
+        """Take over the labels of a file."""
+        chosen, annotations = self._session.volume, self._session.annotations
+        if chosen is None or annotations is None:
+            self.message.warn("no volume is chosen; choose an image layer first")
+            return
+        z, shape = self.plane(), tuple(chosen.volume.shape[:3])
+        attempt(
+            self.message,
+            lambda: self.job.start(lambda stop: iter_import(annotations, path, shape, z, kind, stop)),
+        )
+
+    # what happens
+
+    def _on_volume_changed(self) -> None:
+        self._pictures.clear()
+        self.suggested = []
+        self._remove_layer()
+        annotations = self._session.annotations
+        if annotations is None:
+            self.message.tell("choose a volume first")
+            return
+        found = len(annotations.planes())
+        if found:
+            self._show_layer()
+            self.message.tell(f"{found} slice{'s' if found > 1 else ''} of this volume, painted earlier, are back")
+        else:
+            self.message.tell("suggest slices, then paint some background and objects in each; it is saved as you go")
+
+    def _on_classes_changed(self) -> None:
+        annotations = self._session.annotations
+        if annotations is not None:
+            self.classes.setValue(annotations.classes)
+        if self.layer is not None:
+            self.layer.colormap = colours_of(self.classes.value())
+
+    def _on_classes_edited(self, classes: tuple[Class, ...]) -> None:
+        self._session.set_classes(classes)
+
+    def _on_brush_changed(self, label: int) -> None:
+        if self.layer is not None and label >= 0:
+            self.layer.selected_label = label
+
+    def _on_layer_label_changed(self) -> None:
+        self.classes.setBrush(min(int(self.layer.selected_label), len(self.classes.value()) + BACKGROUND))
+
+    def _on_stroke(self) -> None:
+        self._soon.start()
+
+    def _on_painted(self) -> None:
+        if self._session.annotations is not None:
+            self._session.painted(self.plane())
+
+    def _on_slices_changed(self) -> None:
+        annotations = self._session.annotations
+        slices = annotations.slices() if annotations else []
+        painted = {s.plane for s in slices}
+        chosen_row = self.list.currentRow()
+        self.list.blockSignals(True)
+        self.list.clear()
+        for slice_ in slices:
+            item = QListWidgetItem(self._icon(slice_.plane), words.painted(slice_, annotations.class_names))
+            item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
+            item.setCheckState(Qt.CheckState.Checked if slice_.enabled else Qt.CheckState.Unchecked)
+            item.setData(Qt.ItemDataRole.UserRole, slice_.plane)
+            self.list.addItem(item)
+        for z in self.suggested:
+            if z not in painted:
+                item = QListWidgetItem(f"plane {z}: suggested, nothing painted yet")
+                item.setData(Qt.ItemDataRole.UserRole, z)
+                self.list.addItem(item)
+        self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
+        self.list.blockSignals(False)
+        missing = [z for z in painted if z not in self._pictures]
+        if missing and self._session.volume is not None:
+            volume = self._session.volume.volume
+            self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
+
+    def _on_picture(self, found: tuple[int, np.ndarray]) -> None:
+        z, picture = found
+        self._pictures[z] = picture
+        for at in range(self.list.count()):
+            item = self.list.item(at)
+            if item.data(Qt.ItemDataRole.UserRole) == z:
+                self.list.blockSignals(True)
+                item.setIcon(self._icon(z))
+                self.list.blockSignals(False)
+
+    def _on_item_changed(self, item: QListWidgetItem) -> None:
+        if self._session.annotations is not None:
+            on = item.checkState() == Qt.CheckState.Checked
+            self._session.annotations.enable(item.data(Qt.ItemDataRole.UserRole), on)
+
+    def _on_paint_clicked(self) -> None:
+        if self._show_layer():
+            self._viewer.layers.selection.active = self.layer
+            self.layer.mode = "paint"
+        else:
+            self.message.warn("no volume is chosen; choose an image layer first")
+
+    def _on_remove_clicked(self) -> None:
+        item = self.list.currentItem()
+        if item is None or self._session.annotations is None:
+            self.message.warn("no slice is chosen; click one in the list")
+            return
+        z = item.data(Qt.ItemDataRole.UserRole)
+        self.suggested = [s for s in self.suggested if s != z]
+        self._session.annotations.remove(z)
+        self._session.painted(z)
+        if self.layer is not None:
+            self.layer.refresh()
+
+    def _on_anew_clicked(self) -> None:
+        self._session.begin_anew()
+
+    def _on_import_clicked(self) -> None:
+        path, _ = QFileDialog.getOpenFileName(self, "Import labels")
+        if path:
+            self.import_labels(Path(path), self.kind.currentText())
+
+    def _on_job_done(self, planes: list[int]) -> None:
+        annotations = self._session.annotations
+        if annotations is None or not planes:
+            return
+        if set(planes) <= set(annotations.planes()):
+            self._session.painted()
+            if self._show_layer():
+                self.layer.refresh()
+            self.go_to(planes[0])
+            self.message.tell(f"labels of {len(planes)} planes were taken over")
+        else:
+            self._show_suggested(planes)
+
+    def _on_layer_removed(self) -> None:
+        if self.layer is not None and self.layer not in self._viewer.layers:
+            self.layer = None
+            self.message.tell("the annotation layer was removed; what is painted is kept, Paint brings it back")
+
+    # parts
+
+    def _show_suggested(self, planes: list[int]) -> None:
+        self.suggested = planes
+        self._show_layer()
+        self.message.tell(f"paint in planes {', '.join(map(str, planes))}: some background and every class, in scribbles "
+                          "or whole; click a slice in the list to go there")  # fmt: skip
+        self._on_slices_changed()
+        self.go_to(planes[0])
+
+    def _show_layer(self) -> bool:
+        """Make the annotation layer if it is not there; whether there is one."""
+        chosen, annotations = self._session.volume, self._session.annotations
+        if chosen is None or annotations is None:
+            return False
+        if self.layer is None:
+            self.layer = self._viewer.add_labels(
+                annotations.array,
+                name=f"{chosen.name} annotations",
+                colormap=colours_of(self.classes.value()),
+                metadata={MARK: True},
+                **chosen.place(),
+            )
+            self.layer.selected_label = self.classes.brush()
+            self.layer.brush_size = max(2, min(chosen.plane_shape) // 60)
+            for event in (self.layer.events.paint, self.layer.events.labels_update, self.layer.events.set_data):
+                event.connect(self._on_stroke)
+            self.layer.events.selected_label.connect(self._on_layer_label_changed)
+        return True
+
+    def _remove_layer(self) -> None:
+        layer, self.layer = self.layer, None
+        if layer is not None:
+            self._let_go(layer)
+            with suppress(ValueError):  # the user was faster
+                self._viewer.layers.remove(layer)
+
+    def _let_go(self, layer: Any) -> None:
+        for event in (layer.events.paint, layer.events.labels_update, layer.events.set_data):
+            event.disconnect(self._on_stroke)
+        layer.events.selected_label.disconnect(self._on_layer_label_changed)
+
+    def _icon(self, z: int) -> QIcon:
+        annotations = self._session.annotations
+        if z not in self._pictures or annotations is None:
+            return QIcon()
+        picture = np.repeat(self._pictures[z][..., None], 3, -1).astype(np.float32)
+        labels = pick(annotations.plane(z))
+        for number, class_ in enumerate(self.classes.value(), FIRST_CLASS):
+            rgb = [int(class_.colour[i : i + 2], 16) for i in (1, 3, 5)]
+            picture[labels == number] = 0.4 * picture[labels == number] + 0.6 * np.array(rgb)
+        pixels = np.ascontiguousarray(picture.astype(np.uint8))
+        image = QImage(pixels.data, THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
+        return QIcon(QPixmap.fromImage(image.copy()))
+
+    def _forget_viewer(self) -> None:
+        self._soon.stop()
+        self._thumbnails.cancel()
+        self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
+        if self.layer is not None:
+            self._let_go(self.layer)
+
+
+def colours_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
+    """napari's colours for labels: as painted, or with the first class at 1, where background is not shown."""
+    from napari.utils.colormaps import DirectLabelColormap
+
+    colours = {n: c.colour for n, c in enumerate(classes, first)}
+    painted = {BACKGROUND: BACKGROUND_COLOUR} if first > BACKGROUND else {}
+    return DirectLabelColormap(color_dict={None: "#ff00ff", 0: "transparent", **painted, **colours})

@@ -1,0 +1,82 @@
+"""Measures of objects as a table; choosing a row shows the object."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qtpy.QtCore import QAbstractTableModel, QModelIndex, QSortFilterProxyModel, Qt, Signal
+from qtpy.QtWidgets import QAbstractItemView, QTableView, QVBoxLayout, QWidget
+
+_ROLES = (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.UserRole)
+
+
+class ObjectTable(QWidget):
+    """Shows a table of measures; ``chosen`` gives the label of a row and the middle of its box (z, y, x) in voxels."""
+
+    chosen = Signal(int, tuple)
+
+    def __init__(self, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.model = _Measures([], np.empty((0, 0)))
+        self._sorted = QSortFilterProxyModel(self)
+        self._sorted.setSortRole(Qt.ItemDataRole.UserRole)
+        self.view = QTableView()
+        self.view.setToolTip("Click a row to see the object; click a heading to sort")
+        self.view.setSortingEnabled(True)
+        self.view.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
+        self.view.setMinimumHeight(160)
+        self.view.setModel(self._sorted)
+        self.view.clicked.connect(self._on_view_clicked)
+        layout = QVBoxLayout(self)
+        layout.setContentsMargins(0, 0, 0, 0)
+        layout.addWidget(self.view)
+
+    def read(self, path: Path) -> None:
+        """Show a table as the core writes it (.csv)."""
+        with open(path, newline="") as file:
+            columns, *rows = csv.reader(file)
+        self.model = _Measures(columns, np.array(rows, float).reshape(len(rows), len(columns)))
+        self._sorted.setSourceModel(self.model)
+        self._sorted.sort(0)
+        self.view.resizeColumnsToContents()
+
+    def select(self, label: int) -> None:
+        """Mark the row of an object."""
+        rows = np.flatnonzero(self.model.values[:, 0] == label) if self.model.columns else []
+        if len(rows):
+            self.view.selectRow(self._sorted.mapFromSource(self.model.index(int(rows[0]), 0)).row())
+
+    def choose(self, row: int) -> None:
+        """Do as if a row of the file was clicked."""
+        measures = dict(zip(self.model.columns, self.model.values[row], strict=True))
+        middle = tuple((measures[f"box_{a}0"] + measures[f"box_{a}1"] - 1) / 2 for a in "zyx")
+        self.chosen.emit(int(measures["label"]), middle)
+
+    def _on_view_clicked(self, index: QModelIndex) -> None:
+        self.choose(self._sorted.mapToSource(index).row())
+
+
+class _Measures(QAbstractTableModel):
+    def __init__(self, columns: list[str], values: np.ndarray) -> None:
+        super().__init__()
+        self.columns, self.values = columns, values
+
+    def rowCount(self, parent: QModelIndex | None = None) -> int:
+        return len(self.values)
+
+    def columnCount(self, parent: QModelIndex | None = None) -> int:
+        return len(self.columns)
+
+    def data(self, index: QModelIndex, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
+        if role not in _ROLES:
+            return None
+        value = float(self.values[index.row(), index.column()])
+        return f"{value:.6g}" if role == Qt.ItemDataRole.DisplayRole else value
+
+    def headerData(self, at: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
+        if role != Qt.ItemDataRole.DisplayRole or side != Qt.Orientation.Horizontal:
+            return None
+        return self.columns[at].replace("_", " ")

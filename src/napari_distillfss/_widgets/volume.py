@@ -1,0 +1,171 @@
+"""The volume to work on: a layer, or a file that becomes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qtpy.QtCore import Signal
+from qtpy.QtWidgets import QFileDialog, QLabel, QWidget
+
+from napari_distillfss import _words as words
+from napari_distillfss._jobs import Job
+from napari_distillfss._layers import ChosenVolume, choose_layer, layer_of_file, lead_axes
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.parts import Message, attempt, button, column, combo, row, spin
+from napari_distillfss._work import iter_device
+
+NAMES = {"t": "time", "c": "channel"}
+
+
+class VolumePicker(QWidget):
+    """Edits which volume is worked on; ``valueChanged`` gives a ChosenVolume or None."""
+
+    valueChanged = Signal(object)
+
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._viewer = session, viewer
+        self._value: ChosenVolume | None = None
+        self.layers = combo("The image layer to segment")
+        self.layers.activated.connect(self._on_choice_changed)
+        self.open_file = button(
+            "File…", "Open an image, a TIFF stack, MRC, NIfTI or an .npy file lazily", self._on_open_file_clicked
+        )
+        self.open_folder = button(
+            "Folder…", "Open OME-Zarr, zarr, a DICOM series or a folder of planes lazily", self._on_open_folder_clicked
+        )
+        self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in NAMES.items()}
+        self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
+        self._lead_labels = {letter: QLabel(name) for letter, name in NAMES.items()}
+        self._level_label = QLabel("level")
+        for box in (*self.lead.values(), self.level):
+            box.valueChanged.connect(self._on_choice_changed)
+        self.message = Message("no image layer yet: open one, or try File > Open Sample > DistillFSS")
+        self.device = Message()
+        which = [w for letter in NAMES for w in (self._lead_labels[letter], self.lead[letter])]
+        column(
+            self,
+            row(self.layers, self.open_file, self.open_folder),
+            row(*which, self._level_label, self.level),
+            self.message,
+            self.device,
+        )
+        self._job = Job()
+        self._job.done.connect(lambda name: self.device.tell(f"computes on {name}"))
+        self._job.failed.connect(self.device.warn)
+        session.closed.connect(self._forget_viewer)
+        viewer.layers.events.inserted.connect(self._on_layers_changed)
+        viewer.layers.events.removed.connect(self._on_layers_changed)
+        self._on_layers_changed()
+
+    def value(self) -> ChosenVolume | None:
+        return self._value
+
+    def setValue(self, value: ChosenVolume | None) -> None:
+        if value is None:
+            self.layers.setCurrentIndex(-1)
+            self._take(None)
+            return
+        self.layers.setCurrentIndex(self._images().index(value.layer))
+        self._fit_boxes(value.layer)
+        for letter, index in value.lead.items():
+            _set(self.lead[letter], index)
+        _set(self.level, int(value.opening.get("level", self.level.value())))
+        self._take(value)
+
+    def open_path(self, path: str | Path) -> None:
+        """Show a file lazily as a layer, and choose it."""
+
+        def show() -> None:
+            levels, about = layer_of_file(path)
+            data = levels if about["multiscale"] else levels[0]
+            layer = self._viewer.add_image(data, **about)
+            self.layers.setCurrentIndex(self._images().index(layer))
+            self._on_choice_changed()
+
+        attempt(self.message, show)
+
+    def _images(self) -> list[Any]:
+        return [layer for layer in self._viewer.layers if type(layer).__name__ == "Image"
+                and not layer.metadata.get("distillfss_preview")]  # fmt: skip
+
+    def _on_layers_changed(self) -> None:
+        images = self._images()
+        current = self._value.layer if self._value else None
+        self.layers.blockSignals(True)
+        self.layers.clear()
+        self.layers.addItems([layer.name for layer in images])
+        self.layers.setCurrentIndex(images.index(current) if current in images else -1)
+        self.layers.blockSignals(False)
+        if current is not None and current not in images:
+            self._take(None)
+            self.message.tell(f"layer {current.name!r} was removed; what was painted and distilled is kept")
+        if current is None and images:
+            self.layers.setCurrentIndex(0)
+            self._on_choice_changed()
+
+    def _on_choice_changed(self, *_: object) -> None:
+        index = self.layers.currentIndex()
+        images = self._images()
+        if not 0 <= index < len(images):
+            return
+        layer = images[index]
+
+        def choose() -> None:
+            self._fit_boxes(layer)
+            lead = {letter: self.lead[letter].value() for letter in lead_axes(layer)}
+            self._take(choose_layer(layer, lead=lead, level=self.level.value()))
+
+        if not attempt(self.message, choose):
+            self._take(None, quiet=True)
+
+    def _fit_boxes(self, layer: Any) -> None:
+        """Show what there is to choose of a layer."""
+        letters = lead_axes(layer)
+        shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
+        for letter, box in self.lead.items():
+            self._lead_labels[letter].setVisible(letter in letters)
+            box.setVisible(letter in letters)
+            if letter in letters:
+                _set(box, box.value(), int(shape[letters.index(letter)]) - 1)
+        levels = len(layer.data) if layer.multiscale else 1
+        self._level_label.setVisible(levels > 1)
+        self.level.setVisible(levels > 1)
+        _set(self.level, self.level.value(), levels - 1)
+
+    def _take(self, value: ChosenVolume | None, *, quiet: bool = False) -> None:
+        self._value = value
+        if value is not None:
+            self.message.tell(words.volume(value))
+            if not self.device.text() and not self._job.running:
+                self.device.tell("looking for a GPU")
+                self._job.start(iter_device)
+        elif not quiet:
+            for box in (*self.lead.values(), self.level, *self._lead_labels.values(), self._level_label):
+                box.hide()
+        self.valueChanged.emit(value)
+
+    def _on_open_file_clicked(self) -> None:
+        path, _ = QFileDialog.getOpenFileName(self, "Open a volume")
+        if path:
+            self.open_path(path)
+
+    def _on_open_folder_clicked(self) -> None:
+        path = QFileDialog.getExistingDirectory(self, "Open OME-Zarr, DICOM, or a folder of planes")
+        if path:
+            self.open_path(path)
+
+    def _forget_viewer(self) -> None:
+        self._viewer.layers.events.inserted.disconnect(self._on_layers_changed)
+        self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
+
+
+def _set(box: Any, value: int, high: int | None = None) -> None:
+    box.blockSignals(True)
+    if high is not None:
+        box.setMaximum(high)
+    box.setValue(value)
+    box.blockSignals(False)
+
+

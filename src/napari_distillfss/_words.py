@@ -1,0 +1,92 @@
+"""What is shown in words: sizes, times, shares, and what work will cost."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from napari_distillfss._annotations import FIRST_CLASS, PaintedSlice
+from napari_distillfss._layers import ChosenVolume
+
+_BLOCK = 1 << 23  # voxels that the engine works on at a time, about
+_FIXED = 900 << 20  # libraries and a backbone
+
+
+def size(count: float) -> str:
+    """Bytes: "3.2 GB"."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time to wait, roughly."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def share(value: float) -> str:
+    """A part of a whole; never 0 % for something."""
+    return "0 %" if not value else "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
+
+
+def volume(chosen: ChosenVolume) -> str:
+    """Size, axes, pixel size and memory of a volume, a line each."""
+    v = chosen.volume
+    extent = " × ".join(f"{n:,}".replace(",", " ") for n in v.shape)
+    lead = "".join(f", {name} {chosen.lead[letter]}" for letter, name in (("t", "time"), ("c", "channel"))
+                   if letter in chosen.lead)  # fmt: skip
+    lines = [f"{extent} voxels ({' '.join(v.axes)}{lead}), {v.dtype}"]
+    z, y, x = v.scale
+    if v.unit:
+        along = f", planes every {z:.3g} µm" if z and chosen.planes > 1 else ""
+        lines.append(f"pixel {y:.3g} × {x:.3g} µm{along}")
+    elif y:
+        lines.append(f"pixel {y:.3g} × {x:.3g}, unit not known (set the layer's units to have micrometres)")
+    else:
+        lines.append("pixel size not known (set the layer's scale and units, if sizes matter)")
+    whole = float(np.prod(v.shape, dtype=float)) * v.dtype.itemsize
+    lines.append(f"{size(whole)} in all, read piece by piece; working takes about {size(working_memory(chosen))}")
+    return "\n".join(lines)
+
+
+def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
+    """Bytes that training and applying take at most, about."""
+    v = chosen.volume
+    voxels = min(float(np.prod(v.shape, dtype=float)), 4.0 * _BLOCK)
+    return _FIXED + max(cache_mb << 20, voxels * (v.dtype.itemsize + 1))
+
+
+def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:
+    """How much of a plane is painted, and with what."""
+    parts = [f"{name} {share(slice_.share(FIRST_CLASS + k))}" for k, name in enumerate(class_names)]
+    return f"plane {slice_.plane}: {share(slice_.annotated)} labelled\n{', '.join(parts)}"
+
+
+class Pace:
+    """Judges how long the rest of some work takes by the last of its steps.
+
+    Parameters
+    ----------
+    clock : function
+        Seconds, always rising.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seen = clock, [(0, clock())]
+
+    def left(self, index: int, total: int) -> float:
+        """Seconds until ``total``, now that ``index`` steps are done; NaN before there is a pace."""
+        self._seen = [*self._seen[-19:], (index, self._clock())]
+        (first, begun), (last, now) = self._seen[0], self._seen[-1]
+        return (now - begun) / (last - first) * (total - last) if last > first else math.nan

@@ -1,0 +1,243 @@
+"""The long jobs as generators that can be told to stop: no Qt, no napari. The core, and so torch, is loaded in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import distillfss_core as core
+from napari_distillfss._annotations import Annotations, painted_from
+
+THUMBNAIL = 48
+Span = tuple[int, int]
+Work = Callable[[Event], Generator[Any, None, Any]]
+"""Given the event that asks it to stop, yields its progress and returns what came of it."""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What a job is doing now, where it has no steps to count."""
+
+    text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Distilled:
+    """A new student and where it was kept; ``stopped`` if it is the best of a training that was cancelled."""
+
+    model: Any
+    path: Path | None
+    stopped: bool
+
+
+@dataclass(frozen=True, eq=False)
+class PlanePart:
+    """What a model says of a part of a plane: ``where`` (y, x); labels "y x", probabilities "k+1 y x"."""
+
+    plane: int
+    where: tuple[slice, slice]
+    labels: npt.NDArray[np.uint8]
+    probabilities: npt.NDArray[np.float32]
+    uncertainty: npt.NDArray[np.float32]
+
+
+def iter_device(stop: Event) -> Generator[Doing, None, str]:
+    """Look up what this machine computes on; loads torch on the way."""
+    yield Doing("looking for a GPU")
+    return str(core.choose_device())
+
+
+def iter_training(
+    make_support: Callable[[], Any], settings: Any, start: Any, keep: Path | None, stop: Event
+) -> Generator[Any, None, Distilled]:
+    """Distil, or refine ``start``; told to stop, it returns the best student so far. It is saved in ``keep``."""
+    yield Doing("reading the annotated slices")
+    support = make_support()
+    yield Doing("starting; the zoom is chosen on your slices")
+    run = core.iter_distill(support, settings, start=start)
+    yield Doing("looking at your slices from many sides")
+    for step in run:
+        yield step
+        if stop.is_set():
+            run.close()
+            break
+    yield Doing("finishing")
+    model = run.result()
+    if keep is not None:
+        model.save(keep)
+    return Distilled(model, keep, stop.is_set())
+
+
+def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, None, Any]:
+    """A generator of the core until it ends or is told to stop; its report, or None if it was stopped."""
+    with closing(run):
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as end:
+                return end.value
+            yield step
+            if stop.is_set():
+                return None
+
+
+def iter_applying(
+    volume: Any, model: Any, out: Path, stop: Event, **how: Any
+) -> Generator[Any, None, Any]:
+    """Segment a volume into OME-Zarr; stopped, what is finished is kept."""
+    yield Doing("preparing")
+    return (yield from iter_until(core.iter_segment(volume, model, out, **how), stop))
+
+
+def iter_counting(labels: Path, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
+    """Number and measure the objects of labels on disk."""
+    yield Doing("looking for objects")
+    return (yield from iter_until(core.iter_instances(core.open_volume(labels), out, **how), stop))
+
+
+def iter_teacher(
+    make_support: Callable[[], Any], settings: Any, kind: str, stop: Event
+) -> Generator[Doing, None, Any]:
+    """A teacher that answers without training: ``kind`` "dcama" or "prototype"."""
+    yield Doing("telling the teacher your slices")
+    return core.unrefined_teacher(make_support(), settings, kind=kind)
+
+
+def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
+    yield Doing(f"loading {path.name}")
+    return core.StudentModel.load(path)
+
+
+def iter_plane(
+    volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], known: Collection[tuple[int, int]], stop: Event
+) -> Generator[PlanePart, None, None]:
+    """What a model says of a plane, tile by tile: what is on screen, from its middle; the rest not at all.
+
+    Parameters
+    ----------
+    on_screen : ((y0, y1), (x0, x1))
+        Tiles that do not touch it are left out.
+    known : collection of (y, x)
+        Where tiles begin that need not be computed again.
+    """
+    answers = core.segment_lazy(volume, model, what="probabilities")
+    for where in tiles_on_screen(answers.chunks[2], answers.chunks[3], on_screen):
+        if stop.is_set():
+            return
+        if (where[0].start, where[1].start) in known:
+            continue
+        probabilities = answers[(slice(None), z, *where)].compute(scheduler="synchronous")
+        found = core.Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
+        yield PlanePart(z, where, found.labels, probabilities, found.uncertainty)
+
+
+def tiles_on_screen(
+    rows: Sequence[int], columns: Sequence[int], on_screen: tuple[Span, Span]
+) -> list[tuple[slice, slice]]:
+    """Tiles (of these heights and widths) that touch what is on screen, those nearest to its middle first."""
+    middle = [sum(span) / 2 for span in on_screen]
+    found = [
+        (y, x)
+        for y in _cut(rows)
+        for x in _cut(columns)
+        if all(t.start < s[1] and s[0] < t.stop for t, s in zip((y, x), on_screen, strict=True))
+    ]
+    return sorted(found, key=lambda t: sum(((s.start + s.stop) / 2 - m) ** 2 for s, m in zip(t, middle, strict=True)))
+
+
+def iter_least_sure(
+    volume: Any, model: Any, planes: Sequence[int], count: int, stop: Event
+) -> Generator[core.TrainStep, None, list[int]]:
+    """The planes of which a model is least sure in the mean, at most ``count``, ascending."""
+    answers = core.segment_lazy(volume, model, what="uncertainty")
+    doubt: dict[int, float] = {}
+    for index, z in enumerate(planes, 1):
+        if stop.is_set():
+            break
+        doubt[z] = float(answers[z].mean().compute(scheduler="synchronous"))
+        yield core.TrainStep(index, len(planes), stage="looking")
+    return sorted(sorted(doubt, key=lambda z: -doubt[z])[:count])
+
+
+def _cut(lengths: Sequence[int]) -> Iterator[slice]:
+    start = 0
+    for length in lengths:
+        yield slice(start, start + length)
+        start += length
+
+
+def iter_import(
+    annotations: Annotations, path: Path, shape: tuple[int, int, int], z: int, kind: str, stop: Event
+) -> Generator[core.TrainStep, None, list[int]]:
+    """Take over planes of a label file; those without any label stay as they are.
+
+    Parameters
+    ----------
+    path : path
+        Labels of the whole volume, or of one plane, which is then plane ``z``.
+    shape : (z, y, x)
+        Of the volume.
+    kind : {"masks", "classes", "scribbles"}
+        0 is background and any other number the first class; or numbers are classes; or 0 is not labelled, 1 is
+        background and 2, 3, ... are classes.
+
+    Returns
+    -------
+    list of int
+        The planes taken over.
+
+    Raises
+    ------
+    core.DistillFSSError
+        If sizes or numbers do not fit.
+    """
+    with core.open_volume(path) as labels:
+        one = labels.shape[0] == 1
+        if labels.ndim != 3 or labels.shape[1:] != shape[1:] or not (one or labels.shape[0] == shape[0]):
+            raise core.ImageError(
+                f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of a plane"
+            )
+        taken = []
+        for at in range(labels.shape[0]):
+            numbers = labels.plane(at)
+            if numbers.any():
+                painted = painted_from(numbers, kind, len(annotations.classes), f"{path.name} plane {at}")
+                annotations.put(z if one else at, painted)
+                taken.append(z if one else at)
+            if stop.is_set():
+                break
+            yield core.TrainStep(at + 1, labels.shape[0], stage="importing")
+    if not taken:
+        raise core.SupportSetError(f"{path.name}: holds no label; nothing was taken over")
+    return taken
+
+
+def iter_thumbnails(
+    volume: Any, planes: Sequence[int], stop: Event
+) -> Generator[tuple[int, npt.NDArray[np.uint8]], None, None]:
+    """Small pictures of planes, as `thumbnail` makes them."""
+    for z in planes:
+        if stop.is_set():
+            return
+        yield z, thumbnail(volume.plane(z))
+
+
+def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.uint8]:
+    """A plane "y x" or "y x c" as a grey picture of "side side" pixels, stretched to its own range."""
+    small = pick(plane, side).astype(np.float32)
+    small = small.mean(-1) if small.ndim == 3 else small
+    low, high = np.nanpercentile(small, (1, 99))
+    return (np.clip((np.nan_to_num(small) - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
+
+
+def pick(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[Any]:
+    """Every so manieth pixel, "side side"."""
+    rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in plane.shape[:2])
+    return plane[rows][:, columns]
