@@ -42,6 +42,7 @@ _HOME = {
     "SPECS": "backbones",
     "load_backbone": "backbones",
     "choose_device": "device",
+    "leave_a_core_free": "device",
     "StudentModel": "model",
     "read_card": "model",
     "read_thumbnails": "model",

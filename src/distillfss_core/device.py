@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and _has_bfloat16(name) else "float32"
     return Device(name, precision)
+
+
+def leave_a_core_free() -> None:
+    """Compute on one core fewer than there are, or on as few as were chosen before: so a window stays alive."""
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
 
 
 def _has_bfloat16(name: str) -> bool:

@@ -280,3 +280,8 @@ class OnGrid:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)
+
+
+def camera_of(viewer: Any) -> Any:
+    """A viewer's camera: since napari 0.9 it belongs to the scene."""
+    return getattr(viewer, "scene", viewer).camera

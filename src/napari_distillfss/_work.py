@@ -51,6 +51,7 @@ class PlanePart:
 def iter_device(stop: Event) -> Generator[Doing, None, str]:
     """Look up what this machine computes on; loads torch on the way."""
     yield Doing("looking for a GPU")
+    core.leave_a_core_free()
     return str(core.choose_device())
 
 
@@ -58,6 +59,7 @@ def iter_training(
     make_support: Callable[[], Any], settings: Any, start: Any, keep: Path | None, stop: Event
 ) -> Generator[Any, None, Distilled]:
     """Distil, or refine ``start``; told to stop, it returns the best student so far. It is saved in ``keep``."""
+    core.leave_a_core_free()
     yield Doing("reading the annotated slices")
     support = make_support()
     yield Doing("starting; the zoom is chosen on your slices")
@@ -106,11 +108,13 @@ def iter_teacher(
     make_support: Callable[[], Any], settings: Any, kind: str, stop: Event
 ) -> Generator[Doing, None, Any]:
     """A teacher that answers without training: ``kind`` "dcama" or "prototype"."""
+    core.leave_a_core_free()
     yield Doing("telling the teacher your slices")
     return core.unrefined_teacher(make_support(), settings, kind=kind)
 
 
 def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
+    core.leave_a_core_free()
     yield Doing(f"loading {path.name}")
     return core.StudentModel.load(path)
 

@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 import distillfss_core as core
 from napari_distillfss import _words as words
 from napari_distillfss._jobs import Job
-from napari_distillfss._layers import ChosenVolume, OnGrid
+from napari_distillfss._layers import ChosenVolume, OnGrid, camera_of
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
 from napari_distillfss._widgets.region import RegionEdit
@@ -256,7 +256,7 @@ class ObjectsWidget(QWidget):
         dims = self._viewer.dims
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
-        self._viewer.camera.center = (0, *place[-2:])
+        camera_of(self._viewer).center = (0, *place[-2:])
         self.layer.selected_label = label
 
     def _on_label_selected(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QFrame, QScrollArea, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
 
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
@@ -70,11 +70,23 @@ class DistillDock(QScrollArea):
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(lambda: self.sections[self.objects].heading.setChecked(True))
         self.destroyed.connect(session.close)
+        QApplication.instance().aboutToQuit.connect(session.close)
         self._on_volume_chosen(self.volume.value())
 
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
         attempt(self.volume.message, lambda: self.session.choose_volume(chosen))
 
     def _on_model_changed(self) -> None:
+        for widget in (self.apply, self.model):
+            self.sections[widget].heading.setChecked(True)
+
+
+class ApplyDock(DistillDock):
+    """The same for those who have a student already: load it, preview, apply, count."""
+
+    def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
+        super().__init__(napari_viewer, folder)
+        for widget in (self.support, self.distil):
+            self.sections[widget].heading.setChecked(False)
         for widget in (self.apply, self.model):
             self.sections[widget].heading.setChecked(True)

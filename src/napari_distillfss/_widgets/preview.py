@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QCheckBox, QWidget
 import distillfss_core as core
 from napari_distillfss._annotations import from_classes
 from napari_distillfss._jobs import Job, LatestJob
-from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._layers import ChosenVolume, camera_of
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row
 from napari_distillfss._widgets.support import colours_of
@@ -95,9 +95,14 @@ class PreviewWidget(QWidget):
         viewer.dims.events.current_step.connect(self._on_view_moved)
         viewer.dims.events.order.connect(self._on_view_moved)
         viewer.dims.events.ndisplay.connect(self._on_view_moved)
-        viewer.camera.events.zoom.connect(self._on_view_moved)
-        viewer.camera.events.center.connect(self._on_view_moved)
+        camera_of(viewer).events.zoom.connect(self._on_view_moved)
+        camera_of(viewer).events.center.connect(self._on_view_moved)
         viewer.layers.events.removed.connect(self._on_layer_removed)
+
+    @property
+    def busy(self) -> bool:
+        """Whether an answer is being computed."""
+        return self._latest.busy
 
     @property
     def plane(self) -> int:
@@ -285,11 +290,11 @@ class PreviewWidget(QWidget):
                 self._viewer.layers.remove(layer)
 
     def _forget_viewer(self) -> None:
-        self._soon.stop()
         self._latest.cancel()
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)
-        for event in (self._viewer.camera.events.zoom, self._viewer.camera.events.center):
+        camera = camera_of(self._viewer).events
+        for event in (camera.zoom, camera.center):
             event.disconnect(self._on_view_moved)
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)

@@ -16,6 +16,7 @@ class RegionEdit(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
+        self._quiet = False
         self.which = combo(
             "What to segment. The labels have the volume's size in any case; what is left out stays 0, and can be "
             "segmented later",
@@ -53,12 +54,15 @@ class RegionEdit(QWidget):
         return z, y, x
 
     def setValue(self, value: Box | None) -> None:
+        self._quiet = True
         self.which.setCurrentIndex(0 if value is None else 1)
         for (start, stop), span in zip(self.ends, value or (), strict=False):
             start.setValue(span[0])
             stop.setValue(span[1])
+        self._quiet = False
         self._on_edited()
 
     def _on_edited(self, *_: object) -> None:
         self._rows.setVisible(self.which.currentIndex() == 1)
-        self.valueChanged.emit(self.value())
+        if not self._quiet:
+            self.valueChanged.emit(self.value())

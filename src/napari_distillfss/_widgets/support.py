@@ -341,7 +341,6 @@ class SupportWidget(QWidget):
         return QIcon(QPixmap.fromImage(image.copy()))
 
     def _forget_viewer(self) -> None:
-        self._soon.stop()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
         if self.layer is not None:

@@ -1,0 +1,96 @@
+"""A place without a screen: Qt offscreen, and Xvfb for the tests that open a real window."""
+
+import os
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("QT_QPA_PLATFORM", "offscreen")
+
+WITHOUT_QT = ["test_sample_data.py"]
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without napari (extra 'napari') or what Qt needs of the system, there is nothing to test here."""
+    if collection_path.name.startswith("test_") and collection_path.name not in WITHOUT_QT:
+        try:
+            import napari  # noqa: F401
+            from qtpy import QtWidgets  # noqa: F401
+        except ImportError:
+            return True
+    return None
+
+
+@pytest.fixture(scope="session")
+def display():
+    """A screen that OpenGL can draw on: the one there is, or Xvfb."""
+    if os.environ.get("DISPLAY"):
+        yield os.environ["DISPLAY"]
+        return
+    if shutil.which("Xvfb") is None:
+        pytest.skip("a window needs a screen; install Xvfb")
+    end, other = os.pipe()
+    command = ["Xvfb", "-displayfd", str(other), "-screen", "0", "1280x800x24", "-nolisten", "tcp"]
+    server = subprocess.Popen(command, pass_fds=[other], stderr=subprocess.DEVNULL)
+    os.close(other)
+    with os.fdopen(end) as told:
+        os.environ["DISPLAY"] = f":{told.readline().strip()}"
+    yield os.environ["DISPLAY"]
+    del os.environ["DISPLAY"]
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture
+def viewer(qtbot):
+    """napari without its window: layers, dims and slicing are the real ones."""
+    from napari.components import ViewerModel
+
+    return ViewerModel()
+
+
+@pytest.fixture
+def open_dock(qtbot, tmp_path):
+    """Opens the dock on a viewer; closed at the end, its work ended."""
+    from napari_distillfss._widgets.dock import DistillDock
+
+    docks = []
+
+    def opened(viewer, folder=None):
+        docks.append(DistillDock(viewer, folder or tmp_path / "kept"))
+        return docks[-1]
+
+    yield opened
+    for dock in docks:
+        dock.session.close()
+        qtbot.waitUntil(lambda dock=dock: not dock.session.busy and not dock.preview.busy, timeout=60_000)
+        dock.deleteLater()
+
+
+@pytest.fixture(scope="session")
+def sample():
+    from distillfss_core.sample import generate_sample
+
+    return generate_sample(planes=8, size=96)
+
+
+@pytest.fixture
+def nuclei(viewer, sample):
+    """The sample's image as a layer, in micrometres."""
+    return viewer.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+
+
+@pytest.fixture
+def painted_truth(sample):
+    """Truth as it would be painted: 1 background, 2 nucleus."""
+    return (sample.labels > 0).astype(np.uint8) + 1
+
+
+@pytest.fixture(scope="session")
+def few():
+    """Settings of a training that takes a second."""
+    from distillfss_core import DistillSettings
+
+    return DistillSettings(steps=3, views=4, queries=1, shots=1, crop=64, zoom="1")

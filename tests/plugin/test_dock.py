@@ -1,0 +1,356 @@
+"""The dock as a user meets it: what goes wrong is one sentence, and nothing painted is lost."""
+
+import os
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from distillfss_core import StudentModel
+from napari_distillfss._widgets.support import MARK
+
+
+def finish(qtbot, dock, timeout=60_000):
+    qtbot.waitUntil(lambda: not dock.session.busy, timeout=timeout)
+
+
+def paint(dock, painted, planes):
+    for z in planes:
+        dock.session.annotations.put(z, painted[z])
+        dock.session.painted(z)
+
+
+@pytest.fixture
+def dock(viewer, nuclei, open_dock, few):
+    opened = open_dock(viewer)
+    opened.distil.settings.setValue(few)
+    return opened
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory, few):
+    """A student that learnt next to nothing, as a file."""
+    from distillfss_core import LabelledSlice, SupportSet, distill
+    from distillfss_core.sample import generate_sample
+
+    sample = generate_sample(planes=2, size=96)
+    slices = [LabelledSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    distill(SupportSet(slices, planes_of_one_volume=True), few).save(path)
+    return path
+
+
+LAYERS = {
+    "2d": lambda s: (s[0], {}),
+    "4d": lambda s: (np.stack([s, s]), {}),
+    "rgb": lambda s: (np.stack([s // 64] * 3, -1).astype(np.uint8), {"rgb": True}),
+    "multiscale": lambda s: ([s, s[:, ::2, ::2]], {"multiscale": True}),
+    "dask": lambda s: (da.from_array(s, chunks=(1, 96, 96)), {}),
+    "zarr": lambda s: (zarr.array(s), {}),
+    "scaled": lambda s: (s, {"scale": (5, 0.5, 0.5), "translate": (3, 2, 1)}),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_every_kind_are_painted_previewed_and_applied(
+    kind, viewer, open_dock, qtbot, sample, student, tmp_path
+):
+    data, about = LAYERS[kind](sample.image[:3])
+    viewer.add_image(data, name="image", **about)
+    dock = open_dock(viewer)
+    dock.support.suggest_slices()
+    dock.support.fill_rest()
+    painted = dock.session.annotations.planes()
+    assert painted == [0]
+    np.testing.assert_array_equal(dock.support.layer.extent.world[0], viewer.layers["image"].extent.world[0])
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    if kind == "rgb":
+        assert dock.session.model is not None
+    qtbot.waitUntil(lambda: "done" in dock.preview.message.text(), timeout=60_000)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.message.text().startswith("done")
+    assert dock.apply.layer.ndim == viewer.layers["image"].ndim
+    np.testing.assert_allclose(dock.apply.layer.extent.world[:, -2:], viewer.layers["image"].extent.world[:, -2:])
+
+
+def test_what_cannot_be_segmented_is_said(viewer, open_dock):
+    viewer.add_image(np.zeros((2, 2, 2, 2, 16, 16)), name="too much")
+    dock = open_dock(viewer)
+    assert "6 dimensions" in dock.volume.message.text()
+    assert dock.volume.value() is None
+
+
+def test_without_a_volume_everything_says_so(viewer, open_dock):
+    dock = open_dock(viewer)
+    for action, message in [
+        (dock.support.suggest_slices, dock.support.message),
+        (dock.support.fill_rest, dock.support.message),
+        (dock.distil.start, dock.distil.message),
+        (dock.apply.start, dock.apply.message),
+    ]:
+        action()
+        assert "choose an image layer first" in message.text()
+    dock.objects.start()
+    assert "apply a student first" in dock.objects.message.text()
+    dock.distil.start_refining()
+    assert "no student to refine" in dock.distil.message.text()
+
+
+def test_without_support_distil_says_so(dock):
+    dock.distil.start()
+    assert "no slice is annotated" in dock.distil.message.text()
+
+
+def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.support.classes.add.click()
+    dock.distil.start()
+    finish(qtbot, dock)
+    assert "no slice has a pixel of class 'class 2'" in dock.distil.message.text()
+
+
+def test_impossible_settings_are_said(dock, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.distil.settings.form.boxes["crop"].setValue(100)
+    dock.distil.start()
+    assert "multiple of 32" in dock.distil.message.text()
+
+
+def test_a_second_run_waits_for_the_first(dock, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.distil.start()
+    assert not dock.distil.distil.isEnabled()
+    dock.distil.start()
+    assert "already distilling" in dock.distil.message.text()
+    finish(qtbot, dock)
+    assert dock.distil.distil.isEnabled()
+
+
+def test_cancelling_keeps_the_best_so_far(dock, qtbot, painted_truth, few):
+    from dataclasses import replace
+
+    paint(dock, painted_truth, [2])
+    dock.distil.settings.setValue(replace(few, steps=100_000))
+    dock.distil.start()
+    qtbot.waitUntil(lambda: len(dock.distil.plot.losses) > 2, timeout=60_000)
+    dock.distil.job.cancel()
+    finish(qtbot, dock)
+    assert dock.session.model is not None
+    assert "stopped" in dock.distil.message.text()
+
+
+def test_deleting_the_layer_while_distilling_loses_nothing(viewer, dock, nuclei, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.distil.start()
+    viewer.layers.remove(nuclei)
+    assert "was removed" in dock.volume.message.text()
+    finish(qtbot, dock)
+    assert dock.session.model is not None
+    viewer.add_layer(nuclei)
+    assert dock.session.annotations.planes() == [2]
+
+
+def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path, painted_truth, few):
+    from dataclasses import replace
+
+    from napari_distillfss._widgets.dock import DistillDock
+
+    dock = DistillDock(viewer, tmp_path / "kept")
+    paint(dock, painted_truth, [2])
+    dock.distil.settings.setValue(replace(few, steps=100_000))
+    dock.distil.start()
+    session = dock.session
+    with qtbot.waitSignal(dock.destroyed):
+        dock.deleteLater()
+    del dock
+    import threading
+
+    qtbot.waitUntil(lambda: not any("distilling" in t.name for t in threading.enumerate()), timeout=60_000)
+    assert session.volume is None
+    viewer.dims.set_point(0, 5)  # nothing listens any more
+
+
+def test_two_viewers_on_one_image_do_not_share_annotations(dock, sample, open_dock, tmp_path):
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    assert second.session.annotations.folder != dock.session.annotations.folder
+
+
+def test_strokes_are_kept_and_found_again_after_a_crash(viewer, nuclei, open_dock, qtbot, tmp_path, sample):
+    from napari.components import ViewerModel
+
+    first = open_dock(viewer)
+    first.support.suggest_slices()
+    first.support.go_to(3)
+    first.support.layer.paint((3, 40, 40), 2)
+    qtbot.waitUntil(lambda: first.support.list.count() and "plane 3: <1 %" in _texts(first.support.list))
+    (first.session.annotations.folder / "owner").unlink()  # as after a crash: nobody is there any more
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other)
+    assert "1 slice of this volume, painted earlier, are back" in second.support.message.text()
+    assert second.support.layer.metadata[MARK]
+    assert second.session.annotations.planes() == [3]
+
+
+def _texts(items):
+    return "\n".join(items.item(i).text() for i in range(items.count()))
+
+
+def test_the_rest_of_a_slice_becomes_background_and_undo_takes_it_back(dock, viewer):
+    dock.support.suggest_slices()
+    dock.support.go_to(4)
+    dock.support.layer.paint((4, 40, 40), 2)
+    dock.support.fill_rest()
+    assert dock.session.annotations.counts(4)[0] == 0
+    dock.support.layer.undo()
+    dock.session.painted(4)
+    assert dock.session.annotations.counts(4)[1] == 0
+    assert dock.session.annotations.counts(4)[2] > 0
+
+
+def test_a_slice_is_left_out_removed_and_gone_to_from_the_list(dock, viewer, painted_truth):
+    from qtpy.QtCore import Qt
+
+    paint(dock, painted_truth, [2, 5])
+    items = dock.support.list
+    items.item(0).setCheckState(Qt.CheckState.Unchecked)
+    assert [s.enabled for s in dock.session.annotations.slices()] == [False, True]
+    items.itemClicked.emit(items.item(1))
+    assert dock.support.plane() == 5
+    items.setCurrentRow(1)
+    dock.support.remove.click()
+    assert dock.session.annotations.planes() == [2]
+
+
+def test_the_brush_and_the_layer_agree(dock):
+    dock.support.paint.click()
+    dock.support.classes.setBrush(1)
+    assert dock.support.layer.selected_label == 1
+    dock.support.layer.selected_label = 2
+    assert dock.support.classes.brush() == 2
+
+
+def test_removing_the_annotation_layer_keeps_what_is_painted(dock, viewer, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.support.paint.click()
+    viewer.layers.remove(dock.support.layer)
+    assert "Paint brings it back" in dock.support.message.text()
+    dock.support.paint.click()
+    assert dock.support.layer in viewer.layers
+    assert np.asarray(dock.support.layer.data[2]).any()
+
+
+def test_labels_of_a_file_are_imported(dock, qtbot, tmp_path, sample):
+    labels = sample.labels.copy()
+    labels[[0, 2, 3, 5, 6, 7]] = 0
+    tifffile.imwrite(tmp_path / "truth.tif", labels, metadata={"axes": "ZYX"})
+    dock.support.import_labels(tmp_path / "truth.tif", "masks")
+    finish(qtbot, dock)
+    assert dock.session.annotations.planes() == [1, 4]
+
+
+def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
+    dock.support.way.setCurrentText("least sure")
+    dock.support.suggest_slices()
+    assert "no student yet" in dock.support.message.text()
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.support.count.setValue(2)
+    dock.support.suggest_slices()
+    finish(qtbot, dock)
+    assert len(dock.support.suggested) == 2
+
+
+def test_a_teacher_answers_before_any_training(dock, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    for source in (1, 2):
+        dock.preview.source.setCurrentIndex(source)
+        dock.preview.source.activated.emit(source)
+        finish(qtbot, dock)
+        with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+            pass
+        assert dock.preview.layers["labels"].data.any()
+
+
+def test_the_preview_follows_and_shows_what_is_asked(dock, qtbot, viewer, student):
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    for z in (1, 2, 3, 6):
+        dock.support.go_to(z)
+    qtbot.waitUntil(lambda: dock.preview.plane == 6 and "done" in dock.preview.message.text(), timeout=60_000)
+    assert set(dock.preview.layers) == {"labels"}
+    dock.preview.shown["uncertainty"].setChecked(True)
+    dock.preview.shown["probability"].setChecked(True)
+    assert set(dock.preview.layers) == {"labels", "uncertainty", "probability"}
+    student_ = dock.session.model
+    expected = student_.predict(dock.session.volume.volume.plane(6))
+    np.testing.assert_array_equal(dock.preview.layers["labels"].data[0], expected.labels)
+    np.testing.assert_allclose(dock.preview.layers["probability"].data[0], expected.probabilities[1])
+    np.testing.assert_allclose(dock.preview.layers["uncertainty"].data[0], expected.uncertainty)
+    viewer.dims.ndisplay = 3
+    qtbot.waitUntil(lambda: "show the volume in 2D" in dock.preview.message.text())
+    dock.preview.on.setChecked(False)
+    assert not dock.preview.layers
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(dock, qtbot, student, tmp_path):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "nowhere" / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert "there is no folder" in dock.apply.message.text()
+    dock.apply.out.setText(str(tmp_path / "out.tif"))
+    dock.apply.start()
+    assert "end the name in .ome.zarr" in dock.apply.message.text()
+    if os.geteuid() != 0:
+        tmp_path.chmod(0o500)
+        dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+        dock.apply.start()
+        finish(qtbot, dock)
+        tmp_path.chmod(0o700)
+        assert "cannot write" in dock.apply.message.text()
+
+
+def test_a_file_that_is_no_student_is_one_sentence(dock, qtbot, tmp_path):
+    (tmp_path / "x.safetensors").write_text("nothing")
+    dock.model.load_from(tmp_path / "x.safetensors")
+    finish(qtbot, dock)
+    assert str(tmp_path / "x.safetensors") in dock.model.message.text()
+
+
+def test_a_region_is_applied_and_another_adds_to_it(dock, qtbot, student, tmp_path):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.region.setValue(((0, 2), (0, 96), (0, 96)))
+    dock.apply.start()
+    finish(qtbot, dock)
+    first = zarr.open_array(tmp_path / "out.ome.zarr" / "0")[:]
+    assert not first[2:].any()
+    dock.apply.region.setValue(None)
+    dock.apply.start()
+    finish(qtbot, dock)
+    whole = zarr.open_array(tmp_path / "out.ome.zarr" / "0")[:]
+    np.testing.assert_array_equal(first[:2], whole[:2])
+    expected = StudentModel.load(student).predict(dock.session.volume.volume.plane(5)).labels
+    np.testing.assert_array_equal(whole[5], expected)
+
+
+def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_path, sample):
+    tifffile.imwrite(tmp_path / "stack.tif", sample.image, photometric="minisblack", metadata={"axes": "ZYX"})
+    dock = open_dock(viewer)
+    dock.volume.open_path(tmp_path / "stack.tif")
+    assert dock.volume.value().volume.path == tmp_path / "stack.tif"
+    assert not isinstance(viewer.layers[0].data, np.ndarray)
+    dock.volume.open_path(tmp_path / "none.tif")
+    assert "no such file" in dock.volume.message.text()

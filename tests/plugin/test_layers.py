@@ -1,0 +1,106 @@
+"""Layers of every kind become volumes, or say in one sentence why not."""
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from napari.layers import Image, Labels
+
+from distillfss_core import DistillFSSError
+from napari_distillfss._layers import OnGrid, choose_layer, layer_of_file, lead_axes
+
+STACK = np.arange(4 * 20 * 30, dtype=np.uint16).reshape(4, 20, 30)
+
+
+@pytest.mark.parametrize(
+    ("layer", "lead", "shape", "grid"),
+    [
+        (Image(STACK[0]), {}, (1, 20, 30), (20, 30)),
+        (Image(STACK), {}, (4, 20, 30), (4, 20, 30)),
+        (Image(np.stack([STACK] * 3)), {"t": 2}, (4, 20, 30), (1, 4, 20, 30)),
+        (Image(np.stack([[STACK] * 2] * 3)), {"t": 2, "c": 1}, (4, 20, 30), (1, 1, 4, 20, 30)),
+        (Image(np.zeros((20, 30, 3), np.uint8), rgb=True), {}, (1, 20, 30, 3), (20, 30)),
+        (Image(np.zeros((4, 20, 30, 3), np.uint8), rgb=True), {}, (4, 20, 30, 3), (4, 20, 30)),
+        (Image(da.from_array(STACK, chunks=(1, 20, 30))), {}, (4, 20, 30), (4, 20, 30)),
+        (Image(zarr.array(STACK)), {}, (4, 20, 30), (4, 20, 30)),
+        (Image([STACK, STACK[:, ::2, ::2]]), {}, (4, 20, 30), (4, 20, 30)),
+    ],
+    ids=["2d", "3d", "4d", "5d", "rgb", "rgb stack", "dask", "zarr", "multiscale"],
+)
+def test_a_layer_is_a_volume_on_a_grid_of_its_own_axes(layer, lead, shape, grid):
+    chosen = choose_layer(layer, lead=lead)
+    assert chosen.volume.shape == shape
+    assert chosen.shape == grid
+    assert chosen.volume.plane(0).shape == shape[1:]
+    assert np.zeros(grid)[chosen.index(0)].shape == shape[1:3]
+
+
+def test_the_time_point_and_channel_chosen_are_what_is_read():
+    data = np.stack([np.stack([STACK + 100 * t + 7 * c for c in range(2)]) for t in range(3)])
+    chosen = choose_layer(Image(data), lead={"t": 2, "c": 1})
+    np.testing.assert_array_equal(chosen.volume.plane(1), STACK[1] + 207)
+
+
+def test_an_axis_that_is_labelled_as_channel_is_one():
+    assert lead_axes(Image(np.stack([STACK] * 3), axis_labels=("c", "z", "y", "x"))) == "c"
+
+
+@pytest.mark.parametrize("layer", [Labels(STACK.astype(int)), Image(np.zeros((2, 2, 2, 2, 8, 8)))], ids=["labels", "6d"])
+def test_what_cannot_be_segmented_is_said_in_a_sentence(layer):
+    with pytest.raises(DistillFSSError, match="layer '"):
+        choose_layer(layer)
+
+
+def test_units_of_the_layer_become_micrometres():
+    chosen = choose_layer(Image(STACK, scale=(2000, 325, 325), units=("nm",) * 3))
+    assert chosen.volume.scale == pytest.approx((2.0, 0.325, 0.325))
+    assert chosen.pixel_size == pytest.approx((0.325, 0.325))
+
+
+def test_without_units_there_is_no_pixel_size():
+    assert choose_layer(Image(STACK, scale=(2, 1, 1))).pixel_size is None
+    assert choose_layer(Image(STACK)).volume.scale == (None, None, None)
+
+
+def test_a_coarser_level_has_coarser_voxels_in_the_same_place():
+    layer = Image([STACK, STACK[:, ::2, ::2]], scale=(3, 1, 1), units=("um",) * 3)
+    chosen = choose_layer(layer, level=1)
+    assert chosen.volume.scale == pytest.approx((3, 2, 2))
+    place = chosen.place()
+    np.testing.assert_allclose(place["scale"], (3, 2, 2))
+    np.testing.assert_allclose(place["translate"], (0, 0.5, 0.5))
+
+
+def test_an_array_on_the_grid_of_a_turned_layer_lies_where_the_layer_lies():
+    layer = Image(np.stack([STACK] * 3), scale=(1, 2, 0.5, 0.5), translate=(0, 5, 6, 7), rotate=np.eye(4)[[0, 1, 3, 2]],
+                  affine=np.diag([1, 1, 3, 3, 1]))  # fmt: skip
+    chosen = choose_layer(layer, lead={"t": 2})
+    labels = Labels(np.zeros(chosen.shape, np.uint8), **chosen.place())
+    np.testing.assert_allclose(labels.data_to_world((0, 1, 3, 4)), layer.data_to_world((2, 1, 3, 4)))
+    plane = Labels(np.zeros((1, 1, 20, 30), np.uint8), **chosen.place(3))
+    np.testing.assert_allclose(plane.data_to_world((0, 0, 3, 4)), layer.data_to_world((2, 3, 3, 4)))
+
+
+def test_the_plane_at_a_point_is_that_whose_point_it_is():
+    chosen = choose_layer(Image(STACK, scale=(2.5, 1, 1), translate=(10, 0, 0)))
+    assert [chosen.plane_at(chosen.point_of(z)) for z in range(4)] == [0, 1, 2, 3]
+    assert chosen.plane_at((-100, 0, 0)) == 0
+
+
+def test_a_file_becomes_a_lazy_layer_that_is_read_from_the_file_again(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", STACK, metadata={"axes": "ZYX"})
+    levels, about = layer_of_file(tmp_path / "stack.tif")
+    layer = Image(levels[0], **about)
+    chosen = choose_layer(layer)
+    assert chosen.volume.path == tmp_path / "stack.tif"
+    np.testing.assert_array_equal(chosen.volume.plane(2), STACK[2])
+
+
+def test_labels_on_disk_are_seen_with_the_axes_of_the_layer():
+    array = zarr.array(STACK)
+    assert OnGrid(array, 0, 3)[1, 2, 3] == STACK[1, 2, 3]
+    assert OnGrid(array, 1, 4).shape == (1, 4, 20, 30)
+    np.testing.assert_array_equal(OnGrid(array, 1, 4)[0, 2], STACK[2])
+    np.testing.assert_array_equal(OnGrid(array, 1, 4)[:, 2, :, 5], STACK[2, :, 5][None])
+    np.testing.assert_array_equal(np.asarray(OnGrid(array, 0, 2)), STACK[0])

@@ -1,0 +1,125 @@
+"""Every editor keeps its contract: value, setValue, valueChanged."""
+
+import numpy as np
+import pytest
+
+from distillfss_core import DistillSettings
+from napari_distillfss._annotations import Class
+from napari_distillfss._layers import choose_layer
+from napari_distillfss._presets import PRESETS
+from napari_distillfss._session import Session
+from napari_distillfss._widgets.classes import ClassList
+from napari_distillfss._widgets.plot import TrainingPlot
+from napari_distillfss._widgets.region import RegionEdit
+from napari_distillfss._widgets.settings import PresetPicker, SettingsForm
+from napari_distillfss._widgets.table import ObjectTable
+from napari_distillfss._widgets.volume import VolumePicker
+
+
+def region_edit(viewer, tmp_path):
+    edit = RegionEdit()
+    edit.setShape((10, 20, 30))
+    return edit, [((1, 5), (2, 20), (0, 30)), None]
+
+
+def settings_form(viewer, tmp_path):
+    return SettingsForm(), [DistillSettings(steps=7, student="published", learning_rate=0.01, zoom="1/2")]
+
+
+def preset_picker(viewer, tmp_path):
+    return PresetPicker(), [DistillSettings(steps=7), DistillSettings()]
+
+
+def class_list(viewer, tmp_path):
+    return ClassList(), [(Class("nucleus", "#112233"), Class("debris", "#445566"))]
+
+
+def volume_picker(viewer, tmp_path):
+    layers = [viewer.add_image(np.zeros((4, 3, 5))), viewer.add_image(np.ones((7, 8)))]
+    return VolumePicker(Session(tmp_path), viewer), [choose_layer(layer) for layer in reversed(layers)]
+
+
+@pytest.mark.parametrize("make", [region_edit, settings_form, preset_picker, class_list, volume_picker])
+def test_what_is_set_is_the_value_and_is_told(make, viewer, tmp_path, qtbot):
+    editor, values = make(viewer, tmp_path)
+    qtbot.addWidget(editor)
+    for value in values:
+        with qtbot.waitSignal(editor.valueChanged) as changed:
+            editor.setValue(value)
+        assert editor.value() == value
+        assert changed.args[0] == value
+
+
+def test_an_edited_box_changes_the_value(qtbot):
+    form = SettingsForm()
+    qtbot.addWidget(form)
+    with qtbot.waitSignal(form.valueChanged):
+        form.boxes["steps"].setValue(11)
+    assert form.value().steps == 11
+
+
+def test_impossible_settings_are_said_and_not_taken(qtbot):
+    form = SettingsForm()
+    qtbot.addWidget(form)
+    form.boxes["crop"].setValue(100)
+    assert "multiple of 32" in form.fault
+    assert form.value().crop == 256
+    form.boxes["crop"].setValue(128)
+    assert not form.fault
+
+
+def test_every_setting_has_a_box_with_its_help(qtbot):
+    form = SettingsForm()
+    qtbot.addWidget(form)
+    assert list(form.boxes) == list(DistillSettings.__dataclass_fields__)
+    assert all(box.toolTip() for box in form.boxes.values())
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_recognized(name, qtbot):
+    picker = PresetPicker()
+    qtbot.addWidget(picker)
+    picker.setPreset(name)
+    assert picker.preset.currentText() == name
+    picker.form.boxes["seed"].setValue(5)
+    assert picker.preset.currentText() == "own settings"
+
+
+def test_classes_are_added_renamed_and_taken_away(qtbot):
+    classes = ClassList()
+    qtbot.addWidget(classes)
+    classes.add.click()
+    assert [c.name for c in classes.value()] == ["object", "class 2"]
+    assert classes.brush() == 3
+    classes.list.item(2).setText("nucleus")
+    assert [c.name for c in classes.value()] == ["nucleus", "class 2"]
+    classes.remove.click()
+    assert [c.name for c in classes.value()] == ["nucleus"]
+    assert not classes.remove.isEnabled()
+
+
+def test_the_plot_draws_what_it_is_told(qtbot):
+    plot = TrainingPlot()
+    qtbot.addWidget(plot)
+    plot.resize(300, 110)
+    empty = plot.grab().toImage()
+    for step in range(1, 50):
+        plot.add(step, 100, 1 / step, 0.5 if step % 10 == 0 else None)
+    assert plot.grab().toImage() != empty
+    plot.clear()
+    assert plot.grab().toImage() == empty
+
+
+def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
+    columns = "label,voxels,box_z0,box_z1,box_y0,box_y1,box_x0,box_x1"
+    (tmp_path / "t.csv").write_text(f"{columns}\n1,100,0,1,0,11,0,21\n2,20,2,3,4,5,6,7\n")
+    table = ObjectTable()
+    qtbot.addWidget(table)
+    table.read(tmp_path / "t.csv")
+    table.view.sortByColumn(1, table.view.horizontalHeader().sortIndicatorOrder().AscendingOrder)
+    assert table.view.model().index(0, 0).data() == "2"
+    with qtbot.waitSignal(table.chosen) as chosen:
+        table.choose(0)
+    assert chosen.args == [1, (0, 5, 10)]
+    table.select(2)
+    assert table.view.selectionModel().selectedRows()[0].data() == "2"
