@@ -72,9 +72,11 @@ def command_line(session: Session, support: Path) -> str:
     if session.counted is not None and session.applied is not None:
         count = session.counted
         words = ["distillfss", "instances", str(session.applied.out), "-o", str(count.out), "--table", str(count.table)]
-        names = {"radius": "watershed", "min_voxels": "min-voxels"}
-        for name, value in count.how.items():
-            words += [f"--{names.get(name, name)}", str(value)]
+        names = {"radius": "--watershed", "min_voxels": "--min-voxels", "value": "--value"}
+        words += [w for name, option in names.items() if name in count.how for w in (option, str(count.how[name]))]
+        if _is_measured(session):
+            words += ["--image", _source(session)]
+            words += [w for k, v in _opening(session).items() for w in (f"--{k.replace('level', 'image-level')}", str(v))]
         lines.append(shlex.join(words))
     return "\n".join(lines)
 
@@ -111,6 +113,9 @@ def python_lines(session: Session, support: Path) -> str:
         count = session.counted
         names += ["label_instances", "open_volume"]
         how = "".join(f", {k}={v!r}" for k, v in count.how.items())
+        if _is_measured(session):
+            opening = "".join(f", {k}={v!r}" for k, v in _opening(session).items())
+            how += f", image=open_volume({_source(session)!r}{opening})"
         lines.append(
             f"label_instances(open_volume({str(session.applied.out)!r}), {str(count.out)!r}, "
             f"table={str(count.table)!r}{how})"
@@ -127,6 +132,12 @@ def _settings(session: Session) -> dict[str, Any]:
     if given.get("polarity", "auto") == "auto":
         given["polarity"] = "0"
     return given
+
+
+def _is_measured(session: Session) -> bool:
+    """Whether the image's mean over each object was measured, and can be again."""
+    volume = session.volume.volume if session.volume else None
+    return volume is not None and volume.path is not None and volume.ndim == 3
 
 
 def _names(session: Session) -> list[str]:

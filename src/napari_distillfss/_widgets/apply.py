@@ -210,14 +210,13 @@ class ObjectsWidget(QWidget):
                 raise core.SettingsError("there are no labels yet; apply a student first")
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
             how: dict[str, Any] = {"value": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
-            method = "watershed" if self.method.currentIndex() else "components"
-            if method == "watershed":
-                how["radius"] = self.radius.value()
+            if self.method.currentIndex() == 1:
+                how |= {"method": "watershed", "radius": self.radius.value()}
             image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}
             table = out.with_name(f"{out.name.partition('.')[0]}.csv")
             self.job.start(
                 lambda stop: iter_counting(
-                    applied.out, out, stop, table=table, method=method, overwrite=out.exists(), **image, **how
+                    applied.out, out, stop, table=table, overwrite=out.exists(), **image, **how
                 )
             )
             self._running = (chosen, Counted(out, table, how))

@@ -1,0 +1,140 @@
+"""From opening the sample to reopening the student, as a user does it."""
+
+import contextlib
+import io
+import shlex
+
+import numpy as np
+import pytest
+import zarr
+from qtpy.QtWidgets import QApplication
+
+from distillfss_core import DistillSettings, StudentModel
+from distillfss_core.cli import main
+
+
+def finish(qtbot, dock):
+    qtbot.waitUntil(lambda: not dock.session.busy, timeout=300_000)
+
+
+def iou(found, truth):
+    return float(np.logical_and(found, truth).sum() / np.logical_or(found, truth).sum())
+
+
+def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbot, tmp_path):
+    from distillfss_core.sample import generate_sample
+
+    made = generate_sample(planes=12, size=192)
+    truth = made.labels > 0
+    viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    dock = open_dock(viewer)
+    dock.distil.settings.setValue(DistillSettings(steps=150, views=64, crop=128, queries=2, shots=2, zoom="2"))
+
+    dock.support.count.setValue(5)
+    dock.support.suggest_slices()
+    assert len(dock.support.suggested) == 5
+    for z in dock.support.suggested:  # nuclei by the brush, the rest by the button
+        dock.support.go_to(z)
+        objects = np.nonzero(truth[z])
+        dock.support.layer.data_setitem((np.full(len(objects[0]), z), *objects), 2)
+        dock.support.fill_rest()
+    assert dock.session.annotations.planes() == dock.support.suggested
+
+    dock.distil.start()
+    finish(qtbot, dock)
+    assert dock.session.model is not None, dock.distil.message.text()
+
+    wrong = next(z for z in range(12) if z not in dock.support.suggested)
+    dock.support.go_to(wrong)
+    qtbot.waitUntil(lambda: dock.preview.plane == wrong and "done" in dock.preview.message.text(), timeout=60_000)
+    dock.preview.take.click()
+    painted = dock.session.annotations.plane(wrong)
+    np.testing.assert_array_equal(painted, dock.preview.layers["labels"].data[0] + 1)
+    misses = np.nonzero(painted != truth[wrong] + 1)  # what the brush has to correct
+    corrected = truth[wrong][misses].astype(np.uint8) + 1
+    dock.support.layer.data_setitem((np.full(len(misses[0]), wrong), *misses), corrected)
+    np.testing.assert_array_equal(dock.session.annotations.plane(wrong), truth[wrong] + 1)
+
+    first = dock.session.model_path
+    dock.distil.settings.setValue(DistillSettings(steps=40, views=32, crop=128, queries=2, shots=2))
+    dock.distil.start_refining()
+    finish(qtbot, dock)
+    assert dock.session.training.start == first
+    assert len(dock.session.model.training["support"]) == 6
+
+    dock.apply.out.setText(str(tmp_path / "labels.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.layer in viewer.layers
+    labels = zarr.open_array(tmp_path / "labels.ome.zarr" / "0")[:]
+    others = [z for z in range(12) if z not in dock.session.annotations.planes()]
+    assert iou(labels[others] > 0, truth[others]) >= 0.85
+
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert len(dock.objects.table.model.values) > 5
+    dock.objects.table.choose(3)
+    assert dock.objects.layer.selected_label == 4
+
+    dock.model.save_to(tmp_path / "student.safetensors")
+    again = StudentModel.load(tmp_path / "student.safetensors")
+    np.testing.assert_array_equal(again.predict(made.image[others[0]]).labels, labels[others[0]])
+
+
+@pytest.fixture
+def scripted(viewer, open_dock, qtbot, tmp_path, few, sample, painted_truth):
+    """A dock in which a volume of a file was distilled, applied and counted."""
+    import tifffile
+
+    path = tmp_path / "stack.tif"
+    step = {"metadata": {"axes": "ZYX", "spacing": 2.5, "unit": "um"}, "resolution": (1, 1)}
+    tifffile.imwrite(path, sample.image, imagej=True, **step)
+    dock = open_dock(viewer)
+    dock.volume.open_path(path)
+    for z in (1, 5):
+        dock.session.annotations.put(z, painted_truth[z])
+    dock.session.painted()
+    dock.distil.settings.setValue(few)
+    dock.distil.start()
+    finish(qtbot, dock)
+    dock.model.save_to(tmp_path / "a student.safetensors")
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.region.setValue(((0, 4), (0, 96), (0, 96)))
+    dock.apply.start()
+    finish(qtbot, dock)
+    dock.objects.smallest.setValue(3)
+    dock.objects.start()
+    finish(qtbot, dock)
+    return dock, tmp_path
+
+
+def moved(text, folder):
+    """A script that writes elsewhere."""
+    for name in ("a student.safetensors", "out.ome.zarr", "out-objects.ome.zarr", "out-objects.csv"):
+        text = text.replace(str(folder / name), str(folder / "again" / name))
+    return text
+
+
+def assert_same(folder):
+    for name in ("out.ome.zarr", "out-objects.ome.zarr"):
+        ours, theirs = (zarr.open_array(f / name / "0")[:] for f in (folder, folder / "again"))
+        np.testing.assert_array_equal(ours, theirs)
+    assert (folder / "out-objects.csv").read_text() == (folder / "again" / "out-objects.csv").read_text()
+
+
+def test_the_copied_command_makes_the_very_same(scripted):
+    dock, folder = scripted
+    dock.model.copy_command()
+    (folder / "again").mkdir()
+    for line in moved(QApplication.clipboard().text(), folder).splitlines():
+        with contextlib.redirect_stdout(io.StringIO()):
+            assert main(shlex.split(line)[1:]) == 0
+    assert_same(folder)
+
+
+def test_the_copied_python_makes_the_very_same(scripted):
+    dock, folder = scripted
+    dock.model.copy_python()
+    (folder / "again").mkdir()
+    exec(compile(moved(QApplication.clipboard().text(), folder), "script", "exec"), {})
+    assert_same(folder)

@@ -1,0 +1,29 @@
+"""What opening the dock loads."""
+
+import os
+import subprocess
+import sys
+
+CODE = """
+import sys
+from qtpy.QtWidgets import QApplication
+app = QApplication([])
+from napari.components import ViewerModel
+import numpy as np
+viewer = ViewerModel()
+from napari_distillfss._widgets.dock import DistillDock
+dock = DistillDock(viewer)
+print(*sorted({m.partition('.')[0] for m in sys.modules}))
+dock.session.close()
+"""
+
+
+def test_opening_the_dock_loads_no_torch(root, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(done.stdout.split())
+    assert "napari_distillfss" in loaded
+    assert not loaded & {"torch", "timm", "torchvision"}
