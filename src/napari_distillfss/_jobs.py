@@ -9,7 +9,7 @@ from qtpy.QtCore import QObject, Signal
 
 import distillfss_core as core
 from napari_distillfss._session import Session
-from napari_distillfss._work import Work
+from napari_distillfss._work import Work, keep_triton_out
 
 
 class _Out(QObject):
@@ -150,6 +150,7 @@ def _run(work: Work, stop: Event, out: _Out) -> None:
     """Do the work; whatever it ends with goes to the window's thread, bugs too."""
     found: Any = None
     try:
+        keep_triton_out()
         run = work(stop)
         while True:
             out.step.emit(next(run))

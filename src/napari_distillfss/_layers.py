@@ -210,8 +210,7 @@ def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, 
     if not known and all(s == 1 for s in step):
         return (None, None, None), None
     sizes: list[float | None] = [
-        s * (length or 1.0) * f
-        for s, length, f in zip(step, lengths, factors[-len(step) :], strict=True)
+        s * (length or 1.0) * f for s, length, f in zip(step, lengths, factors[-len(step) :], strict=True)
     ]
     return (*(None for _ in range(3 - len(sizes))), *sizes), "micrometer" if known else None
 

@@ -41,7 +41,7 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
 def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
     """An OME-Zarr image, a layer a channel, or labels; read when they are looked at."""
     path = str(path)
-    attributes = zarr.open(path, mode="r").attrs.asdict()
+    attributes: dict[str, Any] = zarr.open(path, mode="r").attrs.asdict()
     if "image-label" in attributes.get("ome", attributes):
         levels, about = layer_of_file(path)
         about.pop("rgb")

@@ -39,8 +39,8 @@ def write_planes(folder: Path, planes: dict[int, tuple[np.ndarray, np.ndarray]])
                 old.unlink()
         for z, (image, labels) in planes.items():
             file = f"plane_{z:04d}.tif"
-            colour = {"photometric": "rgb"} if image.ndim == 3 and image.shape[-1] in (3, 4) else {}
-            tifffile.imwrite(folder / "images" / file, image, **colour)
+            kind = "rgb" if image.ndim == 3 and image.shape[-1] in (3, 4) else "minisblack"
+            tifffile.imwrite(folder / "images" / file, image, photometric=kind)
             core.write_labels(folder / "labels" / file, labels)
             written += [str(folder / "images" / file), str(folder / "labels" / file)]
     except OSError as fault:
@@ -76,7 +76,9 @@ def command_line(session: Session, support: Path) -> str:
         words += [w for name, option in names.items() if name in count.how for w in (option, str(count.how[name]))]
         if _is_measured(session):
             words += ["--image", _source(session)]
-            words += [w for k, v in _opening(session).items() for w in (f"--{k.replace('level', 'image-level')}", str(v))]
+            words += [
+                w for k, v in _opening(session).items() for w in (f"--{k.replace('level', 'image-level')}", str(v))
+            ]
         lines.append(shlex.join(words))
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -48,6 +49,16 @@ class PlanePart:
     uncertainty: npt.NDArray[np.float32]
 
 
+def keep_triton_out() -> None:
+    """Let torch do without triton where Mesa draws by LLVM (no GPU, remote desktops): two LLVMs crash the process.
+
+    Nothing here needs triton. What has loaded it before is left as it is.
+    """
+    maps = Path("/proc/self/maps")
+    if "triton" not in sys.modules and maps.is_file() and "libLLVM" in maps.read_text():
+        sys.modules["triton"] = None  # type: ignore[assignment]
+
+
 def iter_device(stop: Event) -> Generator[Doing, None, str]:
     """Look up what this machine computes on; loads torch on the way."""
     yield Doing("looking for a GPU")
@@ -90,9 +101,7 @@ def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, No
                 return None
 
 
-def iter_applying(
-    volume: Any, model: Any, out: Path, stop: Event, **how: Any
-) -> Generator[Any, None, Any]:
+def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr; stopped, what is finished is kept."""
     yield Doing("preparing")
     return (yield from iter_until(core.iter_segment(volume, model, out, **how), stop))
@@ -104,9 +113,7 @@ def iter_counting(labels: Path, out: Path, stop: Event, **how: Any) -> Generator
     return (yield from iter_until(core.iter_instances(core.open_volume(labels), out, **how), stop))
 
 
-def iter_teacher(
-    make_support: Callable[[], Any], settings: Any, kind: str, stop: Event
-) -> Generator[Doing, None, Any]:
+def iter_teacher(make_support: Callable[[], Any], settings: Any, kind: str, stop: Event) -> Generator[Doing, None, Any]:
     """A teacher that answers without training: ``kind`` "dcama" or "prototype"."""
     core.leave_a_core_free()
     yield Doing("telling the teacher your slices")
@@ -206,7 +213,8 @@ def iter_import(
         one = labels.shape[0] == 1
         if labels.ndim != 3 or labels.shape[1:] != shape[1:] or not (one or labels.shape[0] == shape[0]):
             raise core.ImageError(
-                f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of a plane"
+                f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of one "
+                "of its planes"
             )
         taken = []
         for at in range(labels.shape[0]):

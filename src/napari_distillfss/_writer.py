@@ -21,7 +21,9 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
     """
     image, labels = (next(data for data, _, kind in layers if kind == wanted) for wanted in ("image", "labels"))
     if tuple(image.shape[: labels.ndim]) != tuple(labels.shape) or labels.ndim not in (2, 3):
-        raise core.ImageError(f"the image is {image.shape}, its labels {labels.shape}; save layers of one size, 2-D or 3-D")
+        raise core.ImageError(
+            f"the image is {image.shape}, its labels {labels.shape}; save layers of one size, 2-D or 3-D"
+        )
     if labels.ndim == 2:
         image, labels = image[None], labels[None]
     found = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}

@@ -46,7 +46,7 @@ def test_an_axis_that_is_labelled_as_channel_is_one():
     assert lead_axes(Image(np.stack([STACK] * 3), axis_labels=("c", "z", "y", "x"))) == "c"
 
 
-@pytest.mark.parametrize("layer", [Labels(STACK.astype(int)), Image(np.zeros((2, 2, 2, 2, 8, 8)))], ids=["labels", "6d"])
+@pytest.mark.parametrize("layer", [Labels(STACK.astype(int)), Image(np.zeros((2,) * 4 + (8, 8)))], ids=["labels", "6d"])
 def test_what_cannot_be_segmented_is_said_in_a_sentence(layer):
     with pytest.raises(DistillFSSError, match="layer '"):
         choose_layer(layer)

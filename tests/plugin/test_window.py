@@ -1,6 +1,8 @@
 """The dock in napari's own window."""
 
+import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,8 +46,9 @@ def test_the_window_stays_alive_while_distilling_and_applying(docked, window, sa
     for z in (1, 5):
         docked.session.annotations.put(z, painted_truth[z])
     docked.session.painted()
+    docked.support.paint.click()  # napari's first labels layer takes it a moment
     docked.distil.start()
-    qtbot.waitUntil(lambda: docked.distil.plot.losses, timeout=120_000)  # torch is loaded by now
+    qtbot.waitUntil(lambda: bool(docked.distil.plot.losses), timeout=120_000)  # torch is loaded by now
     docked.apply.out.setText(str(tmp_path / "o.ome.zarr"))
     ticks = [time.perf_counter()]
     timer = QTimer()
@@ -55,23 +58,26 @@ def test_the_window_stays_alive_while_distilling_and_applying(docked, window, sa
     docked.apply.start()
     qtbot.waitUntil(lambda: not docked.session.busy, timeout=120_000)
     timer.stop()
-    assert np.diff(ticks).max() < 2.0  # loosely: other work may hold the cores; the bench says how it is
+    assert np.diff(ticks).max() < 1.0  # loosely: other work may hold the cores; the bench says how it is
 
 
 def test_closing_the_window_while_distilling_ends_the_work(
-    display, make_napari_viewer, open_dock, qtbot, sample, painted_truth, few
+    display, make_napari_viewer, qtbot, sample, painted_truth, few, tmp_path
 ):
-    from dataclasses import replace
+    from napari_distillfss._widgets.dock import DistillDock
 
     viewer = make_napari_viewer()
     viewer.add_image(sample.image, name="nuclei")
-    dock = open_dock(viewer)
+    dock = DistillDock(viewer, tmp_path)
     viewer.window.add_dock_widget(dock, name="DistillFSS", area="right")
     dock.session.annotations.put(1, painted_truth[1])
     dock.session.painted()
     dock.distil.settings.setValue(replace(few, steps=100_000))
     dock.distil.start()
-    qtbot.waitUntil(lambda: dock.distil.plot.losses, timeout=120_000)
-    viewer.window.close()
-    dock.session.close()
-    qtbot.waitUntil(lambda: not dock.session.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: bool(dock.distil.plot.losses), timeout=120_000)
+    session = dock.session
+    with qtbot.waitSignal(dock.destroyed):
+        viewer.window.remove_dock_widget(dock)
+        dock.deleteLater()
+    qtbot.waitUntil(lambda: not any("distillfss" in t.name for t in threading.enumerate()), timeout=60_000)
+    assert session.annotations is None

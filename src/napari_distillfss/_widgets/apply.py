@@ -114,8 +114,11 @@ class ApplyWidget(QWidget):
         if self._running is None:
             return
         chosen, applied = self._running
-        self._remove_layer()
         levels = open_levels(applied.out, chosen, all_levels=finished)
+        if self.layer is not None and self.layer in self._viewer.layers and len(levels) == 1:
+            self.layer.refresh()  # another layer would cost napari a moment in which the window stands still
+            return
+        self._remove_layer()
         classes = self._session.annotations.classes if self._session.annotations else ()
         known = len(classes) == len(self._session.model.class_names)
         self.layer = self._viewer.add_labels(
@@ -215,9 +218,7 @@ class ObjectsWidget(QWidget):
             image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}
             table = out.with_name(f"{out.name.partition('.')[0]}.csv")
             self.job.start(
-                lambda stop: iter_counting(
-                    applied.out, out, stop, table=table, overwrite=out.exists(), **image, **how
-                )
+                lambda stop: iter_counting(applied.out, out, stop, table=table, overwrite=out.exists(), **image, **how)
             )
             self._running = (chosen, Counted(out, table, how))
             self.message.tell("")
@@ -262,15 +263,15 @@ class ObjectsWidget(QWidget):
         self.table.select(int(self.layer.selected_label))
 
     def _on_state_changed(self) -> None:
-        ready = self._session.applied is not None
-        self.count.setEnabled(ready and not self._session.busy)
-        if ready and self._session.model is not None:
+        applied = self._session.applied
+        self.count.setEnabled(applied is not None and not self._session.busy)
+        if applied is not None and self._session.model is not None:
             names = list(self._session.model.class_names)
             if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
                 self.of_class.clear()
                 self.of_class.addItems(names)
             if self.message.text().startswith("apply"):
-                self.message.tell(f"ready to count the objects of {self._session.applied.out.name}")
+                self.message.tell(f"ready to count the objects of {applied.out.name}")
 
 
 def open_levels(path: Path, chosen: ChosenVolume, *, all_levels: bool) -> list[Any]:
@@ -280,5 +281,3 @@ def open_levels(path: Path, chosen: ChosenVolume, *, all_levels: bool) -> list[A
         OnGrid(zarr.open_array(path / name, mode="r"), len(chosen.lead), chosen.layer.ndim)
         for name in (names if all_levels else names[:1])
     ]
-
-

@@ -129,5 +129,3 @@ def describe(card: dict[str, Any]) -> str:
         if training.get("left_out_iou") is not None:
             lines.append(f"left-out IoU: {training['left_out_iou']:.3f}")
     return "\n".join(lines)
-
-

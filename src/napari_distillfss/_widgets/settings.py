@@ -11,7 +11,7 @@ from qtpy.QtWidgets import QComboBox, QDoubleSpinBox, QFormLayout, QLineEdit, QS
 
 import distillfss_core as core
 from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
-from napari_distillfss._widgets.parts import combo, column, row
+from napari_distillfss._widgets.parts import column, combo, row
 
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(core.DistillSettings)}
 OWN = "own settings"
@@ -65,9 +65,7 @@ class PresetPicker(QWidget):
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.form = SettingsForm()
-        self.preset = combo(
-            "<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN)
-        )
+        self.preset = combo("<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN))
         self.more = combo("Every option of the training, for those who know what they want", ("usual", "all options"))
         column(self, row("Thoroughness", self.preset, self.more), self.form, margin=0)
         self.form.hide()
@@ -124,13 +122,13 @@ def _box(setting: Any) -> QWidget:
 def _edited(box: QWidget) -> Any:
     if isinstance(box, QComboBox):
         return box.currentTextChanged
-    return box.editingFinished if isinstance(box, QLineEdit) else box.valueChanged  # type: ignore[attr-defined]
+    return box.editingFinished if isinstance(box, QLineEdit) else box.valueChanged
 
 
 def _read(box: QWidget) -> Any:
     if isinstance(box, QComboBox):
         return box.currentText()
-    return box.text().strip() if isinstance(box, QLineEdit) else box.value()  # type: ignore[attr-defined]
+    return box.text().strip() if isinstance(box, QLineEdit) else box.value()
 
 
 def _show(box: QWidget, value: Any) -> None:
@@ -139,4 +137,4 @@ def _show(box: QWidget, value: Any) -> None:
     elif isinstance(box, QLineEdit):
         box.setText(value)
     else:
-        box.setValue(value)  # type: ignore[attr-defined]
+        box.setValue(value)

@@ -203,12 +203,13 @@ class SupportWidget(QWidget):
     def _on_slices_changed(self) -> None:
         annotations = self._session.annotations
         slices = annotations.slices() if annotations else []
+        names = annotations.class_names if annotations else ()
         painted = {s.plane for s in slices}
         chosen_row = self.list.currentRow()
         self.list.blockSignals(True)
         self.list.clear()
         for slice_ in slices:
-            item = QListWidgetItem(self._icon(slice_.plane), words.painted(slice_, annotations.class_names))
+            item = QListWidgetItem(self._icon(slice_.plane), words.painted(slice_, names))
             item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
             item.setCheckState(Qt.CheckState.Checked if slice_.enabled else Qt.CheckState.Unchecked)
             item.setData(Qt.ItemDataRole.UserRole, slice_.plane)
@@ -290,8 +291,11 @@ class SupportWidget(QWidget):
     def _show_suggested(self, planes: list[int]) -> None:
         self.suggested = planes
         self._show_layer()
-        self.message.tell(f"paint in planes {', '.join(map(str, planes))}: some background and every class, in scribbles "
-                          "or whole; click a slice in the list to go there")  # fmt: skip
+        numbers = ", ".join(map(str, planes))
+        self.message.tell(
+            f"paint in planes {numbers}: some background and every class, in scribbles or whole; click a slice in the "
+            "list to go there"
+        )
         self._on_slices_changed()
         self.go_to(planes[0])
 
@@ -352,5 +356,6 @@ def colours_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
     from napari.utils.colormaps import DirectLabelColormap
 
     colours = {n: c.colour for n, c in enumerate(classes, first)}
-    painted = {BACKGROUND: BACKGROUND_COLOUR} if first > BACKGROUND else {}
-    return DirectLabelColormap(color_dict={None: "#ff00ff", 0: "transparent", **painted, **colours})
+    if first > BACKGROUND:
+        colours[BACKGROUND] = BACKGROUND_COLOUR
+    return DirectLabelColormap(color_dict={None: "#ff00ff", 0: "transparent", **colours})

@@ -167,5 +167,3 @@ def _set(box: Any, value: int, high: int | None = None) -> None:
         box.setMaximum(high)
     box.setValue(value)
     box.blockSignals(False)
-
-
