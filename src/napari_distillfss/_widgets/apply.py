@@ -42,6 +42,7 @@ class ApplyWidget(QWidget):
         self.out.setToolTip("Folder of the labels, ending in .ome.zarr; an unfinished one goes on where it stopped")
         self.out.setPlaceholderText("NAME.ome.zarr")
         self.browse = button("…", "Choose where to write", self._on_browse_clicked)
+        self.browse.setMaximumWidth(32)
         self.replace = QCheckBox("Replace labels that are there")
         self.replace.setToolTip("Begin anew in place of labels that were written from here; nothing else is replaced")
         self.apply = button(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtpy.QtCore import Qt
+from qtpy.QtCore import QSize, Qt
 from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
 
 from napari_distillfss._layers import ChosenVolume
@@ -20,6 +20,8 @@ from napari_distillfss._widgets.volume import VolumePicker
 
 if TYPE_CHECKING:
     import napari
+
+_WIDTH = 380  # so that half of a small screen is left for the image
 
 
 class DistillDock(QScrollArea):
@@ -64,7 +66,7 @@ class DistillDock(QScrollArea):
         self.setWidgetResizable(True)
         self.setFrameShape(QFrame.Shape.NoFrame)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.setMinimumWidth(360)
+        self.setMinimumWidth(_WIDTH)
         self.volume.valueChanged.connect(self._on_volume_chosen)
         self.preview.correct.connect(self.support.put_into_plane)
         session.model_changed.connect(self._on_model_changed)
@@ -72,6 +74,9 @@ class DistillDock(QScrollArea):
         self.destroyed.connect(session.close)
         QApplication.instance().aboutToQuit.connect(session.close)
         self._on_volume_chosen(self.volume.value())
+
+    def sizeHint(self) -> QSize:
+        return QSize(_WIDTH, 700)
 
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
         attempt(self.volume.message, lambda: self.session.choose_volume(chosen))

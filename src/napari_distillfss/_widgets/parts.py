@@ -143,7 +143,10 @@ def row(*parts: QWidget | str) -> QWidget:
     layout.setContentsMargins(0, 0, 0, 0)
     layout.setSpacing(4)
     for part in parts:
-        layout.addWidget(QLabel(part) if isinstance(part, str) else part)
+        if isinstance(part, str):
+            layout.addWidget(QLabel(part))
+        else:
+            layout.addWidget(part, 1)
     return holder
 
 

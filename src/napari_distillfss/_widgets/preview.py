@@ -74,8 +74,8 @@ class PreviewWidget(QWidget):
         column(
             self,
             self.on,
-            row("by", self.source),
-            row(*self.shown.values(), self.of_class),
+            row("by", self.source, "class", self.of_class),
+            row(*self.shown.values()),
             self.take,
             JobBar(self.job, cancel="Stop"),
             self.message,
@@ -272,7 +272,7 @@ class PreviewWidget(QWidget):
         else:
             colours = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(
-                array, colormap=colours, contrast_limits=(0, 1), opacity=0.6, blending="translucent", **about
+                array, colormap=colours, contrast_limits=(0, 1), opacity=0.6, blending="additive", **about
             )
         if active is not None:
             self._viewer.layers.selection.active = active  # the brush stays where it was

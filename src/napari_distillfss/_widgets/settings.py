@@ -66,6 +66,7 @@ class PresetPicker(QWidget):
         super().__init__(parent)
         self.form = SettingsForm()
         self.preset = combo("<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN))
+        self.preset.setMinimumContentsLength(len(OWN))
         self.more = combo("Every option of the training, for those who know what they want", ("usual", "all options"))
         column(self, row("Thoroughness", self.preset, self.more), self.form, margin=0)
         self.form.hide()

@@ -355,7 +355,7 @@ def colours_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
     """napari's colours for labels: as painted, or with the first class at 1, where background is not shown."""
     from napari.utils.colormaps import DirectLabelColormap
 
-    colours = {n: c.colour for n, c in enumerate(classes, first)}
+    colours: dict[int | None, str] = {n: c.colour for n, c in enumerate(classes, first)}
     if first > BACKGROUND:
         colours[BACKGROUND] = BACKGROUND_COLOUR
-    return DirectLabelColormap(color_dict={None: "#ff00ff", 0: "transparent", **colours})
+    return DirectLabelColormap(color_dict=colours | {None: "#ff00ff", 0: "transparent"})

@@ -37,7 +37,8 @@ class ObjectTable(QWidget):
     def read(self, path: Path) -> None:
         """Show a table as the core writes it (.csv)."""
         with open(path, newline="") as file:
-            columns, *rows = list(csv.reader(file))
+            rows = list(csv.reader(file))
+        columns, rows = rows[0], rows[1:]
         self.model = _Measures(columns, np.array(rows, float).reshape(len(rows), len(columns)))
         self._sorted.setSourceModel(self.model)
         self._sorted.sort(0)

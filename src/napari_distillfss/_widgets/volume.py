@@ -57,6 +57,7 @@ class VolumePicker(QWidget):
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.layers.events.removed.connect(self._on_layers_changed)
+        self._take(None)
         self._on_layers_changed()
 
     def value(self) -> ChosenVolume | None:
@@ -118,7 +119,7 @@ class VolumePicker(QWidget):
             self._take(choose_layer(layer, lead=lead, level=self.level.value()))
 
         if not attempt(self.message, choose):
-            self._take(None, quiet=True)
+            self._take(None)
 
     def _fit_boxes(self, layer: Any) -> None:
         """Show what there is to choose of a layer."""
@@ -134,14 +135,14 @@ class VolumePicker(QWidget):
         self.level.setVisible(levels > 1)
         _set(self.level, self.level.value(), levels - 1)
 
-    def _take(self, value: ChosenVolume | None, *, quiet: bool = False) -> None:
+    def _take(self, value: ChosenVolume | None) -> None:
         self._value = value
         if value is not None:
             self.message.tell(words.volume(value))
             if not self.device.text() and not self._job.running:
                 self.device.tell("looking for a GPU")
                 self._job.start(iter_device)
-        elif not quiet:
+        else:
             for box in (*self.lead.values(), self.level, *self._lead_labels.values(), self._level_label):
                 box.hide()
         self.valueChanged.emit(value)

@@ -1,0 +1,125 @@
+"""The pictures of docs/user-guide.md: napari does a whole session on the generated nuclei and is photographed.
+
+    python docs/screenshots.py [FOLDER]          (by default docs/images; needs a screen, or Xvfb)
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 1280, 800
+THEMES = ("dark", "light")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "images")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.environ.get("DISPLAY") and sys.platform == "linux":
+        if shutil.which("xvfb-run") is None:
+            sys.exit("needs a screen: install xvfb")
+        screen = f"-screen 0 {WIDTH}x{HEIGHT}x24"
+        os.execvp("xvfb-run", ["xvfb-run", "-a", "-s", screen, sys.executable, *sys.argv])
+    with tempfile.TemporaryDirectory() as kept:
+        Session(folder, Path(kept)).run()
+
+
+class Session:
+    """napari with the dock, doing what the guide tells."""
+
+    def __init__(self, folder: Path, kept: Path) -> None:
+        import napari
+        from qtpy.QtWidgets import QApplication
+
+        from napari_distillfss._widgets.dock import DistillDock
+
+        self.folder, self.kept = folder, kept
+        self.viewer = napari.Viewer(title="napari", show=True)
+        self.app = QApplication.instance()
+        self.viewer.window._qt_window.setGeometry(0, 0, WIDTH, HEIGHT)  # no window manager does it here
+        self.dock = DistillDock(self.viewer, kept)
+        self.viewer.window.add_dock_widget(self.dock, name="DistillFSS", area="right")
+
+    def run(self) -> None:
+        from distillfss_core import DistillSettings, generate_sample
+
+        dock, viewer = self.dock, self.viewer
+        made = generate_sample(planes=12, size=256)
+        truth = made.labels > 0
+        viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+        dock.support.suggest_slices()
+        self.wait(lambda: "computes" in dock.volume.device.text())
+        self.photograph("1-volume", dock.volume)
+
+        for z in dock.support.suggested:
+            objects = np.nonzero(truth[z])
+            dock.support.go_to(z)
+            dock.support.layer.data_setitem((np.full(len(objects[0]), z), *objects), 2)
+            dock.support.fill_rest()
+        dock.support.go_to(dock.support.suggested[2])
+        dock.support.paint.click()
+        self.wait(lambda: not dock.support.list.item(0).icon().isNull())
+        self.photograph("2-support", dock.support)
+
+        dock.distil.settings.setValue(DistillSettings(steps=200, views=96, crop=128, zoom="2", left_out="2"))
+        dock.distil.start()
+        self.wait(lambda: len(dock.distil.plot.losses) > 150)
+        self.photograph("3-distil", dock.distil)
+        self.wait(lambda: not dock.session.busy)
+
+        dock.support.layer.visible = False
+        dock.support.go_to(4)
+        dock.preview.shown["uncertainty"].setChecked(True)
+        self.wait(lambda: dock.preview.plane == 4 and "done" in dock.preview.message.text())
+        self.photograph("4-preview", dock.preview)
+
+        dock.preview.on.setChecked(False)
+        dock.apply.out.setText(str(self.kept / "nuclei-labels.ome.zarr"))
+        dock.apply.start()
+        self.wait(lambda: not dock.session.busy)
+        dock.objects.start()
+        self.wait(lambda: not dock.session.busy)
+        dock.objects.table.view.selectRow(3)
+        dock.objects.table.choose(3)
+        dock.apply.out.setText("nuclei-labels.ome.zarr")
+        dock.apply.message.tell("done in 4 s: 1 pieces computed; nuclei-labels.ome.zarr")
+        self.photograph("5-apply", dock.apply)
+        self.photograph("6-model", dock.model)
+        viewer.close()
+
+    def photograph(self, name: str, section: object) -> None:
+        """One picture in each theme, with a section of the dock at its top."""
+        from napari.settings import get_settings
+
+        for theme in THEMES:
+            get_settings().appearance.theme = theme
+            self.viewer.theme = theme
+            self.wait_a_moment()
+            self.dock.verticalScrollBar().setValue(self.dock.sections[section].y())
+            self.wait_a_moment()
+            picture = Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)[..., :3])
+            picture.quantize(128).save(self.folder / f"{name}-{theme}.png", optimize=True)
+
+    def wait(self, until: Callable[[], bool], seconds: float = 300) -> None:
+        end = time.monotonic() + seconds
+        while not until():
+            if time.monotonic() > end:
+                sys.exit("waited too long")
+            self.app.processEvents()
+            time.sleep(0.01)
+
+    def wait_a_moment(self) -> None:
+        end = time.monotonic() + 0.6
+        self.wait(lambda: time.monotonic() > end)
+
+
+if __name__ == "__main__":
+    main()
