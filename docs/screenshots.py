@@ -1,6 +1,6 @@
 """The pictures of docs/user-guide.md: napari does a whole session on the generated nuclei and is photographed.
 
-    python docs/screenshots.py [FOLDER]          (by default docs/images; needs a screen, or Xvfb)
+python docs/screenshots.py [FOLDER]          (by default docs/images; needs a screen, or Xvfb)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Session:
             self.dock.verticalScrollBar().setValue(self.dock.sections[section].y())
             self.wait_a_moment()
             picture = Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)[..., :3])
-            picture.quantize(128).save(self.folder / f"{name}-{theme}.png", optimize=True)
+            picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.folder / f"{name}-{theme}.png", optimize=True)
 
     def wait(self, until: Callable[[], bool], seconds: float = 300) -> None:
         end = time.monotonic() + seconds

@@ -41,6 +41,16 @@ def test_the_menus_lead_to_the_dock(display, npe2pm, make_napari_viewer, root, m
     dock.session.close()
 
 
+def test_nothing_is_cut_off_at_the_width_of_the_dock(docked, window):
+    window.add_image(np.zeros((2, 3, 4, 64, 64)), name="a long name of an image that does not fit in any box")
+    docked.distil.settings.more.setCurrentIndex(1)
+    for section in docked.sections.values():
+        section.heading.setChecked(True)
+    docked.objects.table.show()
+    bar = docked.verticalScrollBar().sizeHint().width()
+    assert docked.widget().minimumSizeHint().width() + bar <= docked.minimumWidth()
+
+
 def test_the_window_stays_alive_while_distilling_and_applying(docked, window, sample, painted_truth, qtbot, tmp_path):
     window.add_image(sample.image, name="nuclei")
     for z in (1, 5):

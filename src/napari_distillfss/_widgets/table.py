@@ -20,7 +20,7 @@ class ObjectTable(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.model = _Measures([], np.empty((0, 0)))
+        self.model = _Measures([], np.empty((0, 1)))
         self._sorted = QSortFilterProxyModel(self)
         self._sorted.setSortRole(Qt.ItemDataRole.UserRole)
         self.view = QTableView()
@@ -37,16 +37,15 @@ class ObjectTable(QWidget):
     def read(self, path: Path) -> None:
         """Show a table as the core writes it (.csv)."""
         with open(path, newline="") as file:
-            rows = list(csv.reader(file))
-        columns, rows = rows[0], rows[1:]
-        self.model = _Measures(columns, np.array(rows, float).reshape(len(rows), len(columns)))
+            columns, *objects = list(csv.reader(file))
+        self.model = _Measures(columns, np.array(objects, float).reshape(len(objects), len(columns)))
         self._sorted.setSourceModel(self.model)
         self._sorted.sort(0)
         self.view.resizeColumnsToContents()
 
     def select(self, label: int) -> None:
         """Mark the row of an object."""
-        rows = np.flatnonzero(self.model.values[:, 0] == label) if self.model.columns else []
+        rows = np.flatnonzero(self.model.values[:, 0] == label)
         if len(rows):
             self.view.selectRow(self._sorted.mapFromSource(self.model.index(int(rows[0]), 0)).row())
 
