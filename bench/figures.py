@@ -39,6 +39,7 @@ from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
 from distillfss_core.features import EncodedSupport
+from distillfss_core.figure import Panel, Row, draw_panels
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.io import pair_files, read_image, read_labels
 from distillfss_core.metrics import Tally
@@ -54,6 +55,7 @@ from distillfss_core.types import Array, LabelledSlice
 
 PROTOCOL_SIDE = 384
 SUPPORTS = 5
+WORST_COLUMNS = 5
 TISSUE_HUE = 8  # mean difference of red and blue from which on an image counts as stained tissue
 
 
@@ -135,7 +137,8 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             # every class must be in the support: the first that hold the last class come first
             firsts = [i for i in order if (groups[i][len(groups[i]) // 2].labels == len(names)).any()][:2]
             chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
-            support = SupportSet(tuple(groups[i][len(groups[i]) // 2] for i in chosen), names)
+            middle = tuple(groups[i][len(groups[i]) // 2] for i in chosen)
+            support = SupportSet(middle, names, planes_of_one_volume=name == "lidc")  # one intensity scale, as CT has
             yield Task(name, draw, support, [s for i in order if i not in chosen for s in groups[i]], None)
 
 
@@ -175,6 +178,26 @@ def score(model: Segmenter, task: Task) -> dict[str, object]:
         "by_kind": {g: [_over_classes(s.pooled.iou), s.images] for g, s in sorted(scores.items())},
         "seconds_per_megapixel": round(seconds / pixels * 1e6, 3),
     }
+
+
+def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
+    """Draw the test images on which the distilled student has the lowest IoU."""
+    task = next(t for t in tasks(data, {name}, draw + 1) if t.draw == draw)
+    model = distill(task.support)
+    found = []
+    for query in task.queries:
+        answer, tally = model.predict_labels(query.image), Tally(task.support.classes)
+        tally.add(answer, query.labels)
+        found.append((_over_classes(tally.scores().pooled.iou), query, answer))
+    found.sort(key=lambda entry: entry[0])
+    rows: list[Row] = []
+    for i in range(0, count, WORST_COLUMNS):
+        part = found[i : min(i + WORST_COLUMNS, count)]
+        rows.append(Row("image", [Panel(q.image, caption=f"{kind(q)}, IoU {iou:.2f}") for iou, q, _ in part]))
+        rows.append(Row("answer", [Panel(q.image, answer, "errors", q.labels) for _, q, answer in part]))
+    draw_panels(rows, out, title=f"{name}, draw {draw}: the {count} worst of {len(found)}", width=200)
+    for iou, query, _ in found[:count]:
+        print(f"{query.source}: {kind(query)}, {query.image.shape[1]} x {query.image.shape[0]}, IoU {iou:.3f}")
 
 
 def _over_classes(values: Sequence[float]) -> float:
@@ -220,7 +243,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "student trained directly": lambda: student(method="direct"),
         "teacher refined": refined,
         "teacher as is": lambda: unrefined_teacher(task.support, settings),
-        "teacher as is, foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
+        "teacher on foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
         "prototype": lambda: unrefined_teacher(task.support, settings, kind="prototype"),
         "student on a random backbone": lambda: student(weights="random", head="none"),
         "random forest": lambda: PixelClassifier.fit("forest", task.support),
@@ -237,7 +260,7 @@ MODELS = (
     "student trained directly",
     "teacher refined",
     "teacher as is",
-    "teacher as is, foreign masks",
+    "teacher on foreign masks",
     "prototype",
     "student on a random backbone",
     "random forest",
@@ -430,14 +453,24 @@ def main() -> None:
     for command in (measure, costs):
         command.add_argument("-o", "--out", type=Path, default=Path("figures.jsonl"))
     commands.add_parser("table").add_argument("out", type=Path)
+    worst_of = commands.add_parser("worst")
+    worst_of.add_argument("data", type=Path)
+    worst_of.add_argument("--task", default="nucleus5")
+    worst_of.add_argument("--draw", type=int, default=0)
+    worst_of.add_argument("--count", type=int, default=10)
+    worst_of.add_argument("-o", "--out", type=Path, default=Path("worst.png"))
     options = parser.parse_args()
     if options.command == "accuracy":
         wanted = set(options.models.split(","))
+        if unknown := wanted - set(MODELS):
+            parser.error(f"unknown models {sorted(unknown)}; choose from {', '.join(MODELS)}")
         accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
             cost(options.out, name, options.side)
         five_slices(options.out)
+    elif options.command == "worst":
+        worst(options.data, options.out, options.task, options.draw, options.count)
     else:
         table(options.out)
 

@@ -183,7 +183,7 @@ def _distill(args: argparse.Namespace) -> int:
         raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
     _check_output(args.output)
 
-    from distillfss_core.model import StudentModel
+    from distillfss_core.model import KEEP_BACKBONE, StudentModel
     from distillfss_core.support import load_support
     from distillfss_core.training import iter_distill
 
@@ -204,6 +204,8 @@ def _distill(args: argparse.Namespace) -> int:
     try:
         with progress("preparing") as bar:
             run = iter_distill(support, settings, start=start)
+            if args.without_backbone and run.backbone.trained:
+                raise SettingsError(KEEP_BACKBONE)
             for step in run:
                 _show_step(bar, step)
     except KeyboardInterrupt:
@@ -576,14 +578,13 @@ def _info(args: argparse.Namespace) -> int:
 
 def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     """A model's card in words."""
-    backbone, head, prepared, training = card["backbone"], card["head"], card["preprocess"], card["training"]
+    head, prepared, training = card["head"], card["preprocess"], card["training"]
     pixel = card["pixel_size_um"]
-    inside = "in the file" if card["backbone_inside"] else "not in the file"
     lines = [
         ("created", card["created"]),
         ("classes", ", ".join(f"{k} {name}" for k, name in enumerate(card["classes"], 1))),
         ("pixel size", " x ".join(f"{p:g}" for p in pixel) + " um (y x x)" if pixel else "not given"),
-        ("backbone", f"{backbone['name']}, weights {backbone['weights']} ({inside}), licence {backbone['license']}"),
+        ("backbone", _backbone_text(card)),
         ("form", ", ".join(f"{name} {value}" for name, value in head.items())),
         ("input", f"{prepared['channels']} channel(s), zoom {prepared['zoom']}, intensity by {prepared['scope']}"),
     ]
@@ -598,11 +599,11 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     """A meta-trained head's card in words."""
-    backbone, training = card["backbone"], card["training"]
+    training = card["training"]
     scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
     return [
         ("name", card.get("name", "")),
-        ("backbone", f"{backbone['name']}, weights {backbone['weights']}, licence {backbone['license']}"),
+        ("backbone", _backbone_text(card)),
         ("size", f"{card['parameters']} parameters, decoder width {card['width']}"),
         (
             "training",
@@ -613,6 +614,12 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         *(("data", f"{row['name']} ({row['pictures']} pictures, {row['licence']})") for row in card["data"]),
         *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
+
+
+def _backbone_text(card: dict[str, Any]) -> str:
+    backbone = card["backbone"]
+    inside = "in the file" if card["backbone_inside"] else "not in the file"
+    return f"{backbone['name']}, weights {backbone['weights']} ({inside}), licence {backbone['license']}"
 
 
 def _add_backbones(commands: Any) -> None:

@@ -30,7 +30,7 @@ class DistillSettings:
         "auto",
         "Few-shot head",
         "What attention and decoder start from: auto: the meta-trained weights of this package where they fit; "
-        "none: nothing; or the path of a head file.",
+        "none: nothing; or the path of a head file, whose backbone is taken too where it was trained.",
     )
     method: str = _setting(
         "joint",
@@ -117,7 +117,7 @@ class DistillSettings:
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """How a few-shot head is meta-trained over episodes of many tasks.
+    """How a few-shot head, and its backbone if wanted, is meta-trained over episodes of many tasks.
 
     Raises
     ------
@@ -136,6 +136,13 @@ class PretrainSettings:
         0.5, "Synthetic share", "Share of generated tasks, where real ones are given too.", low=0.0, high=1.0
     )
     learning_rate: float = _setting(1e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
+    backbone_rate: float = _setting(
+        0.0,
+        "Backbone's rate",
+        "Share of the learning rate at which the backbone learns too (light ones only); 0 keeps it frozen.",
+        low=0.0,
+        high=1.0,
+    )
     weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
     average: float = _setting(
         0.998,

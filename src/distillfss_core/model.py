@@ -39,6 +39,9 @@ HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
+KEEP_BACKBONE = (
+    "the backbone's weights were trained with the head and are in no package; keep them in the student's file"
+)
 
 
 Window = Callable[[slice, slice], Array]
@@ -459,10 +462,14 @@ class StudentModel(Segmenter):
 
         Raises
         ------
+        SettingsError
+            If weights are to be left out that were trained with a head: they could not be found again.
         OutputError
             If it cannot be written; a file that was there before stays as it was.
         """
         tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        if not with_backbone and self.backbone.trained:
+            raise SettingsError(KEEP_BACKBONE)
         if with_backbone:
             tensors |= {f"backbone.{name}": value for name, value in self.backbone.state().items()}
         if self.thumbnails is not None:

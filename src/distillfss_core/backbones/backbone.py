@@ -1,4 +1,4 @@
-"""The frozen backbone: an image in, the outputs of its blocks out."""
+"""The backbone, frozen or learning: an image in, the outputs of its blocks out."""
 
 from __future__ import annotations
 
@@ -19,33 +19,16 @@ from distillfss_core.backbones.trunks import create_net, create_trunk, trunk_ten
 from distillfss_core.backbones.weights import check_tensors, file_tensors, hub_tensors, packaged_tensors
 from distillfss_core.features import FeaturePyramid
 
+TRAINED = "trained:"
+"""How ``Backbone.weights`` begins where they were trained with a head; what they started from follows."""
 
-class Backbone(nn.Module):
-    """A pretrained network that gives the output of every block and never learns.
 
-    Made by ``load_backbone`` or ``backbone_from_state``. It stays in eval mode, its parameters ask for no gradient,
-    and BatchNorm is folded into its convolutions, so its parameters are not the tensors of the file: ``state`` has
-    those.
+class Encoder(nn.Module):
+    """A network that gives the output of every block. It stays in eval mode: statistics of BatchNorm never move."""
 
-    Parameters
-    ----------
-    spec : BackboneSpec
-    trunk : nn.Module
-        From ``create_trunk``, with its final tensors; it is changed (folded, frozen).
-    weights : str
-        Where the tensors came from: "packaged:<package>==<version>", "hub:<id>", "file:<name>", "random:<seed>".
-    """
-
-    def __init__(self, spec: BackboneSpec, trunk: nn.Module, weights: str) -> None:
+    def __init__(self, spec: BackboneSpec, trunk: nn.Module) -> None:
         super().__init__()
-        self.spec = spec
-        self.weights = weights
-        # A plain dictionary: it neither moves to a device nor changes its dtype, so the digest cannot change either.
-        # `contiguous` keeps the layout of the saved bytes apart from that of the parameters, without a copy here.
-        self._state = {key: tensor.detach().contiguous() for key, tensor in trunk_tensors(trunk).items()}
-        fold_batch_norms(trunk)
-        make_padding_static(trunk)
-        self.trunk = trunk.requires_grad_(False).to(memory_format=torch.channels_last)
+        self.spec, self.trunk = spec, trunk
         self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(spec.std)[:, None, None], persistent=False)
         self.train(False)
@@ -62,20 +45,55 @@ class Backbone(nn.Module):
         Returns
         -------
         FeaturePyramid
-            ``size`` is the padded size; a map of stage s is ``size / spec.strides[s]``. The tensors are channels_last,
-            without gradient, and may be used in a graph (``no_grad``, not ``inference_mode``).
+            ``size`` is the padded size; a map of stage s is ``size / spec.strides[s]``. The tensors are channels_last.
         """
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        with torch.no_grad():
-            x = pad_to_multiple((image.to(mean.dtype) - mean) / std, self.spec.multiple)
-            x = x.contiguous(memory_format=torch.channels_last)
-            stages = self.trunk(x)
-            pyramid = FeaturePyramid(stages, (x.shape[-2], x.shape[-1]))
-            return pyramid.map(lambda block: block.contiguous(memory_format=torch.channels_last))
+        x = pad_to_multiple((image.to(mean.dtype) - mean) / std, self.spec.multiple)
+        x = x.contiguous(memory_format=torch.channels_last)
+        stages = self.trunk(x)
+        pyramid = FeaturePyramid(stages, (x.shape[-2], x.shape[-1]))
+        return pyramid.map(lambda block: block.contiguous(memory_format=torch.channels_last))
 
-    def train(self, mode: bool = True) -> Backbone:
-        """Stays in eval mode whatever is asked: a frozen backbone has nothing to train."""
+    def train(self, mode: bool = True) -> Encoder:
+        """Stays in eval mode whatever is asked."""
         return super().train(False)
+
+
+class Backbone(Encoder):
+    """A pretrained network that never learns.
+
+    Made by ``load_backbone`` or ``backbone_from_state``. It stays in eval mode, its parameters ask for no gradient,
+    and BatchNorm is folded into its convolutions, so its parameters are not the tensors of the file: ``state`` has
+    those.
+
+    Parameters
+    ----------
+    spec : BackboneSpec
+    trunk : nn.Module
+        From ``create_trunk``, with its final tensors; it is changed (folded, frozen).
+    weights : str
+        Where the tensors came from: "packaged:<package>==<version>", "hub:<id>", "file:<name>", "random:<seed>",
+        "trained:<what they started from>".
+    """
+
+    def __init__(self, spec: BackboneSpec, trunk: nn.Module, weights: str) -> None:
+        # A plain dictionary: it neither moves to a device nor changes its dtype, so the digest cannot change either.
+        # `contiguous` keeps the layout of the saved bytes apart from that of the parameters, without a copy here.
+        state = {key: tensor.detach().contiguous() for key, tensor in trunk_tensors(trunk).items()}
+        fold_batch_norms(trunk)
+        make_padding_static(trunk)
+        super().__init__(spec, trunk.requires_grad_(False).to(memory_format=torch.channels_last))
+        self._state, self.weights = state, weights
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+        """As `Encoder`; without gradient, and may be used in a graph (``no_grad``, not ``inference_mode``)."""
+        with torch.no_grad():
+            return super().forward(image)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights were trained with a head, so that no package, hub or other file has them."""
+        return self.weights.startswith(TRAINED)
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that make this backbone, under timm's names, as loaded (CPU, contiguous, float32, not folded).
@@ -98,6 +116,21 @@ class Backbone(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, weights={self.weights!r}"
+
+
+class LearningBackbone(Encoder):
+    """A backbone that learns; it begins as a copy of a frozen one.
+
+    Every parameter asks for a gradient, those of BatchNorm too. Nothing is made faster: folded tensors have no names in
+    timm, and the zeros of static padding would learn.
+    """
+
+    def __init__(self, start: Backbone) -> None:
+        super().__init__(start.spec, _filled_trunk(start.spec, start.state()))
+
+    def state(self) -> dict[str, Tensor]:
+        """As ``Backbone.state``, but the tensors are those that learn, wherever they are."""
+        return trunk_tensors(self.trunk)
 
 
 def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto", *, seed: int = 0) -> Backbone:
@@ -163,11 +196,15 @@ def backbone_from_state(name: str, state: Mapping[str, Tensor], weights: str = "
         If a tensor is missing, unknown or of another shape; it names the tensor.
     """
     spec = backbone_spec(name)
+    return Backbone(spec, _filled_trunk(spec, state), weights)
+
+
+def _filled_trunk(spec: BackboneSpec, state: Mapping[str, Tensor]) -> nn.Module:
     trunk = create_trunk(create_net(spec), spec)
     needed = trunk_tensors(trunk)
-    check_tensors(state, wanted=needed, source=f"saved backbone {name!r}")
+    check_tensors(state, wanted=needed, source=f"saved backbone {spec.name!r}")
     _fill(needed, state)
-    return Backbone(spec, trunk, weights)
+    return trunk
 
 
 @torch.no_grad()

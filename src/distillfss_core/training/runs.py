@@ -67,17 +67,23 @@ class DistillRun(Iterator[TrainStep]):
         self.device = choose_device(settings.device, settings.precision)
         self._began = time.perf_counter()
         self._left_out_index = None if teacher_only else _left_out_index(settings, support)
-        self.backbone = copy.deepcopy(start.backbone) if start else load_backbone(settings.backbone, settings.weights)
+        self._told: HeadWeights | None = None
+        if start:
+            self.backbone = copy.deepcopy(start.backbone)
+        else:
+            self.backbone, self._told = _load_start(settings)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
         self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
-        self.preprocess, self.zoom_scores = _fit_preprocess(support, settings, self._bank, start)
-        self._told = None if start else _head_weights(settings, self.backbone)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
-        self.head = head.requires_grad_(True)
+        self.head = head.requires_grad_(True).eval()
         self.head.to(self.device.torch)
+        judge = self.head.teacher if self._told else None
+        self.preprocess, self.zoom_scores = (
+            (start.preprocess, {}) if start else _fit_preprocess(support, settings, self._bank, judge)
+        )
         self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
         self._best = Best(self.head)
         self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
@@ -241,13 +247,11 @@ def unrefined_teacher(
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
-    backbone = load_backbone(settings.backbone, settings.weights).to(device.torch)
-    bank = ViewBank(backbone, device, memory=1, most=1)
-    preprocess, _ = _fit_preprocess(support, settings, bank, None)
-    teacher: Teacher = PrototypeTeacher()
-    if kind == "dcama":
-        told = _head_weights(settings, backbone)
-        teacher = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
+    backbone, told = _load_start(settings)
+    bank = ViewBank(backbone.to(device.torch), device, memory=1, most=1)
+    ours = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
+    preprocess, _ = _fit_preprocess(support, settings, bank, ours if told else None)
+    teacher: Teacher = ours if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)
     return _tell(teacher, backbone, preprocess, support, settings, device)
@@ -287,10 +291,8 @@ def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | Non
 
 
 def _fit_preprocess(
-    support: SupportSet, settings: DistillSettings, bank: ViewBank, start: StudentModel | None
+    support: SupportSet, settings: DistillSettings, bank: ViewBank, judge: Teacher | None
 ) -> tuple[Preprocess, dict[str, float]]:
-    if start is not None:
-        return start.preprocess, {}
     scope = settings.intensity
     if scope == "auto":
         scope = "volume" if support.planes_of_one_volume else "image"
@@ -298,7 +300,7 @@ def _fit_preprocess(
     if settings.zoom != "auto":
         return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
     preprocess = fit_preprocess(images, scope=scope)
-    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed)
+    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed, judge)
     return replace(preprocess, zoom=str(zoom)), scores
 
 
@@ -325,17 +327,34 @@ def _new_head(
     return head
 
 
-def _head_weights(settings: DistillSettings, backbone: Backbone) -> HeadWeights | None:
-    """The meta-trained weights to start from. Those of the package only where they fit; a file must fit."""
-    if settings.head == "none":
-        return None
-    if settings.head != "auto":
-        return load_head(settings.head)
-    if (settings.decoder, settings.teacher) != ("slim", "ours"):
-        return None
+def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
+    """The backbone and the meta-trained weights to start from.
+
+    Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained
+    with.
+    """
+    if settings.head not in ("auto", "none"):
+        told = load_head(settings.head)
+        return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
+    backbone = load_backbone(settings.backbone, settings.weights)
+    if settings.head == "none" or (settings.decoder, settings.teacher) != ("slim", "ours"):
+        return backbone, None
     found = packaged_head(backbone.spec.name)
     fits = found is not None and found.width == settings.width and found.backbone_digest == backbone.digest()
-    return found if fits else None
+    return backbone, found if fits else None
+
+
+def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | None:
+    """The backbone that was trained with the head, if any; other settings must not ask for another one."""
+    backbone = told.trained_backbone()
+    if backbone is not None:
+        for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
+            given = getattr(settings, name)
+            if given != own:
+                raise SettingsError(
+                    f"{name} is {given!r}, but head {told.source} brings its own backbone; give {own!r}"
+                )
+    return backbone
 
 
 def _prepare_start(

@@ -5,6 +5,7 @@ The backbone is frozen, so a view goes through it once; training steps then read
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from distillfss_core.features import EncodedSupport, FeaturePyramid, cat_pyramid
 from distillfss_core.preprocess import Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.types import IGNORE, Array
+
+STEP = 32  # pixels that sides of views are multiples of
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ class ViewCutter:
     Parameters
     ----------
     size : int
-        Side of a view in pixels, after zooming.
+        Side of a view in pixels, after zooming; no more than the longest slice needs.
     """
 
     def __init__(self, support: SupportSet, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
-        self.size, self.augmentation, self.preprocess = size, augmentation, preprocess
+        self.augmentation, self.preprocess = augmentation, preprocess
+        longest = max(max(s.labels.shape) for s in support.slices) * preprocess.zoom_factor
+        self.size = min(size, STEP * math.ceil(longest / STEP))
         self._images = [preprocess.as_channels(s.image, s.source) for s in support.slices]
         self._labels = [s.labels for s in support.slices]
         self._limits = [preprocess.limits(image) for image in self._images]
