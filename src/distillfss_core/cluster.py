@@ -101,7 +101,8 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
             yield Connection(client, device, precision)
         return
     with _start(kind, int(count or 0)) as cluster, Client(cluster) as client:
-        log.info("waiting for a worker")
+        if kind == "slurm":
+            log.warning("waiting for SLURM to start a job")
         client.wait_for_workers(1)
         yield Connection(client, device, precision)
 
