@@ -314,8 +314,8 @@ def _wait() -> None:
 
 
 @torch.no_grad()
-def cost(out: Path, backbone_name: str, side: int) -> None:
-    """Backbone, student and teacher on one plane; a cached and an uncached training step on one episode."""
+def cost(out: Path, backbone_name: str, side: int, view: int) -> None:
+    """Backbone, student and teacher on a plane of ``side``; a training step, cached and uncached, on views of ``view``."""
     device = choose_device("auto")
     backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
     head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
@@ -339,14 +339,14 @@ def cost(out: Path, backbone_name: str, side: int) -> None:
 
     # one walk over five slices, each query answered by the four others
     slices = [
-        LabelledSlice(rng.integers(0, 255, (256, 256), dtype=np.uint8), m[:256, :256].cpu().numpy()) for m in labels
+        LabelledSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m[:view, :view].cpu().numpy()) for m in labels
     ]
     support = SupportSet(tuple(slices))
-    cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), 256, Augmentation())
+    cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
     bank = ViewBank(backbone, device, memory=1 << 30, most=5)
     views = [cutter.cut(i, rng) for i in range(5)]
-    for view in views:
-        bank.add(view)
+    for each in views:
+        bank.add(each)
     head.train()
     walk = [Episode((i,), tuple(j for j in range(5) if j != i)) for i in range(5)]
     settings = DistillSettings(backbone=backbone_name)
@@ -362,7 +362,7 @@ def cost(out: Path, backbone_name: str, side: int) -> None:
 
     cached, fresh = _median_ms(lambda: step(True), 5), _median_ms(lambda: step(False), 5)
     for name, ms in (("training step, cached", cached), ("training step, uncached", fresh)):
-        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": 256, "ms": round(ms, 1)}
+        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": view, "ms": round(ms, 1)}
         _append(out, row | {"ratio_to_cached": round(ms / cached, 2)})
 
 
@@ -450,6 +450,7 @@ def main() -> None:
     costs = commands.add_parser("cost")
     costs.add_argument("--backbones", default="efficientnet_lite0,resnet50")
     costs.add_argument("--side", type=int, default=512)
+    costs.add_argument("--view", type=int, default=256, help="side of the views of a training step, at most --side")
     for command in (measure, costs):
         command.add_argument("-o", "--out", type=Path, default=Path("figures.jsonl"))
     commands.add_parser("table").add_argument("out", type=Path)
@@ -467,7 +468,7 @@ def main() -> None:
         accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
-            cost(options.out, name, options.side)
+            cost(options.out, name, options.side, min(options.view, options.side))
         five_slices(options.out)
     elif options.command == "worst":
         worst(options.data, options.out, options.task, options.draw, options.count)

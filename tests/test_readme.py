@@ -8,6 +8,7 @@ import pytest
 
 from distillfss_core.io import write_labels
 from distillfss_core.sample import generate_sample
+from volumes import write_ome_zarr
 
 
 @pytest.fixture(scope="module")
@@ -24,21 +25,22 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("distillfss ")]
 
 
-def test_every_command_of_the_readme_parses(readme):
+@pytest.mark.parametrize("page", ["README.md", "docs/volumes.md"])
+def test_every_command_of_a_page_parses(root, page):
     from distillfss_core.cli import build_parser
 
-    found = commands(readme)
+    found = commands((root / page).read_text(encoding="utf-8"))
     assert len(found) >= 5
     for arguments in found:
         try:
             build_parser().parse_args(arguments)
         except SystemExit:
-            pytest.fail(f"the README has: distillfss {shlex.join(arguments)}")
+            pytest.fail(f"{page} has: distillfss {shlex.join(arguments)}")
 
 
 @pytest.fixture
 def own_data(tmp_path, monkeypatch):
-    """A folder like the one the README speaks of: images/, labels/ of a few of them, a stack; the current folder."""
+    """The current folder, as the README speaks of it: images/, labels/ of a few of them, a stack, volumes."""
     sample = generate_sample(planes=11, size=64)
     for folder in (tmp_path, tmp_path / "my_data"):
         for name in ("images", "labels"):
@@ -49,6 +51,8 @@ def own_data(tmp_path, monkeypatch):
             write_labels(folder / "labels" / f"plane_{z:02d}_mask.tif", (sample.labels[z] > 0).astype(np.uint8))
     write_labels(tmp_path / "stack.tif", sample.image)
     write_labels(tmp_path / "stack_labels.tif", sample.labels)
+    write_ome_zarr(tmp_path / "brain.ome.zarr", sample.image)
+    write_ome_zarr(tmp_path / "folder_of_volumes" / "a.ome.zarr", sample.image[:2])
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -63,7 +67,7 @@ def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys,
     for arguments in commands(readme):
         trains = arguments[0] in ("distill", "demo")
         assert main([*arguments, *(few if trains else [])]) == 0, capsys.readouterr().err
-    for name in ("nuclei.safetensors", "segmented/plane_03.tif", "stack_segmented_uncertainty.tif"):
+    for name in ("nuclei.safetensors", "segmented/plane_03.tif", "stack_segmented_uncertainty.tif", "objects.csv"):
         assert (own_data / name).stat().st_size > 0
 
 

@@ -49,7 +49,7 @@ class Connection:
         Raises
         ------
         SettingsError
-            If they differ, or do not have this program.
+            If there are none, they differ, or do not have this program.
         """
         try:
             found = set(self.client.run(_describe_device, self.device, self.precision).values())
@@ -57,7 +57,9 @@ class Connection:
             raise SettingsError(
                 f"the workers have no {fault.name}; install napari-distillfss where they run"
             ) from fault
-        if len(found) != 1:
+        if not found:
+            raise SettingsError("the scheduler has no worker yet; start some by dask worker")
+        if len(found) > 1:
             raise SettingsError(
                 f"the workers compute on different devices ({', '.join(sorted(found))}), so shards would differ; give "
                 "--device, or workers of one kind"
@@ -73,8 +75,8 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
     ----------
     address : str
         "local" or "local:N" starts N processes here (by default one less than there are cores; one for each GPU where
-        dask-cuda is installed), "slurm:N" asks SLURM for N jobs as dask-jobqueue's own configuration describes them,
-        "tcp://HOST:PORT" is a scheduler that runs.
+        dask-cuda is installed; a script then needs ``if __name__ == "__main__":``), "slurm:N" asks SLURM for N jobs as
+        dask-jobqueue's own configuration describes them, "tcp://HOST:PORT" is a scheduler that runs.
     device, precision : str
         Of the workers, as for `StudentModel.load`.
 
@@ -99,7 +101,8 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
             yield Connection(client, device, precision)
         return
     with _start(kind, int(count or 0)) as cluster, Client(cluster) as client:
-        log.info("waiting for a worker")
+        if kind == "slurm":
+            log.warning("waiting for SLURM to start a job")
         client.wait_for_workers(1)
         yield Connection(client, device, precision)
 

@@ -89,6 +89,16 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(plain_student, workers,
     assert report.missing_chunks == 1
 
 
+def test_a_scheduler_without_workers_is_said(volume, plain_student, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(n_workers=0, dashboard_address=None, host="127.0.0.1") as cluster:
+        address = cluster.scheduler_address
+        with pytest.raises(SettingsError, match="no worker yet"):
+            segment_to_zarr(volume, plain_student, tmp_path / "out.zarr", cluster=address)
+    assert not (tmp_path / "out.zarr").exists()
+
+
 @pytest.mark.parametrize("address", ["", "lokal", "local:x", "http://a:1", "slurm:many"])
 def test_what_is_no_cluster_is_refused(address):
     with pytest.raises(SettingsError, match="cluster"), connect(address):

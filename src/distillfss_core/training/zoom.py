@@ -19,7 +19,7 @@ from distillfss_core.training.views import PLAIN, View, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
-WORTH = 0.03  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
+WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
 _SIDE = 192  # pixels of the slice in a probe view
 _VIEWS = 12
 _POINTS = 1500
