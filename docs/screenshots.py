@@ -22,13 +22,15 @@ THEMES = ("dark", "light")
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "images")
+    folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if not os.environ.get("DISPLAY") and sys.platform == "linux":
         if shutil.which("xvfb-run") is None:
             sys.exit("needs a screen: install xvfb")
         screen = f"-screen 0 {WIDTH}x{HEIGHT}x24"
-        os.execvp("xvfb-run", ["xvfb-run", "-a", "-s", screen, sys.executable, *sys.argv])
+        os.execvp("xvfb-run", ["xvfb-run", "-a", "-s", screen, sys.executable, os.path.abspath(__file__), str(folder)])
     with tempfile.TemporaryDirectory() as kept:
+        os.chdir(kept)  # so that short names are shown
         Session(folder, Path(kept)).run()
 
 
@@ -82,15 +84,13 @@ class Session:
         self.photograph("4-preview", dock.preview)
 
         dock.preview.on.setChecked(False)
-        dock.apply.out.setText(str(self.kept / "nuclei-labels.ome.zarr"))
+        dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.apply.start()
         self.wait(lambda: not dock.session.busy)
         dock.objects.start()
         self.wait(lambda: not dock.session.busy)
         dock.objects.table.view.selectRow(3)
         dock.objects.table.choose(3)
-        dock.apply.out.setText("nuclei-labels.ome.zarr")
-        dock.apply.message.tell("done in 4 s: 1 pieces computed; nuclei-labels.ome.zarr")
         self.photograph("5-apply", dock.apply)
         self.photograph("6-model", dock.model)
         viewer.close()

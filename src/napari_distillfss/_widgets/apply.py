@@ -77,7 +77,7 @@ class ApplyWidget(QWidget):
                 raise core.SettingsError("no volume is chosen; choose an image layer first")
             if model is None:
                 raise core.SettingsError("there is no student yet; distil or load one first")
-            out = Path(self.out.text().strip() or ".")
+            out = Path(self.out.text().strip() or ".").expanduser().absolute()
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
             region, mode = self.region.value(), MODES[self.mode.currentText()]
@@ -107,7 +107,7 @@ class ApplyWidget(QWidget):
         self._session.set_applied(self._running[1])
         found = f", {report.found} found finished" if report.found else ""
         self.message.tell(
-            f"done in {words.duration(report.seconds)}: {report.computed} pieces computed{found}; {report.path}"
+            f"done in {words.duration(report.seconds)}: {report.computed} piece(s) computed{found}; {report.path.name}"
         )
 
     def _show(self, *, finished: bool) -> None:
@@ -246,7 +246,7 @@ class ObjectsWidget(QWidget):
         self.table.read(counted.table)
         self.table.show()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
-        self.message.tell(f"{report.objects} objects{small}; measures in {counted.table}")
+        self.message.tell(f"{report.objects} objects{small}; measures in {counted.table.name}, beside the labels")
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
         """Show an object: ``box`` is its middle (z, y, x) in voxels."""
