@@ -315,7 +315,7 @@ def _wait() -> None:
 
 @torch.no_grad()
 def cost(out: Path, backbone_name: str, side: int, view: int) -> None:
-    """Backbone, student and teacher on a plane of ``side``; a training step, cached and uncached, on views of ``view``."""
+    """Backbone, student and teacher on a plane of ``side``; training steps, cached and not, on views of ``view``."""
     device = choose_device("auto")
     backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
     head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
