@@ -31,7 +31,6 @@ from distillfss_core.console import (
     USAGE,
     add_common,
     cell,
-    drain,
     fail,
     one_line,
     positive,
@@ -708,6 +707,7 @@ def _demo(args: argparse.Namespace) -> int:
         raise SettingsError("--classes and --scribbles speak of your own data; give it with --data")
 
     from distillfss_core.demo import DEMO_FOLDER, DEMO_STEPS, DEMO_SUPPORTS, generated_data, iter_demo, own_data
+    from distillfss_core.types import drain
 
     settings = DistillSettings(**{"steps": DEMO_STEPS, **given})
     supports = args.supports or DEMO_SUPPORTS

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distillfss_core.console import FAULT, FINE, INTERRUPTED, add_common, drain, positive, print_json, progress, say
+from distillfss_core.console import FAULT, FINE, INTERRUPTED, add_common, positive, print_json, progress, say
 from distillfss_core.errors import OutputError, SettingsError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from distillfss_core.instances import InstanceStep
     from distillfss_core.labelstore import Part
     from distillfss_core.model import StudentModel
+    from distillfss_core.types import Report, Step
 
 _OPENING = ("level", "channel", "time", "series", "axes")
 _VOLUMES_ONLY = (*_OPENING, "region", "mode", "cluster", "resume")
@@ -87,13 +89,9 @@ def segment_volume(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         volume = stack.enter_context(open_volume(args.input, **_opening(args)))
         run = iter_segment(volume, load_model(args), args.output, region=args.region, **_how(args, stack))
-        try:
-            with progress(volume.name, unit="shard") as bar:
-                report = drain(run, lambda step: _show_shard(bar, step))
-        except KeyboardInterrupt:
-            run.close()
-            say(f"interrupted; what is finished is kept, and --resume goes on from {args.output}")
-            return INTERRUPTED
+        report = _follow(run, volume.name, "shard", _show_shard, args.output)
+    if report is None:
+        return INTERRUPTED
     if args.json:
         print_json(
             {
@@ -127,6 +125,7 @@ def add_batch(commands: Any) -> argparse.ArgumentParser:
 
 def _batch(args: argparse.Namespace) -> int:
     from distillfss_core.batch import iter_batch, plan_batch
+    from distillfss_core.types import drain
 
     jobs = plan_batch(args.input, args.output, _opening(args), args.region)
     report = args.report or args.output / "report.csv"
@@ -212,13 +211,9 @@ def _instances(args: argparse.Namespace) -> int:
             resume=args.resume,
             overwrite=args.overwrite,
         )
-        try:
-            with progress("instances", unit="block") as bar:
-                report = drain(run, lambda step: _show_stage(bar, step))
-        except KeyboardInterrupt:
-            run.close()
-            say(f"interrupted; what is finished is kept, and --resume goes on from {args.output}")
-            return INTERRUPTED
+        report = _follow(run, "instances", "block", _show_stage, args.output)
+    if report is None:
+        return INTERRUPTED
     if args.json:
         print_json({**asdict(report), "path": str(report.path)})
         return FINE
@@ -246,6 +241,21 @@ def _how(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
 
         cluster = stack.enter_context(connect(args.cluster, device=args.device, precision=args.precision))
     return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes", "cluster": cluster}
+
+
+def _follow(
+    run: Generator[Step, None, Report], what: str, unit: str, show: Callable[[tqdm[NoReturn], Step], None], out: Path
+) -> Report | None:
+    """The report of a run that can be resumed; None if it was interrupted."""
+    from distillfss_core.types import drain
+
+    try:
+        with progress(what, unit=unit) as bar:
+            return drain(run, lambda step: show(bar, step))
+    except KeyboardInterrupt:
+        run.close()
+        say(f"interrupted; what is finished is kept, and --resume goes on from {out}")
+        return None
 
 
 def _show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:

@@ -9,14 +9,12 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 FINE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
-
-T = TypeVar("T")
 
 
 def add_common(
@@ -69,15 +67,6 @@ def progress(what: str, total: int | None = None, unit: str = "step") -> Iterato
 
     with tqdm(desc=what, total=total, unit=unit, leave=False, disable=None, file=sys.stderr) as bar:
         yield bar
-
-
-def drain(steps: Iterator[T], show: Callable[[T], None]) -> Any:
-    """Go through a generator; give what it returns."""
-    while True:
-        try:
-            show(next(steps))
-        except StopIteration as end:
-            return end.value
 
 
 def fail(fault: Exception | str) -> int:

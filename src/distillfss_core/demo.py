@@ -18,7 +18,7 @@ from distillfss_core.model import Segmenter
 from distillfss_core.sample import generate_sample
 from distillfss_core.support import SupportSet, suggest_planes
 from distillfss_core.training import iter_distill, unrefined_teacher
-from distillfss_core.types import Array, LabelledSlice, TrainStep
+from distillfss_core.types import Array, LabelledSlice, TrainStep, drain
 
 DEMO_STEPS = 150
 """Steps of the demo's distillation: all of it takes less than three minutes on two cores."""
@@ -244,12 +244,7 @@ def run_demo(
     settings : DistillSettings, optional
         By default those of `distillfss_core.distill`, with fewer steps.
     """
-    steps = iter_demo(data or generated_data(), folder, settings)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+    return drain(iter_demo(data or generated_data(), folder, settings))
 
 
 def _score(name: str, answers: Sequence[Array], data: DemoData, ms: float) -> DemoScore:

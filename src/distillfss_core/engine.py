@@ -40,7 +40,7 @@ from distillfss_core.labelstore import (
     remove_labels,
 )
 from distillfss_core.model import Segmenter, StudentModel
-from distillfss_core.types import Array
+from distillfss_core.types import Array, drain
 from distillfss_core.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -88,13 +88,7 @@ class VolumeReport:
 
 def segment_to_zarr(volume: Volume, model: StudentModel, out: str | Path, **options: Any) -> VolumeReport:
     """Segment a volume into OME-Zarr 0.5 labels; `iter_segment` without the steps between."""
-    run = iter_segment(volume, model, out, **options)
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            report: VolumeReport = end.value
-            return report
+    return drain(iter_segment(volume, model, out, **options))
 
 
 def iter_segment(

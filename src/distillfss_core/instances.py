@@ -40,7 +40,7 @@ from distillfss_core.labelstore import (
     slices,
 )
 from distillfss_core.objects import PIECE, check_table, join_pieces, measure_pieces, write_table
-from distillfss_core.types import Array
+from distillfss_core.types import Array, drain
 from distillfss_core.volume import Volume
 
 METHODS = ("components", "watershed")
@@ -71,13 +71,7 @@ class InstanceReport:
 
 def label_instances(labels: Volume, out: str | Path, **options: Any) -> InstanceReport:
     """Give every object a number; `iter_instances` without the steps between."""
-    run = iter_instances(labels, out, **options)
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            report: InstanceReport = end.value
-            return report
+    return drain(iter_instances(labels, out, **options))
 
 
 def iter_instances(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,9 @@ IGNORE = 255
 MAX_CLASSES = 254
 
 Array = npt.NDArray[Any]
+
+Step = TypeVar("Step")
+Report = TypeVar("Report")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,3 +126,13 @@ class TrainStep:
     losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     stage: str = "distil"
+
+
+def drain(run: Generator[Step, None, Report], show: Callable[[Step], object] = lambda _: None) -> Report:
+    """Go through a generator, showing each of its steps; give what it returns."""
+    while True:
+        try:
+            show(next(run))
+        except StopIteration as end:
+            report: Report = end.value
+            return report

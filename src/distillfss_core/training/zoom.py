@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -24,6 +25,9 @@ _SIDE = 192  # pixels of the slice in a probe view
 _VIEWS = 12
 _POINTS = 1500
 _FOLDS = 5
+
+Answer = Callable[[Tensor], Tensor]
+"""From which views are asked, a bool of each, to the shares of the classes at their points: "asked points k+1"."""
 
 
 def choose_zoom(
@@ -69,26 +73,48 @@ def _probe(views: list[View], bank: ViewBank, classes: int, rng: np.random.Gener
     folds = torch.tensor([(v.slice if several else number) % _FOLDS for number, v in enumerate(views)])
     if len(folds.unique()) < 2:
         folds = torch.arange(len(views)) % 2
-    found = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     if teacher is None:
-        x = torch.stack([point_features(f.map(Tensor.cpu), at) for f, at in zip(features, points, strict=True)])
-        x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
-        x = torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double()
+        answer = _by_ridge(features, points, y, classes)
+    else:
+        answer = _by_teacher(teacher, features, points, views, bank, classes)
+    found = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     for fold in folds.unique():
-        inside = folds == fold
-        if teacher is None:
-            found[inside] = _ridge(x[~inside].flatten(0, 1), y[~inside].flatten(), classes, x[inside])
-            continue
-        told = [i for i in range(len(views)) if not inside[i]]
-        labels = torch.stack([views[i].labels for i in told]).to(bank.device.torch)
-        with bank.device.autocast():
-            keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in told]), labels, classes))
-            for i in torch.nonzero(inside).flatten().tolist():
-                shares = merge_classes(teacher(features[i], keys).logits).softmax(1)[0].cpu()
-                found[i] = shares[:, points[i][:, 0], points[i][:, 1]].T
+        found[folds == fold] = answer(folds == fold).double()
     found, y = found.flatten(0, 1), y.flatten()
     ious = [_best_iou(found[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
     return float(np.mean(ious)) if ious else 0.0
+
+
+def _by_ridge(features: list[FeaturePyramid], points: list[Tensor], y: Int[Tensor, "v n"], classes: int) -> Answer:
+    """Ridge regression on the features under the points."""
+    x = torch.stack([point_features(f.map(Tensor.cpu), at) for f, at in zip(features, points, strict=True)])
+    x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
+    x = torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double()
+    return lambda asked: _ridge(x[~asked].flatten(0, 1), y[~asked].flatten(), classes, x[asked])
+
+
+def _by_teacher(
+    teacher: Teacher,
+    features: list[FeaturePyramid],
+    points: list[Tensor],
+    views: list[View],
+    bank: ViewBank,
+    classes: int,
+) -> Answer:
+    """A teacher that the views not asked are shown to."""
+
+    def answer(asked: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
+        told = torch.nonzero(~asked).flatten().tolist()
+        labels = torch.stack([views[i].labels for i in told]).to(bank.device.torch)
+        found = []
+        with bank.device.autocast():
+            keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in told]), labels, classes))
+            for i in torch.nonzero(asked).flatten().tolist():
+                shares = merge_classes(teacher(features[i], keys).logits).softmax(1)[0].cpu()
+                found.append(shares[:, points[i][:, 0], points[i][:, 1]].T)
+        return torch.stack(found)
+
+    return answer
 
 
 def _draw_points(view: View, rng: np.random.Generator) -> Int[Tensor, "n 2"]:
