@@ -68,7 +68,13 @@ def test_left_out_slices_are_judged_by_what_the_others_show(choose: Choose, teac
 
 @pytest.mark.parametrize(
     ("scores", "wanted"),
-    [((0.70, 0.73, 0.74), "1"), ((0.73, 0.73, 0.74), "1/2"), ((0.5, 0.6, 0.7), "2")],
+    [
+        ((0.70, 0.73, 0.74), "1"),
+        ((0.73, 0.73, 0.74), "1/2"),
+        ((0.5, 0.6, 0.7), "2"),
+        ((1.0, 1.0, 1.0), "1"),
+        ((0.02, 0.021, 0.02), "1"),
+    ],
 )
 def test_smallest_zoom_close_to_the_best(
     choose: Choose, monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...], wanted: str

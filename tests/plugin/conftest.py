@@ -27,20 +27,22 @@ def pytest_ignore_collect(collection_path, config):
 def display():
     """A screen that OpenGL can draw on: the one there is, or Xvfb."""
     if os.environ.get("DISPLAY"):
-        yield os.environ["DISPLAY"]
-        return
+        return os.environ["DISPLAY"]
     if shutil.which("Xvfb") is None:
         pytest.skip("a window needs a screen; install Xvfb")
+    # Qt keeps its connection to the end of this process, and a server that ends earlier takes the process with it:
+    # so the server ends when the pipe it reads from is closed, which this process leaves to the system.
+    alive, _ = os.pipe()
     end, other = os.pipe()
-    command = ["Xvfb", "-displayfd", str(other), "-screen", "0", "1280x800x24", "-nolisten", "tcp"]
-    server = subprocess.Popen(command, pass_fds=[other], stderr=subprocess.DEVNULL)
+    command = f"Xvfb -displayfd {other} -screen 0 1280x800x24 -nolisten tcp & cat >/dev/null; kill $!"
+    subprocess.Popen(
+        ["sh", "-c", command], stdin=alive, pass_fds=[other], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    os.close(alive)
     os.close(other)
     with os.fdopen(end) as told:
         os.environ["DISPLAY"] = f":{told.readline().strip()}"
-    yield os.environ["DISPLAY"]
-    del os.environ["DISPLAY"]
-    server.terminate()
-    server.wait()
+    return os.environ["DISPLAY"]
 
 
 @pytest.fixture

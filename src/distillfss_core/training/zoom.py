@@ -21,6 +21,7 @@ from distillfss_core.types import IGNORE
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
+ALIKE = 0.005  # scores closer than this say nothing of the zoom: scribbles that any zoom gets right, objects none finds
 _SIDE = 192  # pixels of the slice in a probe view
 _VIEWS = 12
 _POINTS = 1500
@@ -46,7 +47,7 @@ def choose_zoom(
     Returns
     -------
     zoom : Fraction
-        The smallest, and so the quickest, that comes within `WORTH` of the best.
+        The smallest, and so the quickest, that comes within `WORTH` of the best; 1 where all scores are alike.
     scores : dict
         Mean IoU of each candidate.
     """
@@ -60,6 +61,8 @@ def choose_zoom(
         views = [view for view in views if bool((view.labels != IGNORE).any())]
         scores[str(zoom)] = _probe(views, bank, support.classes, rng, teacher)
     best = max(scores.values())
+    if best - min(scores.values()) < ALIKE:
+        return Fraction(1), scores
     return next(zoom for zoom in CANDIDATES if scores[str(zoom)] > best - WORTH), scores
 
 
