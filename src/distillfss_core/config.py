@@ -127,6 +127,12 @@ class PretrainSettings:
 
     backbone: str = _setting("efficientnet_lite0", "Backbone", "Feature extractor; see `distillfss backbones`.")
     weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
+    start: str = _setting(
+        "none",
+        "Start",
+        "What the head starts from: none: nothing; packaged: the meta-trained head of this package; or the path of a "
+        "head file, whose backbone is taken too where it was trained.",
+    )
     width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
     steps: int = _setting(20_000, "Steps", "Optimiser steps.", low=1, high=100_000_000)
     tasks: int = _setting(1, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)

@@ -256,6 +256,25 @@ def test_its_average_lags_behind(learnt):
     assert 0 < (average - began).norm() < (now - began).norm()
 
 
+def test_it_starts_from_the_head_it_is_given(tmp_path, learnt, whole):
+    path = learnt.finish({"name": "tiny"})
+    run = PretrainRun(replace(WITH_BACKBONE, start=str(path)), tmp_path / "again")
+    told = load_head(path)
+    held = run.teacher.state_dict()
+    assert all(torch.equal(held[name], value) for name, value in told.tensors.items())
+    assert run.backbone.digest() == told.backbone_digest
+    assert run.card()["training"]["start"]["name"] == "tiny"
+    run.close()
+    assert whole.card()["training"]["start"] is None
+
+
+def test_a_head_to_start_from_must_be_of_the_form_asked_for(tmp_path, whole):
+    with pytest.raises(SettingsError, match="with width 8, but the settings say efficientnet_lite0 with width 16"):
+        PretrainRun(replace(TINY, width=16, start=str(whole.finish())), tmp_path)
+    with pytest.raises(SettingsError, match="no head for resnet18"):
+        PretrainRun(replace(TINY, backbone="resnet18", weights="random", start="packaged"), tmp_path)
+
+
 def test_a_heavy_backbone_is_not_trained(tmp_path):
     folder = tmp_path / "new"
     with pytest.raises(SettingsError, match=r"resnet50 is too large.*give 0, or one of efficientnet_lite0, "):

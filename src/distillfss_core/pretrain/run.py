@@ -38,7 +38,7 @@ from distillfss_core.device import choose_device, seeded
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.headfile import halved, save_head
+from distillfss_core.headfile import HeadWeights, halved, load_head, packaged_head, save_head
 from distillfss_core.pretrain.curves import draw_curves
 from distillfss_core.pretrain.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
 from distillfss_core.pretrain.real import RealSource
@@ -93,12 +93,18 @@ class PretrainRun(Iterator[TrainStep]):
         _check_backbone(settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.device = choose_device(settings.device, settings.precision)
-        self.backbone = load_backbone(settings.backbone, settings.weights).to(self.device.torch)
+        told = _head_to_start_from(settings)
+        backbone = told.trained_backbone() if told else None
+        self.backbone = (backbone or load_backbone(settings.backbone, settings.weights)).to(self.device.torch)
         self._mix = EpisodeMix(
             real, synthetic=settings.synthetic, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
-            self.teacher = FewShotHead(self.backbone.spec, 1, HeadForm("light", "slim", "ours", settings.width)).teacher
+            head = FewShotHead(self.backbone.spec, 1, HeadForm("light", "slim", "ours", settings.width))
+        if told:
+            told.put_into(head)
+        self._start = dict(told.card) if told else None
+        self.teacher = head.teacher
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
         self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
@@ -121,7 +127,7 @@ class PretrainRun(Iterator[TrainStep]):
         self.step, self.seconds = 0, 0.0
         if (folder / CHECKPOINT).exists():
             self._restore()
-        else:
+        elif told is None:
             self._fit_norms()
         self._generator = self._run()
 
@@ -176,6 +182,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "device": str(self.device),
                 "torch": torch.__version__,
                 "settings": asdict(self.settings),
+                "start": self._start,
             },
             "data": self._real.licences() if self._real else [],
             "held_out": self._held_out.licences() if self._held_out else [],
@@ -365,6 +372,20 @@ def sources(folders: Sequence[Path], keep_out: Sequence[str]) -> tuple[RealSourc
         return None, None
     real = RealSource(folders, keep_out=keep_out)
     return real, RealSource(folders, keep_out=real.sets) if keep_out else None
+
+
+def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
+    if settings.start == "none":
+        return None
+    told = packaged_head(settings.backbone) if settings.start == "packaged" else load_head(settings.start)
+    if told is None:
+        raise SettingsError(f"this package holds no head for {settings.backbone}; give start none, or a head file")
+    if (told.backbone_name, told.width) != (settings.backbone, settings.width):
+        raise SettingsError(
+            f"head {told.source} is of {told.backbone_name} with width {told.width}, "
+            f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
+        )
+    return told
 
 
 def _check_backbone(settings: PretrainSettings) -> None:
