@@ -182,6 +182,7 @@ def _distill(args: argparse.Namespace) -> int:
         raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
     _check_output(args.output)
 
+    from distillfss_core.headfile import can_be_found_again
     from distillfss_core.model import KEEP_BACKBONE, StudentModel
     from distillfss_core.support import load_support
     from distillfss_core.training import iter_distill
@@ -203,7 +204,7 @@ def _distill(args: argparse.Namespace) -> int:
     try:
         with progress("preparing") as bar:
             run = iter_distill(support, settings, start=start)
-            if args.without_backbone and run.backbone.trained:
+            if args.without_backbone and not can_be_found_again(run.backbone):
                 raise SettingsError(KEEP_BACKBONE)
             for step in run:
                 _show_step(bar, step)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from distillfss_core.backbones import Backbone, backbone_from_state
+from distillfss_core.backbones import Backbone, backbone_from_state, load_backbone
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.errors import ModelFileError, SettingsError, WeightsUnavailableError
 from distillfss_core.head import FewShotHead
@@ -144,3 +144,33 @@ def packaged_head(backbone: str) -> HeadWeights | None:
         return None
     with as_file(files("distillfss_core") / "weights" / PACKAGED[backbone]) as path:
         return load_head(path)
+
+
+def can_be_found_again(backbone: Backbone) -> bool:
+    """Whether a file may leave these weights out: all but those that were trained with a head of somebody's own."""
+    if not backbone.trained:
+        return True
+    told = packaged_head(backbone.spec.name)
+    return told is not None and told.backbone_digest == backbone.digest()
+
+
+def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone:
+    """The backbone that the file ``source`` names and does not hold: the packaged head's, or what ``weights`` leads to.
+
+    Raises
+    ------
+    ModelFileError
+        If the weights found are others.
+    SettingsError, WeightsUnavailableError
+        As `load_backbone` does.
+    """
+    told = packaged_head(name)
+    if told is not None and told.backbone_digest == digest and (backbone := told.trained_backbone()):
+        return backbone
+    backbone = load_backbone(name, weights)
+    if backbone.digest() != digest:
+        raise ModelFileError(
+            f"{source}: it was made on other weights of {name} than those found ({weights}); "
+            f"give weights with digest {digest[:12]}..."
+        )
+    return backbone

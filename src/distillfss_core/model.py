@@ -19,12 +19,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distillfss_core.backbones import Backbone, backbone_from_state, load_backbone
+from distillfss_core.backbones import Backbone, backbone_from_state
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.device import Device, choose_device, out_of_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
 from distillfss_core.features import FeaturePyramid, merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.headfile import can_be_found_again, find_backbone
 from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
@@ -40,7 +41,7 @@ HALOS = (64, 96, 128, 160, 192, 256)
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 KEEP_BACKBONE = (
-    "the backbone's weights were trained with the head and are in no package; keep them in the student's file"
+    "the backbone's weights were trained with a head of your own and are in no package; keep them in the student's file"
 )
 
 
@@ -463,12 +464,12 @@ class StudentModel(Segmenter):
         Raises
         ------
         SettingsError
-            If weights are to be left out that were trained with a head: they could not be found again.
+            If weights are to be left out that could not be found again: they were trained with a head of one's own.
         OutputError
             If it cannot be written; a file that was there before stays as it was.
         """
         tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        if not with_backbone and self.backbone.trained:
+        if not with_backbone and not can_be_found_again(self.backbone):
             raise SettingsError(KEEP_BACKBONE)
         if with_backbone:
             tensors |= {f"backbone.{name}": value for name, value in self.backbone.state().items()}
@@ -507,13 +508,8 @@ class StudentModel(Segmenter):
             backbone = (
                 backbone_from_state(about["name"], own, about["weights"])
                 if own
-                else load_backbone(about["name"], weights)
+                else find_backbone(about["name"], about["digest"], weights, str(path))
             )
-            if not own and backbone.digest() != about["digest"]:
-                raise ModelFileError(
-                    f"{path}: it was made on other weights of {about['name']} than those found ({weights}); "
-                    f"give weights with digest {about['digest'][:12]}..."
-                )
             head = FewShotHead(backbone.spec, len(card["classes"]), HeadForm(**card["head"]))
             head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})
             thumbs = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from importlib.resources import as_file, files
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from distillfss_core.cardfile import read_card_file, write_card_file
 from distillfss_core.cli import FAULT, FINE, INTERRUPTED, main
 from distillfss_core.config import DistillSettings
 from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.headfile import HEAD_FILE, halved, load_head, packaged_head, save_head
+from distillfss_core.headfile import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
 from distillfss_core.model import StudentModel
 from distillfss_core.pretrain.episodes import EpisodeMix, sparsely, with_foreign_masks
 from distillfss_core.pretrain.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HEAD, PretrainRun, sources
@@ -377,8 +378,11 @@ def test_a_head_whose_backbone_is_not_whole_is_refused(learnt, support, tiny, tm
 def test_the_packaged_head_is_small_and_says_where_it_comes_from():
     told = packaged_head("efficientnet_lite0")
     assert told is not None
-    assert told.backbone_digest == load_backbone("efficientnet_lite0").digest()
-    assert sum(2 * v.numel() for v in told.tensors.values()) < 8e6
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert told.backbone_digest == backbone.digest() != load_backbone("efficientnet_lite0").digest()
+    with as_file(files("distillfss_core") / "weights" / PACKAGED["efficientnet_lite0"]) as path:
+        assert path.stat().st_size < 8e6
     assert told.width == DistillSettings().width
     assert told.card["training"]["steps"] > 1000
     assert len(told.card["data"]) > 30
@@ -392,8 +396,21 @@ def test_it_is_the_default_where_it_fits(support, tiny):
     told = packaged_head("efficientnet_lite0")
     assert told is not None
     assert distill(support, few).training["head"] == told.name
-    for other in (replace(few, head="none"), replace(few, width=8), replace(few, decoder="published")):
-        assert distill(support, other).training["head"] is None
+    packaged = load_backbone("efficientnet_lite0").digest()
+    for other in ({"head": "none"}, {"width": 8}, {"decoder": "published"}, {"weights": "packaged"}):
+        student = distill(support, replace(few, **other))
+        assert student.training["head"] is None
+        assert student.backbone.digest() == packaged
+
+
+def test_its_backbone_may_be_left_out_of_a_students_file(support, tiny, tmp_path):
+    student = distill(support, replace(tiny, steps=1))
+    assert student.backbone.trained
+    student.save(tmp_path / "student.safetensors", with_backbone=False)
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    assert again.card == student.card
+    image = support.slices[0].image
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
 
 
 def test_it_reads_the_support(nuclei):

@@ -336,12 +336,13 @@ def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None
     if settings.head not in ("auto", "none"):
         told = load_head(settings.head)
         return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
-    backbone = load_backbone(settings.backbone, settings.weights)
-    if settings.head == "none" or (settings.decoder, settings.teacher) != ("slim", "ours"):
-        return backbone, None
-    found = packaged_head(backbone.spec.name)
-    fits = found is not None and found.width == settings.width and found.backbone_digest == backbone.digest()
-    return backbone, found if fits else None
+    ours = settings.head == "auto" and (settings.decoder, settings.teacher) == ("slim", "ours")
+    found = packaged_head(settings.backbone) if ours else None
+    if found is None or found.width != settings.width:
+        return load_backbone(settings.backbone, settings.weights), None
+    own = found.trained_backbone() if settings.weights == "auto" else None
+    backbone = own or load_backbone(settings.backbone, settings.weights)
+    return backbone, found if found.backbone_digest == backbone.digest() else None
 
 
 def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | None:
