@@ -16,7 +16,8 @@ from distillfss_core.io import READABLE, labels_from_image, load_support_arrays,
 from distillfss_core.metrics import evaluate
 from distillfss_core.model import Segmenter
 from distillfss_core.sample import generate_sample
-from distillfss_core.support import SupportSet, suggest_planes
+from distillfss_core.suggest import suggest_planes
+from distillfss_core.support import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import Array, LabelledSlice, TrainStep, drain
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
+
+_NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,14 @@ class Session:
         self.folder = folder or Path(platformdirs.user_data_dir("napari-distillfss", appauthor=False))
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
+        self.no_annotations = _NO_VOLUME  # why there are none, while there are none
         self.model: Any = None
         self.model_path: Path | None = None
         self.training: Training | None = None
         self.applied: Applied | None = None
         self.counted: Counted | None = None
         self._busy = ""
+        self._told: list[tuple[int, bytes]] = []
 
     @property
     def busy(self) -> str:
@@ -90,19 +93,26 @@ class Session:
         """
         if self.annotations is not None:
             self.annotations.close()
-        self.volume, self.annotations = chosen, None
-        if chosen is not None:
-            self._open_annotations(chosen)
-        self.volume_changed.emit()
-        self.classes_changed.emit()
-        self.slices_changed.emit()
+        self.volume, self.annotations, self.no_annotations = chosen, None, _NO_VOLUME
+        try:
+            if chosen is not None:
+                self._open_annotations(chosen)
+        except core.OutputError as fault:  # the volume can still be previewed and segmented
+            self.no_annotations = str(fault)
+            raise
+        finally:
+            self._told = self._slices()
+            self.volume_changed.emit()
+            self.classes_changed.emit()
+            self.slices_changed.emit()
 
     def begin_anew(self) -> None:
         """Set the annotations of this volume aside and begin with none."""
         if self.volume is None or self.annotations is None:
             return
         self.annotations.close()
-        set_aside(self.annotations.folder)
+        if self.annotations.folder.is_dir():
+            set_aside(self.annotations.folder)
         self.choose_volume(self.volume)
 
     def set_classes(self, classes: Any) -> None:
@@ -110,13 +120,10 @@ class Session:
             self.annotations.classes = classes
             self.classes_changed.emit()
 
-    def painted(self, z: int | None = None) -> None:
-        """Something was painted, in plane ``z`` or anywhere."""
-        if self.annotations is None:
-            return
-        before = self.annotations.known_counts(z)
-        self.annotations.forget_counts(z)
-        if before is None or z is None or not np.array_equal(before, self.annotations.counts(z)):
+    def painted(self) -> None:
+        """Something may have been painted, or undone, in any plane."""
+        if self._slices() != self._told:
+            self._told = self._slices()
             self.slices_changed.emit()
 
     def support_maker(self) -> Any:
@@ -128,7 +135,7 @@ class Session:
             If there is nothing to read.
         """
         if self.volume is None or self.annotations is None:
-            raise core.SupportSetError("no volume is chosen; choose an image layer first")
+            raise core.SupportSetError(self.no_annotations)
         if not any(s.enabled for s in self.annotations.slices()):
             raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
         volume, annotations = self.volume, self.annotations
@@ -161,6 +168,10 @@ class Session:
         if self.annotations is not None:
             self.annotations.close()
         self.volume = self.annotations = None
+
+    def _slices(self) -> list[tuple[int, bytes]]:
+        """What is painted, to be compared with what it was."""
+        return [(s.plane, s.counts.tobytes()) for s in self.annotations.slices()] if self.annotations else []
 
     def _open_annotations(self, chosen: ChosenVolume) -> None:
         root = self.folder / "annotations"

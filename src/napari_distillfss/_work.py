@@ -163,6 +163,11 @@ def tiles_on_screen(
     return sorted(found, key=lambda t: sum(((s.start + s.stop) / 2 - m) ** 2 for s, m in zip(t, middle, strict=True)))
 
 
+def iter_different(volume: Any, count: int, taken: Collection[int], stop: Event) -> Generator[Any, None, Any]:
+    """The planes that differ most, beside those that are taken; None if it was stopped."""
+    return (yield from iter_until(core.iter_diverse_planes(volume, count, taken=taken), stop))
+
+
 def iter_least_sure(
     volume: Any, model: Any, planes: Sequence[int], count: int, stop: Event
 ) -> Generator[core.TrainStep, None, list[int]]:

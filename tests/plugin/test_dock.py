@@ -19,7 +19,7 @@ def finish(qtbot, dock, timeout=60_000):
 def paint(dock, painted, planes):
     for z in planes:
         dock.session.annotations.put(z, painted[z])
-        dock.session.painted(z)
+        dock.session.painted()
 
 
 @pytest.fixture
@@ -212,9 +212,37 @@ def test_the_rest_of_a_slice_becomes_background_and_undo_takes_it_back(dock, vie
     dock.support.fill_rest()
     assert dock.session.annotations.counts(4)[0] == 0
     dock.support.layer.undo()
-    dock.session.painted(4)
+    dock.session.painted()
     assert dock.session.annotations.counts(4)[1] == 0
     assert dock.session.annotations.counts(4)[2] > 0
+
+
+def test_undo_takes_a_corrected_plane_back_in_the_file_and_the_list(
+    viewer, open_dock, qtbot, student, tmp_path, sample
+):
+    viewer.add_image(np.stack([sample.image[:3]] * 2), name="4d")
+    dock = open_dock(viewer)
+    dock.support.suggest.click()
+    dock.support.go_to(2)
+    dock.support.layer.paint((0, 2, 40, 40), 2)
+    qtbot.waitUntil(lambda: "plane 2: <1 %" in _texts(dock.support.list))
+    before = dock.session.annotations.plane(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.preview.take.click()
+    corrected = dock.session.annotations.plane(2)
+    assert corrected.all()
+    np.testing.assert_array_equal(corrected[before > 0], before[before > 0])
+    assert "plane 2: 100 %" in _texts(dock.support.list)
+    dock.support.go_to(0)
+    dock.support.layer.undo()
+    on_disk = zarr.open_array(dock.session.annotations.folder / "labels.zarr", mode="r")
+    np.testing.assert_array_equal(on_disk[0, 2], before)
+    qtbot.waitUntil(lambda: "plane 2: <1 %" in _texts(dock.support.list))
+    dock.support.go_to(2)
+    np.testing.assert_array_equal(dock.support.layer._slice.image.raw, before)
+    dock.support.layer.redo()
+    np.testing.assert_array_equal(on_disk[0, 2], corrected)
 
 
 def test_a_slice_is_left_out_removed_and_gone_to_from_the_list(dock, viewer, painted_truth):
@@ -256,6 +284,54 @@ def test_labels_of_a_file_are_imported(dock, qtbot, tmp_path, sample):
     dock.support.import_labels(tmp_path / "truth.tif", "masks")
     finish(qtbot, dock)
     assert dock.session.annotations.planes() == [1, 4]
+
+
+def test_slices_that_differ_take_the_place_of_even_ones(viewer, open_dock, qtbot):
+    from distillfss_core import open_volume, suggest_diverse_planes, suggest_planes
+
+    planes = np.random.default_rng(0).normal(100, 10, (30, 64, 64))
+    planes[17:20] += 200
+    viewer.add_image(planes)
+    dock = open_dock(viewer)
+    dock.support.count.setValue(2)
+    dock.support.suggest.click()
+    assert dock.support.suggested == suggest_planes(30, 2)
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == suggest_diverse_planes(open_volume(planes), 2)
+    assert set(dock.support.suggested) & {17, 18, 19}
+    assert dock.support.plane() == dock.support.suggested[0]
+
+
+def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_question(viewer, open_dock, qtbot):
+    import threading
+
+    class Slow:
+        shape, dtype, ndim = (500, 64, 64), np.dtype(np.uint8), 3
+        asked, go_on = threading.Event(), threading.Event()
+
+        def __getitem__(self, key):
+            if threading.current_thread() is not threading.main_thread():
+                self.asked.set()
+                assert self.go_on.wait(20)
+            return np.zeros(self.shape, np.uint8)[key]
+
+    viewer.add_image(Slow(), contrast_limits=(0, 255))
+    dock = open_dock(viewer)
+    dock.support.suggest.click()
+    assert Slow.asked.wait(20)
+    even = dock.support.suggested
+    dock.support.look.cancel()
+    Slow.go_on.set()
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == even
+    Slow.go_on.clear()
+    dock.support.suggest.click()
+    dock.support.count.setValue(3)
+    dock.support.suggest.click()
+    dock.support.layer.paint((250, 30, 30), 2)  # the user has begun: what is suggested stays
+    Slow.go_on.set()
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == [0, 249, 499]
 
 
 def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
@@ -319,6 +395,41 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(dock, qtbot, student, t
         finish(qtbot, dock)
         tmp_path.chmod(0o700)
         assert "cannot write" in dock.apply.message.text()
+
+
+def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
+    viewer, nuclei, open_dock, qtbot, student, tmp_path
+):
+    (tmp_path / "file").write_text("")  # root feels this one too
+    dock = open_dock(viewer, tmp_path / "file" / "kept")
+    for action in (dock.support.suggest.click, dock.support.rest.click, dock.support.paint.click):
+        dock.support.message.tell("")
+        action()
+        assert "annotations cannot be kept in" in dock.support.message.text()
+    dock.distil.start()
+    assert "annotations cannot be kept in" in dock.distil.message.text()
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.apply.out.setText(str(tmp_path / "file" / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert "file" in dock.apply.message.text()
+    assert "done" not in dock.apply.message.text()
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.message.text().startswith("done")
+
+
+def test_applying_a_student_leaves_no_empty_annotations(viewer, nuclei, qtbot, student, tmp_path):
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    dock = ApplyDock(viewer, tmp_path / "kept")
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.session.close()
+    dock.deleteLater()
+    assert not list((tmp_path / "kept" / "annotations").iterdir())
 
 
 def test_a_file_that_is_no_student_is_one_sentence(dock, qtbot, tmp_path):

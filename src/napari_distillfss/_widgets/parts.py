@@ -71,9 +71,11 @@ class Section(QWidget):
 class JobBar(QWidget):
     """Progress of a job in words and as a bar, and the button that cancels it; hidden while nothing runs."""
 
-    def __init__(self, job: Job, *, cancel: str) -> None:
+    def __init__(
+        self, job: Job, *, cancel: str, starting: str = "starting (the first time this loads torch, some seconds)"
+    ) -> None:
         super().__init__()
-        self._job, self._pace = job, words.Pace()
+        self._job, self._pace, self._starting = job, words.Pace(), starting
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
         self.text = Message()
@@ -87,7 +89,7 @@ class JobBar(QWidget):
     def _on_job_started(self) -> None:
         self._pace = words.Pace()
         self.bar.setRange(0, 0)
-        self.text.tell("starting (the first time this loads torch, some seconds)")
+        self.text.tell(self._starting)
         self.cancel.setEnabled(True)
         self.show()
 
