@@ -100,8 +100,10 @@ class DemoReport:
     files: tuple[str, ...]
 
 
-def generated_data(planes: int = 12, size: int = 384, supports: int = DEMO_SUPPORTS, seed: int = 0) -> DemoData:
-    """The generated nuclei: hierarchically uniform planes are the support, the others the queries.
+def generated_data(
+    planes: int = 12, size: int = 384, supports: int = DEMO_SUPPORTS, seed: int = 0, kind: str = "nuclei"
+) -> DemoData:
+    """A generated stack: hierarchically uniform planes are the support, the others the queries.
 
     Raises
     ------
@@ -110,13 +112,15 @@ def generated_data(planes: int = 12, size: int = 384, supports: int = DEMO_SUPPO
     """
     if not 1 <= supports < planes:
         raise SettingsError(f"supports is {supports}; give 1 to {planes - 1}, so that a plane is left to be judged on")
-    sample = generate_sample(planes=planes, size=size, seed=seed)
+    sample = generate_sample(kind, planes, size, seed)
     slices = [
         LabelledSlice(image, labels_from_image(labels), f"plane {z:02d}")
         for z, (image, labels) in enumerate(zip(sample.image, sample.labels, strict=True))
     ]
     chosen = suggest_planes(planes, supports)
-    support = SupportSet(tuple(slices[z] for z in chosen), ("nucleus",), None, True)
+    micrometres = {"nanometer": 1e-3, "millimeter": 1e3}.get(sample.unit)
+    pixel = (sample.scale[1] * micrometres, sample.scale[2] * micrometres) if micrometres else None
+    support = SupportSet(tuple(slices[z] for z in chosen), (sample.object_name,), pixel, True)
     queries = tuple(s for z, s in enumerate(slices) if z not in chosen)
     return DemoData(sample.name, support, queries, sample.image, sample.labels)
 
