@@ -12,7 +12,7 @@ from pathlib import Path
 from distillfss_core.config import DistillSettings
 from distillfss_core.errors import InputFileError, OutputError, SettingsError, SupportSetError
 from distillfss_core.figure import Panel, Row, draw_panels
-from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels
+from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels, write_stack
 from distillfss_core.metrics import evaluate
 from distillfss_core.model import Segmenter
 from distillfss_core.sample import generate_sample
@@ -214,9 +214,9 @@ def iter_demo(
     files = [folder / MODEL, folder / PICTURE]
     _draw(data, answers, folder / PICTURE)
     if data.stack is not None and data.truth is not None:
-        for name, stack in (("stack.tif", data.stack), ("stack_truth.tif", data.truth)):
-            write_labels(folder / name, stack)
-            files.append(folder / name)
+        write_stack(folder / "stack.tif", data.stack)
+        write_labels(folder / "stack_truth.tif", data.truth)
+        files += [folder / "stack.tif", folder / "stack_truth.tif"]
     for query, labels in zip(data.queries, answers["student"], strict=True):
         files.append(folder / LABELS / f"{_file_stem(query.source)}.tif")
         write_labels(files[-1], labels)

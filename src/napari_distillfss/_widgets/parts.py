@@ -97,6 +97,7 @@ class JobBar(QWidget):
         if isinstance(step, Doing):
             self.bar.setRange(0, 0)
             self.text.tell(step.text)
+        if not hasattr(step, "total"):
             return
         if self.bar.maximum() != step.total:
             self._pace = words.Pace()
