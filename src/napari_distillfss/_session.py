@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import distillfss_core as core
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
 
+LearntFrom = tuple[ChosenVolume, Annotations]
+
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 
@@ -23,12 +25,15 @@ class Training:
 
     settings: Mapping[str, Any]
     start: Path | None
+    volume: ChosenVolume
+    annotations: Annotations
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Labels that were written, for the script and for counting."""
+    """Labels that were written, of what volume, for the script and for counting."""
 
+    volume: ChosenVolume
     out: Path
     mode: str
     region: tuple[tuple[int, int], ...] | None
@@ -126,8 +131,8 @@ class Session:
             self._told = self._slices()
             self.slices_changed.emit()
 
-    def support_maker(self) -> Any:
-        """A function that reads the support set as it is now; it may run in another thread.
+    def support_maker(self) -> tuple[Callable[[], Any], LearntFrom]:
+        """A function that reads the support set as it is now (it may run in another thread), and of what.
 
         Raises
         ------
@@ -139,7 +144,7 @@ class Session:
         if not any(s.enabled for s in self.annotations.slices()):
             raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
         volume, annotations = self.volume, self.annotations
-        return lambda: make_support(volume.volume, annotations, volume.pixel_size)
+        return (lambda: make_support(volume.volume, annotations, volume.pixel_size)), (volume, annotations)
 
     def set_model(self, model: Any, *, path: Path | None, training: Training | None) -> None:
         self.model, self.model_path, self.training = model, path, training
@@ -152,11 +157,13 @@ class Session:
         folder = self.annotations.folder
         return folder / f"student-{len(list(folder.glob('student-*.safetensors'))) + 1}.safetensors"
 
-    def take_student(self, model: Any, path: Path | None, settings: Any, start: Path | None) -> None:
-        """A student that was distilled here."""
+    def take_student(
+        self, model: Any, path: Path | None, settings: Any, start: Path | None, learnt_from: LearntFrom
+    ) -> None:
+        """A student that was distilled here, from slices of a volume that may no longer be the one chosen."""
         defaults = {f.name: f.default for f in fields(settings)}
         changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
-        self.set_model(model, path=path, training=Training(changed, start))
+        self.set_model(model, path=path, training=Training(changed, start, *learnt_from))
 
     def set_applied(self, applied: Applied) -> None:
         self.applied, self.counted = applied, None

@@ -132,7 +132,7 @@ def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, No
 
 
 def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
-    """Segment a volume into OME-Zarr; stopped, what is finished is kept. `Written` comes with the first labels and last."""
+    """Segment a volume into OME-Zarr; stopped, what is finished is kept. `Written` comes first and last."""
     yield Doing("preparing")
     run = iter_until(core.iter_segment(volume, model, out, **how), stop)
     begun = False

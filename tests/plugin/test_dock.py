@@ -1,6 +1,7 @@
 """The dock as a user meets it: what goes wrong is one sentence, and nothing painted is lost."""
 
 import os
+import re
 
 import dask.array as da
 import numpy as np
@@ -50,6 +51,7 @@ LAYERS = {
     "dask": lambda s: (da.from_array(s, chunks=(1, 96, 96)), {}),
     "zarr": lambda s: (zarr.array(s), {}),
     "scaled": lambda s: (s, {"scale": (5, 0.5, 0.5), "translate": (3, 2, 1)}),
+    "rotated": lambda s: (s, {"rotate": 30.0, "scale": (2, 1, 1)}),
 }
 
 
@@ -455,6 +457,161 @@ def test_a_region_is_applied_and_another_adds_to_it(dock, qtbot, student, tmp_pa
     np.testing.assert_array_equal(first[:2], whole[:2])
     expected = StudentModel.load(student).predict(dock.session.volume.volume.plane(5)).labels
     np.testing.assert_array_equal(whole[5], expected)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Apply writes a plane a piece, and waits after the second until it is told to go on or to stop."""
+    import threading
+
+    from distillfss_core import labelstore
+    from napari_distillfss._widgets import apply
+
+    monkeypatch.setattr(labelstore, "_SHARD", 1)
+    go_on, original = threading.Event(), apply.iter_applying
+
+    def held_applying(volume, model, out, stop, **how):
+        run = original(volume, model, out, stop, **how)
+        pieces = 0
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as end:
+                return end.value
+            yield step
+            pieces += hasattr(step, "total")
+            while pieces == 2 and not stop.is_set() and not go_on.wait(0.01):
+                pass
+
+    monkeypatch.setattr(apply, "iter_applying", held_applying)
+    yield go_on
+    go_on.set()
+
+
+@pytest.fixture
+def applying(dock, qtbot, student, tmp_path, held):
+    """A dock that has written two planes of eight, and waits."""
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.preview.on.setChecked(False)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    apply_two_more(qtbot, dock)
+    return dock
+
+
+def apply_two_more(qtbot, dock):
+    steps = []
+    dock.apply.job.stepped.connect(steps.append)
+    dock.apply.apply.click()
+    qtbot.waitUntil(lambda: sum(hasattr(step, "total") for step in steps) == 2, timeout=60_000)
+    dock.apply.job.stepped.disconnect(steps.append)
+
+
+def assert_written(folder, student, image):
+    model = StudentModel.load(student)
+    expected = np.stack([model.predict(plane).labels for plane in image])
+    np.testing.assert_array_equal(zarr.open_array(folder / "out.ome.zarr" / "0")[:], expected)
+
+
+def test_apply_is_stopped_and_gone_on_with_in_the_same_and_in_a_new_dock(
+    applying, held, viewer, qtbot, sample, student, open_dock, tmp_path
+):
+    from napari.components import ViewerModel
+    from qtpy.QtWidgets import QPushButton
+
+    def stop():
+        (cancel,) = [b for b in applying.apply.findChildren(QPushButton) if b.text() == "Cancel"]
+        cancel.click()
+        finish(qtbot, applying)
+        assert "stopped; what is written is kept" in applying.apply.message.text()
+        assert applying.apply.layer in viewer.layers
+
+    stop()
+    apply_two_more(qtbot, applying)
+    stop()
+    applying.session.close()
+    held.set()
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    dock = open_dock(other)
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.apply.click()
+    finish(qtbot, dock)
+    computed, found = map(int, re.search(r"(\d+) piece.* (\d+) found", dock.apply.message.text()).groups())
+    assert computed + found == 8
+    assert found >= 3
+    assert_written(tmp_path, student, sample.image)
+    np.testing.assert_array_equal(np.asarray(dock.apply.layer.data), zarr.open_array(tmp_path / "out.ome.zarr" / "0"))
+
+
+def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtbot, painted_truth):
+    paint(applying, painted_truth, [2])
+    layer = applying.apply.layer
+    assert not applying.apply.apply.isEnabled()
+    for section, start in ((applying.apply, applying.apply.start), (applying.distil, applying.distil.start)):
+        start()
+        assert "already segmenting" in section.message.text()
+    assert applying.apply.layer is layer
+    held.set()
+    finish(qtbot, applying)
+    assert applying.apply.message.text().startswith("done")
+
+
+@pytest.mark.parametrize("what", ["deleted", "changed"])
+def test_applying_goes_on_when_its_layer_is_deleted_or_another_is_chosen(
+    what, applying, held, viewer, nuclei, qtbot, sample, student, tmp_path
+):
+    if what == "deleted":
+        viewer.layers.remove(nuclei)
+        assert applying.session.volume is None
+    else:
+        viewer.add_image(np.zeros((3, 40, 50)), name="another", scale=(1, 3, 3))
+        applying.volume.layers.setCurrentIndex(1)
+        applying.volume.layers.activated.emit(1)
+        assert applying.session.volume.name == "another"
+    held.set()
+    finish(qtbot, applying)
+    assert applying.apply.message.text().startswith("done")
+    assert_written(tmp_path, student, sample.image)
+    np.testing.assert_allclose(applying.apply.layer.extent.world, nuclei.extent.world)
+    applying.objects.start()  # of the volume that was applied to
+    finish(qtbot, applying)
+    assert "objects" in applying.objects.message.text()
+
+
+def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot, painted_truth):
+    from qtpy.QtWidgets import QApplication
+
+    paint(dock, painted_truth, [2])
+    folder = dock.session.annotations.folder
+    dock.distil.start()
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    finish(qtbot, dock)
+    assert dock.session.model_path.parent == folder
+    dock.model.copy_command()
+    assert str(folder / "support" / "images") in QApplication.clipboard().text()
+    assert "--pixel-size 1,1" in QApplication.clipboard().text()
+    assert [f.name for f in (folder / "support" / "images").iterdir()] == ["plane_0002.tif"]
+
+
+def test_two_viewers_distil_at_the_same_time(dock, sample, open_dock, qtbot, tmp_path, few, painted_truth):
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    second.distil.settings.setValue(few)
+    for each in (dock, second):
+        paint(each, painted_truth, [2])
+        each.distil.start()
+    for each in (dock, second):
+        finish(qtbot, each)
+        assert each.session.model is not None
+    assert dock.session.model_path.parent != second.session.model_path.parent
 
 
 def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_path, sample):

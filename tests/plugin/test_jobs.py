@@ -1,5 +1,8 @@
 """Work in another thread."""
 
+import gc
+import sys
+
 import pytest
 
 from distillfss_core import DistillFSSError
@@ -85,3 +88,21 @@ def test_answers_to_outdated_questions_are_dropped(qtbot):
             latest.ask(answer(name))
     assert seen[-5:] == ["d"] * 5
     assert not {"b", "c"} & set(seen)
+
+
+def test_grand_collections_wait_while_work_goes_on_and_no_longer(qtbot):
+    def state():
+        return sys.getswitchinterval(), gc.get_threshold()
+
+    before, jobs = state(), [Job(), Job()]
+    for job in jobs:
+        with qtbot.waitSignal(job.stepped):
+            job.start(counting)
+    while_working = state()
+    for job in jobs:
+        assert state() == while_working
+        with qtbot.waitSignal(job.ended):
+            job.cancel()
+    assert while_working[0] < before[0]
+    assert while_working[1][2] > before[1][2]
+    assert state() == before

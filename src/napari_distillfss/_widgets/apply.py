@@ -31,7 +31,7 @@ class ApplyWidget(QWidget):
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
-        self._running: tuple[ChosenVolume, Applied] | None = None
+        self._running: Applied | None = None
         self._written = False
         self.layer: Any = None
         self.region = RegionEdit()
@@ -91,7 +91,7 @@ class ApplyWidget(QWidget):
             region, mode = self.region.value(), MODES[self.mode.currentText()]
             how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
             self.job.check_free()
-            self._running, self._written = (chosen, Applied(out, mode, region)), False
+            self._running, self._written = Applied(chosen, out, mode, region), False
             nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
             self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
             self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **how))
@@ -121,7 +121,7 @@ class ApplyWidget(QWidget):
         if report is None:
             self.message.tell("stopped; what is written is kept, and Apply goes on from there")
             return
-        self._session.set_applied(self._running[1])
+        self._session.set_applied(self._running)
         found = f", {report.found} found finished" if report.found else ""
         self.message.tell(
             f"done in {words.duration(report.seconds)}: {report.computed} piece(s) computed{found}; {report.path.name}"
@@ -131,7 +131,7 @@ class ApplyWidget(QWidget):
         """Labels (z, y, x) as the layer: the finest level while they are written, the pyramid in the end."""
         if self._running is None:
             return
-        chosen, applied = self._running
+        applied, chosen = self._running, self._running.volume
         data = [OnGrid(level, len(chosen.lead), chosen.layer.ndim) for level in levels]
         if self._written and self.layer in self._viewer.layers and len(data) == 1:
             self.layer.data.look_at(levels[0])
@@ -229,9 +229,10 @@ class ObjectsWidget(QWidget):
         """Number and measure."""
 
         def start() -> None:
-            chosen, applied = self._session.volume, self._session.applied
-            if chosen is None or applied is None:
+            applied = self._session.applied
+            if applied is None:
                 raise core.SettingsError("there are no labels yet; apply a student first")
+            chosen = applied.volume
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
             how: dict[str, Any] = {"value": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
             if self.method.currentIndex() == 1:

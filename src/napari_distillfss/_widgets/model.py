@@ -79,11 +79,13 @@ class ModelWidget(QWidget):
         def copy() -> None:
             session = self._session
             support = Path("SUPPORT")
-            if session.volume is not None and session.annotations is not None and session.annotations.planes():
-                folder = session.annotations.folder / "support"
-                support = write_support(session.volume.volume, session.annotations, folder)
+            said = "copied"
+            if session.training is not None:
+                annotations = session.training.annotations
+                support = write_support(session.training.volume.volume, annotations, annotations.folder / "support")
+                said += "; the annotated slices it reads were written beside your annotations"
             QApplication.clipboard().setText(make(session, support))
-            self.message.tell("copied; the annotated slices it reads were written beside your annotations")
+            self.message.tell(said)
 
         attempt(self.message, copy)
 
