@@ -53,12 +53,12 @@ def suggest_planes(planes: int, count: int) -> list[int]:
 
 
 def suggest_diverse_planes(volume: Volume, count: int, *, taken: Collection[int] = ()) -> list[int]:
-    """Planes to annotate that together are most like all the others: the sum over the volume of each plane's squared
+    """Planes to annotate that together are most like all the others: the sum over the volume of each plane's
     distance to the nearest one chosen is made small, one choice after the other (greedy k-medoids).
 
     A plane is described by its brightness, its texture at five scales, where in the plane both are, and its place in
-    the stack; the four count alike. A lone odd plane is thus not chosen before what many planes look like. No weights
-    are needed.
+    the stack; the last counts twice, the others alike. A lone odd plane is thus not chosen before what many planes
+    look like. No weights are needed.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def describe_plane(plane: Array) -> tuple[F32, F32, F32]:
 
 
 def choose_medoids(features: F32, count: int, free: Sequence[int], taken: Sequence[int] = ()) -> list[int]:
-    """Rows that stand for all rows: each next one lowers the sum of squared distances to the nearest chosen most.
+    """Rows that stand for all rows: each next one lowers the sum of distances to the nearest chosen most.
 
     Parameters
     ----------
@@ -160,7 +160,7 @@ def choose_medoids(features: F32, count: int, free: Sequence[int], taken: Sequen
 
     Source: greedy facility location; Nemhauser, Wolsey and Fisher (1978) bound how much is lost by being greedy.
     """
-    distance = ((features[:, None] - features[None]) ** 2).sum(-1)
+    distance = np.sqrt(((features[:, None] - features[None]) ** 2).sum(-1))
     nearest = np.full(len(features), distance.max(initial=0.0) + 1, np.float32)
     for row in taken:
         nearest = np.minimum(nearest, distance[row])
@@ -175,13 +175,14 @@ def choose_medoids(features: F32, count: int, free: Sequence[int], taken: Sequen
 
 
 def _comparable(places: F32, described: Sequence[tuple[F32, F32, F32]]) -> F32:
-    """Place, brightness, texture and layout side by side, each group with the same spread. Shape (n, d)."""
+    """Place, brightness, texture and layout side by side, of the same spread, but place of twice. Shape (n, d)."""
     groups = [places[:, None], *(np.stack(group) for group in zip(*described, strict=True))]
     spread = []
     for group in groups:
         away = group - group.mean(0)
         size = float(np.sqrt((away**2).sum(-1).mean()))
         spread.append(away / size if size > 0 else away)
+    spread[0] *= 2
     return np.concatenate(spread, 1).astype(np.float32)
 
 

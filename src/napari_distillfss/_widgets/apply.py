@@ -33,6 +33,7 @@ class ApplyWidget(QWidget):
         self._session, self._viewer = session, viewer
         self._running: Applied | None = None
         self._written = False
+        self._active: Any = None  # the layer that was chosen when Apply was pressed
         self.layer: Any = None
         self.region = RegionEdit()
         self.screen = button("What is on screen", "Take the part of the planes that you see", self._on_screen_clicked)
@@ -92,6 +93,7 @@ class ApplyWidget(QWidget):
             how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
             self.job.check_free()
             self._running, self._written = Applied(chosen, out, mode, region), False
+            self._active = self._viewer.layers.selection.active
             nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
             self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
             self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **how))
@@ -114,6 +116,8 @@ class ApplyWidget(QWidget):
         self._on_soon()
         if not self._written:
             self._remove_layer()
+            if self._active in self._viewer.layers:
+                self._viewer.layers.selection.active = self._active
 
     def _on_job_done(self, report: Any) -> None:
         if self._running is None:
@@ -124,7 +128,8 @@ class ApplyWidget(QWidget):
         self._session.set_applied(self._running)
         found = f", {report.found} found finished" if report.found else ""
         self.message.tell(
-            f"done in {words.duration(report.seconds)}: {report.computed} piece(s) computed{found}; {report.path.name}"
+            f"done in {words.duration(report.seconds)}: {words.count(report.computed, 'piece')} computed{found}; "
+            f"{report.path.name}"
         )
 
     def _show(self, levels: list[Any]) -> None:
@@ -271,7 +276,9 @@ class ObjectsWidget(QWidget):
         self.table.read(counted.table)
         self.table.show()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
-        self.message.tell(f"{report.objects} objects{small}; measures in {counted.table.name}, beside the labels")
+        self.message.tell(
+            f"{words.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
+        )
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
         """Show an object: ``box`` is its middle (z, y, x) in voxels."""

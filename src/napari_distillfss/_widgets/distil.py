@@ -15,6 +15,8 @@ from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 from napari_distillfss._work import Distilled, iter_training
 
+_HINT = "annotate some slices, then press Distil"
+
 
 class DistilWidget(QWidget):
     """Trains a student in another thread; cancelled, the best one so far is kept."""
@@ -30,7 +32,7 @@ class DistilWidget(QWidget):
         )
         self.job = Job(session, "distilling", self)
         self.plot = TrainingPlot()
-        self.message = Message("annotate some slices, then press Distil")
+        self.message = Message(_HINT)
         column(
             self,
             self.settings,
@@ -45,6 +47,7 @@ class DistilWidget(QWidget):
         self.job.failed.connect(self.message.warn)
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
+        session.slices_changed.connect(self._on_slices_changed)
         self._on_state_changed()
 
     def start(self) -> None:
@@ -89,6 +92,10 @@ class DistilWidget(QWidget):
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
         self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
+
+    def _on_slices_changed(self) -> None:
+        if self.message.warns:  # what was wrong with the slices may be no longer
+            self.message.tell(_HINT)
 
     def _on_state_changed(self) -> None:
         self.distil.setEnabled(not self._session.busy)

@@ -118,8 +118,8 @@ def describe(card: dict[str, Any]) -> str:
     training, pixel = card["training"], card["pixel_size_um"]
     lines = [
         f"classes: {', '.join(card['classes'])}",
-        f"made: {card['created']}",
-        f"pixel size: {f'{pixel[0]:.3g} × {pixel[1]:.3g} µm' if pixel else 'not known'}",
+        f"made: {card['created'][:16].replace('T', ' ')} UTC",
+        f"pixel size: {words.lengths(*pixel) if pixel else 'not known'}",
         f"backbone: {card['backbone']['name']} ({card['backbone']['license']})",
         f"zoom: {card['preprocess']['zoom']}, intensity of {card['preprocess']['scope']}",
     ]

@@ -36,6 +36,11 @@ class Message(QLabel):
         self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
 
+    @property
+    def warns(self) -> bool:
+        """Whether a fault is shown."""
+        return bool(self.styleSheet())
+
     def tell(self, text: str) -> None:
         self.setStyleSheet("")
         self.setText(text)
@@ -139,8 +144,8 @@ def spin(low: int, high: int, value: int, tooltip: str) -> QSpinBox:
     return made
 
 
-def row(*parts: QWidget | str) -> QWidget:
-    """Widgets (texts become labels) side by side."""
+def row(*parts: QWidget | str, first: int = 1) -> QWidget:
+    """Widgets (texts become labels) side by side; the first is ``first`` times as wide as the others."""
     holder = QWidget()
     layout = QHBoxLayout(holder)
     layout.setContentsMargins(0, 0, 0, 0)
@@ -150,6 +155,7 @@ def row(*parts: QWidget | str) -> QWidget:
             layout.addWidget(QLabel(part))
         else:
             layout.addWidget(part, 1)
+    layout.setStretch(0, first if isinstance(parts[0], QWidget) else 0)
     return holder
 
 

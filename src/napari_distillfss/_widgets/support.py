@@ -25,7 +25,7 @@ from napari_distillfss._work import THUMBNAIL, iter_different, iter_import, iter
 MARK = "distillfss_annotations"
 """Key of the metadata of the layer that is painted."""
 
-DIFFERENT, EVENLY, LEAST_SURE = ("most different", "evenly", "least sure")
+DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 
@@ -50,7 +50,7 @@ class SupportWidget(QWidget):
         self._pictures: dict[int, np.ndarray] = {}
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
-            "most different: planes that together are most like all the others, looked for in brightness, texture and "
+            "different: planes that together are most like all the others, looked for in brightness, texture and "
             "place; evenly: both ends, then midpoints; least sure: where the student doubts most (after Distil)",
             (DIFFERENT, EVENLY, LEAST_SURE),
         )
@@ -248,6 +248,8 @@ class SupportWidget(QWidget):
                 item = QListWidgetItem(f"plane {z}: suggested, nothing painted yet")
                 item.setData(Qt.ItemDataRole.UserRole, z)
                 self.list.addItem(item)
+        if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("paint in"):
+            self.message.tell("every suggested slice has labels: press Distil, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
         self.list.blockSignals(False)
         missing = [z for z in painted if z not in self._pictures]
@@ -359,6 +361,7 @@ class SupportWidget(QWidget):
                 name=f"{chosen.name} annotations",
                 colormap=colours_of(self.classes.value()),
                 metadata={MARK: True},
+                opacity=0.5,  # so that the image is seen where all of a slice is labelled
                 **chosen.place(),
             )
             self.layer.selected_label = self.classes.brush()
