@@ -14,7 +14,7 @@ from napari_distillfss._session import Session
 from napari_distillfss._work import Work, keep_triton_out
 
 _SWITCH = 0.001  # seconds
-_RARELY = 1000  # collections of the middle generation before one of all objects; Python's default is 10
+_RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
 
 
 class _Out(QObject):
@@ -162,31 +162,30 @@ class LatestJob(QObject):
 
 
 class _Considerate:
-    """While any work goes on, the window's thread gets its turn at once, and is not stopped for a grand collection.
+    """While any work goes on, the window's thread gets its turn at once; collections of all objects become rare.
 
-    Python passes its lock on every 5 ms, and a turn of the window takes several passes. A collection of all objects
-    takes some 0.3 s once torch's modules are there, and loading them calls for several: it is made rare. (It comes
-    later; nothing is left uncollected.)
+    Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
+    A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
+    for several. Garbage that is new is collected as before.
     """
 
     def __init__(self) -> None:
-        self._lock, self._working = Lock(), 0
-        self._before: tuple[float, tuple[int, int, int]] = (0.0, (0, 0, 0))
+        self._lock, self._working, self._interval = Lock(), 0, sys.getswitchinterval()
 
     def __enter__(self) -> None:
         with self._lock:
             self._working += 1
             if self._working == 1:
-                self._before = sys.getswitchinterval(), gc.get_threshold()
-                sys.setswitchinterval(min(_SWITCH, self._before[0]))
-                gc.set_threshold(*self._before[1][:2], max(_RARELY, self._before[1][2]))
+                self._interval = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH, self._interval))
+                young, middle, old = gc.get_threshold()
+                gc.set_threshold(young, middle, max(_RARELY, old))
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._working -= 1
             if self._working == 0:
-                sys.setswitchinterval(self._before[0])
-                gc.set_threshold(*self._before[1])
+                sys.setswitchinterval(self._interval)
 
 
 _considerate = _Considerate()

@@ -90,19 +90,16 @@ def test_answers_to_outdated_questions_are_dropped(qtbot):
     assert not {"b", "c"} & set(seen)
 
 
-def test_grand_collections_wait_while_work_goes_on_and_no_longer(qtbot):
-    def state():
-        return sys.getswitchinterval(), gc.get_threshold()
-
-    before, jobs = state(), [Job(), Job()]
+def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
+    before, jobs = sys.getswitchinterval(), [Job(), Job()]
     for job in jobs:
         with qtbot.waitSignal(job.stepped):
             job.start(counting)
-    while_working = state()
+    while_working = sys.getswitchinterval()
+    assert while_working < before
+    assert gc.get_threshold()[2] >= 200
     for job in jobs:
-        assert state() == while_working
+        assert sys.getswitchinterval() == while_working
         with qtbot.waitSignal(job.ended):
             job.cancel()
-    assert while_working[0] < before[0]
-    assert while_working[1][2] > before[1][2]
-    assert state() == before
+    assert sys.getswitchinterval() == before
