@@ -109,8 +109,8 @@ class Session:
             low, high = (-1000, 400) if kind == "nodules" else np.percentile(plane, (0.5, 99.5))
             panel = np.repeat((np.clip((plane - low) / (high - low), 0, 1) * 255)[..., None], 3, -1)
             edge = np.zeros(labels.shape, bool)
-            for axis in (0, 1):
-                edge |= labels != np.roll(labels, 1, axis)
+            edge[1:] |= labels[1:] != labels[:-1]
+            edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
             panel[edge] = (243, 155, 127)
             panels += [panel, np.full((len(panel), 8, 3), 255.0)]
         picture = Image.fromarray(np.concatenate(panels[:-1], 1).astype(np.uint8))
