@@ -59,6 +59,7 @@ class Session:
         made = generate_sample(planes=12, size=256)
         truth = made.labels > 0
         viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+        dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.support.suggest_slices()
         self.wait(lambda: not dock.support.look.running)
         self.wait(lambda: "computes" in dock.volume.device.text())
@@ -87,7 +88,6 @@ class Session:
         self.photograph("4-preview", dock.preview)
 
         dock.preview.on.setChecked(False)
-        dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.apply.start()
         self.wait(lambda: not dock.session.busy)
         dock.objects.start()
