@@ -31,7 +31,9 @@ def main() -> None:
         os.execvp("xvfb-run", ["xvfb-run", "-a", "-s", screen, sys.executable, os.path.abspath(__file__), str(folder)])
     with tempfile.TemporaryDirectory() as kept:
         os.chdir(kept)  # so that short names are shown
-        Session(folder, Path(kept)).run()
+        session = Session(folder, Path(kept))
+        session.run()
+        session.draw_samples()
 
 
 class Session:
@@ -57,7 +59,9 @@ class Session:
         made = generate_sample(planes=12, size=256)
         truth = made.labels > 0
         viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+        dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.support.suggest_slices()
+        self.wait(lambda: not dock.support.look.running)
         self.wait(lambda: "computes" in dock.volume.device.text())
         self.photograph("1-volume", dock.volume)
 
@@ -84,7 +88,6 @@ class Session:
         self.photograph("4-preview", dock.preview)
 
         dock.preview.on.setChecked(False)
-        dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.apply.start()
         self.wait(lambda: not dock.session.busy)
         dock.objects.start()
@@ -94,6 +97,24 @@ class Session:
         self.photograph("5-apply", dock.apply)
         self.photograph("6-model", dock.model)
         viewer.close()
+
+    def draw_samples(self) -> None:
+        """A plane of each generated stack, with its truth outlined."""
+        from distillfss_core.sample import KINDS, generate_sample
+
+        panels = []
+        for kind in KINDS:
+            made = generate_sample(kind)
+            plane, labels = made.image[6].astype(float), made.labels[6]
+            low, high = (-1000, 400) if kind == "nodules" else np.percentile(plane, (0.5, 99.5))
+            panel = np.repeat((np.clip((plane - low) / (high - low), 0, 1) * 255)[..., None], 3, -1)
+            edge = np.zeros(labels.shape, bool)
+            edge[1:] |= labels[1:] != labels[:-1]
+            edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+            panel[edge] = (243, 155, 127)
+            panels += [panel, np.full((len(panel), 8, 3), 255.0)]
+        picture = Image.fromarray(np.concatenate(panels[:-1], 1).astype(np.uint8))
+        picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.folder / "samples.png", optimize=True)
 
     def photograph(self, name: str, section: object) -> None:
         """One picture in each theme, with a section of the dock at its top."""

@@ -48,6 +48,7 @@ from distillfss_core.errors import (
     OutputError,
     SettingsError,
 )
+from distillfss_core.sample import KINDS
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -691,6 +692,9 @@ def _add_demo(commands: Any) -> None:
         metavar="PATH",
         help="a folder that holds images and labels, or IMAGES LABELS as for distill; the last third is judged on",
     )
+    parser.add_argument(
+        "--sample", choices=KINDS, default="nuclei", help="what to generate, unless there is --data (default: nuclei)"
+    )
     parser.add_argument("--supports", type=positive, metavar="N", help="slices to learn from (default: 5)")
     parser.add_argument("--planes", type=positive, default=12, metavar="N", help="planes to generate (default: 12)")
     parser.add_argument("--size", type=positive, default=384, metavar="N", help="their side in pixels (default: 384)")
@@ -715,7 +719,7 @@ def _demo(args: argparse.Namespace) -> int:
     if args.data:
         data = own_data(*args.data, supports=supports, classes=args.classes, scribbles=args.scribbles)
     else:
-        data = generated_data(args.planes, args.size, supports, settings.seed)
+        data = generated_data(args.planes, args.size, supports, settings.seed, args.sample)
     with progress("preparing") as bar:
         report = drain(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: _show_step(bar, step))
     if args.json:

@@ -12,11 +12,12 @@ from pathlib import Path
 from distillfss_core.config import DistillSettings
 from distillfss_core.errors import InputFileError, OutputError, SettingsError, SupportSetError
 from distillfss_core.figure import Panel, Row, draw_panels
-from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels
+from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels, write_stack
 from distillfss_core.metrics import evaluate
 from distillfss_core.model import Segmenter
 from distillfss_core.sample import generate_sample
-from distillfss_core.support import SupportSet, suggest_planes
+from distillfss_core.suggest import suggest_planes
+from distillfss_core.support import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import Array, LabelledSlice, TrainStep, drain
 
@@ -99,8 +100,10 @@ class DemoReport:
     files: tuple[str, ...]
 
 
-def generated_data(planes: int = 12, size: int = 384, supports: int = DEMO_SUPPORTS, seed: int = 0) -> DemoData:
-    """The generated nuclei: hierarchically uniform planes are the support, the others the queries.
+def generated_data(
+    planes: int = 12, size: int = 384, supports: int = DEMO_SUPPORTS, seed: int = 0, kind: str = "nuclei"
+) -> DemoData:
+    """A generated stack: hierarchically uniform planes are the support, the others the queries.
 
     Raises
     ------
@@ -109,13 +112,15 @@ def generated_data(planes: int = 12, size: int = 384, supports: int = DEMO_SUPPO
     """
     if not 1 <= supports < planes:
         raise SettingsError(f"supports is {supports}; give 1 to {planes - 1}, so that a plane is left to be judged on")
-    sample = generate_sample(planes=planes, size=size, seed=seed)
+    sample = generate_sample(kind, planes, size, seed)
     slices = [
         LabelledSlice(image, labels_from_image(labels), f"plane {z:02d}")
         for z, (image, labels) in enumerate(zip(sample.image, sample.labels, strict=True))
     ]
     chosen = suggest_planes(planes, supports)
-    support = SupportSet(tuple(slices[z] for z in chosen), ("nucleus",), None, True)
+    micrometres = {"nanometer": 1e-3, "millimeter": 1e3}.get(sample.unit)
+    pixel = (sample.scale[1] * micrometres, sample.scale[2] * micrometres) if micrometres else None
+    support = SupportSet(tuple(slices[z] for z in chosen), (sample.object_name,), pixel, True)
     queries = tuple(s for z, s in enumerate(slices) if z not in chosen)
     return DemoData(sample.name, support, queries, sample.image, sample.labels)
 
@@ -209,9 +214,9 @@ def iter_demo(
     files = [folder / MODEL, folder / PICTURE]
     _draw(data, answers, folder / PICTURE)
     if data.stack is not None and data.truth is not None:
-        for name, stack in (("stack.tif", data.stack), ("stack_truth.tif", data.truth)):
-            write_labels(folder / name, stack)
-            files.append(folder / name)
+        write_stack(folder / "stack.tif", data.stack)
+        write_labels(folder / "stack_truth.tif", data.truth)
+        files += [folder / "stack.tif", folder / "stack_truth.tif"]
     for query, labels in zip(data.queries, answers["student"], strict=True):
         files.append(folder / LABELS / f"{_file_stem(query.source)}.tif")
         write_labels(files[-1], labels)

@@ -388,6 +388,23 @@ def write_float_tiff(path: PathLike, array: Array, axes: str | None = None) -> N
     _write_tiff(path, np.ascontiguousarray(array, np.float32), axes)
 
 
+def write_stack(path: PathLike, array: Array) -> None:
+    """Write a grey stack as TIFF (zlib) in its own type; whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Ending in .tif or .tiff.
+    array : integer or floating array, shape (z, y, x)
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an older file stays as it was.
+    """
+    _write_tiff(Path(path), np.ascontiguousarray(array), "ZYX")
+
+
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
     """Write to the path this gives; at the end it takes the place of ``path``, whole or not at all.

@@ -1,4 +1,4 @@
-"""The annotated slices, checked when they are put together; and which planes to annotate."""
+"""The annotated slices, checked when they are put together."""
 
 from __future__ import annotations
 
@@ -126,33 +126,3 @@ def load_support(
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
     slices, one_volume = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
     return SupportSet(tuple(slices), names, pixel_size, one_volume)
-
-
-def suggest_planes(planes: int, count: int) -> list[int]:
-    """Planes to annotate: both ends first, then midpoints level by level (hierarchical uniform sampling).
-
-    Parameters
-    ----------
-    planes : int
-        Planes of the stack.
-    count : int
-        How many to choose, 1..planes.
-
-    Returns
-    -------
-    list of int
-        Ascending plane numbers. The choice for fewer planes is part of the choice for more.
-
-    Source: DistillFSS (arXiv 2512.05613), choice of the support set.
-    """
-    if not 1 <= count <= planes:
-        raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")
-    chosen = [0]
-    if count > 1:
-        chosen.append(planes - 1)
-    gaps = [(0, planes - 1)]
-    while len(chosen) < count:
-        split = [(a, (a + b) // 2, b) for a, b in gaps if b - a > 1]
-        chosen += [middle for _, middle, _ in split][: count - len(chosen)]
-        gaps = [pair for a, m, b in split for pair in ((a, m), (m, b))]
-    return sorted(chosen)

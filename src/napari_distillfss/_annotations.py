@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ COLOURS = ("#e64b35", "#4dbbd5", "#00a087", "#f39b7f", "#8491b4", "#91d1c2")
 BACKGROUND_COLOUR = "#3c5488"
 KINDS = ("masks", "classes", "scribbles")
 _CHUNK = 512
+_Stamp = tuple[tuple[int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,38 @@ class Annotations:
     def __init__(self, folder: Path, shape: Sequence[int], index: Any) -> None:
         self.folder, self.index = folder, index
         self._notes_path = folder / "notes.json"
-        side = [1] * (len(shape) - 2) + [min(_CHUNK, n) for n in shape[-2:]]
+        self._shape = tuple(shape)
+        self._array: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "owner").write_text(str(os.getpid()))
-            self.restored = (folder / "labels.zarr").is_dir()
-            self.array: Any = (
-                zarr.open_array(folder / "labels.zarr", mode="r+")
-                if self.restored
-                else zarr.create_array(
-                    folder / "labels.zarr", shape=tuple(shape), chunks=tuple(side), dtype="uint8", fill_value=0
-                )
-            )
+            if self._path.is_dir():
+                self._array = zarr.open_array(self._path, mode="r+")
         except OSError as fault:
-            raise core.OutputError(f"annotations cannot be kept in {folder}: {fault.strerror or fault}") from fault
+            raise self._fault(fault) from fault
         notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
         self._classes = tuple(Class(**c) for c in notes.get("classes", [{"name": "object", "colour": COLOURS[0]}]))
         self._disabled: set[int] = set(notes.get("disabled", []))
-        self._counts: dict[int, npt.NDArray[np.int64]] = {}
+        self._counts: dict[int, tuple[_Stamp, npt.NDArray[np.int64]]] = {}
+
+    @property
+    def array(self) -> Any:
+        """The zarr array that is painted into; made when it is first asked for.
+
+        Raises
+        ------
+        core.OutputError
+            If it cannot be made.
+        """
+        if self._array is None:
+            side = [1] * (len(self._shape) - 2) + [min(_CHUNK, n) for n in self._shape[-2:]]
+            try:
+                self._array = zarr.create_array(
+                    self._path, shape=self._shape, chunks=tuple(side), dtype="uint8", fill_value=0
+                )
+            except OSError as fault:
+                raise self._fault(fault) from fault
+        return self._array
 
     @property
     def classes(self) -> tuple[Class, ...]:
@@ -110,37 +126,24 @@ class Annotations:
 
     def planes(self) -> list[int]:
         """Planes in which anything is painted, ascending."""
-        if self.array.ndim < 3:
+        if len(self._shape) < 3:
             found = {0}
         else:
-            chunks = self.folder / "labels.zarr" / "c"  # an empty chunk has no file
-            found = {
-                int(z.name)
-                for z in chunks.glob("/".join("*" * (self.array.ndim - 2)))
-                if next((f for f in z.rglob("*") if f.is_file()), None)
-            }
+            found = {int(z.name) for z in self._chunks.glob("/".join("*" * (len(self._shape) - 2)))}
         return [z for z in sorted(found) if self.counts(z)[1:].any()]
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:
         """Labels as painted, shape (y, x)."""
-        return np.asarray(self.array[self.index(z)])
+        if self._array is None:
+            return np.zeros(self._shape[-2:], np.uint8)
+        return np.asarray(self._array[self.index(z)])
 
     def counts(self, z: int) -> npt.NDArray[np.int64]:
-        """Pixels of each of the 256 labels."""
-        if z not in self._counts:
-            self._counts[z] = np.bincount(self.plane(z).ravel(), minlength=256)
-        return self._counts[z]
-
-    def known_counts(self, z: int | None) -> npt.NDArray[np.int64] | None:
-        """What `counts` said of a plane when it was asked last; None if it was not."""
-        return None if z is None else self._counts.get(z)
-
-    def forget_counts(self, z: int | None = None) -> None:
-        """Something was painted, in plane ``z`` or anywhere."""
-        if z is None:
-            self._counts.clear()
-        else:
-            self._counts.pop(z, None)
+        """Pixels of each of the 256 labels; counted anew only where files have changed since."""
+        stamp = self._stamp(z)
+        if z not in self._counts or self._counts[z][0] != stamp:
+            self._counts[z] = stamp, np.bincount(self.plane(z).ravel(), minlength=256)
+        return self._counts[z][1]
 
     def slices(self) -> list[PaintedSlice]:
         return [PaintedSlice(z, self.counts(z), z not in self._disabled) for z in self.planes()]
@@ -148,16 +151,35 @@ class Annotations:
     def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
         """Replace what is painted in a plane."""
         self.array[self.index(z)] = labels
-        self.forget_counts(z)
 
     def remove(self, z: int) -> None:
         """Wipe a plane."""
-        self.put(z, np.zeros(self.array.shape[-2:], np.uint8))
+        self.put(z, np.zeros(self._shape[-2:], np.uint8))
         self.enable(z)
 
     def close(self) -> None:
-        """Let others take it up."""
+        """Let others take it up; a folder in which nothing was ever kept goes."""
         (self.folder / "owner").unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
+
+    def _fault(self, fault: OSError) -> core.OutputError:
+        return core.OutputError(f"annotations cannot be kept in {self.folder}: {fault.strerror or fault}")
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "labels.zarr"
+
+    @property
+    def _chunks(self) -> Path:
+        return self._path / "c"  # a chunk without labels has no file
+
+    def _stamp(self, z: int) -> _Stamp:
+        """Which files hold a plane, as they are now."""
+        folder = self._chunks.joinpath(*map(str, self.index(z)))
+        files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+        about = [os.stat(file) for file in files]
+        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in about)
 
     def _write_notes(self) -> None:
         notes = {"classes": [asdict(c) for c in self._classes], "disabled": sorted(self._disabled)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from threading import Event, Thread
+import gc
+import sys
+from threading import Event, Lock, Thread
 from typing import Any
 
 from qtpy.QtCore import QObject, Signal
@@ -10,6 +12,9 @@ from qtpy.QtCore import QObject, Signal
 import distillfss_core as core
 from napari_distillfss._session import Session
 from napari_distillfss._work import Work, keep_triton_out
+
+_SWITCH = 0.001  # seconds
+_RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
 
 
 class _Out(QObject):
@@ -55,8 +60,8 @@ class Job(QObject):
     def stopping(self) -> bool:
         return self._stop is not None and self._stop.is_set()
 
-    def start(self, work: Work) -> None:
-        """Begin some work.
+    def check_free(self) -> None:
+        """See to it that work can begin.
 
         Raises
         ------
@@ -66,6 +71,16 @@ class Job(QObject):
         busy = self._session.busy if self._session else self._name if self.running else ""
         if busy:
             raise core.DistillFSSError(f"already {busy}; cancel that, or wait until it has ended")
+
+    def start(self, work: Work) -> None:
+        """Begin some work.
+
+        Raises
+        ------
+        core.DistillFSSError
+            If some work is going on already.
+        """
+        self.check_free()
         stop, out = Event(), _Out()
         self._stop = stop
         out.step.connect(self._on_step)
@@ -146,16 +161,50 @@ class LatestJob(QObject):
             self.idle.emit()
 
 
+class _Considerate:
+    """While any work goes on, the window's thread gets its turn at once; collections of all objects become rare.
+
+    Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
+    A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
+    for several. Garbage that is new is collected as before.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._working, self._interval = Lock(), 0, sys.getswitchinterval()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._working += 1
+            if self._working == 1:
+                self._interval = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH, self._interval))
+                young, middle, old = gc.get_threshold()
+                gc.set_threshold(young, middle, max(_RARELY, old))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._working -= 1
+            if self._working == 0:
+                sys.setswitchinterval(self._interval)
+
+
+_considerate = _Considerate()
+
+
 def _run(work: Work, stop: Event, out: _Out) -> None:
     """Do the work; whatever it ends with goes to the window's thread, bugs too."""
-    found: Any = None
+    with _considerate:
+        found = _outcome(work, stop, out)
+    out.end.emit(found)
+
+
+def _outcome(work: Work, stop: Event, out: _Out) -> Any:
     try:
         keep_triton_out()
         run = work(stop)
         while True:
             out.step.emit(next(run))
     except StopIteration as end:
-        found = end.value
+        return end.value
     except BaseException as fault:  # noqa: BLE001  (raised again in the window's thread)
-        found = fault
-    out.end.emit(found)
+        return fault

@@ -268,6 +268,10 @@ class OnGrid:
         self.dtype, self.ndim = array.dtype, ndim
         self.shape = (*(1,) * lead, *array.shape) if ndim > 2 else tuple(array.shape[1:])
 
+    def look_at(self, array: Any) -> None:
+        """Show another array of the same shape and type from now on."""
+        self._array = array
+
     def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
         if self.ndim == 2:

@@ -1,19 +1,36 @@
-"""File > Open Sample: the generated stack of nuclei with its truth."""
+"""File > Open Sample: generated stacks with their truth."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from distillfss_core.sample import Z_STEP, generate_sample
+from distillfss_core.sample import generate_sample
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
+_LUNG_WINDOW = (-1000.0, 400.0)  # Hounsfield units in which air, vessels and soft tissue are told apart
+
 
 def make_nuclei() -> list[LayerTuple]:
-    """An image layer and a labels layer, both (z, y, x) uint16; labels number the nuclei, 0 is background."""
-    sample = generate_sample("nuclei")
-    place = {"scale": (Z_STEP, 1.0, 1.0)}
+    """Nuclei in fluorescence, uint16; labels number the nuclei."""
+    return _layers("nuclei")
+
+
+def make_mitochondria() -> list[LayerTuple]:
+    """Mitochondria in electron microscopy, uint8; labels number the mitochondria."""
+    return _layers("mitochondria")
+
+
+def make_nodules() -> list[LayerTuple]:
+    """Nodules in lung CT, int16 Hounsfield units; labels number the nodules."""
+    return _layers("nodules", contrast_limits=_LUNG_WINDOW)
+
+
+def _layers(kind: str, **about: Any) -> list[LayerTuple]:
+    """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), in one place."""
+    sample = generate_sample(kind)
+    place = {"scale": sample.scale, "units": (sample.unit,) * 3}
     return [
-        (sample.image, {"name": sample.name, "colormap": "gray", **place}, "image"),
+        (sample.image, {"name": sample.name, "colormap": "gray", **about, **place}, "image"),
         (sample.labels, {"name": f"{sample.name}, truth", **place}, "labels"),
     ]

@@ -55,7 +55,7 @@ def command_line(session: Session, support: Path) -> str:
     if session.training is not None:
         words = ["distillfss", "distill", str(support / "images"), str(support / "labels"), "-o", model]
         words += ["--scribbles", "--classes", ",".join(_names(session))]
-        pixel = session.volume.pixel_size if session.volume else None
+        pixel = session.training.volume.pixel_size
         words += ["--pixel-size", f"{pixel[0]:g},{pixel[1]:g}"] if pixel else []
         words += ["--start", str(session.training.start)] if session.training.start else []
         for name, value in _settings(session).items():
@@ -90,7 +90,7 @@ def python_lines(session: Session, support: Path) -> str:
     names = ["StudentModel"]
     if session.training is not None:
         names += ["DistillSettings", "distill", "load_support"]
-        pixel = session.volume.pixel_size if session.volume else None
+        pixel = session.training.volume.pixel_size
         start = session.training.start
         settings = ", ".join(f"{k}={v!r}" for k, v in _settings(session).items())
         lines += [
@@ -138,7 +138,7 @@ def _settings(session: Session) -> dict[str, Any]:
 
 def _is_measured(session: Session) -> bool:
     """Whether the image's mean over each object was measured, and can be again."""
-    volume = session.volume.volume if session.volume else None
+    volume = session.applied.volume.volume if session.applied else None
     return volume is not None and volume.path is not None and volume.ndim == 3
 
 
@@ -147,10 +147,10 @@ def _names(session: Session) -> list[str]:
 
 
 def _source(session: Session) -> str:
-    volume = session.volume.volume if session.volume else None
+    volume = session.applied.volume.volume if session.applied else None
     return str(volume.path) if volume is not None and volume.path else NO_FILE
 
 
 def _opening(session: Session) -> dict[str, Any]:
-    chosen = session.volume.opening if session.volume else {}
+    chosen = session.applied.volume.opening if session.applied else {}
     return {name: value for name, value in chosen.items() if value is not None and not (name == "level" and not value)}

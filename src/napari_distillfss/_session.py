@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
+
+LearntFrom = tuple[ChosenVolume, Annotations]
+
+_NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,15 @@ class Training:
 
     settings: Mapping[str, Any]
     start: Path | None
+    volume: ChosenVolume
+    annotations: Annotations
 
 
 @dataclass(frozen=True)
 class Applied:
-    """Labels that were written, for the script and for counting."""
+    """Labels that were written, of what volume, for the script and for counting."""
 
+    volume: ChosenVolume
     out: Path
     mode: str
     region: tuple[tuple[int, int], ...] | None
@@ -63,12 +69,14 @@ class Session:
         self.folder = folder or Path(platformdirs.user_data_dir("napari-distillfss", appauthor=False))
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
+        self.no_annotations = _NO_VOLUME  # why there are none, while there are none
         self.model: Any = None
         self.model_path: Path | None = None
         self.training: Training | None = None
         self.applied: Applied | None = None
         self.counted: Counted | None = None
         self._busy = ""
+        self._told: list[tuple[int, bytes]] = []
 
     @property
     def busy(self) -> str:
@@ -90,19 +98,26 @@ class Session:
         """
         if self.annotations is not None:
             self.annotations.close()
-        self.volume, self.annotations = chosen, None
-        if chosen is not None:
-            self._open_annotations(chosen)
-        self.volume_changed.emit()
-        self.classes_changed.emit()
-        self.slices_changed.emit()
+        self.volume, self.annotations, self.no_annotations = chosen, None, _NO_VOLUME
+        try:
+            if chosen is not None:
+                self._open_annotations(chosen)
+        except core.OutputError as fault:  # the volume can still be previewed and segmented
+            self.no_annotations = str(fault)
+            raise
+        finally:
+            self._told = self._slices()
+            self.volume_changed.emit()
+            self.classes_changed.emit()
+            self.slices_changed.emit()
 
     def begin_anew(self) -> None:
         """Set the annotations of this volume aside and begin with none."""
         if self.volume is None or self.annotations is None:
             return
         self.annotations.close()
-        set_aside(self.annotations.folder)
+        if self.annotations.folder.is_dir():
+            set_aside(self.annotations.folder)
         self.choose_volume(self.volume)
 
     def set_classes(self, classes: Any) -> None:
@@ -110,17 +125,14 @@ class Session:
             self.annotations.classes = classes
             self.classes_changed.emit()
 
-    def painted(self, z: int | None = None) -> None:
-        """Something was painted, in plane ``z`` or anywhere."""
-        if self.annotations is None:
-            return
-        before = self.annotations.known_counts(z)
-        self.annotations.forget_counts(z)
-        if before is None or z is None or not np.array_equal(before, self.annotations.counts(z)):
+    def painted(self) -> None:
+        """Something may have been painted, or undone, in any plane."""
+        if self._slices() != self._told:
+            self._told = self._slices()
             self.slices_changed.emit()
 
-    def support_maker(self) -> Any:
-        """A function that reads the support set as it is now; it may run in another thread.
+    def support_maker(self) -> tuple[Callable[[], Any], LearntFrom]:
+        """A function that reads the support set as it is now (it may run in another thread), and of what.
 
         Raises
         ------
@@ -128,11 +140,11 @@ class Session:
             If there is nothing to read.
         """
         if self.volume is None or self.annotations is None:
-            raise core.SupportSetError("no volume is chosen; choose an image layer first")
+            raise core.SupportSetError(self.no_annotations)
         if not any(s.enabled for s in self.annotations.slices()):
             raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
         volume, annotations = self.volume, self.annotations
-        return lambda: make_support(volume.volume, annotations, volume.pixel_size)
+        return (lambda: make_support(volume.volume, annotations, volume.pixel_size)), (volume, annotations)
 
     def set_model(self, model: Any, *, path: Path | None, training: Training | None) -> None:
         self.model, self.model_path, self.training = model, path, training
@@ -145,11 +157,13 @@ class Session:
         folder = self.annotations.folder
         return folder / f"student-{len(list(folder.glob('student-*.safetensors'))) + 1}.safetensors"
 
-    def take_student(self, model: Any, path: Path | None, settings: Any, start: Path | None) -> None:
-        """A student that was distilled here."""
+    def take_student(
+        self, model: Any, path: Path | None, settings: Any, start: Path | None, learnt_from: LearntFrom
+    ) -> None:
+        """A student that was distilled here, from slices of a volume that may no longer be the one chosen."""
         defaults = {f.name: f.default for f in fields(settings)}
         changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
-        self.set_model(model, path=path, training=Training(changed, start))
+        self.set_model(model, path=path, training=Training(changed, start, *learnt_from))
 
     def set_applied(self, applied: Applied) -> None:
         self.applied, self.counted = applied, None
@@ -161,6 +175,10 @@ class Session:
         if self.annotations is not None:
             self.annotations.close()
         self.volume = self.annotations = None
+
+    def _slices(self) -> list[tuple[int, bytes]]:
+        """What is painted, to be compared with what it was."""
+        return [(s.plane, s.counts.tobytes()) for s in self.annotations.slices()] if self.annotations else []
 
     def _open_annotations(self, chosen: ChosenVolume) -> None:
         root = self.folder / "annotations"

@@ -24,6 +24,21 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def count(number: int, what: str) -> str:
+    """How many of something: "1 piece", "2 pieces"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def lengths(*micrometres: float) -> str:
+    """Lengths in one unit that suits them: "8 × 8 nm", "0.5 × 0.5 µm", "2.5 mm"."""
+    unit, factor = "µm", 1.0
+    if max(micrometres) < 0.1:
+        unit, factor = "nm", 1e3
+    elif min(micrometres) >= 100:
+        unit, factor = "mm", 1e-3
+    return " × ".join(f"{factor * length:.3g}" for length in micrometres) + f" {unit}"
+
+
 def duration(seconds: float) -> str:
     """A time to wait, roughly."""
     if not math.isfinite(seconds):
@@ -48,9 +63,9 @@ def volume(chosen: ChosenVolume) -> str:
                    if letter in chosen.lead)  # fmt: skip
     lines = [f"{extent} voxels ({' '.join(v.axes)}{lead}), {v.dtype}"]
     z, y, x = v.scale
-    if v.unit:
-        along = f", planes every {z:.3g} µm" if z and chosen.planes > 1 else ""
-        lines.append(f"pixel {y:.3g} × {x:.3g} µm{along}")
+    if v.unit and y and x:
+        along = f", planes every {lengths(z)}" if z and chosen.planes > 1 else ""
+        lines.append(f"pixel {lengths(y, x)}{along}")
     elif y:
         lines.append(f"pixel {y:.3g} × {x:.3g}, unit not known (set the layer's units to have micrometres)")
     else:

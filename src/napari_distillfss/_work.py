@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import zarr
 
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, painted_from
@@ -27,6 +31,13 @@ class Doing:
     """What a job is doing now, where it has no steps to count."""
 
     text: str
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """Labels on disk that can be looked at from now on: zarr arrays (z, y, x), finest first."""
+
+    levels: list[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,10 +70,29 @@ def keep_triton_out() -> None:
         sys.modules["triton"] = None  # type: ignore[assignment]
 
 
+def load_torch() -> None:
+    """Load torch so that the window goes on meanwhile, and leave a core to the window.
+
+    Importing torch opens its large libraries with Python's lock held, half a second and more. Opened before, by a plain
+    call of C, which lets go of the lock, they are there already.
+    """
+    found = None if "torch" in sys.modules or sys.platform == "win32" else importlib.util.find_spec("torch")
+    if found is not None and found.origin is not None:
+        libraries = Path(found.origin).parent / "lib"
+        suffix = "dylib" if sys.platform == "darwin" else "so"
+        dlopen = ctypes.CDLL(None).dlopen
+        dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+        for name, how in (("torch_global_deps", os.RTLD_GLOBAL), ("torch_cpu", 0), ("torch", 0)):  # as torch does
+            path = libraries / f"lib{name}.{suffix}"
+            if path.is_file():
+                dlopen(os.fsencode(path), os.RTLD_NOW | how)  # what fails here, torch says when it is imported
+    core.leave_a_core_free()
+
+
 def iter_device(stop: Event) -> Generator[Doing, None, str]:
     """Look up what this machine computes on; loads torch on the way."""
     yield Doing("looking for a GPU")
-    core.leave_a_core_free()
+    load_torch()
     return str(core.choose_device())
 
 
@@ -70,7 +100,7 @@ def iter_training(
     make_support: Callable[[], Any], settings: Any, start: Any, keep: Path | None, stop: Event
 ) -> Generator[Any, None, Distilled]:
     """Distil, or refine ``start``; told to stop, it returns the best student so far. It is saved in ``keep``."""
-    core.leave_a_core_free()
+    load_torch()
     yield Doing("reading the annotated slices")
     support = make_support()
     yield Doing("starting; the zoom is chosen on your slices")
@@ -102,26 +132,47 @@ def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, No
 
 
 def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
-    """Segment a volume into OME-Zarr; stopped, what is finished is kept."""
+    """Segment a volume into OME-Zarr; stopped, what is finished is kept. `Written` comes first and last."""
     yield Doing("preparing")
-    return (yield from iter_until(core.iter_segment(volume, model, out, **how), stop))
+    run = iter_until(core.iter_segment(volume, model, out, **how), stop)
+    begun = False
+    while True:
+        try:
+            step = next(run)
+        except StopIteration as end:
+            if end.value is not None:
+                yield Written(open_levels(out))
+            return end.value
+        if not begun:
+            begun = True
+            yield Written(open_levels(out)[:1])
+        yield step
 
 
 def iter_counting(labels: Path, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
-    """Number and measure the objects of labels on disk."""
+    """Number and measure the objects of labels on disk; `Written` comes last."""
     yield Doing("looking for objects")
-    return (yield from iter_until(core.iter_instances(core.open_volume(labels), out, **how), stop))
+    report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **how), stop)
+    if report is not None:
+        yield Written(open_levels(out))
+    return report
+
+
+def open_levels(path: Path) -> list[Any]:
+    """The levels of labels on disk as zarr arrays (z, y, x), finest first."""
+    names = sorted((p.name for p in path.iterdir() if p.name.isdigit()), key=int)
+    return [zarr.open_array(path / name, mode="r") for name in names]
 
 
 def iter_teacher(make_support: Callable[[], Any], settings: Any, kind: str, stop: Event) -> Generator[Doing, None, Any]:
     """A teacher that answers without training: ``kind`` "dcama" or "prototype"."""
-    core.leave_a_core_free()
+    load_torch()
     yield Doing("telling the teacher your slices")
     return core.unrefined_teacher(make_support(), settings, kind=kind)
 
 
 def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
-    core.leave_a_core_free()
+    load_torch()
     yield Doing(f"loading {path.name}")
     return core.StudentModel.load(path)
 
@@ -161,6 +212,11 @@ def tiles_on_screen(
         if all(t.start < s[1] and s[0] < t.stop for t, s in zip((y, x), on_screen, strict=True))
     ]
     return sorted(found, key=lambda t: sum(((s.start + s.stop) / 2 - m) ** 2 for s, m in zip(t, middle, strict=True)))
+
+
+def iter_different(volume: Any, count: int, taken: Collection[int], stop: Event) -> Generator[Any, None, Any]:
+    """The planes that differ most, beside those that are taken; None if it was stopped."""
+    return (yield from iter_until(core.iter_diverse_planes(volume, count, taken=taken), stop))
 
 
 def iter_least_sure(

@@ -24,6 +24,7 @@ from distillfss_core.io import (
     read_stack,
     write_float_tiff,
     write_labels,
+    write_stack,
 )
 from distillfss_core.types import IGNORE
 
@@ -484,3 +485,11 @@ def test_a_real_stack_gives_slices(shared):
     slices, _ = load_support_arrays(folder / "raw.tif", folder / "mitochondria.tif", planes=[0, 10])
     assert [s.image.shape for s in slices] == [(1024, 1024)] * 2
     assert 0 < slices[0].labels.mean() < 0.5
+
+
+def test_a_stack_is_written_in_its_own_type(tmp_path):
+    stack = np.arange(-60, 60, dtype=np.int16).reshape(3, 5, 8)
+    write_stack(tmp_path / "ct.tif", stack)
+    found = tifffile.imread(tmp_path / "ct.tif")
+    assert found.dtype == np.int16
+    np.testing.assert_array_equal(found, stack)

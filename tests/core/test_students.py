@@ -12,6 +12,7 @@ from distillfss_core.decoder import Decoder, PublishedDecoder, SlimDecoder
 from distillfss_core.features import CoarseMaps, FeaturePyramid, merge_classes
 from distillfss_core.students import ConvDist, LightConvDist, Student
 from published import PublishedCase
+from pyramids import random_pyramid
 
 CHANNELS, BLOCKS, SKIPS = (8, 12, 16), (2, 3, 2), (4, 6, 8)
 
@@ -35,12 +36,7 @@ def test_convdist_gives_the_published_maps_and_logits(shared: Path, support_skip
 
 
 def _pyramid(side: int = 96, batch: int = 1, seed: int = 0) -> FeaturePyramid:
-    generator = torch.Generator().manual_seed(seed)
-    stages = []
-    for stride, channels, blocks in ((2, 4, 1), (4, 6, 1), (8, 8, 2), (16, 12, 3), (32, 16, 2)):
-        size = side // stride
-        stages.append(tuple(torch.randn(batch, channels, size, size, generator=generator) for _ in range(blocks)))
-    return FeaturePyramid(tuple(stages), (side, side))
+    return random_pyramid(side, batch, seed, channels=(4, 6, 8, 12, 16))
 
 
 def _coarse(classes: int, side: int = 96, batch: int = 1) -> CoarseMaps:

@@ -1,15 +1,12 @@
-"""The support set checks itself, and planes are suggested by the published rule."""
+"""The support set checks itself."""
 
 from __future__ import annotations
-
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distillfss_core.errors import DistillFSSError, ImageError, SupportSetError
-from distillfss_core.support import SupportSet, suggest_planes
+from distillfss_core.support import SupportSet
 from distillfss_core.types import IGNORE, LabelledSlice
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
@@ -19,25 +16,6 @@ def _slice(*values: int) -> LabelledSlice:
     labels = np.zeros((8, 8), np.uint8)
     labels.ravel()[: len(values)] = values
     return LabelledSlice(IMAGE, labels, "plane 3")
-
-
-def test_the_published_choice_of_support_images(shared: Path) -> None:
-    published = json.loads((shared / "parity" / "hierarchical_uniform_sampling.json").read_text())
-    assert len(published) >= 10
-    for key, expected in published.items():
-        last, count = (int(n) for n in key.split(","))
-        assert suggest_planes(last + 1, count) == expected
-
-
-def test_fewer_suggestions_are_part_of_more() -> None:
-    for count in range(1, 20):
-        assert set(suggest_planes(20, count)) < set(suggest_planes(20, count + 1)) or count == 20
-
-
-@pytest.mark.parametrize("count", [0, 21])
-def test_impossible_suggestions_are_refused(count: int) -> None:
-    with pytest.raises(SupportSetError, match=f"{count} of 20"):
-        suggest_planes(20, count)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from distillfss_core.features import EncodedSupport, FeaturePyramid
 from distillfss_core.teachers import PUBLISHED, DcamaSettings, DcamaTeacher, PrototypeTeacher, VotingTeacher, vote
 from distillfss_core.teachers.dcama import attend, mask_tokens, weigh_keys
 from published import PublishedCase
+from pyramids import random_pyramid
 
 CHANNELS, BLOCKS, SKIPS = (32, 48, 64), (2, 3, 2), (4, 6, 32)
 
@@ -38,12 +39,7 @@ def test_the_published_form_gives_the_published_numbers(shared: Path, shots: int
 
 
 def _pyramid(batch: int, seed: int, side: int = 64) -> FeaturePyramid:
-    generator = torch.Generator().manual_seed(seed)
-    stages = []
-    for stride, channels, blocks in ((2, 4, 1), (4, 6, 1), (8, 32, 2), (16, 48, 3), (32, 64, 2)):
-        size = side // stride
-        stages.append(tuple(torch.randn(batch, channels, size, size, generator=generator) for _ in range(blocks)))
-    return FeaturePyramid(tuple(stages), (side, side))
+    return random_pyramid(side, batch, seed)
 
 
 def _support(shots: int, classes: int = 1, seed: int = 1) -> EncodedSupport:

@@ -98,3 +98,22 @@ def test_numbers_of_a_label_file_are_read_as_they_are_meant(kind, numbers, paint
 def test_a_number_that_stands_for_no_class_is_one_sentence():
     with pytest.raises(DistillFSSError, match="label 9"):
         painted_from(np.array([0, 9]), "classes", 2, "file")
+
+
+def test_a_folder_in_which_nothing_was_kept_goes(tmp_path):
+    make(tmp_path / "none").close()
+    assert not (tmp_path / "none").exists()
+    painted = make(tmp_path / "some")
+    assert painted.planes() == []
+    assert not painted.plane(2).any()
+    painted.put(2, np.ones((20, 30), np.uint8))
+    painted.close()
+    assert make(tmp_path / "some").planes() == [2]
+
+
+def test_what_others_write_into_a_plane_is_counted_anew(tmp_path):
+    painted = make(tmp_path / "a")
+    painted.put(2, np.ones((20, 30), np.uint8))
+    assert painted.counts(2)[1] == 600
+    painted.array[2, :10] = 2
+    assert painted.counts(2)[:3].tolist() == [0, 300, 300]

@@ -1,6 +1,7 @@
 """The dock as a user meets it: what goes wrong is one sentence, and nothing painted is lost."""
 
 import os
+import re
 
 import dask.array as da
 import numpy as np
@@ -19,7 +20,7 @@ def finish(qtbot, dock, timeout=60_000):
 def paint(dock, painted, planes):
     for z in planes:
         dock.session.annotations.put(z, painted[z])
-        dock.session.painted(z)
+        dock.session.painted()
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ LAYERS = {
     "dask": lambda s: (da.from_array(s, chunks=(1, 96, 96)), {}),
     "zarr": lambda s: (zarr.array(s), {}),
     "scaled": lambda s: (s, {"scale": (5, 0.5, 0.5), "translate": (3, 2, 1)}),
+    "rotated": lambda s: (s, {"rotate": 30.0, "scale": (2, 1, 1)}),
 }
 
 
@@ -104,6 +106,9 @@ def test_without_a_volume_everything_says_so(viewer, open_dock):
 def test_without_support_distil_says_so(dock):
     dock.distil.start()
     assert "no slice is annotated" in dock.distil.message.text()
+    dock.session.annotations.put(2, np.ones((96, 96), np.uint8))
+    dock.session.painted()
+    assert dock.distil.message.text() == "annotate some slices, then press Distil"
 
 
 def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
@@ -212,9 +217,37 @@ def test_the_rest_of_a_slice_becomes_background_and_undo_takes_it_back(dock, vie
     dock.support.fill_rest()
     assert dock.session.annotations.counts(4)[0] == 0
     dock.support.layer.undo()
-    dock.session.painted(4)
+    dock.session.painted()
     assert dock.session.annotations.counts(4)[1] == 0
     assert dock.session.annotations.counts(4)[2] > 0
+
+
+def test_undo_takes_a_corrected_plane_back_in_the_file_and_the_list(
+    viewer, open_dock, qtbot, student, tmp_path, sample
+):
+    viewer.add_image(np.stack([sample.image[:3]] * 2), name="4d")
+    dock = open_dock(viewer)
+    dock.support.suggest.click()
+    dock.support.go_to(2)
+    dock.support.layer.paint((0, 2, 40, 40), 2)
+    qtbot.waitUntil(lambda: "plane 2: <1 %" in _texts(dock.support.list))
+    before = dock.session.annotations.plane(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.preview.take.click()
+    corrected = dock.session.annotations.plane(2)
+    assert corrected.all()
+    np.testing.assert_array_equal(corrected[before > 0], before[before > 0])
+    assert "plane 2: 100 %" in _texts(dock.support.list)
+    dock.support.go_to(0)
+    dock.support.layer.undo()
+    on_disk = zarr.open_array(dock.session.annotations.folder / "labels.zarr", mode="r")
+    np.testing.assert_array_equal(on_disk[0, 2], before)
+    qtbot.waitUntil(lambda: "plane 2: <1 %" in _texts(dock.support.list))
+    dock.support.go_to(2)
+    np.testing.assert_array_equal(dock.support.layer._slice.image.raw, before)
+    dock.support.layer.redo()
+    np.testing.assert_array_equal(on_disk[0, 2], corrected)
 
 
 def test_a_slice_is_left_out_removed_and_gone_to_from_the_list(dock, viewer, painted_truth):
@@ -256,6 +289,54 @@ def test_labels_of_a_file_are_imported(dock, qtbot, tmp_path, sample):
     dock.support.import_labels(tmp_path / "truth.tif", "masks")
     finish(qtbot, dock)
     assert dock.session.annotations.planes() == [1, 4]
+
+
+def test_slices_that_differ_take_the_place_of_even_ones(viewer, open_dock, qtbot):
+    from distillfss_core import open_volume, suggest_diverse_planes, suggest_planes
+
+    planes = np.random.default_rng(0).normal(100, 10, (30, 64, 64))
+    planes[17:20] += 200
+    viewer.add_image(planes)
+    dock = open_dock(viewer)
+    dock.support.count.setValue(4)
+    dock.support.suggest.click()
+    assert dock.support.suggested == suggest_planes(30, 4)
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == suggest_diverse_planes(open_volume(planes), 4)
+    assert set(dock.support.suggested) & {17, 18, 19}
+    assert dock.support.plane() == dock.support.suggested[0]
+
+
+def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_question(viewer, open_dock, qtbot):
+    import threading
+
+    class Slow:
+        shape, dtype, ndim = (500, 64, 64), np.dtype(np.uint8), 3
+        asked, go_on = threading.Event(), threading.Event()
+
+        def __getitem__(self, key):
+            if threading.current_thread() is not threading.main_thread():
+                self.asked.set()
+                assert self.go_on.wait(20)
+            return np.zeros(self.shape, np.uint8)[key]
+
+    viewer.add_image(Slow(), contrast_limits=(0, 255))
+    dock = open_dock(viewer)
+    dock.support.suggest.click()
+    assert Slow.asked.wait(20)
+    even = dock.support.suggested
+    dock.support.look.cancel()
+    Slow.go_on.set()
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == even
+    Slow.go_on.clear()
+    dock.support.suggest.click()
+    dock.support.count.setValue(3)
+    dock.support.suggest.click()
+    dock.support.layer.paint((250, 30, 30), 2)  # the user has begun: what is suggested stays
+    Slow.go_on.set()
+    qtbot.waitUntil(lambda: not dock.support.look.running)
+    assert dock.support.suggested == [0, 249, 499]
 
 
 def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
@@ -302,13 +383,16 @@ def test_the_preview_follows_and_shows_what_is_asked(dock, qtbot, viewer, studen
     assert not dock.preview.layers
 
 
-def test_a_folder_that_cannot_be_written_is_one_sentence(dock, qtbot, student, tmp_path):
+def test_a_folder_that_cannot_be_written_is_one_sentence(dock, viewer, nuclei, qtbot, student, tmp_path):
     dock.model.load_from(student)
     finish(qtbot, dock)
+    viewer.layers.selection.active = nuclei
     dock.apply.out.setText(str(tmp_path / "nowhere" / "out.ome.zarr"))
     dock.apply.start()
     finish(qtbot, dock)
     assert "there is no folder" in dock.apply.message.text()
+    assert "out" not in [layer.name for layer in viewer.layers]  # nothing is left of what was not begun
+    assert viewer.layers.selection.active is nuclei
     dock.apply.out.setText(str(tmp_path / "out.tif"))
     dock.apply.start()
     assert "end the name in .ome.zarr" in dock.apply.message.text()
@@ -319,6 +403,41 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(dock, qtbot, student, t
         finish(qtbot, dock)
         tmp_path.chmod(0o700)
         assert "cannot write" in dock.apply.message.text()
+
+
+def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
+    viewer, nuclei, open_dock, qtbot, student, tmp_path
+):
+    (tmp_path / "file").write_text("")  # root feels this one too
+    dock = open_dock(viewer, tmp_path / "file" / "kept")
+    for action in (dock.support.suggest.click, dock.support.rest.click, dock.support.paint.click):
+        dock.support.message.tell("")
+        action()
+        assert "annotations cannot be kept in" in dock.support.message.text()
+    dock.distil.start()
+    assert "annotations cannot be kept in" in dock.distil.message.text()
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.apply.out.setText(str(tmp_path / "file" / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert "file" in dock.apply.message.text()
+    assert "done" not in dock.apply.message.text()
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.message.text().startswith("done")
+
+
+def test_applying_a_student_leaves_no_empty_annotations(viewer, nuclei, qtbot, student, tmp_path):
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    dock = ApplyDock(viewer, tmp_path / "kept")
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    dock.session.close()
+    dock.deleteLater()
+    assert not list((tmp_path / "kept" / "annotations").iterdir())
 
 
 def test_a_file_that_is_no_student_is_one_sentence(dock, qtbot, tmp_path):
@@ -344,6 +463,161 @@ def test_a_region_is_applied_and_another_adds_to_it(dock, qtbot, student, tmp_pa
     np.testing.assert_array_equal(first[:2], whole[:2])
     expected = StudentModel.load(student).predict(dock.session.volume.volume.plane(5)).labels
     np.testing.assert_array_equal(whole[5], expected)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Apply writes a plane a piece, and waits after the second until it is told to go on or to stop."""
+    import threading
+
+    from distillfss_core import labelstore
+    from napari_distillfss._widgets import apply
+
+    monkeypatch.setattr(labelstore, "_SHARD", 1)
+    go_on, original = threading.Event(), apply.iter_applying
+
+    def held_applying(volume, model, out, stop, **how):
+        run = original(volume, model, out, stop, **how)
+        pieces = 0
+        while True:
+            try:
+                step = next(run)
+            except StopIteration as end:
+                return end.value
+            yield step
+            pieces += hasattr(step, "total")
+            while pieces == 2 and not stop.is_set() and not go_on.wait(0.01):
+                pass
+
+    monkeypatch.setattr(apply, "iter_applying", held_applying)
+    yield go_on
+    go_on.set()
+
+
+@pytest.fixture
+def applying(dock, qtbot, student, tmp_path, held):
+    """A dock that has written two planes of eight, and waits."""
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.preview.on.setChecked(False)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    apply_two_more(qtbot, dock)
+    return dock
+
+
+def apply_two_more(qtbot, dock):
+    steps = []
+    dock.apply.job.stepped.connect(steps.append)
+    dock.apply.apply.click()
+    qtbot.waitUntil(lambda: sum(hasattr(step, "total") for step in steps) == 2, timeout=60_000)
+    dock.apply.job.stepped.disconnect(steps.append)
+
+
+def assert_written(folder, student, image):
+    model = StudentModel.load(student)
+    expected = np.stack([model.predict(plane).labels for plane in image])
+    np.testing.assert_array_equal(zarr.open_array(folder / "out.ome.zarr" / "0")[:], expected)
+
+
+def test_apply_is_stopped_and_gone_on_with_in_the_same_and_in_a_new_dock(
+    applying, held, viewer, qtbot, sample, student, open_dock, tmp_path
+):
+    from napari.components import ViewerModel
+    from qtpy.QtWidgets import QPushButton
+
+    def stop():
+        (cancel,) = [b for b in applying.apply.findChildren(QPushButton) if b.text() == "Cancel"]
+        cancel.click()
+        finish(qtbot, applying)
+        assert "stopped; what is written is kept" in applying.apply.message.text()
+        assert applying.apply.layer in viewer.layers
+
+    stop()
+    apply_two_more(qtbot, applying)
+    stop()
+    applying.session.close()
+    held.set()
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    dock = open_dock(other)
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.apply.click()
+    finish(qtbot, dock)
+    computed, found = map(int, re.search(r"(\d+) piece.* (\d+) found", dock.apply.message.text()).groups())
+    assert computed + found == 8
+    assert found >= 3
+    assert_written(tmp_path, student, sample.image)
+    np.testing.assert_array_equal(np.asarray(dock.apply.layer.data), zarr.open_array(tmp_path / "out.ome.zarr" / "0"))
+
+
+def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtbot, painted_truth):
+    paint(applying, painted_truth, [2])
+    layer = applying.apply.layer
+    assert not applying.apply.apply.isEnabled()
+    for section, start in ((applying.apply, applying.apply.start), (applying.distil, applying.distil.start)):
+        start()
+        assert "already segmenting" in section.message.text()
+    assert applying.apply.layer is layer
+    held.set()
+    finish(qtbot, applying)
+    assert applying.apply.message.text().startswith("done")
+
+
+@pytest.mark.parametrize("what", ["deleted", "changed"])
+def test_applying_goes_on_when_its_layer_is_deleted_or_another_is_chosen(
+    what, applying, held, viewer, nuclei, qtbot, sample, student, tmp_path
+):
+    if what == "deleted":
+        viewer.layers.remove(nuclei)
+        assert applying.session.volume is None
+    else:
+        viewer.add_image(np.zeros((3, 40, 50)), name="another", scale=(1, 3, 3))
+        applying.volume.layers.setCurrentIndex(1)
+        applying.volume.layers.activated.emit(1)
+        assert applying.session.volume.name == "another"
+    held.set()
+    finish(qtbot, applying)
+    assert applying.apply.message.text().startswith("done")
+    assert_written(tmp_path, student, sample.image)
+    np.testing.assert_allclose(applying.apply.layer.extent.world, nuclei.extent.world)
+    applying.objects.start()  # of the volume that was applied to
+    finish(qtbot, applying)
+    assert "object" in applying.objects.message.text()
+
+
+def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot, painted_truth):
+    from qtpy.QtWidgets import QApplication
+
+    paint(dock, painted_truth, [2])
+    folder = dock.session.annotations.folder
+    dock.distil.start()
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    finish(qtbot, dock)
+    assert dock.session.model_path.parent == folder
+    dock.model.copy_command()
+    assert str(folder / "support" / "images") in QApplication.clipboard().text()
+    assert "--pixel-size 1,1" in QApplication.clipboard().text()
+    assert [f.name for f in (folder / "support" / "images").iterdir()] == ["plane_0002.tif"]
+
+
+def test_two_viewers_distil_at_the_same_time(dock, sample, open_dock, qtbot, tmp_path, few, painted_truth):
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    second.distil.settings.setValue(few)
+    for each in (dock, second):
+        paint(each, painted_truth, [2])
+        each.distil.start()
+    for each in (dock, second):
+        finish(qtbot, each)
+        assert each.session.model is not None
+    assert dock.session.model_path.parent != second.session.model_path.parent
 
 
 def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_path, sample):

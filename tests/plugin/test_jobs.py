@@ -1,5 +1,8 @@
 """Work in another thread."""
 
+import gc
+import sys
+
 import pytest
 
 from distillfss_core import DistillFSSError
@@ -85,3 +88,18 @@ def test_answers_to_outdated_questions_are_dropped(qtbot):
             latest.ask(answer(name))
     assert seen[-5:] == ["d"] * 5
     assert not {"b", "c"} & set(seen)
+
+
+def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
+    before, jobs = sys.getswitchinterval(), [Job(), Job()]
+    for job in jobs:
+        with qtbot.waitSignal(job.stepped):
+            job.start(counting)
+    while_working = sys.getswitchinterval()
+    assert while_working < before
+    assert gc.get_threshold()[2] >= 200
+    for job in jobs:
+        assert sys.getswitchinterval() == while_working
+        with qtbot.waitSignal(job.ended):
+            job.cancel()
+    assert sys.getswitchinterval() == before

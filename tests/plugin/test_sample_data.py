@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from napari_distillfss._sample_data import make_nuclei
+from napari_distillfss._sample_data import make_mitochondria, make_nodules, make_nuclei
 
 
 def test_the_manifest_is_valid_and_its_functions_exist(root):
@@ -11,7 +11,7 @@ def test_the_manifest_is_valid_and_its_functions_exist(root):
     manifest = npe2.PluginManifest.from_file(root / "src" / "napari_distillfss" / "napari.yaml")
     manifest.validate_imports()
     assert manifest.name == "napari-distillfss"
-    assert [sample.key for sample in manifest.contributions.sample_data] == ["nuclei"]
+    assert [s.key for s in manifest.contributions.sample_data] == ["nuclei", "mitochondria", "nodules"]
 
 
 def test_the_manifest_at_the_root_is_the_one_in_the_package(root):
@@ -19,11 +19,12 @@ def test_the_manifest_at_the_root_is_the_one_in_the_package(root):
     assert (root / "napari.yaml").read_text() == in_package.read_text()
 
 
-def test_the_sample_is_an_image_and_its_labels_in_one_place():
-    (image, image_meta, image_type), (labels, labels_meta, labels_type) = make_nuclei()
+@pytest.mark.parametrize("make", [make_nuclei, make_mitochondria, make_nodules])
+def test_a_sample_is_an_image_and_its_labels_in_one_place(make):
+    (image, image_meta, image_type), (labels, labels_meta, labels_type) = make()
     assert (image_type, labels_type) == ("image", "labels")
     assert image.shape == labels.shape
     assert image.ndim == 3
     assert np.issubdtype(labels.dtype, np.integer)
-    assert image_meta["scale"] == labels_meta["scale"]
+    assert (image_meta["scale"], image_meta["units"]) == (labels_meta["scale"], labels_meta["units"])
     assert image_meta["name"] != labels_meta["name"]

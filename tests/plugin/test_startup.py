@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import sys
 from qtpy.QtWidgets import QApplication
@@ -27,3 +29,27 @@ def test_opening_the_dock_loads_no_torch(root, tmp_path):
     loaded = set(done.stdout.split())
     assert "napari_distillfss" in loaded
     assert not loaded & {"torch", "timm", "torchvision"}
+
+
+LOADING = """
+import sys
+import distillfss_core as core
+from napari_distillfss._work import load_torch
+core.leave_a_core_free = lambda: print("torch" in sys.modules, "libtorch_cpu" in open("/proc/self/maps").read())
+load_torch()
+import torch
+print(torch.ones(2).sum().item())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_the_libraries_of_torch_are_open_before_it_is_imported(root):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING],
+        env={**os.environ, "PYTHONPATH": str(root / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["False", "True", "2.0"], done.stderr

@@ -93,7 +93,9 @@ def test_classes_are_added_renamed_and_taken_away(qtbot):
     assert classes.brush() == 3
     classes.list.item(2).setText("nucleus")
     assert [c.name for c in classes.value()] == ["nucleus", "class 2"]
-    classes.remove.click()
+    with qtbot.waitSignal(classes.brushChanged) as brush:  # the class that was painted is gone
+        classes.remove.click()
+    assert brush.args == [2]
     assert [c.name for c in classes.value()] == ["nucleus"]
     assert not classes.remove.isEnabled()
 

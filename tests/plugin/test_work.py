@@ -85,6 +85,14 @@ def test_the_time_left_is_judged_by_the_last_steps():
 def test_sizes_times_and_shares_are_said_in_words():
     assert [words.size(n) for n in (12, 4.3e9)] == ["12 bytes", "4.3 GB"]
     assert [words.duration(s) for s in (5, 600, 9000, float("nan"))] == ["5 s", "10 min", "2.5 h", "?"]
+    assert [words.lengths(*s) for s in ((0.008, 0.008), (0.5,), (800.0, 800.0), (2500.0,), (0.05, 4.0))] == [
+        "8 × 8 nm",
+        "0.5 µm",
+        "0.8 × 0.8 mm",
+        "2.5 mm",
+        "0.05 × 4 µm",
+    ]
+    assert [words.count(n, "piece") for n in (1, 2)] == ["1 piece", "2 pieces"]
     assert [words.share(s) for s in (0, 0.001, 0.5)] == ["0 %", "<1 %", "50 %"]
 
 

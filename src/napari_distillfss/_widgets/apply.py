@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import zarr
+import numpy as np
+from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QWidget
 
 import distillfss_core as core
@@ -18,9 +19,10 @@ from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, c
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colours_of
 from napari_distillfss._widgets.table import ObjectTable
-from napari_distillfss._work import Doing, iter_applying, iter_counting
+from napari_distillfss._work import Written, iter_applying, iter_counting
 
 MODES = {"planes": "planes", "smooth along z": "smooth", "consensus of 3 directions": "consensus"}
+_LOOK_AGAIN = 500  # milliseconds
 
 
 class ApplyWidget(QWidget):
@@ -29,7 +31,9 @@ class ApplyWidget(QWidget):
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
-        self._running: tuple[ChosenVolume, Applied] | None = None
+        self._running: Applied | None = None
+        self._written = False
+        self._active: Any = None  # the layer that was chosen when Apply was pressed
         self.layer: Any = None
         self.region = RegionEdit()
         self.screen = button("What is on screen", "Take the part of the planes that you see", self._on_screen_clicked)
@@ -60,9 +64,14 @@ class ApplyWidget(QWidget):
             JobBar(self.job, cancel="Stop; what is written is kept, and Apply goes on from there"),
             self.message,
         )
+        self._soon = QTimer(self)  # looking again takes the window a moment: not after every piece
+        self._soon.setSingleShot(True)
+        self._soon.setInterval(_LOOK_AGAIN)
+        self._soon.timeout.connect(self._on_soon)
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
+        self.job.ended.connect(self._on_job_ended)
         session.volume_changed.connect(self._on_volume_changed)
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
@@ -82,20 +91,33 @@ class ApplyWidget(QWidget):
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
             region, mode = self.region.value(), MODES[self.mode.currentText()]
             how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
+            self.job.check_free()
+            self._running, self._written = Applied(chosen, out, mode, region), False
+            self._active = self._viewer.layers.selection.active
+            nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
+            self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
             self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **how))
-            self._remove_layer()
-            self._running = (chosen, Applied(out, mode, region))
             self.message.tell("")
 
         attempt(self.message, start)
 
     def _on_job_stepped(self, step: Any) -> None:
-        if isinstance(step, Doing) or self._running is None:
-            return
-        if self.layer is None:
-            self._show(finished=False)
-        elif step.level == 0:
+        if isinstance(step, Written):
+            self._written = True
+            self._show(step.levels)
+        elif getattr(step, "level", None) == 0 and not self._soon.isActive():
+            self._soon.start()
+
+    def _on_soon(self) -> None:
+        if self.layer is not None:
             self.layer.refresh()
+
+    def _on_job_ended(self) -> None:
+        self._on_soon()
+        if not self._written:
+            self._remove_layer()
+            if self._active in self._viewer.layers:
+                self._viewer.layers.selection.active = self._active
 
     def _on_job_done(self, report: Any) -> None:
         if self._running is None:
@@ -103,29 +125,30 @@ class ApplyWidget(QWidget):
         if report is None:
             self.message.tell("stopped; what is written is kept, and Apply goes on from there")
             return
-        self._show(finished=True)
-        self._session.set_applied(self._running[1])
+        self._session.set_applied(self._running)
         found = f", {report.found} found finished" if report.found else ""
         self.message.tell(
-            f"done in {words.duration(report.seconds)}: {report.computed} piece(s) computed{found}; {report.path.name}"
+            f"done in {words.duration(report.seconds)}: {words.count(report.computed, 'piece')} computed{found}; "
+            f"{report.path.name}"
         )
 
-    def _show(self, *, finished: bool) -> None:
-        """The labels as a layer: the finest level while they are written, the pyramid in the end."""
+    def _show(self, levels: list[Any]) -> None:
+        """Labels (z, y, x) as the layer: the finest level while they are written, the pyramid in the end."""
         if self._running is None:
             return
-        chosen, applied = self._running
-        levels = open_levels(applied.out, chosen, all_levels=finished)
-        if self.layer is not None and self.layer in self._viewer.layers and len(levels) == 1:
-            self.layer.refresh()  # another layer would cost napari a moment in which the window stands still
+        applied, chosen = self._running, self._running.volume
+        data = [OnGrid(level, len(chosen.lead), chosen.layer.ndim) for level in levels]
+        if self._written and self.layer in self._viewer.layers and len(data) == 1:
+            self.layer.data.look_at(levels[0])
+            self.layer.refresh()
             return
         self._remove_layer()
         classes = self._session.annotations.classes if self._session.annotations else ()
         known = len(classes) == len(self._session.model.class_names)
         self.layer = self._viewer.add_labels(
-            levels if len(levels) > 1 else levels[0],
+            data if len(data) > 1 else data[0],
             name=applied.out.name.partition(".")[0],
-            multiscale=len(levels) > 1,
+            multiscale=len(data) > 1,
             colormap=colours_of(classes, first=1) if known else None,
             opacity=0.5,
             **chosen.place(),
@@ -170,6 +193,7 @@ class ObjectsWidget(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._running: tuple[ChosenVolume, Counted] | None = None
+        self._levels: list[Any] = []
         self.layer: Any = None
         self.method = combo(
             "connected: whatever hangs together is one object; watershed: objects that touch are cut apart where "
@@ -199,6 +223,7 @@ class ObjectsWidget(QWidget):
         self.radius.setEnabled(False)
         self.method.currentIndexChanged.connect(self.radius.setEnabled)
         self.table.chosen.connect(self._on_object_chosen)
+        self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
         session.labels_changed.connect(self._on_state_changed)
@@ -209,9 +234,10 @@ class ObjectsWidget(QWidget):
         """Number and measure."""
 
         def start() -> None:
-            chosen, applied = self._session.volume, self._session.applied
-            if chosen is None or applied is None:
+            applied = self._session.applied
+            if applied is None:
                 raise core.SettingsError("there are no labels yet; apply a student first")
+            chosen = applied.volume
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
             how: dict[str, Any] = {"value": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
             if self.method.currentIndex() == 1:
@@ -226,6 +252,10 @@ class ObjectsWidget(QWidget):
 
         attempt(self.message, start)
 
+    def _on_job_stepped(self, step: Any) -> None:
+        if isinstance(step, Written):
+            self._levels = step.levels
+
     def _on_job_done(self, report: Any) -> None:
         if report is None or self._running is None:
             self.message.tell("stopped; Count objects begins again")
@@ -235,18 +265,20 @@ class ObjectsWidget(QWidget):
         if self.layer is not None:
             with suppress(ValueError):
                 self._viewer.layers.remove(self.layer)
-        levels = open_levels(counted.out, chosen, all_levels=True)
+        data = [OnGrid(level, len(chosen.lead), chosen.layer.ndim) for level in self._levels]
         self.layer = self._viewer.add_labels(
-            levels if len(levels) > 1 else levels[0],
+            data if len(data) > 1 else data[0],
             name=counted.out.name.partition(".")[0],
-            multiscale=len(levels) > 1,
+            multiscale=len(data) > 1,
             **chosen.place(),
         )
         self.layer.events.selected_label.connect(self._on_label_selected)
         self.table.read(counted.table)
         self.table.show()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
-        self.message.tell(f"{report.objects} objects{small}; measures in {counted.table.name}, beside the labels")
+        self.message.tell(
+            f"{words.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
+        )
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
         """Show an object: ``box`` is its middle (z, y, x) in voxels."""
@@ -273,12 +305,3 @@ class ObjectsWidget(QWidget):
                 self.of_class.addItems(names)
             if self.message.text().startswith("apply"):
                 self.message.tell(f"ready to count the objects of {applied.out.name}")
-
-
-def open_levels(path: Path, chosen: ChosenVolume, *, all_levels: bool) -> list[Any]:
-    """The levels of labels on disk, with the axes of the layer they are of."""
-    names = sorted((p.name for p in path.iterdir() if p.name.isdigit()), key=int)
-    return [
-        OnGrid(zarr.open_array(path / name, mode="r"), len(chosen.lead), chosen.layer.ndim)
-        for name in (names if all_levels else names[:1])
-    ]

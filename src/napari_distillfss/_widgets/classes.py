@@ -55,6 +55,8 @@ class ClassList(QWidget):
         self.list.setCurrentRow(min(brush, self.list.count() - 1))
         self.list.blockSignals(False)
         self.valueChanged.emit(self._value)
+        if self.brush() != brush:  # its class was removed
+            self.brushChanged.emit(self.brush())
 
     def brush(self) -> int:
         """The label that is painted."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
 from napari_distillfss._jobs import Job
-from napari_distillfss._session import Session
+from napari_distillfss._session import LearntFrom, Session
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 from napari_distillfss._work import Distilled, iter_training
+
+_HINT = "annotate some slices, then press Distil"
 
 
 class DistilWidget(QWidget):
@@ -21,7 +24,7 @@ class DistilWidget(QWidget):
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session = session
-        self._started: tuple[Any, Any] = (None, None)  # settings, and the path of the student gone on from
+        self._started: tuple[Any, Path | None, LearntFrom] | None = None  # the path is that of the student gone on from
         self.settings = PresetPicker()
         self.distil = button("Distil", "Make a student from the annotated slices", self.start)
         self.refine = button(
@@ -29,7 +32,7 @@ class DistilWidget(QWidget):
         )
         self.job = Job(session, "distilling", self)
         self.plot = TrainingPlot()
-        self.message = Message("annotate some slices, then press Distil")
+        self.message = Message(_HINT)
         column(
             self,
             self.settings,
@@ -44,6 +47,7 @@ class DistilWidget(QWidget):
         self.job.failed.connect(self.message.warn)
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
+        session.slices_changed.connect(self._on_slices_changed)
         self._on_state_changed()
 
     def start(self) -> None:
@@ -61,10 +65,11 @@ class DistilWidget(QWidget):
         def start() -> None:
             if self.settings.fault:
                 raise core.SettingsError(self.settings.fault)
-            settings, maker = self.settings.value(), self._session.support_maker()
+            settings, maker, learnt_from = self.settings.value(), *self._session.support_maker()
             keep = self._session.next_model_path()
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop))
-            self._started = (settings, self._session.model_path if model is not None else None)
+            start = self._session.model_path if model is not None else None
+            self._started = (settings, start, learnt_from)
             self.plot.clear()
             self.plot.show()
             self.message.tell("")
@@ -77,8 +82,9 @@ class DistilWidget(QWidget):
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
 
     def _on_job_done(self, found: Distilled) -> None:
-        settings, start = self._started
-        self._session.take_student(found.model, found.path, settings, start)
+        if self._started is None:
+            return
+        self._session.take_student(found.model, found.path, *self._started)
         record = found.model.training
         line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
         if record.get("left_out_iou") is not None:
@@ -86,6 +92,10 @@ class DistilWidget(QWidget):
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
         self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
+
+    def _on_slices_changed(self) -> None:
+        if self.message.warns:  # what was wrong with the slices may be no longer
+            self.message.tell(_HINT)
 
     def _on_state_changed(self) -> None:
         self.distil.setEnabled(not self._session.busy)

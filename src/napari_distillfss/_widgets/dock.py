@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtpy.QtCore import QSize, Qt
 from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
 
+import distillfss_core as core
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distil import DistilWidget
 from napari_distillfss._widgets.model import ModelWidget
-from napari_distillfss._widgets.parts import Section, attempt
+from napari_distillfss._widgets.parts import Section
 from napari_distillfss._widgets.preview import PreviewWidget
 from napari_distillfss._widgets.support import SupportWidget
 from napari_distillfss._widgets.volume import VolumePicker
@@ -79,7 +81,8 @@ class DistillDock(QScrollArea):
         return QSize(_WIDTH, 700)
 
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
-        attempt(self.volume.message, lambda: self.session.choose_volume(chosen))
+        with suppress(core.OutputError):  # Support says it; all else goes on
+            self.session.choose_volume(chosen)
 
     def _on_model_changed(self) -> None:
         for widget in (self.apply, self.model):

@@ -79,11 +79,13 @@ class ModelWidget(QWidget):
         def copy() -> None:
             session = self._session
             support = Path("SUPPORT")
-            if session.volume is not None and session.annotations is not None and session.annotations.planes():
-                folder = session.annotations.folder / "support"
-                support = write_support(session.volume.volume, session.annotations, folder)
+            said = "copied"
+            if session.training is not None:
+                annotations = session.training.annotations
+                support = write_support(session.training.volume.volume, annotations, annotations.folder / "support")
+                said += "; the annotated slices it reads were written beside your annotations"
             QApplication.clipboard().setText(make(session, support))
-            self.message.tell("copied; the annotated slices it reads were written beside your annotations")
+            self.message.tell(said)
 
         attempt(self.message, copy)
 
@@ -116,8 +118,8 @@ def describe(card: dict[str, Any]) -> str:
     training, pixel = card["training"], card["pixel_size_um"]
     lines = [
         f"classes: {', '.join(card['classes'])}",
-        f"made: {card['created']}",
-        f"pixel size: {f'{pixel[0]:.3g} × {pixel[1]:.3g} µm' if pixel else 'not known'}",
+        f"made: {card['created'][:16].replace('T', ' ')} UTC",
+        f"pixel size: {words.lengths(*pixel) if pixel else 'not known'}",
         f"backbone: {card['backbone']['name']} ({card['backbone']['license']})",
         f"zoom: {card['preprocess']['zoom']}, intensity of {card['preprocess']['scope']}",
     ]

@@ -36,6 +36,11 @@ class Message(QLabel):
         self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
 
+    @property
+    def warns(self) -> bool:
+        """Whether a fault is shown."""
+        return bool(self.styleSheet())
+
     def tell(self, text: str) -> None:
         self.setStyleSheet("")
         self.setText(text)
@@ -71,9 +76,11 @@ class Section(QWidget):
 class JobBar(QWidget):
     """Progress of a job in words and as a bar, and the button that cancels it; hidden while nothing runs."""
 
-    def __init__(self, job: Job, *, cancel: str) -> None:
+    def __init__(
+        self, job: Job, *, cancel: str, starting: str = "starting (the first time this loads torch, some seconds)"
+    ) -> None:
         super().__init__()
-        self._job, self._pace = job, words.Pace()
+        self._job, self._pace, self._starting = job, words.Pace(), starting
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
         self.text = Message()
@@ -87,7 +94,7 @@ class JobBar(QWidget):
     def _on_job_started(self) -> None:
         self._pace = words.Pace()
         self.bar.setRange(0, 0)
-        self.text.tell("starting (the first time this loads torch, some seconds)")
+        self.text.tell(self._starting)
         self.cancel.setEnabled(True)
         self.show()
 
@@ -95,6 +102,7 @@ class JobBar(QWidget):
         if isinstance(step, Doing):
             self.bar.setRange(0, 0)
             self.text.tell(step.text)
+        if not hasattr(step, "total"):
             return
         if self.bar.maximum() != step.total:
             self._pace = words.Pace()
@@ -136,8 +144,8 @@ def spin(low: int, high: int, value: int, tooltip: str) -> QSpinBox:
     return made
 
 
-def row(*parts: QWidget | str) -> QWidget:
-    """Widgets (texts become labels) side by side."""
+def row(*parts: QWidget | str, first: int = 1) -> QWidget:
+    """Widgets (texts become labels) side by side; the first is ``first`` times as wide as the others."""
     holder = QWidget()
     layout = QHBoxLayout(holder)
     layout.setContentsMargins(0, 0, 0, 0)
@@ -147,6 +155,7 @@ def row(*parts: QWidget | str) -> QWidget:
             layout.addWidget(QLabel(part))
         else:
             layout.addWidget(part, 1)
+    layout.setStretch(0, first if isinstance(parts[0], QWidget) else 0)
     return holder
 
 

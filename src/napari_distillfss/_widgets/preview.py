@@ -136,7 +136,7 @@ class PreviewWidget(QWidget):
         kind = SOURCES[self.source.currentText()]
 
         def start() -> None:
-            maker = self._session.support_maker()
+            maker, _ = self._session.support_maker()
             self.job.start(lambda stop: iter_teacher(maker, core.DistillSettings(), str(kind), stop))
 
         attempt(self.message, start)

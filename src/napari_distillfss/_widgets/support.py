@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,29 @@ from qtpy.QtWidgets import QFileDialog, QListWidget, QListWidgetItem, QWidget
 
 import distillfss_core as core
 from napari_distillfss import _words as words
-from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, FIRST_CLASS, KINDS, Class
+from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, FIRST_CLASS, KINDS, UNLABELLED, Class
 from napari_distillfss._jobs import Job, LatestJob
+from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.classes import ClassList
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
-from napari_distillfss._work import THUMBNAIL, iter_import, iter_least_sure, iter_thumbnails, pick
+from napari_distillfss._work import THUMBNAIL, iter_different, iter_import, iter_least_sure, iter_thumbnails, pick
 
 MARK = "distillfss_annotations"
 """Key of the metadata of the layer that is painted."""
 
+DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
+
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
+
+
+@dataclass(frozen=True, eq=False)
+class _Question:
+    """Which planes of a volume differ most, beside those that were painted."""
+
+    chosen: ChosenVolume
+    count: int
+    painted: set[int]
 
 
 class SupportWidget(QWidget):
@@ -37,8 +50,9 @@ class SupportWidget(QWidget):
         self._pictures: dict[int, np.ndarray] = {}
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
-            "evenly: both ends, then midpoints; least sure: where the student doubts most (after Distil)",
-            ("evenly", "least sure"),
+            "different: planes that together are most like all the others, looked for in brightness, texture and "
+            "place; evenly: both ends, then midpoints; least sure: where the student doubts most (after Distil)",
+            (DIFFERENT, EVENLY, LEAST_SURE),
         )
         self.suggest = button("Suggest slices", "Which slices to paint", self.suggest_slices)
         self.classes = ClassList()
@@ -61,6 +75,9 @@ class SupportWidget(QWidget):
         self.anew = button("Begin anew", "Set these annotations aside (they stay on disk)", self._on_anew_clicked)
         self.message = Message("choose a volume first")
         self.job = Job(session, "looking at slices", self)
+        self.look = Job(name="looking for slices that differ", parent=self)
+        self._asked: _Question | None = None
+        self._looked_for: _Question | None = None
         self._thumbnails = LatestJob(self)
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
@@ -73,12 +90,16 @@ class SupportWidget(QWidget):
             self.list,
             row(self.remove, self.anew),
             row(self.import_file, self.kind),
+            JobBar(self.look, cancel="Stop looking; take them evenly", starting="looking for slices that differ"),
             JobBar(self.job, cancel="Stop looking"),
             self.message,
         )
         self._soon.timeout.connect(self._on_painted)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
+        self.look.done.connect(self._on_look_done)
+        self.look.failed.connect(self.message.warn)
+        self.look.ended.connect(self._on_look_ended)
         self._thumbnails.answered.connect(self._on_picture)
         self.classes.valueChanged.connect(self._on_classes_edited)
         self.classes.brushChanged.connect(self._on_brush_changed)
@@ -93,20 +114,24 @@ class SupportWidget(QWidget):
     # what the user does
 
     def suggest_slices(self) -> None:
-        """Suggest planes to paint, and go to the first."""
+        """Suggest planes to paint, and go to the first; what is looked for takes the place of an even choice."""
         chosen = self._session.volume
-        if chosen is None:
-            self.message.warn("no volume is chosen; choose an image layer first")
+        if not self._show_layer() or chosen is None:
             return
         count = min(self.count.value(), chosen.planes)
-        if self.way.currentText() == "evenly":
+        self.look.cancel()
+        painted = set(self._session.annotations.planes()) if self._session.annotations else set()
+        if self.way.currentText() != LEAST_SURE:
             self._show_suggested(core.suggest_planes(chosen.planes, count))
+            self._asked = None
+            if self.way.currentText() == DIFFERENT and chosen.planes > count:
+                self._asked = _Question(chosen, count, painted)
+                self._look()
             return
         model = self._session.model
         if model is None:
             self.message.warn("there is no student yet that could doubt; distil first, or choose evenly")
             return
-        painted = set(self._session.annotations.planes()) if self._session.annotations else set()
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
         attempt(
@@ -121,16 +146,16 @@ class SupportWidget(QWidget):
     def put_into_plane(self, labels: np.ndarray | None) -> None:
         """Put labels (as painted, "y x"; by default background) where the current plane has none; it can be undone."""
         annotations = self._session.annotations
-        if annotations is None or not self._show_layer():
-            self.message.warn("no volume is chosen; choose an image layer first")
+        if not self._show_layer() or annotations is None:
             return
         z = self.plane()
-        empty = np.nonzero(annotations.plane(z) == 0)
-        index = annotations.index(z)
-        indices = (*(np.full(len(empty[0]), i) for i in index), *empty)
-        values = np.full(len(empty[0]), BACKGROUND, np.uint8) if labels is None else labels[empty]
-        self.layer.data_setitem(indices, values)
-        self._session.painted(z)
+        before = annotations.plane(z)
+        after = np.where(before == UNLABELLED, BACKGROUND if labels is None else labels, before).astype(np.uint8)
+        # As `data_setitem` does, but the plane as a whole: pixel by pixel zarr takes a second for a million.
+        self.layer._save_history((annotations.index(z), before, after))
+        annotations.put(z, after)
+        self.layer.refresh()
+        self._session.painted()
 
     def go_to(self, z: int) -> None:
         """Show a plane."""
@@ -151,7 +176,7 @@ class SupportWidget(QWidget):
         """Take over the labels of a file."""
         chosen, annotations = self._session.volume, self._session.annotations
         if chosen is None or annotations is None:
-            self.message.warn("no volume is chosen; choose an image layer first")
+            self.message.warn(self._session.no_annotations)
             return
         z, shape = self.plane(), tuple(chosen.volume.shape[:3])
         attempt(
@@ -162,12 +187,17 @@ class SupportWidget(QWidget):
     # what happens
 
     def _on_volume_changed(self) -> None:
+        self.look.cancel()
+        self._asked = None
         self._pictures.clear()
         self.suggested = []
         self._remove_layer()
         annotations = self._session.annotations
         if annotations is None:
-            self.message.tell("choose a volume first")
+            if self._session.volume is None:
+                self.message.tell("choose a volume first")
+            else:
+                self.message.warn(self._session.no_annotations)
             return
         found = len(annotations.planes())
         if found:
@@ -197,8 +227,7 @@ class SupportWidget(QWidget):
         self._soon.start()
 
     def _on_painted(self) -> None:
-        if self._session.annotations is not None:
-            self._session.painted(self.plane())
+        self._session.painted()
 
     def _on_slices_changed(self) -> None:
         annotations = self._session.annotations
@@ -219,6 +248,8 @@ class SupportWidget(QWidget):
                 item = QListWidgetItem(f"plane {z}: suggested, nothing painted yet")
                 item.setData(Qt.ItemDataRole.UserRole, z)
                 self.list.addItem(item)
+        if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("paint in"):
+            self.message.tell("every suggested slice has labels: press Distil, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
         self.list.blockSignals(False)
         missing = [z for z in painted if z not in self._pictures]
@@ -245,8 +276,6 @@ class SupportWidget(QWidget):
         if self._show_layer():
             self._viewer.layers.selection.active = self.layer
             self.layer.mode = "paint"
-        else:
-            self.message.warn("no volume is chosen; choose an image layer first")
 
     def _on_remove_clicked(self) -> None:
         item = self.list.currentItem()
@@ -256,7 +285,7 @@ class SupportWidget(QWidget):
         z = item.data(Qt.ItemDataRole.UserRole)
         self.suggested = [s for s in self.suggested if s != z]
         self._session.annotations.remove(z)
-        self._session.painted(z)
+        self._session.painted()
         if self.layer is not None:
             self.layer.refresh()
 
@@ -281,6 +310,18 @@ class SupportWidget(QWidget):
         else:
             self._show_suggested(planes)
 
+    def _on_look_done(self, planes: list[int] | None) -> None:
+        """Take the planes that differ in place of the even ones, unless the user has moved on."""
+        annotations, asked = self._session.annotations, self._asked
+        if not planes or annotations is None or asked is None or asked is not self._looked_for:
+            return
+        if set(annotations.planes()) == asked.painted:
+            self._show_suggested(planes, stay=self.plane() != self.suggested[0])
+
+    def _on_look_ended(self) -> None:
+        if self._asked is not self._looked_for:
+            self._look()
+
     def _on_layer_removed(self) -> None:
         if self.layer is not None and self.layer not in self._viewer.layers:
             self.layer = None
@@ -288,7 +329,13 @@ class SupportWidget(QWidget):
 
     # parts
 
-    def _show_suggested(self, planes: list[int]) -> None:
+    def _look(self) -> None:
+        """Look for planes that differ, as was asked last; what is under way ends first."""
+        if self._asked is not None and not self.look.running:
+            asked = self._looked_for = self._asked
+            self.look.start(lambda stop: iter_different(asked.chosen.volume, asked.count, asked.painted, stop))
+
+    def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
         self.suggested = planes
         self._show_layer()
         numbers = ", ".join(map(str, planes))
@@ -297,19 +344,24 @@ class SupportWidget(QWidget):
             "list to go there"
         )
         self._on_slices_changed()
-        self.go_to(planes[0])
+        if not stay:
+            self.go_to(planes[0])
 
     def _show_layer(self) -> bool:
-        """Make the annotation layer if it is not there; whether there is one."""
+        """Make the annotation layer if it is not there; whether there is one. If not, it is said why."""
         chosen, annotations = self._session.volume, self._session.annotations
         if chosen is None or annotations is None:
+            self.message.warn(self._session.no_annotations)
             return False
         if self.layer is None:
+            if not attempt(self.message, lambda: annotations.array):
+                return False
             self.layer = self._viewer.add_labels(
                 annotations.array,
                 name=f"{chosen.name} annotations",
                 colormap=colours_of(self.classes.value()),
                 metadata={MARK: True},
+                opacity=0.5,  # so that the image is seen where all of a slice is labelled
                 **chosen.place(),
             )
             self.layer.selected_label = self.classes.brush()
@@ -345,6 +397,8 @@ class SupportWidget(QWidget):
         return QIcon(QPixmap.fromImage(image.copy()))
 
     def _forget_viewer(self) -> None:
+        self._asked = None
+        self.look.cancel()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
         if self.layer is not None:

@@ -46,7 +46,7 @@ class VolumePicker(QWidget):
         which = [w for letter in NAMES for w in (self._lead_labels[letter], self.lead[letter])]
         column(
             self,
-            row(self.layers, self.open_file, self.open_folder),
+            row(self.layers, self.open_file, self.open_folder, first=2),
             row(*which, self._level_label, self.level),
             self.message,
             self.device,

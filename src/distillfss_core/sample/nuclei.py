@@ -1,95 +1,39 @@
-"""A generated fluorescence stack of nuclei with its truth: what the demo, the tests and the examples work on.
+"""Nuclei in fluorescence: what the demo, the tests and the examples work on.
 
 It imitates what makes confocal stacks hard: nuclei packed until they touch, of every brightness, blurred most along z,
-lit unevenly, over a structured haze, with bright debris that is no nucleus. Nothing is read from disk.
+lit unevenly, over a structured haze, with bright debris that is no nucleus.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-from distillfss_core.errors import SettingsError
-
-F32 = npt.NDArray[np.float32]
-
-KINDS = ("nuclei",)
+from distillfss_core.sample.noise import F32, Labels, along_z, blur, renumber, texture, without_slivers
 
 Z_STEP = 2.5
 """Distance between two planes, in pixels of the plane: stacks are sampled more coarsely along z."""
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """A generated stack and its truth.
-
-    Parameters
-    ----------
-    image : uint16 array, shape (z, y, x)
-        Camera counts.
-    labels : uint16 array, shape (z, y, x)
-        0 background, otherwise the number of the nucleus the voxel belongs to.
-    name : str
-        Kind and seed, for messages and layer names.
-    """
-
-    image: npt.NDArray[np.uint16]
-    labels: npt.NDArray[np.uint16]
-    name: str
-
-
-def generate_sample(kind: str = "nuclei", planes: int = 12, size: int = 384, seed: int = 0) -> Sample:
-    """Generate a fluorescence z-stack with instance labels; the same arguments give the same bytes.
-
-    (On one machine with one numpy; elsewhere the last bit of a float may turn a photon here and there.)
-
-    Parameters
-    ----------
-    kind : str
-        What is in it: "nuclei".
-    planes : int
-        Number of planes, 1..64.
-    size : int
-        Height and width of a plane in pixels, 64..2048.
-    seed : int
-        Which of the many, not negative.
-
-    Returns
-    -------
-    Sample
-        ``image`` and ``labels``, both uint16 of shape (planes, size, size).
-
-    Raises
-    ------
-    SettingsError
-        If the kind is unknown or a number is outside its limits.
-    """
-    if kind not in KINDS:
-        raise SettingsError(f"there is no sample {kind!r}; choose one of: {', '.join(KINDS)}")
-    for name, value, low, high in (("planes", planes, 1, 64), ("size", size, 64, 2048), ("seed", seed, 0, 2**32 - 1)):
-        if not low <= value <= high:
-            raise SettingsError(f"{name} is {value}; give a number from {low} to {high}")
-    rng = np.random.default_rng([seed, planes, size])
-    shape = (planes, size, size)
+def draw_nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.uint16], Labels]:
+    """Camera counts, and which nucleus each voxel is of; both (z y x)."""
     light, labels = _nuclei(rng, shape)
     light += _debris(rng, shape)
     light = _microscope_blur(light)
     light += _haze(rng, shape, light)
     light *= _illumination(rng, shape)
-    return Sample(_camera(rng, light), labels, f"generated {kind} {seed}")
+    return _camera(rng, light), labels
 
 
-def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32, npt.NDArray[np.uint16]]:
+def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32, Labels]:
     """Light (z y x) of touching ellipsoids with chromatin texture, and which nucleus each voxel is of."""
     planes, size, _ = shape
     depth = planes * Z_STEP
     light = np.zeros(shape, np.float32)
     labels = np.zeros(shape, np.uint16)
     ownership = np.full(shape, np.inf, np.float32)  # how deep inside its nucleus a voxel lies: the deepest wins
-    chromatin = _texture(rng, shape, 2.2)
-    clumps = _texture(rng, shape, 5.0)
+    chromatin = texture(rng, shape, 2.2)
+    clumps = texture(rng, shape, 5.0)
     clusters = rng.uniform(0, size, (max(2, round(size * size / 24_000)), 2))
     wanted = max(4, round(size * size * (depth + 16) / 28_000))
     placed: list[tuple[float, float, float, float]] = []
@@ -108,7 +52,7 @@ def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32,
             continue
         placed.append((z, y, x, radius))
         number += _add_nucleus(rng, (z, y, x), radius, number + 1, light, labels, ownership, chromatin, clumps)
-    return light, _renumber(_without_slivers(labels))
+    return light, renumber(without_slivers(labels, 50))
 
 
 def _crowded(placed: list[tuple[float, float, float, float]], z: float, y: float, x: float, radius: float) -> bool:
@@ -174,21 +118,6 @@ def _add_nucleus(
     return 1
 
 
-def _without_slivers(labels: npt.NDArray[np.uint16], smallest: int = 50) -> npt.NDArray[np.uint16]:
-    """Labels without the cuts of fewer than ``smallest`` pixels: a person would not outline the pole of a nucleus."""
-    out = np.empty_like(labels)
-    for i, plane in enumerate(labels):
-        out[i] = np.where(np.bincount(plane.ravel())[plane] < smallest, 0, plane)
-    return out
-
-
-def _renumber(labels: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
-    """Instance numbers without gaps: nuclei that others covered wholly drop out."""
-    _, index = np.unique(labels, return_inverse=True)
-    index = index.reshape(labels.shape)
-    return (index if (labels == 0).any() else index + 1).astype(np.uint16)
-
-
 def _debris(rng: np.random.Generator, shape: tuple[int, int, int]) -> F32:
     """Small bright things that are no nucleus: grains of dye and shreds of dead cells."""
     planes, size, _ = shape
@@ -207,19 +136,19 @@ def _debris(rng: np.random.Generator, shape: tuple[int, int, int]) -> F32:
 
 def _microscope_blur(light: F32) -> F32:
     """A sharp core plus the wide cone that light from other planes arrives in."""
-    sharp = _along_z(_blur(light, 0.9), (0.10, 0.80, 0.10))
-    wide = _along_z(_blur(light, 5.0), (0.10, 0.24, 0.32, 0.24, 0.10))
-    wider = _along_z(_blur(light, 14.0), (0.15, 0.22, 0.26, 0.22, 0.15))
+    sharp = along_z(blur(light, 0.9), (0.10, 0.80, 0.10))
+    wide = along_z(blur(light, 5.0), (0.10, 0.24, 0.32, 0.24, 0.10))
+    wider = along_z(blur(light, 14.0), (0.15, 0.22, 0.26, 0.22, 0.15))
     return (0.66 * sharp + 0.22 * wide + 0.14 * wider).astype(np.float32)
 
 
 def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> F32:
     """Background with structure: cytoplasm round the nuclei, fibres, a slow unevenness."""
-    cytoplasm = _blur(light, 9.0) * (0.45 + 0.25 * _texture(rng, shape, 3.0))
-    slow = 0.13 * np.clip(1 + 0.7 * _texture(rng, shape, 34.0), 0, None)
+    cytoplasm = blur(light, 9.0) * (0.45 + 0.25 * texture(rng, shape, 3.0))
+    slow = 0.13 * np.clip(1 + 0.7 * texture(rng, shape, 34.0), 0, None)
     # The zero line of a smooth random field is a curve: it draws fibres.
-    field = _texture(rng, shape, 17.0)
-    fibres = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(_texture(rng, shape, 26.0), 0, None)
+    field = texture(rng, shape, 17.0)
+    fibres = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(texture(rng, shape, 26.0), 0, None)
     return (np.clip(cytoplasm, 0, None) + slow + fibres).astype(np.float32)
 
 
@@ -238,33 +167,3 @@ def _camera(rng: np.random.Generator, light: F32) -> npt.NDArray[np.uint16]:
     photons = rng.poisson(np.clip(light, 0, None) * 34).astype(np.float32)
     counts = 100 + 9.0 * photons + rng.normal(0, 14, light.shape)
     return np.clip(np.rint(counts), 0, 65535).astype(np.uint16)
-
-
-def _texture(rng: np.random.Generator, shape: tuple[int, int, int], sigma: float) -> F32:
-    """Smooth noise (z y x) of mean 0 and deviation 1 with grains of ``sigma`` pixels, alike in neighbouring planes."""
-    noise = _along_z(_blur(rng.standard_normal(shape, np.float32), sigma), (0.25, 0.5, 0.25))
-    noise -= noise.mean()
-    return (noise / max(float(noise.std()), 1e-6)).astype(np.float32)
-
-
-def _blur(stack: F32, sigma: float) -> F32:
-    """Gaussian blur of each plane, by FFT with mirrored edges."""
-    pad = min(int(3 * sigma) + 1, stack.shape[-1] - 1)
-    padded = np.pad(stack, ((0, 0), (pad, pad), (pad, pad)), mode="reflect")
-    height, width = padded.shape[1:]
-    fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    transfer = np.exp(-2 * (np.pi * sigma) ** 2 * (fy * fy + fx * fx)).astype(np.float32)
-    out = np.empty_like(stack)
-    for i, plane in enumerate(padded):  # plane by plane: little memory at any depth
-        out[i] = np.fft.irfft2(np.fft.rfft2(plane) * transfer, s=(height, width))[pad:-pad, pad:-pad]
-    return out
-
-
-def _along_z(stack: F32, kernel: tuple[float, ...]) -> F32:
-    """Weighted mean over neighbouring planes; beyond the ends the last plane repeats."""
-    half = len(kernel) // 2
-    padded = np.pad(stack, ((half, half), (0, 0), (0, 0)), mode="edge")
-    out = np.zeros_like(stack)
-    for i, weight in enumerate(kernel):
-        out += np.float32(weight) * padded[i : i + len(stack)]
-    return out
