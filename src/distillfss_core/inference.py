@@ -55,8 +55,8 @@ class StudentNetwork(nn.Module):
 def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     """Turn "auto" into the fastest engine that is installed and can run this network on this device.
 
-    On a CPU that is OpenVINO, then ONNX Runtime, then torch; elsewhere torch. Those other than torch run networks whose
-    answers depend on a bounded neighbourhood.
+    On a CPU that is ONNX Runtime (not in bfloat16), then OpenVINO, then torch; elsewhere torch. Those other than torch
+    run networks whose answers depend on a bounded neighbourhood.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     if name not in ENGINES:
         raise SettingsError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
     if name == "auto":
-        able = (e for e in ("openvino", "onnxruntime") if find_spec(e) and _unable(e, device, network) is None)
+        able = (e for e in _EXTRAS if find_spec(e) and _unable(e, device, network) is None)
         return next(able, "torch")
     if name in _EXTRAS and find_spec(name) is None:
         raise SettingsError(f"engine {name} is not installed; pip install 'napari-distillfss[{_EXTRAS[name]}]'")

@@ -389,12 +389,12 @@ class StudentModel(Segmenter):
         self.training = training or {}
         self.thumbnails = thumbnails
         self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
-        self._network = StudentNetwork(self.backbone, self.head)
+        self.network = StudentNetwork(self.backbone, self.head)
         self._choose(engine)
 
     @property
     def local(self) -> bool:
-        return self._network.local
+        return self.network.local
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return *super().__dask_tokenize__(), self.engine
@@ -405,7 +405,7 @@ class StudentModel(Segmenter):
         return self._run.engine
 
     def _choose(self, engine: str) -> None:
-        self._run = Runner(self._network, choose_engine(engine, self.device, self._network), self.device)
+        self._run = Runner(self.network, choose_engine(engine, self.device, self.network), self.device)
 
     def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
         return self._run(image)
