@@ -153,6 +153,7 @@ class _OnnxRuntime:
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # readers and writer need the cores
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it keeps a plan of memory for every size of window
         self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -177,9 +178,21 @@ class _OpenVino:
 
 
 def network_graph(network: StudentNetwork) -> bytes:
-    """The network in ONNX, for any batch and any sides that are multiples of the backbone's."""
+    """The network in ONNX, for any batch and any sides that are multiples of the backbone's.
+
+    Raises
+    ------
+    SettingsError
+        If this version of torch cannot write it.
+    """
     side = 2 * network.backbone.spec.multiple
-    return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
+    try:
+        return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
+    except (RuntimeError, TypeError, ValueError) as fault:
+        reason = str(fault).partition("\n")[0][:120]
+        raise SettingsError(
+            f"{describe_engine('torch')} cannot write {network.backbone.spec.name} as ONNX ({reason}); choose engine torch"
+        ) from fault
 
 
 def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str, found: str) -> bytes:
