@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import io
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -190,8 +188,9 @@ def network_graph(network: StudentNetwork) -> bytes:
         return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
     except (RuntimeError, TypeError, ValueError) as fault:
         reason = str(fault).partition("\n")[0][:120]
+        name = network.backbone.spec.name
         raise SettingsError(
-            f"{describe_engine('torch')} cannot write {network.backbone.spec.name} as ONNX ({reason}); choose engine torch"
+            f"{describe_engine('torch')} cannot write {name} as ONNX ({reason}); choose engine torch"
         ) from fault
 
 
@@ -200,13 +199,13 @@ def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str,
 
     It is traced, so which way it goes must not depend on the size or the values of what it is given.
     """
+    file = io.BytesIO()  # no disk, which may be full
     axes = {0: "batch", 2: "y", 3: "x"}
-    with _tracing(), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "graph.onnx"
+    with _tracing(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             module,
             (example.clone(),),
-            file,
+            file,  # type: ignore[arg-type]
             input_names=[given],
             output_names=[found],
             dynamic_axes={given: axes, found: axes},
@@ -214,7 +213,7 @@ def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str,
             # torch.export takes half a minute for what tracing does in half a second.
             dynamo=False,
         )
-        return file.read_bytes()
+    return file.getvalue()
 
 
 @contextmanager
