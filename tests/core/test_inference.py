@@ -8,11 +8,13 @@ import warnings
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import zarr
 
 from distillfss_core import inference
 from distillfss_core.backbones import load_backbone
+from distillfss_core.cli import main
 from distillfss_core.device import Device
 from distillfss_core.engine import iter_segment, segment_to_zarr
 from distillfss_core.errors import SettingsError
@@ -164,3 +166,16 @@ def test_a_student_can_be_pickled_after_it_was_run(plain_student: StudentModel):
     assert again.engine == "onnxruntime"
     assert np.array_equal(again.predict(plane).probabilities, expected)
     assert model.__dask_tokenize__() != plain_student.with_engine("torch").__dask_tokenize__()
+
+
+def test_the_command_line_names_an_engine(plain_student, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain_student.save("m.safetensors")
+    tifffile.imwrite("in.tif", np.stack([blobs(7, 96).image] * 2), photometric="minisblack", metadata={"axes": "ZYX"})
+    assert (
+        main(["segment", "in.tif", "-m", "m.safetensors", "-o", "l.zarr", "--device", "cpu", "--engine", "torch"]) == 0
+    )
+    about = zarr.open_group("l.zarr", mode="r").attrs["distillfss"]
+    assert (about["engine"], about["device"]) == (describe_engine("torch"), "cpu float32")
+    assert main(["segment", "in.tif", "-m", "m.safetensors", "-o", "l.tif", "--engine", "tensorrt"]) == 1
+    assert "engine 'tensorrt' is unknown" in capsys.readouterr().err
