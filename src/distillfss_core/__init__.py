@@ -48,6 +48,8 @@ _HOME = {
     "StudentModel": "model",
     "read_card": "model",
     "read_thumbnails": "model",
+    "export_bioimageio": "export",
+    "export_onnx": "export",
     "segment_lazy": "lazy",
     "iter_segment": "engine",
     "segment_to_zarr": "engine",

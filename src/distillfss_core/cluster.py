@@ -110,13 +110,14 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
 def iter_shards(
     connection: Connection,
     model: StudentModel,
+    engine: str,
     labeller: PlaneLabels,
     path: Path,
     layout: Layout,
     todo: Mapping[Index, Sequence[Box]],
     threads: int,
 ) -> Generator[tuple[Index, Sequence[Box], str, frozenset[str]], None, None]:
-    """Have shards of labels written by the workers.
+    """Have shards of labels written by the workers, whose networks are run by ``engine``.
 
     Yields
     ------
@@ -150,6 +151,7 @@ def iter_shards(
         layout,
         connection.device,
         connection.precision,
+        engine,
         threads,
     )
     client.register_plugin(Job(spec), name=name)

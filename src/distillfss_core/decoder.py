@@ -19,6 +19,11 @@ def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
     return maps.flatten(0, 1)
 
 
+def _split(x: Float[Tensor, "bk c h w"], classes: int) -> Float[Tensor, "b k c h w"]:
+    """The classes out of the batch again; unlike ``unflatten``, of any size when it is traced."""
+    return x.reshape(-1, classes, x.shape[1], x.shape[2], x.shape[3])
+
+
 class Decoder(nn.Module):
     """What teacher and student need of a decoder."""
 
@@ -76,7 +81,7 @@ class PublishedDecoder(Decoder):
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
-        b, k = coarse.deep.shape[:2]
+        k = coarse.deep.shape[1]
         x = self.conv1(_fold(coarse.deep))
         mid = self.conv2(_fold(coarse.mid))
         x = self.conv4(_corner_resize(x, mid.shape[-2:]) + mid)
@@ -94,7 +99,7 @@ class PublishedDecoder(Decoder):
         x = self.mixer3(_corner_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))
         if self.grid is None:
             x = _corner_resize(x, query.size)
-        return x.unflatten(0, (b, k))
+        return _split(x, k)
 
     def _support_skips(self, query: FeaturePyramid, support: FeaturePyramid | None) -> list[list[Tensor]]:
         if not self.support_skip:
@@ -213,7 +218,7 @@ class SlimDecoder(Decoder):
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
-        b, k = coarse.deep.shape[:2]
+        k = coarse.deep.shape[1]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
         x = F.relu(self.deep(deep - NEUTRAL))
         x = F.relu(self.join_mid(_resize(x, mid) + self.mid(mid - NEUTRAL)))
@@ -222,13 +227,13 @@ class SlimDecoder(Decoder):
         for level in reversed(range(len(skips))):
             from_query = self.skips[level](skips[level])
             x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
-            x = F.relu_((x.unflatten(0, (b, k)) + from_query[:, None]).flatten(0, 1))
+            x = F.relu_((_split(x, k) + from_query[:, None]).flatten(0, 1))
             if level > 0:
                 x = F.relu_(x + self.refine[level - 1](x))
         means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
         evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
         logits = self.out(x) + torch.cat([-evidence, evidence], 1)
-        return F.interpolate(logits, query.size, mode="bilinear", align_corners=False).unflatten(0, (b, k))
+        return _split(F.interpolate(logits, query.size, mode="bilinear", align_corners=False), k)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import torch
 from distillfss_core import __version__
 from distillfss_core.cluster import Connection, connect, iter_shards
 from distillfss_core.errors import SettingsError
+from distillfss_core.inference import describe_engine
 from distillfss_core.labellers import PlaneLabels, make_labeller
 from distillfss_core.labelstore import (
     About,
@@ -107,7 +108,7 @@ def iter_segment(
 
     Leave it, close it, kill the process, cut the power: started again with the same arguments it goes on where it was,
     and the result is bit for bit that of a run that was never stopped (on the same machine: its processor's and
-    libraries' rounding is not recorded; the number of threads is, and is set again).
+    libraries' rounding is not recorded; the number of threads and the engine are, and are taken again).
 
     Parameters
     ----------
@@ -142,7 +143,8 @@ def iter_segment(
     Raises
     ------
     SettingsError
-        If the region is not in the volume, or the output was begun with another model, volume or settings.
+        If the region is not in the volume, or the output was begun with another model, volume or settings, or by an
+        engine that is not installed.
     OutputError
         If it cannot be written (disk full, ...): what is finished is kept.
     InputFileError, ImageError
@@ -157,15 +159,19 @@ def iter_segment(
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
         device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
-        threads = 1 if workers else torch.get_num_threads()
-        store = open_store(labeller, model, out, device=device, threads=threads, resume=resume)
+        engine = model.engine if device.startswith("cpu") else "torch"
+        notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
+        store = open_store(labeller, model, out, device=device, notes=notes, resume=resume)
         stack.callback(store.close)
+        if (begun_with := _engine_of(store, engine)) != engine:
+            engine, model = begun_with, _run_by(begun_with, model, store)
+            labeller = make_labeller(mode, volume, model, tile)
         plan = plan_work(store, wanted)
         clock = _Clock(start, plan.total, plan.found)
         if plan.found:
             yield clock.step(0, computed=False, count=0)
         if workers:
-            run = _segmented_by(workers, model, labeller, store, plan.todo, missing)
+            run = _segmented_by(workers, model, engine, labeller, store, plan.todo, missing)
         else:
             run = _segmented(labeller, store, plan.todo)
             stack.enter_context(_threads(model, store.notes["threads"]))
@@ -197,7 +203,7 @@ def check_region(volume: Volume, region: Part | None) -> Box:
 
 
 def open_store(
-    labeller: PlaneLabels, model: StudentModel, out: Path, *, device: str, threads: int, resume: bool
+    labeller: PlaneLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
 ) -> LabelStore:
     """The labels to be written, new or begun; errors are those of `LabelStore`."""
     volume = labeller.volume
@@ -213,6 +219,7 @@ def open_store(
             "program": f"napari-distillfss {__version__}",
             "model": {"digest": digest, "card": model.card},
             "volume": {"path": str(volume.path) if volume.path else None, **volume.identity},
+            "device": device,
         },
         image=_path_to_image(volume, out),
     )
@@ -223,7 +230,7 @@ def open_store(
         "tile": labeller.tile,
         "device": device,
     }
-    return LabelStore(out, layout, about, settings, resume=resume, notes={"threads": threads})
+    return LabelStore(out, layout, about, settings, resume=resume, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,7 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
 def _segmented_by(
     workers: Connection,
     model: StudentModel,
+    engine: str,
     labeller: PlaneLabels,
     store: LabelStore,
     todo: dict[Index, list[Box]],
@@ -318,7 +326,7 @@ def _segmented_by(
 ) -> Generator[Index, None, None]:
     """Have the workers do it; gives each shard when it is in the record, and adds to the chunks that have no file."""
     threads = store.notes["threads"]
-    with closing(iter_shards(workers, model, labeller, store.path, store.layout, todo, threads)) as shards:
+    with closing(iter_shards(workers, model, engine, labeller, store.path, store.layout, todo, threads)) as shards:
         for index, boxes, digest, gone in shards:
             store.note(0, index, list(boxes), digest)
             missing |= gone
@@ -345,6 +353,26 @@ def _path_to_image(volume: Volume, out: Path) -> str | None:
     if volume.path is None or volume.identity.get("kind") != "ome-zarr":
         return None
     return Path(os.path.relpath(volume.path, out)).as_posix()
+
+
+def _engine_of(store: LabelStore, engine: str) -> str:
+    """The engine that labels were begun with: another rounds otherwise."""
+    begun_with = str(store.notes.get("engine", describe_engine("torch")))  # before there was a choice it was torch
+    name = begun_with.split()[0]
+    if name == engine and begun_with != describe_engine(name):
+        log.warning("%s: was begun with %s; labels may round otherwise here and there", store.path, begun_with)
+    return name
+
+
+def _run_by(engine: str, model: StudentModel, store: LabelStore) -> StudentModel:
+    try:
+        other = model.with_engine(engine)
+    except SettingsError as fault:
+        raise SettingsError(
+            f"{store.path}: was begun with engine {engine}, and goes on with it only: {fault}"
+        ) from fault
+    log.warning("going on with engine %s, as the run was begun with, not %s", engine, model.engine)
+    return other
 
 
 @contextmanager

@@ -245,7 +245,7 @@ class LabelStore:
     resume : bool
         Whether to go on where another run stopped; otherwise there must not be one.
     notes : mapping
-        JSON-able; kept with a new run, given back as ``notes`` when going on.
+        JSON-able; kept with a new run, given back as ``notes`` when going on. An "engine" is written beside the labels.
 
     Raises
     ------
@@ -282,7 +282,7 @@ class LabelStore:
             with _told(path):
                 for left in (*path.rglob("*.partial"), *(path / RECORD).parent.glob(f".{RECORD.name}.*")):
                     left.unlink(missing_ok=True)  # of writes that were killed
-                self._arrays = _write_metadata(path, layout, about)
+                self._arrays = _write_metadata(path, layout, about, self.notes)
         except BaseException:
             self.record.close()
             raise
@@ -509,7 +509,7 @@ def image_of(path: Path) -> Path | None:
     return path.parent.parent if path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes else None
 
 
-def _write_metadata(path: Path, layout: Layout, about: About) -> list[Any]:
+def _write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str, Any]) -> list[Any]:
     """Groups and arrays as they must be; those that are there already stay."""
     arrays = []
     for level, shape in enumerate(layout.shapes):
@@ -531,6 +531,8 @@ def _write_metadata(path: Path, layout: Layout, about: About) -> list[Any]:
             )
         )
     attributes = _attributes(layout, about)
+    if "engine" in notes:
+        attributes["distillfss"]["engine"] = notes["engine"]
     group: Any = _open_group(path)
     present = group.attrs.asdict()
     attributes["distillfss"] |= {k: v for k, v in present.get("distillfss", {}).items() if k == "finished"}

@@ -23,9 +23,10 @@ from distillfss_core.backbones import Backbone, backbone_from_state
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.device import Device, choose_device, out_of_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
-from distillfss_core.features import FeaturePyramid, merge_classes
+from distillfss_core.features import merge_classes
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.headfile import can_be_found_again, find_backbone
+from distillfss_core.inference import Runner, StudentNetwork, choose_engine
 from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
@@ -64,7 +65,8 @@ class Segmenter:
         self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
         self.device, self.halo = device, halo
 
-    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+        """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's."""
         raise NotImplementedError
 
     @property
@@ -207,8 +209,8 @@ class Segmenter:
             found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return found.hexdigest()
 
-    def __dask_tokenize__(self) -> str:
-        return self.digest()
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return self.digest(), self.device.precision
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What it holds beside the backbone, by name."""
@@ -280,9 +282,9 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         x = window[None].to(self.device.torch)
         x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
-        with self.device.autocast():
-            logits = merge_classes(self._logits(self.backbone(x)))
-        logits = logits.float().clamp_min(-1e4)  # a class without example is -inf, which cannot be interpolated
+        logits = (
+            self._logits(x).float().clamp_min(-1e4)
+        )  # a class without example is -inf, which cannot be interpolated
         logits = resize(logits, (h + pad[0], w + pad[1]))[0, :, :h, :w]
         return logits.softmax(0)
 
@@ -345,8 +347,9 @@ class FewShotModel(Segmenter):
     def local(self) -> bool:
         return self.teacher.local and self.backbone.spec.local
 
-    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
-        return self.teacher(query, self.keys).logits
+    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+        with self.device.autocast():
+            return merge_classes(self.teacher(self.backbone(image), self.keys).logits)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         raise SettingsError("a teacher with its support has no digest; distil a student from it")
@@ -363,7 +366,7 @@ class Thumbnails:
 class StudentModel(Segmenter):
     """A light segmenter of its own: backbone, ConvDist, decoder, preprocessing and a card, in one file.
 
-    It is made by `distillfss_core.distill` or `StudentModel.load`.
+    It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
     """
 
     def __init__(
@@ -374,6 +377,7 @@ class StudentModel(Segmenter):
         class_names: Sequence[str],
         *,
         device: Device,
+        engine: str = "auto",
         halo: int = HALO,
         pixel_size: tuple[float, float] | None = None,
         training: dict[str, Any] | None = None,
@@ -386,23 +390,43 @@ class StudentModel(Segmenter):
         self.training = training or {}
         self.thumbnails = thumbnails
         self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
+        self.network = StudentNetwork(self.backbone, self.head)
+        self._choose(engine)
 
     @property
     def local(self) -> bool:
-        return self.head.decoder.local and self.backbone.spec.local
+        return self.network.local
 
-    def _logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
-        return self.head.student_logits(query)
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return *super().__dask_tokenize__(), self.engine
+
+    @property
+    def engine(self) -> str:
+        """What runs the network: "torch", "onnxruntime" or "openvino"."""
+        return self._run.engine
+
+    def _choose(self, engine: str) -> None:
+        self._run = Runner(self.network, choose_engine(engine, self.device, self.network), self.device)
+
+    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+        return self._run(image)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         return iter(sorted(self.head.state_dict().items()))
 
-    def to(self, device: str, precision: str = "auto") -> StudentModel:
-        """Move to another device ("auto", "cpu", "cuda", ...); returns self."""
+    def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
+        """Move to another device, precision or engine, as for `load`; returns self."""
         self.device = choose_device(device, precision)
         self.backbone.to(self.device.torch)
         self.head.to(self.device.torch)
+        self._choose(engine)
         return self
+
+    def with_engine(self, engine: str) -> StudentModel:
+        """The same student, run by another engine (as for `load`); this one stays as it is."""
+        other = copy.copy(self)
+        other._choose(engine)
+        return other
 
     def at_pixel_size(self, pixel_size: tuple[float, float]) -> StudentModel:
         """The same student for images of another pixel size: objects come to the size it was trained on.
@@ -480,7 +504,13 @@ class StudentModel(Segmenter):
 
     @classmethod
     def load(
-        cls, path: str | Path, *, device: str = "auto", precision: str = "auto", weights: str = "auto"
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        weights: str = "auto",
+        engine: str = "auto",
     ) -> StudentModel:
         """Read a student.
 
@@ -493,9 +523,14 @@ class StudentModel(Segmenter):
             "float32", "bfloat16", or "auto": bfloat16 on CUDA devices that have it.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
+        engine : {"auto", "torch", "onnxruntime", "openvino"}
+            What runs the network; "auto" is the fastest that is installed, see `inference.choose_engine`. In float32
+            their logits differ by rounding alone, and labels where two classes are equally likely to within that.
 
         Raises
         ------
+        SettingsError
+            If the device, the precision or the engine is not to be had.
         ModelFileError
             If the file is missing, damaged, truncated, newer than this program or of another kind.
         """
@@ -535,7 +570,7 @@ class StudentModel(Segmenter):
                 raise
             reason = str(error).splitlines()[0]
             raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
-        return model.to(chosen.name, chosen.precision)
+        return model.to(chosen.name, chosen.precision, engine)
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Spec:
     layout: Layout
     device: str
     precision: str
+    engine: str
     threads: int
 
 
@@ -67,7 +68,7 @@ class Job(WorkerPlugin):
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder) / "model.safetensors"
                     file.write_bytes(spec.model)
-                    model = StudentModel.load(file, device=spec.device, precision=spec.precision)
+                    model = StudentModel.load(file, device=spec.device, precision=spec.precision, engine=spec.engine)
                 self._labeller = make_labeller(spec.mode, spec.volume, model, spec.tile)
             return self._labeller
 

@@ -87,7 +87,8 @@ class LightConvDist(Student):
         for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
             x = torch.cat([_normalise(block) for block in blocks], 1)
             x = torch.relu(look(torch.relu(reduce(x))))
-            maps.append(read(x).unflatten(1, (self.classes, len(blocks))))
+            found = read(x)  # not unflatten: traced, it would hold for one size only
+            maps.append(found.reshape(-1, self.classes, len(blocks), found.shape[2], found.shape[3]))
         return CoarseMaps(*maps)
 
 

@@ -1,0 +1,230 @@
+"""How a student's network is run: by torch, ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import jaxtyping
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distillfss_core.backbones import Backbone
+from distillfss_core.device import Device
+from distillfss_core.errors import SettingsError
+from distillfss_core.features import merge_classes
+from distillfss_core.head import FewShotHead
+
+ENGINES = ("auto", "torch", "onnxruntime", "openvino")
+TOLERANCE = 1e-3
+"""By how much logits of two engines in float32 differ at most (they reach from about -10 to 10; measured: 1e-5)."""
+
+_EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
+_OPSET = 18
+_GRAPH_INPUT, _GRAPH_OUTPUT = "image", "logits"
+
+
+class StudentNetwork(nn.Module):
+    """What an engine runs: from the preprocessed, zoomed image to logits.
+
+    Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k+1 h w".
+    """
+
+    def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+        return merge_classes(self.head.student_logits(self.backbone(image)))
+
+    @property
+    def local(self) -> bool:
+        """Whether the answer at a pixel depends on a bounded neighbourhood only."""
+        return self.head.decoder.local and self.backbone.spec.local
+
+
+def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
+    """Turn "auto" into the fastest engine that is installed and can run this network on this device.
+
+    On a CPU that is ONNX Runtime (not in bfloat16), then OpenVINO, then torch; elsewhere torch. Those other than torch
+    run networks whose answers depend on a bounded neighbourhood.
+
+    Parameters
+    ----------
+    name : {"auto", "torch", "onnxruntime", "openvino"}
+
+    Raises
+    ------
+    SettingsError
+        If there is no such engine, it is not installed, or it cannot run this.
+    """
+    if name not in ENGINES:
+        raise SettingsError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
+    if name == "auto":
+        able = (e for e in _EXTRAS if find_spec(e) and _unable(e, device, network) is None)
+        return next(able, "torch")
+    if name in _EXTRAS and find_spec(name) is None:
+        raise SettingsError(f"engine {name} is not installed; pip install 'napari-distillfss[{_EXTRAS[name]}]'")
+    if reason := _unable(name, device, network):
+        raise SettingsError(f"engine {name} {reason}; choose engine torch or auto")
+    return name
+
+
+def describe_engine(name: str) -> str:
+    """Its name and version, as "onnxruntime 1.20.0"."""
+    return f"{name} {version(name)}"
+
+
+def _unable(name: str, device: Device, network: StudentNetwork) -> str | None:
+    """Why an engine cannot run a network, if so."""
+    if name == "torch":
+        return None
+    if device.kind != "cpu":
+        return f"computes on the CPU, not on {device.name}"
+    if name == "onnxruntime" and device.precision != "float32":
+        return f"computes in float32 on the CPU, not in {device.precision}"
+    if not network.local:
+        return f"does not run students of {network.backbone.spec.name} that look at a whole tile"
+    return None
+
+
+Engine = Callable[[Tensor], Tensor]
+"""Runs a `StudentNetwork`: the same input gives the same output, bit for bit."""
+
+
+class Runner:
+    """A network and the engine that runs it; the engine is made ready when it is first asked.
+
+    The engine's copy of the weights is that of the first call. Other engines than torch compute with as many threads as
+    torch has at the time of a call, and are made ready again when that changes.
+
+    Parameters
+    ----------
+    network : StudentNetwork
+    engine : str
+        One that `choose_engine` gave.
+    device : Device
+    """
+
+    def __init__(self, network: StudentNetwork, engine: str, device: Device) -> None:
+        self.network, self.engine, self.device = network, engine, device
+        self._lock = threading.Lock()
+        self._graph = b""
+        self._ready: Engine | None = None
+        self._threads = 0
+
+    def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+        if self.engine == "torch":
+            with self.device.autocast():
+                return self.network(image)
+        with self._lock:
+            threads = torch.get_num_threads()
+            if self._ready is None or threads != self._threads:
+                self._graph = self._graph or network_graph(self.network)
+                self._ready, self._threads = self._make(threads), threads
+            return self._ready(image)
+
+    def _make(self, threads: int) -> Engine:
+        if self.engine == "onnxruntime":
+            return _OnnxRuntime(self._graph, threads)
+        return _OpenVino(self._graph, threads, self.device.precision)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"network": self.network, "engine": self.engine, "device": self.device}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+class _OnnxRuntime:
+    def __init__(self, graph: bytes, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # readers and writer need the cores
+        options.log_severity_level = 3
+        options.enable_mem_pattern = False  # it keeps a plan of memory for every size of window
+        self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return torch.from_numpy(self._session.run(None, {_GRAPH_INPUT: image.contiguous().numpy()})[0])
+
+
+class _OpenVino:
+    def __init__(self, graph: bytes, threads: int, precision: str) -> None:
+        import openvino
+
+        core = openvino.Core()
+        hints = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+        }
+        model = core.read_model(io.BytesIO(graph))
+        self._request = core.compile_model(model, "CPU", hints).create_infer_request()
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return torch.from_numpy(self._request.infer([image.contiguous().numpy()], share_inputs=True)[0])
+
+
+def network_graph(network: StudentNetwork) -> bytes:
+    """The network in ONNX, for any batch and any sides that are multiples of the backbone's.
+
+    Raises
+    ------
+    SettingsError
+        If this version of torch cannot write it.
+    """
+    side = 2 * network.backbone.spec.multiple
+    try:
+        return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
+    except (RuntimeError, TypeError, ValueError) as fault:
+        reason = str(fault).partition("\n")[0][:120]
+        name = network.backbone.spec.name
+        raise SettingsError(
+            f"{describe_engine('torch')} cannot write {name} as ONNX ({reason}); choose engine torch"
+        ) from fault
+
+
+def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str, found: str) -> bytes:
+    """A module from one "b c h w" to another in ONNX; batch, height and width stay open.
+
+    It is traced, so which way it goes must not depend on the size or the values of what it is given.
+    """
+    file = io.BytesIO()  # no disk, which may be full
+    axes = {0: "batch", 2: "y", 3: "x"}
+    with _tracing(), torch.inference_mode(False), torch.no_grad():
+        torch.onnx.export(
+            module,
+            (example.clone(),),
+            file,  # type: ignore[arg-type]
+            input_names=[given],
+            output_names=[found],
+            dynamic_axes={given: axes, found: axes},
+            opset_version=_OPSET,
+            # torch.export takes half a minute for what tracing does in half a second.
+            dynamo=False,
+        )
+    return file.getvalue()
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    """Inside, sizes are tensors: jaxtyping's checks, where they are switched on, do not know them."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)  # of tracing, for which there is no equal yet
+            yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)

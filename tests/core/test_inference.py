@@ -1,0 +1,181 @@
+"""Whatever engine runs a student's network, the answer is torch's."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import zarr
+
+from distillfss_core import inference
+from distillfss_core.backbones import load_backbone
+from distillfss_core.cli import main
+from distillfss_core.device import Device
+from distillfss_core.engine import iter_segment, segment_to_zarr
+from distillfss_core.errors import SettingsError
+from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.inference import TOLERANCE, Runner, StudentNetwork, choose_engine, describe_engine
+from distillfss_core.lazy import segment_lazy
+from distillfss_core.model import StudentModel
+from distillfss_core.volume import open_volume
+from pictures import blobs
+
+CPU = Device("cpu")
+TILE = 96
+
+
+@pytest.fixture(params=["torch", "onnxruntime", "openvino"])
+def engine(request) -> str:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    return request.param
+
+
+@pytest.fixture(params=["onnxruntime", "openvino"])
+def other(request) -> str:
+    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+    return request.param
+
+
+def network(backbone: str, classes: int, student: str = "light", decoder: str = "slim") -> StudentNetwork:
+    """One with random weights everywhere."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
+        trunk = load_backbone(backbone, "random")
+    head = FewShotHead(trunk.spec, classes, HeadForm(student, decoder, "ours", 8)).eval().requires_grad_(False)
+    noise = torch.Generator().manual_seed(1)
+    for parameter in head.decoder.parameters():
+        parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
+    return StudentNetwork(trunk, head)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "classes", "student"),
+    [("efficientnet_lite0", 3, "light"), ("mobilenetv4_conv_small", 1, "light"), ("resnet18", 2, "published")],
+)
+def test_an_engine_gives_the_logits_of_torch_at_any_size_and_batch(other, backbone, classes, student):
+    net = network(backbone, classes, student)
+    run = Runner(net, choose_engine(other, CPU, net), CPU)
+    noise = torch.Generator().manual_seed(0)
+    for size in ((1, 3, 64, 96), (2, 3, 160, 64)):
+        x = torch.rand(size, generator=noise)
+        with torch.inference_mode():
+            expected, found = net(x), run(x)
+        assert found.shape == (size[0], classes + 1, *size[2:])
+        assert expected.std() > 0.01
+        assert (found - expected).abs().max() <= TOLERANCE
+        assert torch.equal(run(x), found)
+
+
+def test_labels_are_those_of_torch(plain_student, other):
+    plane = blobs(7, 200).image
+    expected = plain_student.with_engine("torch").predict(plane, tile=TILE)
+    found = plain_student.with_engine(other).predict(plane, tile=TILE)
+    assert np.abs(found.probabilities - expected.probabilities).max() <= TOLERANCE
+    ties = np.abs(expected.probabilities[0] - 0.5) < TOLERANCE
+    assert np.array_equal(found.labels[~ties], expected.labels[~ties])
+    assert 0 < expected.labels.mean() < 1
+
+
+def test_any_part_has_the_labels_of_the_whole(plain_student, engine, tmp_path):
+    model = plain_student.with_engine(engine)
+    assert model.engine == engine
+    stack = np.stack([blobs(seed, 200).image for seed in range(2)])
+    whole = np.stack([model.predict_labels(plane, tile=TILE) for plane in stack])
+    lazy = segment_lazy(open_volume(stack), model, tile=TILE)
+    for box in ((slice(1, 2), slice(90, 110), slice(3, 150)), (slice(0, 2), slice(199, 200), slice(0, 200))):
+        assert np.array_equal(lazy[box].compute(), whole[box])
+    probabilities = segment_lazy(open_volume(stack), model, what="probabilities", tile=TILE)
+    expected = model.predict(stack[0], tile=TILE).probabilities
+    assert np.array_equal(probabilities[:, 0, 50:130, 60:70].compute(), expected[:, 50:130, 60:70])
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(open_volume(stack), model, out, tile=TILE, region=((0, 2), (30, 170), (0, 200)))
+    segment_to_zarr(open_volume(stack), model, out, tile=TILE)
+    assert np.array_equal(zarr.open_array(out / "0", mode="r")[...], whole)
+    assert zarr.open_group(out, mode="r").attrs["distillfss"]["engine"] == describe_engine(engine)
+
+
+def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("distillfss_core.labelstore._SIDE", TILE)
+    monkeypatch.setattr("distillfss_core.labelstore._SHARD", TILE * TILE)
+    volume = open_volume(blobs(3, 200).image[None])
+    beginning, going_on = plain_student.with_engine(other), plain_student.with_engine("torch")
+    segment_to_zarr(volume, beginning, tmp_path / "once.zarr", tile=TILE)
+    run = iter_segment(volume, beginning, tmp_path / "parts.zarr", tile=TILE)
+    next(run)
+    run.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(inference, "find_spec", lambda name: None)
+        with pytest.raises(SettingsError, match=rf"begun with engine {other}.*pip install 'napari-distillfss\["):
+            segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE)
+    assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE).found >= 1
+    assert f"going on with engine {other}" in caplog.text
+    once, parts = (zarr.open_array(tmp_path / n / "0", mode="r")[...] for n in ("once.zarr", "parts.zarr"))
+    assert np.array_equal(once, parts)
+
+
+def test_bfloat16_is_asked_for_and_changes_little(plain_student):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    assert plain_student.with_engine("openvino").device.precision == "float32"
+    plane = blobs(7, 200).image
+    rounded = copy.copy(plain_student).to("cpu", "bfloat16", "openvino")
+    assert rounded.engine == "openvino"
+    found, expected = rounded.predict(plane), plain_student.with_engine("torch").predict(plane)
+    assert not np.array_equal(found.probabilities, expected.probabilities)
+    assert (found.labels != expected.labels).mean() < 0.02
+
+
+def test_auto_is_the_fastest_engine_that_can(monkeypatch):
+    net = network("efficientnet_lite0", 1)
+    installed = {"onnxruntime", "openvino"}
+    monkeypatch.setattr(inference, "find_spec", lambda name: name if name in installed else None)
+    assert choose_engine("auto", CPU, net) == "onnxruntime"
+    assert choose_engine("auto", Device("cpu", "bfloat16"), net) == "openvino"
+    assert choose_engine("auto", Device("cuda"), net) == "torch"
+    assert choose_engine("auto", CPU, network("efficientnet_lite0", 1, decoder="published")) == "torch"
+    installed.clear()
+    assert choose_engine("auto", CPU, net) == "torch"
+
+
+def test_an_engine_that_cannot_be_had_is_refused_with_the_remedy(monkeypatch):
+    net = network("efficientnet_lite0", 1)
+    with pytest.raises(SettingsError, match="engine 'tensorrt' is unknown; choose one of: auto, torch"):
+        choose_engine("tensorrt", CPU, net)
+    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"onnxruntime is not installed; pip install 'napari-distillfss\[onnx\]'"):
+        choose_engine("onnxruntime", CPU, net)
+    monkeypatch.setattr(inference, "find_spec", lambda name: name)
+    with pytest.raises(SettingsError, match="not on cuda; choose engine torch or auto"):
+        choose_engine("openvino", Device("cuda"), net)
+    with pytest.raises(SettingsError, match="float32 on the CPU, not in bfloat16"):
+        choose_engine("onnxruntime", Device("cpu", "bfloat16"), net)
+    with pytest.raises(SettingsError, match="look at a whole tile"):
+        choose_engine("openvino", CPU, network("efficientnet_lite0", 1, decoder="published"))
+
+
+def test_a_student_can_be_pickled_after_it_was_run(plain_student: StudentModel):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    plane = blobs(7, 96).image
+    model = plain_student.with_engine("onnxruntime")
+    expected = model.predict(plane).probabilities
+    again = pickle.loads(pickle.dumps(model))
+    assert again.engine == "onnxruntime"
+    assert np.array_equal(again.predict(plane).probabilities, expected)
+    assert model.__dask_tokenize__() != plain_student.with_engine("torch").__dask_tokenize__()
+
+
+def test_the_command_line_names_an_engine(plain_student, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    plain_student.save("m.safetensors")
+    tifffile.imwrite("in.tif", np.stack([blobs(7, 96).image] * 2), photometric="minisblack", metadata={"axes": "ZYX"})
+    assert (
+        main(["segment", "in.tif", "-m", "m.safetensors", "-o", "l.zarr", "--device", "cpu", "--engine", "torch"]) == 0
+    )
+    about = zarr.open_group("l.zarr", mode="r").attrs["distillfss"]
+    assert (about["engine"], about["device"]) == (describe_engine("torch"), "cpu float32")
+    assert main(["segment", "in.tif", "-m", "m.safetensors", "-o", "l.tif", "--engine", "tensorrt"]) == 1
+    assert "engine 'tensorrt' is unknown" in capsys.readouterr().err
