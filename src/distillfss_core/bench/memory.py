@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +15,13 @@ def reset_peak() -> None:
     """Measure the peak anew from here (Linux; elsewhere the peak is that of the process so far)."""
     with suppress(OSError):
         _RESET.write_text("5")
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system (glibc), so that what is taken next is seen to be taken."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_mb() -> float | None:

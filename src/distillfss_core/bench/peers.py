@@ -146,7 +146,6 @@ class Convpaint:
     """
 
     def __init__(self, alias: str, support: SupportSet, seed: int) -> None:
-        # its package opens a window's parts on import; its model alone would do
         from napari_convpaint.convpaint_model import ConvpaintModel
 
         colour = support.slices[0].image.ndim == 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from distillfss_core.backbones import SPECS, Backbone, load_backbone
 from distillfss_core.bench.apart import call_apart
-from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
+from distillfss_core.bench.memory import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.bench.rows import Machine, this_machine
 from distillfss_core.bench.tables import markdown
 from distillfss_core.device import Device, choose_device
@@ -286,7 +285,7 @@ def memory_of(order: dict[str, Any]) -> dict[str, Any]:
     device, case = choose_device(order["device"], "float32"), Case(**order["case"])
     backbone = _load(order["backbone"], device)
     backbone(torch.rand(1, 3, 32, 32, device=device.torch))
-    gc.collect()
+    give_back()
     if device.kind == "cuda":
         before = torch.cuda.memory_allocated(device.torch)
         work = prepare(case, backbone, device)
@@ -295,7 +294,7 @@ def memory_of(order: dict[str, Any]) -> dict[str, Any]:
         return {"mb": round((torch.cuda.max_memory_allocated(device.torch) - before) / 1e6, 1)}
     held = resident_mb()
     work = prepare(case, backbone, device)
-    gc.collect()
+    give_back()
     reset_peak()
     work()
     peak = peak_mb()
