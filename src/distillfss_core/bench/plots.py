@@ -83,7 +83,7 @@ def _plain_log(axes: Any) -> None:
 
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.margins(x=0.2)
+    axes.margins(x=0.3)
 
 
 def _draw_volumes(axes: Any, report: SpeedReport) -> None:

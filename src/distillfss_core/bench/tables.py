@@ -62,7 +62,7 @@ def peers_tables(outcomes: Sequence[Outcome]) -> str:
                 lines.append([PEERS[peer].title, f"skipped: {fault}", *[NONE] * 6])
         head = f"{SETS[name].title}, {shots} shots, {kind}"
         if rows:
-            share = spread([100 * r["annotated"] for r in rows], 1)
+            share = spread([100 * share for share in {r["annotated"] for r in rows}], 1)
             head += f" ({share} % of the support annotated), supports {_supports(rows)}, {_tests(rows)} test pictures"
         headers = ["", "IoU, pooled", "IoU, mean", "Dice", "boundary F1", "s to learn", "s a megapixel", "peak MB"]
         parts.append(f"{head}\n\n{markdown(headers, lines)}")
