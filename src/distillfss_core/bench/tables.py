@@ -100,6 +100,6 @@ def note(machine: Machine) -> str:
 
 
 PUBLISHED_NOTE = (
-    "Published: DistillFSS, arXiv 2512.05613; another backbone, and the published choice of supports. Which test "
-    "pictures were left out where a data set was split at random is not published for Nucleus, KVASIR-Seg and ISIC."
+    "Published: DistillFSS, arXiv 2512.05613; other backbones, and one choice of supports by a rule. How Nucleus, "
+    "KVASIR-Seg and ISIC were split at random is not published to the last picture."
 )
