@@ -4,7 +4,8 @@
     python bench/figures.py cost [-o figures.jsonl]
 
 Every row is appended as soon as it is known, and rows that the file holds already are not computed again, so that
-a run that was cut off goes on. ``python bench/figures.py table figures.jsonl`` prints the table.
+a run that was cut off goes on. ``python bench/figures.py table figures.jsonl`` prints the table. Beside the paper and
+other tools, and speed: ``distillfss bench``, of which this uses the data set, the classifiers and the scores.
 
 Protocols: *nucleus* draws its supports at random from the training part of DSB 2018 (ids sorted, scikit-learn's
 train_test_split(test_size=0.2, random_state=42)) and pools the foreground IoU over all test images at 384 x 384;
@@ -31,14 +32,15 @@ from pathlib import Path
 import numpy as np
 import tifffile
 import torch
-from baselines import PixelClassifier
 from PIL import Image
-from sklearn.model_selection import train_test_split
 
 from distillfss_core.backbones import load_backbone
+from distillfss_core.bench.datasets import SETS, Item
+from distillfss_core.bench.judge import at_side
+from distillfss_core.bench.memory import peak_mb, reset_peak
+from distillfss_core.bench.peers import PixelClassifier
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
-from distillfss_core.features import EncodedSupport
 from distillfss_core.figure import Panel, Row, draw_panels
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.io import pair_files, read_image, read_labels
@@ -51,7 +53,7 @@ from distillfss_core.training import distill, iter_distill, iter_refine, unrefin
 from distillfss_core.training.episodes import Episode
 from distillfss_core.training.fit import STAGES, episode_losses
 from distillfss_core.training.views import Augmentation, ViewBank, ViewCutter
-from distillfss_core.types import Array, LabelledSlice
+from distillfss_core.types import LabelledSlice
 
 PROTOCOL_SIDE = 384
 SUPPORTS = 5
@@ -73,18 +75,10 @@ class Task:
 # -- data ------------------------------------------------------------------------------------------------
 
 
-def nuclei(data: Path) -> tuple[list[str], list[str]]:
-    """Training and test ids of the Nucleus protocol."""
-    ids = sorted(p.stem for p in (data / "dsb2018" / "images").iterdir())
-    training, test = train_test_split(ids, test_size=0.2, random_state=42)
-    return list(training), list(test)
-
-
-def nucleus_slice(data: Path, name: str) -> LabelledSlice:
-    labels = read_labels(data / "dsb2018" / "labels" / f"{name}.png")
-    image = read_image(data / "dsb2018" / "images" / f"{name}.png")
-    rgb = image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
-    return LabelledSlice(rgb, (labels > 0).astype(np.uint8), name)
+def nuclei(data: Path) -> tuple[list[Item], list[Item]]:
+    """Training and test part of the Nucleus protocol."""
+    split = SETS["nucleus"].open(data / "dsb2018")
+    return list(split.training), list(split.test)
 
 
 def kind(labelled: LabelledSlice) -> str:
@@ -107,14 +101,14 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
         if not (found := re.fullmatch(r"(nucleus|fluorescence|tissue)(\d+)", name)):
             continue
         training, test = nuclei(data)
-        queries = [nucleus_slice(data, i) for i in test]
+        queries = [item.read() for item in test]
         what, shots = found[1], int(found[2])
         if what != "nucleus":
-            training = [i for i in training if kind(nucleus_slice(data, i)) == what]
+            training = [item for item in training if kind(item.read()) == what]
             queries = [q for q in queries if kind(q) == what]
         for draw in range(draws):
-            chosen = np.random.default_rng(draw).choice(training, shots, replace=False)
-            support = SupportSet(tuple(nucleus_slice(data, i) for i in chosen), ("nucleus",))
+            chosen = np.random.default_rng(draw).choice(len(training), shots, replace=False)
+            support = SupportSet(tuple(training[i].read() for i in chosen), ("nucleus",))
             yield Task(name, draw, support, queries, PROTOCOL_SIDE)
     for name, files, planes in (
         ("vnc", ("vnc/raw.tif", "vnc/mitochondria.tif"), (0, 5, 10, 14, 19)),
@@ -167,7 +161,7 @@ def score(model: Segmenter, task: Task) -> dict[str, object]:
         pixels += found.size
         for group in {"all", kind(query)}:
             tallies.setdefault(group, Tally(task.support.classes)).add(
-                _at(found, task.side), _at(query.labels, task.side)
+                at_side(found, task.side), at_side(query.labels, task.side)
             )
     seconds = time.perf_counter() - began
     scores = {group: tally.scores() for group, tally in tallies.items()}
@@ -202,12 +196,6 @@ def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
 
 def _over_classes(values: Sequence[float]) -> float:
     return round(float(np.nanmean(values)), 4)
-
-
-def _at(labels: Array, side: int | None) -> Array:
-    if side is None:
-        return labels
-    return np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))
 
 
 def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Callable[[], tuple[Segmenter, float]]]]:
@@ -286,10 +274,10 @@ def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]
         if "teacher of the joint run" in missing:
             missing.add("student distilled")
         for name, make in models(task, missing, head):
-            _reset_peak()
+            reset_peak()
             model, seconds = make()
             row = {"task": task.name, "draw": task.draw, "model": name, "head": head, "zoom": model.preprocess.zoom}
-            row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": _peak_mb()}
+            row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": round(peak_mb() or 0)}
             _append(out, row)
 
 
@@ -313,34 +301,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-@torch.no_grad()
-def cost(out: Path, backbone_name: str, side: int, view: int) -> None:
-    """Backbone, student and teacher on a plane of ``side``; training steps, cached and not, on views of ``view``."""
+def cost(out: Path, backbone_name: str, view: int) -> None:
+    """Training steps, cached and not, on views of ``view``."""
     device = choose_device("auto")
     backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
-    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
+    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).to(device.torch)
     rng = np.random.default_rng(0)
-    x = torch.rand(1, 3, side, side, device=device.torch)
-    labels = (torch.rand(5, side // 32, side // 32) < 0.2).byte()
-    labels = labels.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device.torch)
-    features = backbone(torch.rand(5, 3, side, side, device=device.torch))
-    keys = head.teacher.encode(EncodedSupport.of(features, labels, 1))
-    times = {
-        "backbone": _median_ms(lambda: backbone(x)),
-        "student": _median_ms(lambda: head.student_logits(backbone(x))),
-        "teacher, 5 shots encoded": _median_ms(lambda: head.teacher(backbone(x), keys)),
-    }
-    for classes in (2, 5):
-        more = FewShotHead(backbone.spec, classes, HeadForm("light", "slim", "ours", 32)).eval().to(device.torch)
-        times[f"student, {classes} classes"] = _median_ms(lambda m=more: m.student_logits(backbone(x)))  # type: ignore[misc]
-    for name, ms in times.items():
-        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": side, "ms": round(ms, 1)}
-        _append(out, row | {"ratio_to_backbone": round(ms / times["backbone"], 2)})
+    labels = np.kron(rng.random((5, view // 32, view // 32)) < 0.2, np.ones((1, 32, 32))).astype(np.uint8)
 
     # one walk over five slices, each query answered by the four others
-    slices = [
-        LabelledSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m[:view, :view].cpu().numpy()) for m in labels
-    ]
+    slices = [LabelledSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m) for m in labels]
     support = SupportSet(tuple(slices))
     cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
     bank = ViewBank(backbone, device, memory=1 << 30, most=5)
@@ -352,13 +322,12 @@ def cost(out: Path, backbone_name: str, side: int, view: int) -> None:
     settings = DistillSettings(backbone=backbone_name)
 
     def step(cached: bool) -> None:
-        with torch.enable_grad():
-            for episode in walk:
-                if not cached:
-                    for i in (*episode.query, *episode.support):
-                        bank.replace(i, views[i])
-                losses = episode_losses(head, STAGES["joint"], bank, episode, settings)
-                torch.stack(list(losses.values())).sum().backward()
+        for episode in walk:
+            if not cached:
+                for i in (*episode.query, *episode.support):
+                    bank.replace(i, views[i])
+            losses = episode_losses(head, STAGES["joint"], bank, episode, settings)
+            torch.stack(list(losses.values())).sum().backward()
 
     cached, fresh = _median_ms(lambda: step(True), 5), _median_ms(lambda: step(False), 5)
     for name, ms in (("training step, cached", cached), ("training step, uncached", fresh)):
@@ -387,21 +356,10 @@ def five_slices_here() -> None:
     tally = Tally(1)
     tally.add(model.predict_labels(slices[5].image), slices[5].labels)
     row = {"seconds": round(seconds, 1), "pooled": round(tally.scores().iou, 4), "zoom": model.preprocess.zoom}
-    print(json.dumps(row | {"peak_mb": _peak_mb()}))
+    print(json.dumps(row | {"peak_mb": round(peak_mb() or 0)}))
 
 
 # -- rows ------------------------------------------------------------------------------------------------
-
-
-def _reset_peak() -> None:
-    """Start measuring the peak anew (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mb() -> int:
-    """Largest memory of this process since `_reset_peak`, megabytes."""
-    status = Path("/proc/self/status").read_text()
-    return round(int(status.split("VmHWM:")[1].split()[0]) / 1024)
 
 
 def _rows(path: Path) -> list[dict]:
@@ -449,8 +407,7 @@ def main() -> None:
     measure.add_argument("--head", default="auto", help="what to start from: auto, none or a head file")
     costs = commands.add_parser("cost")
     costs.add_argument("--backbones", default="efficientnet_lite0,resnet50")
-    costs.add_argument("--side", type=int, default=512)
-    costs.add_argument("--view", type=int, default=256, help="side of the views of a training step, at most --side")
+    costs.add_argument("--view", type=int, default=256, help="side of the views of a training step, a multiple of 32")
     for command in (measure, costs):
         command.add_argument("-o", "--out", type=Path, default=Path("figures.jsonl"))
     commands.add_parser("table").add_argument("out", type=Path)
@@ -468,7 +425,7 @@ def main() -> None:
         accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
-            cost(options.out, name, options.side, min(options.view, options.side))
+            cost(options.out, name, options.view)
         five_slices(options.out)
     elif options.command == "worst":
         worst(options.data, options.out, options.task, options.draw, options.count)

@@ -25,7 +25,7 @@ def commands(text: str) -> list[list[str]]:
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("distillfss ")]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/volumes.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/volumes.md", "docs/bench.md"])
 def test_every_command_of_a_page_parses(root, page):
     from distillfss_core.cli import build_parser
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from distillfss_core.cli_bench import add_bench
 from distillfss_core.cli_volumes import (
     add_batch,
     add_instances,
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_backbones(commands)
     _add_demo(commands)
     _add_pretrain(commands)
+    add_bench(commands)
     return parser
 
 

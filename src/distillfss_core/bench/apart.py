@@ -1,0 +1,76 @@
+"""A function called in a process of its own, so that its memory and its threads are its own.
+
+The threads of torch, BLAS and OpenMP are set by the environment variable that all of them read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from distillfss_core.errors import DistillFSSError
+
+Record = dict[str, Any]
+
+_CHILD = "import sys; from distillfss_core.bench.apart import answer; answer(sys.argv[1])"
+
+
+def call_apart(function: Callable[[Record], Record], argument: Record, threads: int) -> Record:
+    """Call a function of a module by name, on so many threads and (Linux) no more cores than that.
+
+    Parameters
+    ----------
+    function : function of a JSON-able record
+        Gives another.
+
+    Raises
+    ------
+    DistillFSSError
+        What the function raised, or that its process ended without an answer.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        told_in = Path(folder) / "answer.json"
+        order = {
+            "module": function.__module__,
+            "function": function.__qualname__,
+            "argument": argument,
+            "threads": threads,
+            "answer": str(told_in),
+        }
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "QT_QPA_PLATFORM": "offscreen",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        }
+        command = [sys.executable, "-c", _CHILD, json.dumps(order)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if not told_in.exists():
+            said = done.stderr.strip().splitlines()
+            raise DistillFSSError(f"its process ended with code {done.returncode}: {said[-1] if said else 'no word'}")
+        told: Record = json.loads(told_in.read_text())
+    if "fault" in told:
+        raise DistillFSSError(told["fault"])
+    found: Record = told["found"]
+    return found
+
+
+def answer(text: str) -> None:
+    """What the other process does."""
+    order = json.loads(text)
+    threads = int(order["threads"])
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    function = getattr(importlib.import_module(order["module"]), order["function"])
+    try:
+        told = {"found": function(order["argument"])}
+    except DistillFSSError as fault:
+        told = {"fault": str(fault)}
+    Path(order["answer"]).write_text(json.dumps(told))

@@ -1,0 +1,144 @@
+"""One model on one task: learnt, asked, judged and timed, in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from distillfss_core.bench.apart import call_apart
+from distillfss_core.bench.datasets import find_set
+from distillfss_core.bench.rows import Row, Rows
+from distillfss_core.errors import DistillFSSError
+
+SUPPORT_KINDS = ("dense", "scribbles")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a figure is a figure of.
+
+    Parameters
+    ----------
+    data : str
+        A key of `SETS`.
+    folder : str
+        Where it lies; not part of what identifies a figure.
+    shots : int
+    seed : int
+        Draws the support and its scribbles, and starts the training; -1 is the published choice of the support.
+    annotation : {"dense", "scribbles"}
+    peer : str
+        A key of `PEERS`.
+    tests : int or None
+        Test pictures, spread evenly; None: all.
+    settings : dict
+        Settings of ours that differ from the default.
+    """
+
+    data: str
+    folder: str
+    shots: int
+    seed: int
+    annotation: str
+    peer: str
+    tests: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def key(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if name != "folder"}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A job's row, or why there is none."""
+
+    job: Job
+    row: Row | None
+    fault: str | None = None
+
+
+def run_job(job: Job) -> Row:
+    """Do a job here.
+
+    Returns
+    -------
+    Row
+        The job's key; pooled, mean, dice, boundary and by_class (see `Accuracy`); seconds to learn; seconds a megapixel
+        to answer, pictures read and judged apart; megabytes at most and before learning; ids of the support.
+
+    Raises
+    ------
+    DistillFSSError
+        If the data set is not whole or the peer cannot be asked here.
+    """
+    from distillfss_core.bench.judge import Judge
+    from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
+    from distillfss_core.bench.peers import PEERS
+    from distillfss_core.bench.supports import fingerprint, read_support, share_annotated, spread_tests
+    from distillfss_core.config import DistillSettings
+
+    about, peer = find_set(job.data), PEERS[job.peer]
+    split = about.open(job.folder)
+    support = read_support(split, job.shots, job.seed, scribbled=job.annotation == "scribbles")
+    settings = replace(DistillSettings(seed=max(job.seed, 0)), **job.settings)
+    before = resident_mb()
+    reset_peak()
+    began = time.perf_counter()
+    model = peer.learn(support, settings)
+    learnt = time.perf_counter() - began
+    judge, pixels, asked = Judge(support.classes, about.side), 0, 0.0
+    queries = spread_tests(split, job.tests)
+    peak = None
+    for number, item in enumerate(queries):
+        query = item.read()
+        if number == 0:
+            model.predict_labels(query.image)  # what is set up once does not count
+        began = time.perf_counter()
+        found = model.predict_labels(query.image)
+        asked += time.perf_counter() - began
+        pixels += found.size
+        peak = peak_mb()
+        judge.add(found, query.labels)
+    zoom = getattr(getattr(model, "preprocess", None), "zoom", None)
+    return job.key() | {
+        **judge.accuracy().to_json(),
+        "test_pictures": len(split.test),
+        "seconds": round(learnt, 2),
+        "seconds_per_megapixel": round(asked / pixels * 1e6, 4),
+        "peak_mb": peak and round(peak),
+        "before_mb": before and round(before),
+        "zoom": zoom,
+        "annotated": round(share_annotated(support), 5),
+        "support": [s.source for s in support.slices],
+        "support_digest": fingerprint(support),
+    }
+
+
+def run_apart(job: Job, threads: int) -> Row:
+    """`run_job` in a process of its own; errors as of `call_apart`."""
+    return call_apart(_run_record, asdict(job), threads)
+
+
+def _run_record(record: dict[str, Any]) -> Row:
+    return run_job(Job(**record))
+
+
+def iter_jobs(jobs: Sequence[Job], rows: Rows, run: Callable[[Job], Row]) -> Iterator[Outcome]:
+    """Jobs one after another; those whose figures are in ``rows`` are not done again.
+
+    A peer that cannot be asked here, and a job that fails, are told and stop no other.
+    """
+    from distillfss_core.bench.peers import PEERS
+
+    for job in jobs:
+        if (known := rows.find(job.key())) is not None:
+            yield Outcome(job, known)
+        elif (missing := PEERS[job.peer].missing()) is not None:
+            yield Outcome(job, None, missing)
+        else:
+            try:
+                yield Outcome(job, rows.add(run(job)))
+            except DistillFSSError as fault:
+                yield Outcome(job, None, str(fault))

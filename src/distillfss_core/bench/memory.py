@@ -1,0 +1,49 @@
+"""The largest memory of this process, and of its GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak() -> None:
+    """Measure the peak anew from here (Linux; elsewhere the peak is that of the process so far)."""
+    with suppress(OSError):
+        _RESET.write_text("5")
+
+
+def give_back() -> None:
+    """Hand freed memory back to the system (glibc), so that what is taken next is seen to be taken."""
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_mb() -> float | None:
+    """Memory of this process now, megabytes; None where the system does not say."""
+    return _status("VmRSS")
+
+
+def peak_mb() -> float | None:
+    """Largest memory of this process since `reset_peak`, megabytes; None where the system does not say."""
+    if (found := _status("VmHWM")) is not None:
+        return found
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+
+
+def _status(name: str) -> float | None:
+    try:
+        text = _STATUS.read_text()
+    except OSError:
+        return None
+    return int(text.split(f"{name}:")[1].split()[0]) / 1024

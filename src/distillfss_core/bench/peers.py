@@ -1,0 +1,281 @@
+"""What people use today beside ours, each learnt from a support set and asked for labels.
+
+None is tuned: a peer has the settings that its makers give it, or those written here, for all data sets alike.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distillfss_core.backbones import SPECS, load_backbone
+from distillfss_core.backbones.trunks import create_net
+from distillfss_core.backbones.weights import packaged_tensors
+from distillfss_core.config import DistillSettings
+from distillfss_core.device import Device, choose_device, seeded
+from distillfss_core.errors import DistillFSSError
+from distillfss_core.preprocess import Preprocess, fit_preprocess, resize
+from distillfss_core.support import SupportSet
+from distillfss_core.training import distill, refine, unrefined_teacher
+from distillfss_core.training.losses import dice_loss
+from distillfss_core.training.views import Augmentation, ViewCutter
+from distillfss_core.training.zoom import point_features
+from distillfss_core.types import IGNORE, Array
+
+POINTS = 60_000
+"""Annotated pixels that a classifier of pixels is fitted on at most, shared by the slices."""
+
+_BAND = 1 << 16  # pixels predicted at a time
+_UNET = "efficientnet_lite0"
+_UNET_CHANNELS = (128, 64, 32, 16, 16)
+_VGG_FILE = "VGG16's weights (vgg16-397923af.pth of download.pytorch.org)"
+
+
+class PeerUnavailableError(DistillFSSError):
+    """A peer that cannot be asked here: a package or weights are missing."""
+
+
+class Answers(Protocol):
+    """A model that has learnt."""
+
+    def predict_labels(self, image: Array) -> Array:
+        """Labels "y x", uint8."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A kind of model.
+
+    Parameters
+    ----------
+    title : str
+    learn : function of (SupportSet, DistillSettings)
+        Of the settings a stranger takes ``seed``, ``steps``, ``queries``, ``crop`` and ``device`` where it has them.
+    packages : mapping of str to str
+        Modules that it needs, and how they are installed.
+    """
+
+    title: str
+    learn: Callable[[SupportSet, DistillSettings], Answers]
+    packages: tuple[tuple[str, str], ...] = ()
+
+    def missing(self) -> str | None:
+        """Why it cannot be asked here, if a package is missing."""
+        for module, package in self.packages:
+            if importlib.util.find_spec(module) is None:
+                return f"not installed: pip install {package}"
+        return None
+
+
+# -- classifiers of pixels -------------------------------------------------------------------------------
+
+
+@dataclass
+class PixelClassifier:
+    """A classifier of pixels by their features.
+
+    ``kind`` is "forest" (multiscale intensity, edges and texture, 100 trees: the usual tool of interactive
+    segmentation) or "regression" (logistic regression on the backbone's features at zoom 1).
+    """
+
+    kind: str
+    preprocess: Preprocess
+    model: Any = None
+
+    @classmethod
+    def fit(cls, kind: str, support: SupportSet, seed: int = 0) -> PixelClassifier:
+        from sklearn.ensemble import RandomForestClassifier
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        found = cls(kind, _preprocess(support))
+        x, y = [], []
+        for labelled, points in zip(support.slices, _points(support, seed), strict=True):
+            x.append(found._features(labelled.image)(points))
+            y.append(labelled.labels[points[:, 0], points[:, 1]])
+        if kind == "forest":
+            threads = torch.get_num_threads()
+            found.model = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
+        else:
+            found.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=0.1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found.model.fit(np.concatenate(x), np.concatenate(y))
+        return found
+
+    def predict_labels(self, image: Array) -> Array:
+        features = self._features(image)
+        points = np.argwhere(np.ones(image.shape[:2], bool))
+        parts = [self.model.predict(features(points[i : i + _BAND])) for i in range(0, len(points), _BAND)]
+        return np.concatenate(parts).reshape(image.shape[:2]).astype(np.uint8)
+
+    def _features(self, image: Array) -> Callable[[Array], Array]:
+        """A function from pixels (n y x) to their features (n f)."""
+        pre = self.preprocess
+        x = _normalised(pre, image)
+        if self.kind == "forest":
+            from skimage.feature import multiscale_basic_features
+
+            grey_or_colour = x.movedim(0, -1).numpy() if pre.channels > 1 else x[0].numpy()
+            axis = -1 if pre.channels > 1 else None
+            maps = multiscale_basic_features(grey_or_colour, sigma_min=1, sigma_max=16, channel_axis=axis)
+            return lambda points: np.asarray(maps[points[:, 0], points[:, 1]])
+        if not hasattr(self, "_backbone"):
+            self._backbone = load_backbone()
+        h, w = x.shape[-2:]
+        size = (max(h, 32), max(w, 32))
+        pyramid = self._backbone(resize(x[None], size))
+        scale = torch.tensor([size[0] / h, size[1] / w])
+        return lambda points: np.asarray(point_features(pyramid, torch.from_numpy(points) * scale).numpy())
+
+
+class Convpaint:
+    """napari-convpaint through its Python interface, with its own settings: features, then CatBoost.
+
+    Source: Hinderling et al., Convpaint, napari-convpaint.
+    """
+
+    def __init__(self, alias: str, support: SupportSet, seed: int) -> None:
+        from napari_convpaint.convpaint_model import ConvpaintModel
+
+        colour = support.slices[0].image.ndim == 3
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of feature extractors that nobody asked for
+                self._model = ConvpaintModel(alias)
+        except ValueError as fault:
+            if "download" not in str(fault).lower():
+                raise
+            raise PeerUnavailableError(f"{_VGG_FILE} are not here and cannot be downloaded") from fault
+        self._model.set_param("channel_mode", "rgb" if colour else "single")
+        annotations = []
+        for labelled, points in zip(support.slices, _points(support, seed), strict=True):
+            y, x = points.T
+            painted = np.zeros(labelled.labels.shape, np.uint8)  # 0: not annotated, 1: background, 2..: classes
+            painted[y, x] = labelled.labels[y, x] + 1
+            annotations.append(painted)
+        self._model.train([_channels_first(s.image) for s in support.slices], annotations)
+
+    def predict_labels(self, image: Array) -> Array:
+        return (np.asarray(self._model.segment(_channels_first(image))) - 1).astype(np.uint8)
+
+
+def _channels_first(image: Array) -> Array:
+    return np.moveaxis(image, -1, 0) if image.ndim == 3 else image
+
+
+def _points(support: SupportSet, seed: int) -> list[Array]:
+    """Annotated pixels (n, 2) of every slice that a classifier is fitted on."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for labelled in support.slices:
+        known = np.argwhere(labelled.labels != IGNORE)
+        found.append(known[rng.permutation(len(known))[: POINTS // len(support)]])
+    return found
+
+
+# -- a network ---------------------------------------------------------------------------------------------
+
+
+class UNet:
+    """A U-Net of segmentation-models-pytorch, fine-tuned whole.
+
+    Its encoder is EfficientNet-Lite0 with the ImageNet weights that ours has, so that what differs is what is learnt on
+    top and how. AdamW at 1e-3, one cycle, cross-entropy and Dice, as many steps of as many views as ours takes, cut and
+    augmented as ours are, at zoom 1.
+    """
+
+    def __init__(self, support: SupportSet, settings: DistillSettings) -> None:
+        import segmentation_models_pytorch as smp
+
+        self.device: Device = choose_device(settings.device, "float32")
+        self.preprocess = _preprocess(support)
+        spec = SPECS[_UNET]
+        with seeded(settings.seed):
+            self._net = smp.Unet(
+                f"tu-{spec.timm_name}",
+                encoder_weights=None,
+                decoder_channels=_UNET_CHANNELS,
+                in_channels=3,
+                classes=support.classes + 1,
+            )
+        tensors, _ = packaged_tensors(spec, create_net(spec))
+        encoder = self._net.encoder.model
+        lost = encoder.load_state_dict(tensors, strict=False).missing_keys
+        assert all(key.endswith("num_batches_tracked") for key in lost), lost
+        self._mean, self._std = (torch.tensor(v)[:, None, None] for v in (spec.mean, spec.std))
+        self._net.to(self.device.torch)
+        self._train(support, settings)
+
+    def _train(self, support: SupportSet, settings: DistillSettings) -> None:
+        one_kind = support.planes_of_one_volume or support.classes > 1
+        cutter = ViewCutter(support, self.preprocess, settings.crop, Augmentation(polarity=0.0 if one_kind else 0.3))
+        rng = np.random.default_rng(settings.seed)
+        steps = settings.steps or 300 + 16 * max(0, len(support) - 5)
+        parameters = self._net.parameters()
+        optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
+        self._net.train()
+        for _ in range(steps):
+            views = [cutter.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
+            x = self._input(torch.stack([v.image for v in views]))
+            y = torch.stack([v.labels for v in views]).long().to(self.device.torch)
+            logits = self._net(x)
+            if not bool((y != IGNORE).any()):
+                continue
+            loss = F.cross_entropy(logits, y, ignore_index=IGNORE) + dice_loss(logits, y)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        self._net.eval()
+
+    def _input(self, x: Tensor) -> Tensor:
+        return ((x - self._mean) / self._std).to(self.device.torch)
+
+    @torch.inference_mode()
+    def predict_labels(self, image: Array) -> Array:
+        x = _normalised(self.preprocess, image).numpy()
+        h, w = x.shape[-2:]
+        x = np.pad(x, ((0, 0), (0, -h % 32), (0, -w % 32)), mode="symmetric")
+        logits = self._net(self._input(torch.from_numpy(x)[None]))[0, :, :h, :w]
+        return np.asarray(logits.argmax(0).byte().cpu().numpy())
+
+
+def _preprocess(support: SupportSet) -> Preprocess:
+    scope = "volume" if support.planes_of_one_volume else "image"
+    return fit_preprocess([s.image for s in support.slices], scope=scope)
+
+
+def _normalised(preprocess: Preprocess, image: Array) -> Tensor:
+    return preprocess.to_tensor(preprocess.as_channels(image), preprocess.limits(image))
+
+
+_SKLEARN = (("sklearn", "scikit-learn"), ("skimage", "scikit-image"))
+_CONVPAINT = (("napari_convpaint", "napari-convpaint"),)
+
+PEERS = {
+    "forest": Peer("random forest", lambda s, o: PixelClassifier.fit("forest", s, o.seed), _SKLEARN),
+    "regression": Peer(
+        "logistic regression, our features", lambda s, o: PixelClassifier.fit("regression", s, o.seed), _SKLEARN
+    ),
+    "convpaint-gaussian": Peer("convpaint, gaussian", lambda s, o: Convpaint("gaussian", s, o.seed), _CONVPAINT),
+    "convpaint-vgg16": Peer("convpaint, VGG16", lambda s, o: Convpaint("vgg", s, o.seed), _CONVPAINT),
+    "unet": Peer(
+        "U-Net on EfficientNet-Lite0", UNet, (("segmentation_models_pytorch", "segmentation-models-pytorch"),)
+    ),
+    "teacher": Peer("teacher as it comes", unrefined_teacher),
+    "transferfss": Peer("TransferFSS (refined teacher)", refine),
+    "distillfss": Peer("DistillFSS (student)", distill),
+}
+"""By the names of ``--peers``; the last three are ours."""
