@@ -155,7 +155,8 @@ def can_be_found_again(backbone: Backbone) -> bool:
 
 
 def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone:
-    """The backbone that the file ``source`` names and does not hold: the packaged head's, or what ``weights`` leads to.
+    """The backbone that the file ``source`` names and does not hold: what ``weights`` leads to; auto: the packaged head's
+    too.
 
     Raises
     ------
@@ -164,9 +165,9 @@ def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone
     SettingsError, WeightsUnavailableError
         As `load_backbone` does.
     """
-    told = packaged_head(name)
-    if told is not None and told.backbone_digest == digest and (backbone := told.trained_backbone()):
-        return backbone
+    told = packaged_head(name) if weights == "auto" else None
+    if told is not None and told.backbone_digest == digest and (own := told.trained_backbone()):
+        return own
     backbone = load_backbone(name, weights)
     if backbone.digest() != digest:
         raise ModelFileError(

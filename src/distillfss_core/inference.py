@@ -28,6 +28,7 @@ TOLERANCE = 1e-3
 
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 _OPSET = 18
+_EXPORT = threading.Lock()  # torch exports one network at a time
 _GRAPH_INPUT, _GRAPH_OUTPUT = "image", "logits"
 
 
@@ -201,7 +202,7 @@ def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str,
     """
     file = io.BytesIO()  # no disk, which may be full
     axes = {0: "batch", 2: "y", 3: "x"}
-    with _tracing(), torch.inference_mode(False), torch.no_grad():
+    with _EXPORT, _tracing(), torch.inference_mode(False), torch.no_grad():
         torch.onnx.export(
             module,
             (example.clone(),),

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,6 +71,22 @@ def test_an_engine_gives_the_logits_of_torch_at_any_size_and_batch(other, backbo
         assert expected.std() > 0.01
         assert (found - expected).abs().max() <= TOLERANCE
         assert torch.equal(run(x), found)
+
+
+def test_two_students_are_made_ready_at_the_same_time(plain_student, other):
+    """As two windows do that have both just distilled; what writes the graph takes one at a time."""
+    image = blobs(8, 96).image
+    together = threading.Barrier(2)
+
+    def answer(student: StudentModel) -> np.ndarray:
+        together.wait()
+        return student.predict_labels(image)
+
+    students = [copy.deepcopy(plain_student).with_engine(other) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(answer, students)
+    np.testing.assert_array_equal(first, second)
+    assert (first == plain_student.predict_labels(image)).mean() > 0.999
 
 
 def test_labels_are_those_of_torch(plain_student, other):

@@ -12,6 +12,7 @@ from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
 from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
+from distillfss_core.headfile import packaged_head
 from distillfss_core.metrics import evaluate
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.support import SupportSet
@@ -43,8 +44,9 @@ def test_every_method_learns_to_segment_the_blobs(support, tiny, method: str) ->
 
 def test_refining_makes_a_better_teacher(support, tiny) -> None:
     queries = [blobs(10), blobs(11)]
-    before = unrefined_teacher(support, tiny)
-    after = refine(support, replace(tiny, steps=40, views=24))
+    unskilled = replace(tiny, head="none")
+    before = unrefined_teacher(support, unskilled)
+    after = refine(support, replace(unskilled, steps=40, views=24))
     assert _iou(after, queries) > max(0.6, _iou(before, queries))
 
 
@@ -55,8 +57,12 @@ def test_the_prototype_teacher_answers_without_training(support, tiny) -> None:
 
 
 def test_the_backbone_stays_as_it_was(student) -> None:
-    assert student.backbone.digest() == load_backbone().digest()
-    fresh = dict(load_backbone().named_parameters())
+    told = packaged_head("efficientnet_lite0")
+    assert told is not None
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert student.backbone.digest() == backbone.digest()
+    fresh = dict(backbone.named_parameters())
     assert all(torch.equal(fresh[k], v) for k, v in student.backbone.named_parameters())
 
 
