@@ -157,7 +157,6 @@ def can_be_found_again(backbone: Backbone) -> bool:
 def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone:
     """The backbone that the file ``source`` names and does not hold: from ``weights``; auto: the packaged head's too.
 
-
     Raises
     ------
     ModelFileError
