@@ -26,7 +26,8 @@ from distillfss_core.preprocess import Preprocess, fit_preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, refine, unrefined_teacher
 from distillfss_core.training.losses import dice_loss
-from distillfss_core.training.views import Augmentation, ViewCutter
+from distillfss_core.training.runs import augmentation, auto_steps
+from distillfss_core.training.views import ViewCutter
 from distillfss_core.training.zoom import point_features
 from distillfss_core.types import IGNORE, Array
 
@@ -218,10 +219,9 @@ class UNet:
         self._train(support, settings)
 
     def _train(self, support: SupportSet, settings: DistillSettings) -> None:
-        one_kind = support.planes_of_one_volume or support.classes > 1
-        cutter = ViewCutter(support, self.preprocess, settings.crop, Augmentation(polarity=0.0 if one_kind else 0.3))
+        cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
         rng = np.random.default_rng(settings.seed)
-        steps = settings.steps or 300 + 16 * max(0, len(support) - 5)
+        steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()
         optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)

@@ -74,7 +74,7 @@ class DistillRun(Iterator[TrainStep]):
             self.backbone, self._told = _load_start(settings)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
-        self._steps = settings.steps or _auto_steps(len(self._slices), again=start is not None)
+        self._steps = settings.steps or auto_steps(len(self._slices), again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
@@ -84,7 +84,7 @@ class DistillRun(Iterator[TrainStep]):
         self.preprocess, self.zoom_scores = (
             (start.preprocess, {}) if start else _fit_preprocess(support, settings, self._bank, judge)
         )
-        self._cutter = ViewCutter(support, self.preprocess, settings.crop, _augmentation(settings, support))
+        self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
         self._best = Best(self.head)
         self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
         self._refined: FewShotHead | None = None
@@ -304,14 +304,16 @@ def _fit_preprocess(
     return replace(preprocess, zoom=str(zoom)), scores
 
 
-def _augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+    """How views of a support set are varied where the settings leave it open."""
     if settings.polarity != "auto":
         return Augmentation(polarity=float(settings.polarity))
     one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
     return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
 
 
-def _auto_steps(slices: int, *, again: bool) -> int:
+def auto_steps(slices: int, *, again: bool = False) -> int:
+    """Steps of a stage for so many slices; fewer for a warm start."""
     steps = AUTO_STEPS + AUTO_STEPS_PER_SLICE * max(0, slices - 5)
     return steps // AGAIN if again else steps
 
