@@ -2,6 +2,7 @@
 
     python bench/figures.py accuracy ../shared/data -o figures.jsonl [--only nucleus5,vnc] [--draws 3] [--head none]
     python bench/figures.py cost [-o figures.jsonl]
+    python bench/figures.py curve figures.jsonl -o docs/shots.png
 
 Every row is appended as soon as it is known, and rows that the file holds already are not computed again, so that
 a run that was cut off goes on. ``python bench/figures.py table figures.jsonl`` prints the table. Beside the paper and
@@ -169,6 +170,7 @@ def score(model: Segmenter, task: Task) -> dict[str, object]:
     return {
         "pooled": _over_classes(everything.pooled.iou),
         "mean": _over_classes(everything.mean.iou),
+        "by_class": [round(float(v), 4) for v in everything.pooled.iou],
         "by_kind": {g: [_over_classes(s.pooled.iou), s.images] for g, s in sorted(scores.items())},
         "seconds_per_megapixel": round(seconds / pixels * 1e6, 3),
     }
@@ -396,6 +398,35 @@ def table(path: Path) -> None:
             print({k: v for k, v in row.items() if k not in ("task", "draw", "torch", "machine")})
 
 
+def curve(path: Path, out: Path, name: str = "nucleus") -> None:
+    """Draw pooled IoU over the number of supports: every draw a dot, the means a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in _rows(path):
+        if row.get("head") == "auto" and (match := re.fullmatch(rf"{name}(\d+)", row["task"])):
+            found.setdefault(row["model"], {}).setdefault(int(match[1]), []).append(row["pooled"])
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for model, shots in found.items():
+        if len(shots) < 2:
+            continue
+        counts = sorted(shots)
+        (line,) = axes.plot(counts, [statistics.mean(shots[n]) for n in counts], label=model)
+        for n in counts:
+            axes.plot([n] * len(shots[n]), shots[n], ".", color=line.get_color())
+    axes.set_xscale("log")
+    ticks = sorted({n for shots in found.values() for n in shots})
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set(ylim=(0, 1), xlabel="annotated images", ylabel="pooled IoU on 133 test images")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -411,6 +442,9 @@ def main() -> None:
     for command in (measure, costs):
         command.add_argument("-o", "--out", type=Path, default=Path("figures.jsonl"))
     commands.add_parser("table").add_argument("out", type=Path)
+    drawn = commands.add_parser("curve")
+    drawn.add_argument("rows", type=Path)
+    drawn.add_argument("-o", "--out", type=Path, default=Path("shots.png"))
     worst_of = commands.add_parser("worst")
     worst_of.add_argument("data", type=Path)
     worst_of.add_argument("--task", default="nucleus5")
@@ -427,6 +461,8 @@ def main() -> None:
         for name in options.backbones.split(","):
             cost(options.out, name, options.view)
         five_slices(options.out)
+    elif options.command == "curve":
+        curve(options.rows, options.out)
     elif options.command == "worst":
         worst(options.data, options.out, options.task, options.draw, options.count)
     else:

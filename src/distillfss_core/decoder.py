@@ -227,7 +227,7 @@ class SlimDecoder(Decoder):
         for level in reversed(range(len(skips))):
             from_query = self.skips[level](skips[level])
             x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
-            x = F.relu_((_split(x, k) + from_query[:, None]).flatten(0, 1))
+            x = F.relu_(x + from_query if k == 1 else (_split(x, k) + from_query[:, None]).flatten(0, 1))
             if level > 0:
                 x = F.relu_(x + self.refine[level - 1](x))
         means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
@@ -237,6 +237,9 @@ class SlimDecoder(Decoder):
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
-    if x.shape[-2:] == like.shape[-2:]:
+    size = like.shape[-2:]
+    if x.shape[-2:] == size:
         return x
-    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+    if size == (2 * x.shape[-2], 2 * x.shape[-1]):  # the same, but in ONNX no tensor is unpacked to ask its size
+        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -13,7 +13,7 @@ from distillfss_core.labelstore import Box, Layout, plan_blocks, plan_layout
 from distillfss_core.lazy import VolumeSegmenter
 from distillfss_core.model import TILE, Segmenter
 from distillfss_core.preprocess import Limits
-from distillfss_core.types import Array
+from distillfss_core.types import Array, likeliest
 from distillfss_core.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class SmoothLabels(PlaneLabels):
             for n in near:
                 if n != z:
                     total += planes[n]
-            labels[at] = total.argmax(0)
+            labels[at] = likeliest(total)
         return labels
 
     def _with_neighbours(self, box: Box) -> Box:
@@ -142,7 +142,7 @@ class ConsensusLabels(PlaneLabels):
         total = _chances(self.segmenter, z, (y, x))
         total += _chances(self._others[0], y, (z, x)).transpose(0, 2, 1, 3)
         total += _chances(self._others[1], x, (z, y)).transpose(0, 2, 3, 1)
-        return total.argmax(0).astype(np.uint8)
+        return likeliest(total)
 
 
 MODES = {kind.mode: kind for kind in (PlaneLabels, SmoothLabels, ConsensusLabels)}

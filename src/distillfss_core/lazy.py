@@ -164,7 +164,7 @@ class _Answers:
         chances = self.segmenter.probabilities(z, region, pixels)
         if self.what == "probabilities":
             return chances
-        return Segmentation(chances.argmax(0).astype(np.uint8), chances).uncertainty
+        return Segmentation.of(chances).uncertainty
 
 
 def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int = TILE) -> da.Array:

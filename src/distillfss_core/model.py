@@ -31,7 +31,7 @@ from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
 from distillfss_core.tiles import Tile, split_plane
-from distillfss_core.types import Array, Segmentation, check_image
+from distillfss_core.types import Array, Segmentation, check_image, likeliest
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ class Segmenter:
             If even the smallest tile does not fit into the device's memory.
         """
         check_image(image)
-        probabilities = self.predict_region(*self._whole(image), tile=tile)
-        return Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
+        return Segmentation.of(self.predict_region(*self._whole(image), tile=tile))
 
     def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
         """Labels alone, shape (y, x), uint8: probabilities of the whole plane are held only where they are blended."""
@@ -174,12 +173,12 @@ class Segmenter:
     ) -> npt.NDArray[np.uint8]:
         """Labels of a part of a plane, shape (y1 - y0, x1 - x0); as `predict_region` otherwise."""
         if not self.local:
-            return self._blended(read, shape, region, limits, tile).argmax(0).astype(np.uint8)
+            return likeliest(self._blended(read, shape, region, limits, tile))
         (y0, y1), (x0, x1) = region
         labels = np.empty((y1 - y0, x1 - x0), np.uint8)
         for where, found in self._windows(read, shape, region, limits, tile):
             to, frm = _overlap(where.inner, where.outer, region)
-            labels[to] = found[:, frm[0], frm[1]].argmax(0)
+            labels[to] = likeliest(found[:, frm[0], frm[1]])
         return labels
 
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:

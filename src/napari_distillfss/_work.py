@@ -196,7 +196,7 @@ def iter_plane(
         if (where[0].start, where[1].start) in known:
             continue
         probabilities = answers[(slice(None), z, *where)].compute(scheduler="synchronous")
-        found = core.Segmentation(probabilities.argmax(0).astype(np.uint8), probabilities)
+        found = core.Segmentation.of(probabilities)
         yield PlanePart(z, where, found.labels, probabilities, found.uncertainty)
 
 

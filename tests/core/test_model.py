@@ -18,9 +18,18 @@ from distillfss_core.errors import ImageError, ModelFileError, OutputError, Sett
 from distillfss_core.model import StudentModel, read_card, read_thumbnails
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, unrefined_teacher
+from distillfss_core.types import Segmentation
 from pictures import blobs
 
 IMAGE = blobs(20, 120).image
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+def test_a_label_is_the_likeliest_class_and_of_equal_ones_the_first(classes: int) -> None:
+    probabilities = np.random.default_rng(0).integers(0, 3, (classes + 1, 40, 30)).astype(np.float32) / 3
+    labels = Segmentation.of(probabilities).labels
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, probabilities.argmax(0))
 
 
 @pytest.fixture
