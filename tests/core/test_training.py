@@ -12,11 +12,14 @@ from distillfss_core.backbones import load_backbone
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import choose_device
 from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
+from distillfss_core.features import EncodedSupport
+from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.headfile import packaged_head
 from distillfss_core.metrics import evaluate
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
+from distillfss_core.training.start import start_from_attention
 from distillfss_core.training.views import PLAIN, Augmentation, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE, LabelledSlice
 from pictures import blobs
@@ -30,6 +33,13 @@ def _iou(model, slices) -> float:
     return evaluate([(model.predict_labels(s.image), s.labels) for s in slices], 1).iou
 
 
+def _ious(model, classes: int) -> list[float]:
+    pairs = [
+        (model.predict_labels(s.image), s.labels) for s in (blobs(10, classes=classes), blobs(11, classes=classes))
+    ]
+    return [float(v) for v in evaluate(pairs, classes).pooled.iou]
+
+
 def test_the_same_seed_gives_the_same_student_and_another_seed_another(support, student, tiny) -> None:
     assert torch.equal(_weights(student), _weights(distill(support, tiny)))
     assert not torch.equal(_weights(student), _weights(distill(support, replace(tiny, seed=1))))
@@ -40,6 +50,32 @@ def test_every_method_learns_to_segment_the_blobs(support, tiny, method: str) ->
     settings = replace(tiny, steps=40 if method == "two-stage" else 60, method=method, views=24)
     model = distill(support, settings)
     assert _iou(model, [blobs(10), blobs(11)]) > 0.6
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("method", ["joint", "two-stage"])
+def test_a_student_begins_where_its_teacher_is(tiny, method: str, classes: int) -> None:
+    names = ("bright", "dark")[:classes]
+    support = SupportSet(tuple(blobs(i, classes=classes) for i in range(3)), names)
+    run = iter_distill(support, replace(tiny, method=method, steps=4))
+    for step in run:
+        if step.stage != "refine":
+            break
+    assert min(_ious(run.result(), classes)) > 0.6
+
+    unprepared = iter_distill(support, replace(tiny, method="direct", steps=4))
+    next(unprepared)
+    assert max(_ious(unprepared.result(), classes)) < 0.4
+
+
+def test_a_published_student_starts_as_published(support, tiny) -> None:
+    backbone = load_backbone("efficientnet_lite0", "random")
+    head = FewShotHead(backbone.spec, 1, HeadForm("published", "slim", "ours", 8))
+    before = {name: value.clone() for name, value in head.state_dict().items()}
+    image, labels = torch.rand(2, 3, 64, 64), torch.randint(0, 2, (2, 64, 64), dtype=torch.uint8)
+    encoded = EncodedSupport.of(backbone(image), labels, 1)
+    start_from_attention(head, encoded, encoded.features)
+    assert all(torch.equal(before[name], value) for name, value in head.state_dict().items())
 
 
 def test_refining_makes_a_better_teacher(support, tiny) -> None:

@@ -60,7 +60,7 @@ class PrototypeTeacher:
         for share in shares.T:
             mean = F.normalize(share @ tokens, dim=0)
             inside = tokens[share >= 0.5 * share.max().clamp_min(1e-6)]
-            found.append(torch.cat([mean[None], _cluster(inside, self.prototypes - 1, mean)]))
+            found.append(torch.cat([mean[None], cluster(inside, self.prototypes - 1, mean)]))
         return torch.stack(found)
 
     @torch.no_grad()
@@ -91,8 +91,11 @@ def _directions(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
     return F.normalize(F.layer_norm(tokens, tokens.shape[-1:]), dim=-1)
 
 
-def _cluster(tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"]) -> Float[Tensor, "count c"]:
-    """Spherical k-means, started evenly along the tokens sorted by likeness to the mean: no randomness."""
+def cluster(tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"]) -> Float[Tensor, "count c"]:
+    """Centres of unit vectors by spherical k-means.
+
+    It starts evenly along the vectors sorted by likeness to their mean: no randomness.
+    """
     if len(tokens) < 2 * count or count == 0:
         return mean.expand(count, -1)
     order = (tokens @ mean).argsort()

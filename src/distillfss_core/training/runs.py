@@ -26,6 +26,7 @@ from distillfss_core.preprocess import Preprocess, fit_preprocess, parse_zoom
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.training.fit import Best, LeftOut, iter_fit
+from distillfss_core.training.start import start_from_attention
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter
 from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
@@ -34,6 +35,7 @@ AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS, AUTO_STEPS_PER_SLICE = 300, 16  # for up to five slices, and for each one more
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
+START_VIEWS = 24  # stored views that tell a student what its teacher attends to
 SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
 
 
@@ -112,7 +114,6 @@ class DistillRun(Iterator[TrainStep]):
         self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
         if isinstance(self.head.decoder, SlimDecoder) and start is None and self._told is None:
             self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
-            self._best = Best(self.head)
         stages = (
             ["refine"]
             if teacher_only
@@ -124,7 +125,11 @@ class DistillRun(Iterator[TrainStep]):
                 self._refined, self._has_student = self._best_head(), True
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
-                self._best = Best(self.head)
+            if stage in ("joint", "distil") and start is None:
+                views = _evenly(len(self._bank), START_VIEWS)
+                support = self._bank.support(views, self.support.classes)
+                start_from_attention(self.head, support, support.features[: START_VIEWS // 3])
+            self._best = Best(self.head)
             judge = left_out if stage != "refine" else None
             yield from iter_fit(
                 self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
@@ -277,6 +282,11 @@ def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
     features = cat_pyramids([bank.encode([view]) for view in views])
     return EncodedSupport.of(features, labels, classes)
+
+
+def _evenly(length: int, most: int) -> list[int]:
+    """Up to ``most`` of the indices below ``length``."""
+    return np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
