@@ -45,6 +45,7 @@ from distillfss_core.device import choose_device
 from distillfss_core.figure import Panel, Row, draw_panels
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.io import pair_files, read_image, read_labels
+from distillfss_core.labellers import make_labeller
 from distillfss_core.metrics import Tally
 from distillfss_core.model import Segmenter
 from distillfss_core.preprocess import fit_preprocess
@@ -54,7 +55,8 @@ from distillfss_core.training import distill, iter_distill, iter_refine, unrefin
 from distillfss_core.training.episodes import Episode
 from distillfss_core.training.fit import STAGES, episode_losses
 from distillfss_core.training.views import Augmentation, ViewBank, ViewCutter
-from distillfss_core.types import LabelledSlice
+from distillfss_core.types import Array, LabelledSlice
+from distillfss_core.volume import open_volume
 
 PROTOCOL_SIDE = 384
 SUPPORTS = 5
@@ -71,6 +73,7 @@ class Task:
     support: SupportSet
     queries: list[LabelledSlice]
     side: int | None  # scores are pooled at this size; None: at the image's own
+    depth: int = 0  # so many queries after one another are a volume with cubic voxels
 
 
 # -- data ------------------------------------------------------------------------------------------------
@@ -134,7 +137,8 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
             middle = tuple(groups[i][len(groups[i]) // 2] for i in chosen)
             support = SupportSet(middle, names, planes_of_one_volume=name == "lidc")  # one intensity scale, as CT has
-            yield Task(name, draw, support, [s for i in order if i not in chosen for s in groups[i]], None)
+            queries = [s for i in order if i not in chosen for s in groups[i]]
+            yield Task(name, draw, support, queries, None, len(groups[0]) if name == "lidc" else 0)
 
 
 def cubes(data: Path) -> list[list[LabelledSlice]]:
@@ -153,12 +157,12 @@ def pictures(folder: Path) -> list[list[LabelledSlice]]:
 # -- accuracy --------------------------------------------------------------------------------------------
 
 
-def score(model: Segmenter, task: Task) -> dict[str, object]:
+def score(model: Segmenter, task: Task, *, consensus: bool = False) -> dict[str, object]:
     """Pooled and mean IoU, by kind of image where there are several, and seconds a megapixel."""
     tallies: dict[str, Tally] = {}
     pixels, began = 0, time.perf_counter()
-    for query in task.queries:
-        found = model.predict_labels(query.image)
+    answers = _consensus(model, task) if consensus else (model.predict_labels(q.image) for q in task.queries)
+    for query, found in zip(task.queries, answers, strict=True):
         pixels += found.size
         for group in {"all", kind(query)}:
             tallies.setdefault(group, Tally(task.support.classes)).add(
@@ -174,6 +178,15 @@ def score(model: Segmenter, task: Task) -> dict[str, object]:
         "by_kind": {g: [_over_classes(s.pooled.iou), s.images] for g, s in sorted(scores.items())},
         "seconds_per_megapixel": round(seconds / pixels * 1e6, 3),
     }
+
+
+def _consensus(model: Segmenter, task: Task) -> Iterator[Array]:
+    """Labels of the queries as planes of volumes, each voxel seen from three directions (``--mode consensus``)."""
+    for first in range(0, len(task.queries), task.depth):
+        cube = np.stack([q.image for q in task.queries[first : first + task.depth]])
+        labeller = make_labeller("consensus", open_volume(cube), model)
+        z, y, x = ((0, n) for n in cube.shape)
+        yield from labeller.labels((z, y, x), labeller.read((z, y, x)))
 
 
 def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
@@ -230,6 +243,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
     makers: dict[str, Callable[[], Segmenter]] = {
         "student distilled": student,
         "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
+        CONSENSUS: lambda: joint[0].result(),  # type: ignore[attr-defined]
         "student trained directly": lambda: student(method="direct"),
         "teacher refined": refined,
         "teacher as is": lambda: unrefined_teacher(task.support, settings),
@@ -240,13 +254,18 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "logistic regression": lambda: PixelClassifier.fit("regression", task.support),
     }
     for name, make in makers.items():
-        if name in wanted and (name != "teacher of the joint run" or "student distilled" in wanted):
+        if name not in wanted or (name in OF_THE_STUDENT and "student distilled" not in wanted):
+            continue
+        if name != CONSENSUS or task.depth:
             yield name, timed(make)
 
 
+CONSENSUS = "student, consensus"
+OF_THE_STUDENT = ("teacher of the joint run", CONSENSUS)
 MODELS = (
     "student distilled",
     "teacher of the joint run",
+    CONSENSUS,
     "student trained directly",
     "teacher refined",
     "teacher as is",
@@ -273,13 +292,16 @@ def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]
     known = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
     for task in tasks(data, only, draws):
         missing = {m for m in wanted if (task.name, task.draw, m) not in known}
-        if "teacher of the joint run" in missing:
+        if missing.intersection(OF_THE_STUDENT):
             missing.add("student distilled")
         for name, make in models(task, missing, head):
             reset_peak()
             model, seconds = make()
             row = {"task": task.name, "draw": task.draw, "model": name, "head": head, "zoom": model.preprocess.zoom}
-            row |= score(model, task) | {"seconds": round(seconds, 1), "peak_mb": round(peak_mb() or 0)}
+            row |= score(model, task, consensus=name == CONSENSUS) | {
+                "seconds": round(seconds, 1),
+                "peak_mb": round(peak_mb() or 0),
+            }
             _append(out, row)
 
 
