@@ -32,9 +32,10 @@ from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
-AUTO_STEPS, AUTO_STEPS_PER_SLICE = 300, 16  # for up to five slices, and for each one more
+AUTO_STEPS, AUTO_STEPS_PER_SLICE = 150, 4  # from a meta-trained head: for up to five slices, and for each one more
+UNSKILLED_STEPS, UNSKILLED_STEPS_PER_SLICE = 300, 16  # from nothing
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
-AGAIN = 5  # a warm start takes a fifth of the steps
+AGAIN = 3  # a warm start takes a third of the steps
 START_VIEWS = 24  # stored views that tell a student what its teacher attends to
 SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
 
@@ -76,7 +77,8 @@ class DistillRun(Iterator[TrainStep]):
             self.backbone, self._told = _load_start(settings)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
-        self._steps = settings.steps or auto_steps(len(self._slices), again=start is not None)
+        skilled = start is not None or (self._told is not None and settings.method != "direct")
+        self._steps = settings.steps or auto_steps(len(self._slices), skilled=skilled, again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
@@ -322,9 +324,11 @@ def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation
     return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
 
 
-def auto_steps(slices: int, *, again: bool = False) -> int:
-    """Steps of a stage for so many slices; fewer for a warm start."""
-    steps = AUTO_STEPS + AUTO_STEPS_PER_SLICE * max(0, slices - 5)
+def auto_steps(slices: int, *, skilled: bool, again: bool = False) -> int:
+    """Steps of a stage for so many slices; fewer from a meta-trained head (more than that would unlearn it), and for a
+    warm start."""
+    first, each = (AUTO_STEPS, AUTO_STEPS_PER_SLICE) if skilled else (UNSKILLED_STEPS, UNSKILLED_STEPS_PER_SLICE)
+    steps = first + each * max(0, slices - 5)
     return steps // AGAIN if again else steps
 
 
