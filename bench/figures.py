@@ -260,7 +260,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
             yield name, timed(make)
 
 
-CONSENSUS = "student, consensus"
+CONSENSUS = "student by consensus"
 OF_THE_STUDENT = ("teacher of the joint run", CONSENSUS)
 MODELS = (
     "student distilled",
