@@ -221,7 +221,7 @@ class UNet:
     def _train(self, support: SupportSet, settings: DistillSettings) -> None:
         cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
         rng = np.random.default_rng(settings.seed)
-        steps = settings.steps or auto_steps(len(support), skilled=False)
+        steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()
         optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)

@@ -32,10 +32,10 @@ from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
-AUTO_STEPS, AUTO_STEPS_PER_SLICE = 150, 4  # from a meta-trained head: for up to five slices, and for each one more
-UNSKILLED_STEPS, UNSKILLED_STEPS_PER_SLICE = 300, 16  # from nothing
+AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
+FEWER_STEPS = (150, 4)  # from a meta-trained head, where what will be segmented differs from the slices
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
-AGAIN = 3  # a warm start takes a third of the steps
+AGAIN = 5  # a warm start takes a fifth of the steps
 START_VIEWS = 24  # stored views that tell a student what its teacher attends to
 SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
 
@@ -78,7 +78,8 @@ class DistillRun(Iterator[TrainStep]):
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._left_out_index]
         skilled = start is not None or (self._told is not None and settings.method != "direct")
-        self._steps = settings.steps or auto_steps(len(self._slices), skilled=skilled, again=start is not None)
+        few = skilled and not support.planes_of_one_volume
+        self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=start is not None)
         views = min(settings.views, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
         head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
@@ -324,10 +325,13 @@ def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation
     return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
 
 
-def auto_steps(slices: int, *, skilled: bool, again: bool = False) -> int:
-    """Steps of a stage for so many slices; fewer from a meta-trained head (more than that would unlearn it), and for a
-    warm start."""
-    first, each = (AUTO_STEPS, AUTO_STEPS_PER_SLICE) if skilled else (UNSKILLED_STEPS, UNSKILLED_STEPS_PER_SLICE)
+def auto_steps(slices: int, *, few: bool = False, again: bool = False) -> int:
+    """Steps of a stage for so many slices, fewer for a warm start.
+
+    With ``few`` a meta-trained head unlearns less of what the slices do not show: right for separate pictures, while
+    planes of one volume show what is to come.
+    """
+    first, each = FEWER_STEPS if few else AUTO_STEPS
     steps = first + each * max(0, slices - 5)
     return steps // AGAIN if again else steps
 
