@@ -68,6 +68,18 @@ def test_a_student_begins_where_its_teacher_is(tiny, method: str, classes: int) 
     assert max(_ious(unprepared.result(), classes)) < 0.4
 
 
+def test_every_channel_of_a_student_can_learn_whatever_the_support_shows() -> None:
+    backbone = load_backbone("efficientnet_lite0", "random")
+    head = FewShotHead(backbone.spec, 20, HeadForm("light", "slim", "ours", 8))  # more classes than channels a block
+    labels = torch.randint(0, 10, (2, 64, 64), dtype=torch.uint8)  # half of the classes
+    encoded = EncodedSupport.of(backbone(torch.rand(2, 3, 64, 64)), labels, 20)
+    start_from_attention(head, encoded, encoded.features)
+    for reduce, read in zip(head.student.reduce, head.student.read, strict=True):
+        assert (reduce.weight.flatten(1).norm(dim=1) > 0).all()
+        assert (read.weight.flatten(1).norm(dim=1) > 0).all()
+        assert torch.isfinite(reduce.weight).all()
+
+
 def test_a_published_student_starts_as_published(support, tiny) -> None:
     backbone = load_backbone("efficientnet_lite0", "random")
     head = FewShotHead(backbone.spec, 1, HeadForm("published", "slim", "ours", 8))

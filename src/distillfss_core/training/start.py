@@ -75,19 +75,18 @@ def _start_scores(
     assert read.bias is not None
     read.weight.mul_(LOOK)
     read.bias.fill_(NEUTRAL)
-    reduce.weight.zero_()
-    reduce.bias.zero_()
     channel = column = 0
     for n, block in enumerate(blocks):
         width = len(reduce.weight) // len(blocks) + (n < len(reduce.weight) % len(blocks))
         centres, owner = _centres(stage, n, width)
         rows, columns = slice(channel, channel + len(owner)), slice(column, column + block.shape[1])
         weight, reduce.bias[rows] = _scores(attention, centres, block)
+        reduce.weight[rows] = 0
         reduce.weight[rows, columns, 0, 0] = weight
         for k in range(classes):
             own, other = owner == k + 1, owner != k + 1
-            votes = own / own.sum().clamp_min(1) - other / other.sum().clamp_min(1)
-            read.weight[k * len(blocks) + n, rows, 0, 0] = READ * votes
+            if bool(own.any()) and bool(other.any()):
+                read.weight[k * len(blocks) + n, rows, 0, 0] = READ * (own / own.sum() - other / other.sum())
         channel, column = channel + width, column + block.shape[1]
 
 
