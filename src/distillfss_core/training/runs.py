@@ -33,7 +33,7 @@ from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
-FEWER_STEPS = (150, 4)  # from a meta-trained head, where what will be segmented differs from the slices
+FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
 START_VIEWS = 24  # stored views that tell a student what its teacher attends to
