@@ -30,7 +30,8 @@ from distillfss_core.training.losses import (
 from distillfss_core.training.views import ViewBank, ViewCutter
 from distillfss_core.types import IGNORE, TrainStep
 
-PATIENCE = 5  # looks at the left-out slice without a better one, then training stops
+PATIENCE = 5  # looks at the left-out slice that found it worse than the best, then training stops
+NOISE = 0.02  # by how much IoU on a single slice must fall to say that more training harms
 REFRESH = 4  # steps between two fresh views
 TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
 
@@ -221,16 +222,18 @@ def _terms(
 
 
 class Best:
-    """A moving average of the trained weights, and the average that did best on the left-out slice.
+    """A moving average of the trained weights, and the latest average that did well on the left-out slice.
 
-    Without a left-out slice the latest average is the best.
+    Well is within `NOISE` of the best: one slice says little of the others, and of states that it cannot tell apart the
+    one that has learnt longer is better. Without a left-out slice the latest average is the best.
     """
 
     def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:
         self.decay, self.steps = decay, 0
         self.average = copy.deepcopy(head).eval().requires_grad_(False)
         self.state: dict[str, Tensor] | None = None
-        self.iou = -math.inf
+        self.iou = -math.inf  # the best so far
+        self.score: float | None = None  # of the state that is kept
         self.waited = 0
         self.best_step = 0
 
@@ -243,11 +246,11 @@ class Best:
             old.lerp_(new[name], 1 - keep)
 
     def judge(self, left_out: LeftOut, bank: ViewBank) -> float:
-        """IoU of the average on the left-out views; remembers the best."""
+        """IoU of the average on the left-out views; remembers the latest that did well."""
         iou = left_out_iou(self.average, left_out, bank)
         self.waited += 1
-        if iou > self.iou:
-            self.iou, self.waited, self.best_step = iou, 0, self.steps
+        if iou > self.iou - NOISE:
+            self.iou, self.score, self.waited, self.best_step = max(self.iou, iou), iou, 0, self.steps
             self.state = {name: value.clone() for name, value in self.average.state_dict().items()}
         return iou
 

@@ -95,7 +95,6 @@ class DistillRun(Iterator[TrainStep]):
         self._refined: FewShotHead | None = None
         self._stage_began, self._steps_done, self._finished = 0, 0, False
         self._has_student = not teacher_only and settings.method != "two-stage"
-        self._scores: list[float] = []
         self._generator = self._run(start, teacher_only)
 
     def __iter__(self) -> DistillRun:
@@ -104,8 +103,6 @@ class DistillRun(Iterator[TrainStep]):
     def __next__(self) -> TrainStep:
         step = next(self._generator)
         self._steps_done += 1
-        if "iou" in step.metrics:
-            self._scores.append(step.metrics["iou"])
         return step
 
     def close(self) -> None:
@@ -170,7 +167,7 @@ class DistillRun(Iterator[TrainStep]):
             "steps": self._steps_done,
             "best_step": self._stage_began + (self._best.best_step or self._best.steps),
             "left_out_slice": self._left_out_index,
-            "left_out_iou": max(self._scores) if self._scores else None,
+            "left_out_iou": self._best.score,
             "zoom_scores": self.zoom_scores,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
