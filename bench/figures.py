@@ -254,9 +254,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "logistic regression": lambda: PixelClassifier.fit("regression", task.support),
     }
     for name, make in makers.items():
-        if name not in wanted or (name in OF_THE_STUDENT and "student distilled" not in wanted):
-            continue
-        if name != CONSENSUS or task.depth:
+        if name in wanted and (name not in OF_THE_STUDENT or "student distilled" in wanted):
             yield name, timed(make)
 
 
@@ -292,16 +290,16 @@ def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]
     known = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
     for task in tasks(data, only, draws):
         missing = {m for m in wanted if (task.name, task.draw, m) not in known}
+        if not task.depth:
+            missing.discard(CONSENSUS)
         if missing.intersection(OF_THE_STUDENT):
             missing.add("student distilled")
         for name, make in models(task, missing, head):
             reset_peak()
             model, seconds = make()
             row = {"task": task.name, "draw": task.draw, "model": name, "head": head, "zoom": model.preprocess.zoom}
-            row |= score(model, task, consensus=name == CONSENSUS) | {
-                "seconds": round(seconds, 1),
-                "peak_mb": round(peak_mb() or 0),
-            }
+            row |= score(model, task, consensus=name == CONSENSUS)
+            row |= {"seconds": round(seconds, 1), "peak_mb": round(peak_mb() or 0)}
             _append(out, row)
 
 

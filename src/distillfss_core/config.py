@@ -64,7 +64,11 @@ class DistillSettings:
         choices=("balanced", "published"),
     )
     steps: int = _setting(
-        0, "Steps", "Optimiser steps of each stage; 0 chooses by the number of slices.", low=0, high=1_000_000
+        0,
+        "Steps",
+        "Optimiser steps of each stage; 0 chooses by the slices: more for many, fewer for separate pictures.",
+        low=0,
+        high=1_000_000,
     )
     crop: int = _setting(256, "Crop", "Side of a training view in pixels after zooming.", low=32, high=4096)
     queries: int = _setting(4, "Queries", "Views segmented in a step.", low=1, high=256)

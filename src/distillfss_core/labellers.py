@@ -13,7 +13,7 @@ from distillfss_core.labelstore import Box, Layout, plan_blocks, plan_layout
 from distillfss_core.lazy import VolumeSegmenter
 from distillfss_core.model import TILE, Segmenter
 from distillfss_core.preprocess import Limits
-from distillfss_core.types import Array, likeliest
+from distillfss_core.types import Array, evenly, likeliest
 from distillfss_core.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -186,9 +186,7 @@ def _check_cubic(volume: Volume) -> None:
 
 def _limits_of_some(segmenter: VolumeSegmenter) -> Limits:
     """Intensities that become 0 and 1 of some planes together."""
-    depth = segmenter.volume.shape[0]
-    chosen = np.unique(np.linspace(0, depth - 1, min(depth, _SAMPLED)).round().astype(int))
-    return segmenter.limits_of([int(z) for z in chosen])
+    return segmenter.limits_of(evenly(segmenter.volume.shape[0], _SAMPLED))
 
 
 def _chances(segmenter: VolumeSegmenter, planes: tuple[int, int], region: tuple[tuple[int, int], ...]) -> Array:

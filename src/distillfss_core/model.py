@@ -31,7 +31,7 @@ from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
 from distillfss_core.tiles import Tile, split_plane
-from distillfss_core.types import Array, Segmentation, check_image, likeliest
+from distillfss_core.types import Array, Segmentation, check_image, evenly, likeliest
 
 log = logging.getLogger(__name__)
 
@@ -594,7 +594,7 @@ def read_thumbnails(path: str | Path) -> Thumbnails | None:
 
 def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:
     """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
-    chosen = [support.slices[i] for i in np.linspace(0, len(support) - 1, min(most, len(support))).round().astype(int)]
+    chosen = [support.slices[i] for i in evenly(len(support), most)]
     images, labels = [], []
     for labelled in chosen:
         h, w = labelled.labels.shape

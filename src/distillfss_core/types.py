@@ -114,10 +114,8 @@ class Segmentation:
 
 def likeliest(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Of "k+1 ...", for each place the class of the largest value; of equal ones the first."""
-    if len(probabilities) == 2:
-        return (probabilities[1] > probabilities[0]).astype(
-            np.uint8
-        )  # argmax along the first axis takes 20 times as long
+    if len(probabilities) == 2:  # argmax along the first axis takes 20 times as long
+        return (probabilities[1] > probabilities[0]).astype(np.uint8)
     return probabilities.argmax(0).astype(np.uint8)
 
 
@@ -140,6 +138,11 @@ class TrainStep:
     losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     stage: str = "distil"
+
+
+def evenly(length: int, most: int) -> list[int]:
+    """Up to ``most`` of the indices below ``length``, the first and the last among them."""
+    return [int(i) for i in np.linspace(0, length - 1, min(most, length)).round()]
 
 
 def drain(run: Generator[Step, None, Report], show: Callable[[Step], object] = lambda _: None) -> Report:

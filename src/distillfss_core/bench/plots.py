@@ -90,7 +90,8 @@ def _draw_volumes(axes: Any, report: SpeedReport) -> None:
     for way in dict.fromkeys(v.way for v in report.volumes):
         found = [v for v in report.volumes if v.way == way]
         axes.plot([v.planes for v in found], [v.megavoxels_per_second for v in found], "o-", label=way)
-    axes.set_ylim(0, 1.1 * max(v.megavoxels_per_second for v in report.volumes))
+    axes.margins(y=0.1)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("planes of a volume")
     axes.set_ylabel("megavoxels/s")
     axes.set_title("volumes", fontsize=9)

@@ -10,7 +10,7 @@ from distillfss_core.bench.datasets import Item, Split
 from distillfss_core.errors import SettingsError
 from distillfss_core.suggest import suggest_planes
 from distillfss_core.support import SupportSet
-from distillfss_core.types import IGNORE, Array, LabelledSlice
+from distillfss_core.types import IGNORE, Array, LabelledSlice, evenly
 
 STROKES = 5  # a class and slice
 STROKE_LENGTH = 8  # of the longer side of a slice, a stroke is at most one part
@@ -78,9 +78,7 @@ def _shown(slices: Sequence[LabelledSlice]) -> set[int]:
 
 def spread_tests(split: Split, most: int | None) -> list[Item]:
     """All test pictures, or so many spread evenly over their list."""
-    if most is None or most >= len(split.test):
-        return list(split.test)
-    return [split.test[int(i)] for i in np.linspace(0, len(split.test) - 1, most).round()]
+    return [split.test[i] for i in evenly(len(split.test), len(split.test) if most is None else most)]
 
 
 def scribble(labelled: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:

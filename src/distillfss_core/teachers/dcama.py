@@ -290,6 +290,11 @@ def mask_tokens(
     return values.flatten(2).transpose(1, 2).flatten(0, 1), share.flatten()
 
 
+def class_shares(values: Float[Tensor, "l k"]) -> Float[Tensor, "l k1"]:
+    """Mask values with what is left for the background before them."""
+    return torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1)
+
+
 def weigh_keys(
     values: Float[Tensor, "l k"],
     weights: Float[Tensor, " l"],
@@ -311,7 +316,7 @@ def weigh_keys(
     offset : float
         0..1, where the even spacing begins.
     """
-    shares = torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1)  # background first
+    shares = class_shares(values)
     visible = weights > 0
     plain = balance == 0 and bool((weights[visible] == 1).all())
     if balance:

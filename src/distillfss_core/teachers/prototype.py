@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
-from distillfss_core.teachers.dcama import mask_tokens
+from distillfss_core.teachers.dcama import class_shares, mask_tokens
 from distillfss_core.teachers.protocol import SupportKeys, hide_absent, present_classes
 
 
@@ -51,7 +51,7 @@ class PrototypeTeacher:
         stages = []
         for blocks in support.features.coarse:
             values, weights = mask_tokens(support, blocks[0].shape[-2:], area=True)
-            shares = torch.cat([(1 - values.sum(1, keepdim=True)).clamp_min(0), values], 1) * weights[:, None]
+            shares = class_shares(values) * weights[:, None]
             stages.append(tuple(self._prototypes(_directions(block).flatten(0, 1), shares) for block in blocks))
         return PrototypeKeys(tuple(stages), present_classes(support))
 

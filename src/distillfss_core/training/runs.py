@@ -29,7 +29,7 @@ from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.start import start_from_attention
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter
 from distillfss_core.training.zoom import choose_zoom
-from distillfss_core.types import IGNORE, LabelledSlice, TrainStep
+from distillfss_core.types import IGNORE, LabelledSlice, TrainStep, evenly
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
@@ -126,9 +126,8 @@ class DistillRun(Iterator[TrainStep]):
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
             if stage in ("joint", "distil") and start is None:
-                views = _evenly(len(self._bank), START_VIEWS)
-                support = self._bank.support(views, self.support.classes)
-                start_from_attention(self.head, support, support.features[: START_VIEWS // 3])
+                views = evenly(len(self._bank), START_VIEWS)
+                start_from_attention(self.head, self._bank.support(views, self.support.classes))
             self._best = Best(self.head)
             judge = left_out if stage != "refine" else None
             yield from iter_fit(
@@ -282,11 +281,6 @@ def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
     features = cat_pyramids([bank.encode([view]) for view in views])
     return EncodedSupport.of(features, labels, classes)
-
-
-def _evenly(length: int, most: int) -> list[int]:
-    """Up to ``most`` of the indices below ``length``."""
-    return np.linspace(0, length - 1, min(most, length)).round().astype(int).tolist()
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
