@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -23,13 +24,37 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
+DRAWS = """
+from qtpy.QtGui import QGuiApplication, QOpenGLContext
+app = QGuiApplication([])
+raise SystemExit(0 if QOpenGLContext().create() else "no OpenGL context")
+"""
+
+
 @pytest.fixture(scope="session")
 def display():
     """A screen that OpenGL can draw on: the one there is, or Xvfb."""
-    if os.environ.get("DISPLAY"):
-        return os.environ["DISPLAY"]
+    given = os.environ.get("DISPLAY")
+    if given and _draws(given):
+        return given
     if shutil.which("Xvfb") is None:
-        pytest.skip("a window needs a screen; install Xvfb")
+        pytest.skip("a window needs a screen that OpenGL draws on; install Xvfb")
+    name = _start_xvfb()
+    if not _draws(name):
+        pytest.skip(f"OpenGL draws neither on the screen {given!r} nor on Xvfb's {name!r}; install libgl1-mesa-dri")
+    os.environ["DISPLAY"] = name
+    return name
+
+
+def _draws(display):
+    """Asked in another process, as Qt keeps the first display that it has tried."""
+    environment = {**os.environ, "DISPLAY": display}
+    return not subprocess.run(
+        [sys.executable, "-c", DRAWS], env=environment, capture_output=True, timeout=120
+    ).returncode
+
+
+def _start_xvfb():
     # Qt keeps its connection to the end of this process, and a server that ends earlier takes the process with it:
     # so the server ends when the pipe it reads from is closed, which this process leaves to the system.
     alive, _ = os.pipe()
@@ -41,8 +66,7 @@ def display():
     os.close(alive)
     os.close(other)
     with os.fdopen(end) as told:
-        os.environ["DISPLAY"] = f":{told.readline().strip()}"
-    return os.environ["DISPLAY"]
+        return f":{told.readline().strip()}"
 
 
 @pytest.fixture

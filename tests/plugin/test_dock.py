@@ -180,6 +180,31 @@ def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path,
     viewer.dims.set_point(0, 5)  # nothing listens any more
 
 
+def test_closing_while_a_gpu_is_looked_for_leaves_nothing_to_answer(viewer, nuclei, qtbot, tmp_path, monkeypatch):
+    from threading import Event, enumerate
+
+    from napari_distillfss._widgets import volume
+    from napari_distillfss._widgets.dock import DistillDock
+
+    closed = Event()
+
+    def wait(stop):
+        closed.wait(60)
+        yield from ()
+        return "a GPU"
+
+    monkeypatch.setattr(volume, "iter_device", wait)
+    dock = DistillDock(viewer, tmp_path / "kept")
+    looking = dock.volume._job  # as a thread's last signal would keep it
+    dock.session.close()
+    with qtbot.waitSignal(dock.destroyed):
+        dock.deleteLater()
+    del dock
+    with qtbot.waitSignal(looking.ended):  # a fault in between fails this test
+        closed.set()
+    qtbot.waitUntil(lambda: not any("distillfss" in t.name for t in enumerate()), timeout=60_000)
+
+
 def test_two_viewers_on_one_image_do_not_share_annotations(dock, sample, open_dock, tmp_path):
     from napari.components import ViewerModel
 

@@ -60,15 +60,18 @@ def test_the_window_stays_alive_while_distilling_and_applying(docked, window, sa
     docked.distil.start()
     qtbot.waitUntil(lambda: bool(docked.distil.plot.losses), timeout=120_000)  # torch is loaded by now
     docked.apply.out.setText(str(tmp_path / "o.ome.zarr"))
-    ticks = [time.perf_counter()]
+    ticks = []
     timer = QTimer()
     timer.timeout.connect(lambda: ticks.append(time.perf_counter()))
     timer.start(20)
-    qtbot.waitUntil(lambda: not docked.session.busy, timeout=120_000)
-    docked.apply.start()
-    qtbot.waitUntil(lambda: not docked.session.busy, timeout=120_000)
+    for start in (lambda: None, docked.apply.start):
+        ticks[:] = [time.perf_counter()]
+        start()
+        qtbot.waitUntil(lambda: not docked.session.busy, timeout=120_000)
+        ticks.append(time.perf_counter())
+        # Other work may hold the cores, so no time is asked for; the bench says how long the gaps are.
+        assert np.diff(ticks).max() < (ticks[-1] - ticks[0]) / 2
     timer.stop()
-    assert np.diff(ticks).max() < 1.0  # loosely: other work may hold the cores; the bench says how it is
 
 
 def test_closing_the_window_while_distilling_ends_the_work(

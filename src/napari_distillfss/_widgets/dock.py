@@ -72,7 +72,7 @@ class DistillDock(QScrollArea):
         self.volume.valueChanged.connect(self._on_volume_chosen)
         self.preview.correct.connect(self.support.put_into_plane)
         session.model_changed.connect(self._on_model_changed)
-        session.labels_changed.connect(lambda: self.sections[self.objects].heading.setChecked(True))
+        session.labels_changed.connect(self._on_labels_changed)
         self.destroyed.connect(session.close)
         QApplication.instance().aboutToQuit.connect(session.close)
         self._on_volume_chosen(self.volume.value())
@@ -87,6 +87,9 @@ class DistillDock(QScrollArea):
     def _on_model_changed(self) -> None:
         for widget in (self.apply, self.model):
             self.sections[widget].heading.setChecked(True)
+
+    def _on_labels_changed(self) -> None:
+        self.sections[self.objects].heading.setChecked(True)
 
 
 class ApplyDock(DistillDock):

@@ -52,7 +52,7 @@ class VolumePicker(QWidget):
             self.device,
         )
         self._job = Job()
-        self._job.done.connect(lambda name: self.device.tell(f"computes on {name}"))
+        self._job.done.connect(self._on_device_found)
         self._job.failed.connect(self.device.warn)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
@@ -156,6 +156,9 @@ class VolumePicker(QWidget):
         path = QFileDialog.getExistingDirectory(self, "Open OME-Zarr, DICOM, or a folder of planes")
         if path:
             self.open_path(path)
+
+    def _on_device_found(self, name: str) -> None:
+        self.device.tell(f"computes on {name}")
 
     def _forget_viewer(self) -> None:
         self._viewer.layers.events.inserted.disconnect(self._on_layers_changed)
