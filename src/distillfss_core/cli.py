@@ -168,6 +168,9 @@ def _add_distill(commands: Any) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model file to write")
     parser.add_argument("--planes", type=_planes, metavar="Z,Z,...", help="labelled planes of a stack, from 0")
     _add_label_options(parser)
+    parser.add_argument(
+        "--one-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
+    )
     parser.add_argument("--pixel-size", type=_pixel_size, metavar="Y,X", help="micrometres, kept on the model's card")
     parser.add_argument("--start", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
@@ -202,6 +205,7 @@ def _distill(args: argparse.Namespace) -> int:
         classes=args.classes,
         scribbles=args.scribbles,
         pixel_size=args.pixel_size or (start.pixel_size if start else None),
+        one_volume=args.one_volume,
     )
     step: TrainStep | None = None
     interrupted = False

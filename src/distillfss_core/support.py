@@ -101,6 +101,7 @@ def load_support(
     classes: Sequence[str] | None = None,
     scribbles: bool = False,
     pixel_size: tuple[float, float] | None = None,
+    one_volume: bool = False,
 ) -> SupportSet:
     """Read annotated slices from files.
 
@@ -114,6 +115,11 @@ def load_support(
         Names of label values 1, 2, ...; by default every value but 0 is the one class "object".
     scribbles : bool
         Label values mean: 0 not annotated, 1 background, 2, 3, ... the classes.
+    pixel_size : (float, float), optional
+        Size of a pixel (y, x) in micrometres.
+    one_volume : bool
+        The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
+        more steps.
 
     Raises
     ------
@@ -124,5 +130,5 @@ def load_support(
 
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    slices, one_volume = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
-    return SupportSet(tuple(slices), names, pixel_size, one_volume)
+    slices, of_stack = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
+    return SupportSet(tuple(slices), names, pixel_size, one_volume or of_stack)

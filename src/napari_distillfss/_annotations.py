@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import psutil
+import tifffile
 import zarr
 
 import distillfss_core as core
@@ -77,7 +79,7 @@ class Annotations:
         self._array: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "owner").write_text(str(os.getpid()))
+            (folder / "owner").write_text(_process(os.getpid()))
             if self._path.is_dir():
                 self._array = zarr.open_array(self._path, mode="r+")
         except OSError as fault:
@@ -188,8 +190,10 @@ class Annotations:
         temporary.replace(self._notes_path)
 
 
-def make_support(volume: Any, annotations: Annotations, pixel_size: tuple[float, float] | None) -> Any:
-    """The support set of the painted planes that are enabled; planes are read here.
+def make_support(
+    volume: Any, annotations: Annotations, pixel_size: tuple[float, float] | None
+) -> tuple[list[int], Any]:
+    """The painted planes that are enabled, and the support set of them; planes are read here.
 
     Raises
     ------
@@ -197,12 +201,38 @@ def make_support(volume: Any, annotations: Annotations, pixel_size: tuple[float,
         If they make no support set.
     """
     chosen = [s.plane for s in annotations.slices() if s.enabled]
-    return core.SupportSet(
+    return chosen, core.SupportSet(
         [core.LabelledSlice(volume.plane(z), to_classes(annotations.plane(z)), f"plane {z}") for z in chosen],
         annotations.class_names,
         pixel_size,
         planes_of_one_volume=True,
     )
+
+
+def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Images and painted labels by plane, as images/plane_0012.tif and labels/plane_0012.tif.
+
+    Files of other planes that an earlier call left are removed.
+
+    Raises
+    ------
+    core.OutputError
+    """
+    written = []
+    try:
+        for name in ("images", "labels"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            for old in (folder / name).glob("plane_*.tif"):
+                old.unlink()
+        for z, (image, labels) in planes.items():
+            file = f"plane_{z:04d}.tif"
+            kind = "rgb" if image.ndim == 3 and image.shape[-1] in (3, 4) else "minisblack"
+            tifffile.imwrite(folder / "images" / file, image, photometric=kind)
+            core.write_labels(folder / "labels" / file, labels)
+            written += [str(folder / "images" / file), str(folder / "labels" / file)]
+    except OSError as fault:
+        raise core.OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+    return written
 
 
 def to_classes(painted: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -226,17 +256,28 @@ def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
     return folder
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a folder of annotations, so that the volume begins anew; nothing is deleted."""
+def set_aside(folder: Path) -> Path:
+    """Rename a folder of annotations, so that the volume begins anew; nothing is deleted. Returns where it is now."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
     shutil.move(folder, aside)
+    return aside
+
+
+def _process(pid: int) -> str:
+    """A running process in a line; another that gets its number later, or has it on another machine, has another."""
+    with suppress(psutil.Error):
+        return f"{pid} {psutil.Process(pid).create_time():.2f} {platform.node()}"
+    return ""
 
 
 def _in_use(folder: Path) -> bool:
+    """Whether a process of this machine has it; one of another machine cannot be asked, and is taken to be gone."""
     owner = folder / "owner"
-    return owner.is_file() and psutil.pid_exists(int(owner.read_text() or 0))
+    line = owner.read_text() if owner.is_file() else ""
+    pid = line.partition(" ")[0]
+    return pid.isdecimal() and line == _process(int(pid))
 
 
 def painted_from(numbers: npt.NDArray[Any], kind: str, classes: int, source: str) -> npt.NDArray[np.uint8]:

@@ -17,6 +17,8 @@ import distillfss_core as core
 if TYPE_CHECKING:
     from napari.layers import Image
 
+_SAMPLE = 128  # pixels around the middle of a plane, by which a file and an array are compared
+
 FROM_FILE = "distillfss"
 """Key of a layer's metadata under which the file it shows, and how that was opened, are kept."""
 
@@ -151,7 +153,9 @@ def lead_axes(layer: Image) -> str:
 
 
 def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: int = 0) -> ChosenVolume:
-    """The volume that an image layer shows; nothing is read.
+    """The volume that an image layer shows; at most parts of three planes are read.
+
+    Where the layer still shows what is in its file, the volume is that of the file.
 
     Parameters
     ----------
@@ -190,6 +194,8 @@ def _open(
     how = {"level": level, "time": chosen.get("t"), "channel": channel}
     from_array = core.open_volume(array, axes=axes, time=how["time"], channel=channel)
     known = layer.metadata.get(FROM_FILE)
+    if known and known["shown"][level : level + 1] != [getattr(array, "name", "")]:
+        return from_array, {}  # another array was put into the layer since
     path = known["path"] if known else layer.source.path
     if path is None or not Path(path).exists():
         return from_array, {}
@@ -197,9 +203,17 @@ def _open(
     how = {name: value for name, value in how.items() if value is not None}
     with suppress(core.DistillFSSError):  # a file that only napari understands stays an array
         from_file = core.open_volume(path, **how)
-        if (from_file.shape, from_file.dtype) == (from_array.shape, from_array.dtype):
+        same = (from_file.shape, from_file.dtype) == (from_array.shape, from_array.dtype)
+        if same and (known or _alike(from_file, from_array)):
             return from_file, how
     return from_array, {}
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether the middles of three planes are the same: a layer may have been worked on since it was read."""
+    last = a.shape[0] - 1
+    y, x = (slice(max(0, n // 2 - _SAMPLE), n // 2 + _SAMPLE) for n in a.shape[1:3])
+    return all(np.array_equal(a[z, y, x], b[z, y, x], equal_nan=True) for z in {0, last // 2, last})
 
 
 def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
@@ -250,7 +264,13 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
         "translate": list(volume.origin),
         "rgb": volume.ndim == 4 and volume.shape[3] in (3, 4),
         "multiscale": len(levels) > 1,
-        "metadata": {FROM_FILE: {"path": str(Path(path).absolute()), "opening": opening}},
+        "metadata": {
+            FROM_FILE: {
+                "path": str(Path(path).absolute()),
+                "opening": opening,
+                "shown": [level.name for level in levels],
+            }
+        },
     }
     if volume.unit:
         about["units"] = (volume.unit,) * 3

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import distillfss_core as core
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
 
-LearntFrom = tuple[ChosenVolume, Annotations]
-
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 
@@ -23,10 +21,11 @@ _NO_VOLUME = "no volume is chosen; choose an image layer first"
 class Training:
     """How the student came about, for the script."""
 
-    settings: Mapping[str, Any]
-    start: Path | None
-    volume: ChosenVolume
-    annotations: Annotations
+    settings: Mapping[str, Any]  # those that differ from the defaults
+    start: Path | None  # the student it went on from
+    classes: tuple[str, ...]
+    pixel_size: tuple[float, float] | None
+    support: Path | None  # where the slices it learnt from were written; None if they could not be
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Applied:
     out: Path
     mode: str
     region: tuple[tuple[int, int], ...] | None
+    model: Path | None
+    classes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,24 @@ class Session:
         if self.volume is None or self.annotations is None:
             return
         self.annotations.close()
-        if self.annotations.folder.is_dir():
-            set_aside(self.annotations.folder)
+        folder = self.annotations.folder
+        if folder.is_dir():
+            self._follow(folder, set_aside(folder))
         self.choose_volume(self.volume)
+
+    def _follow(self, folder: Path, aside: Path) -> None:
+        """What was kept in a folder is now in another."""
+
+        def moved(path: Path | None) -> Path | None:
+            return aside / path.relative_to(folder) if path is not None and path.is_relative_to(folder) else path
+
+        self.model_path = moved(self.model_path)
+        if self.training is not None:
+            self.training = replace(
+                self.training, start=moved(self.training.start), support=moved(self.training.support)
+            )
+        if self.applied is not None:
+            self.applied = replace(self.applied, model=moved(self.applied.model))
 
     def set_classes(self, classes: Any) -> None:
         if self.annotations is not None and tuple(classes) != self.annotations.classes:
@@ -131,8 +147,10 @@ class Session:
             self._told = self._slices()
             self.slices_changed.emit()
 
-    def support_maker(self) -> tuple[Callable[[], Any], LearntFrom]:
-        """A function that reads the support set as it is now (it may run in another thread), and of what.
+    def support_maker(self) -> Callable[[], tuple[list[int], Any]]:
+        """A function that reads the planes that are annotated and the support set of them, as they are now.
+
+        It may run in another thread.
 
         Raises
         ------
@@ -144,26 +162,40 @@ class Session:
         if not any(s.enabled for s in self.annotations.slices()):
             raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
         volume, annotations = self.volume, self.annotations
-        return (lambda: make_support(volume.volume, annotations, volume.pixel_size)), (volume, annotations)
+        return lambda: make_support(volume.volume, annotations, volume.pixel_size)
 
     def set_model(self, model: Any, *, path: Path | None, training: Training | None) -> None:
         self.model, self.model_path, self.training = model, path, training
         self.model_changed.emit()
 
     def next_model_path(self) -> Path | None:
-        """Where the next student is to be kept: beside the annotations."""
+        """Where the next student is to be kept: beside the annotations, in place of none."""
         if self.annotations is None:
             return None
         folder = self.annotations.folder
-        return folder / f"student-{len(list(folder.glob('student-*.safetensors'))) + 1}.safetensors"
+        taken = [int(n) for n in (p.stem.removeprefix("student-") for p in folder.glob("student-*")) if n.isdecimal()]
+        return folder / f"student-{max(taken, default=0) + 1}.safetensors"
 
     def take_student(
-        self, model: Any, path: Path | None, settings: Any, start: Path | None, learnt_from: LearntFrom
+        self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None
     ) -> None:
         """A student that was distilled here, from slices of a volume that may no longer be the one chosen."""
         defaults = {f.name: f.default for f in fields(settings)}
         changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
-        self.set_model(model, path=path, training=Training(changed, start, *learnt_from))
+        training = Training(changed, start, tuple(model.class_names), model.pixel_size, support)
+        self.set_model(model, path=path, training=training)
+
+    def save_model(self, path: Path) -> None:
+        """Write the student; from now on it is known by this file.
+
+        Raises
+        ------
+        core.OutputError
+        """
+        self.model.save(path)
+        if self.applied is not None and self.applied.model == self.model_path:
+            self.applied = replace(self.applied, model=path)
+        self.model_path = path
 
     def set_applied(self, applied: Applied) -> None:
         self.applied, self.counted = applied, None

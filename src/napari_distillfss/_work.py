@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import shutil
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
@@ -18,7 +19,7 @@ import numpy.typing as npt
 import zarr
 
 import distillfss_core as core
-from napari_distillfss._annotations import Annotations, painted_from
+from napari_distillfss._annotations import Annotations, from_classes, painted_from, write_planes
 
 THUMBNAIL = 48
 Span = tuple[int, int]
@@ -42,11 +43,13 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """A new student and where it was kept; ``stopped`` if it is the best of a training that was cancelled."""
+    """A new student, where it and its support were kept (None if that failed: ``fault``); ``stopped`` if cancelled."""
 
     model: Any
     path: Path | None
     stopped: bool
+    support: Path | None
+    fault: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,25 +100,42 @@ def iter_device(stop: Event) -> Generator[Doing, None, str]:
 
 
 def iter_training(
-    make_support: Callable[[], Any], settings: Any, start: Any, keep: Path | None, stop: Event
-) -> Generator[Any, None, Distilled]:
-    """Distil, or refine ``start``; told to stop, it returns the best student so far. It is saved in ``keep``."""
+    make_support: Callable[[], tuple[list[int], Any]], settings: Any, start: Any, keep: Path, stop: Event
+) -> Generator[Any, None, Distilled | None]:
+    """Distil, or refine ``start``; the student is saved in ``keep``, the slices it learns from in a folder beside it.
+
+    Told to stop, it returns the best student so far, or None if there was no step yet.
+    """
     load_torch()
     yield Doing("reading the annotated slices")
-    support = make_support()
+    planes, support = make_support()
+    kept: Path | None = keep.with_suffix("")
+    try:
+        pictures = [(s.image, from_classes(s.labels)) for s in support.slices]
+        write_planes(keep.with_suffix(""), dict(zip(planes, pictures, strict=True)))
+    except core.OutputError:  # only a script would need them
+        kept = None
     yield Doing("starting; the zoom is chosen on your slices")
     run = core.iter_distill(support, settings, start=start)
     yield Doing("looking at your slices from many sides")
+    begun = False
     for step in run:
+        if stop.is_set() and not begun:  # one step makes no student
+            run.close()
+            shutil.rmtree(keep.with_suffix(""), ignore_errors=True)
+            return None
+        begun = True
         yield step
         if stop.is_set():
             run.close()
             break
     yield Doing("finishing")
     model = run.result()
-    if keep is not None:
+    try:
         model.save(keep)
-    return Distilled(model, keep, stop.is_set())
+    except core.OutputError as fault:  # it can be saved elsewhere
+        return Distilled(model, None, stop.is_set(), kept, str(fault))
+    return Distilled(model, keep, stop.is_set(), kept)
 
 
 def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, None, Any]:
@@ -164,17 +184,23 @@ def open_levels(path: Path) -> list[Any]:
     return [zarr.open_array(path / name, mode="r") for name in names]
 
 
-def iter_teacher(make_support: Callable[[], Any], settings: Any, kind: str, stop: Event) -> Generator[Doing, None, Any]:
-    """A teacher that answers without training: ``kind`` "dcama" or "prototype"."""
+def iter_teacher(
+    make_support: Callable[[], tuple[list[int], Any]], settings: Any, kind: str, stop: Event
+) -> Generator[Doing, None, Any]:
+    """A teacher that answers without training, ``kind`` "dcama" or "prototype"; None if it was stopped."""
     load_torch()
     yield Doing("telling the teacher your slices")
-    return core.unrefined_teacher(make_support(), settings, kind=kind)
+    _, support = make_support()
+    teacher = core.unrefined_teacher(support, settings, kind=kind)
+    return None if stop.is_set() else teacher
 
 
 def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
+    """The student of a file; None if it was stopped."""
     load_torch()
     yield Doing(f"loading {path.name}")
-    return core.StudentModel.load(path)
+    model = core.StudentModel.load(path)
+    return None if stop.is_set() else model
 
 
 def iter_plane(
@@ -242,8 +268,8 @@ def _cut(lengths: Sequence[int]) -> Iterator[slice]:
 
 def iter_import(
     annotations: Annotations, path: Path, shape: tuple[int, int, int], z: int, kind: str, stop: Event
-) -> Generator[core.TrainStep, None, list[int]]:
-    """Take over planes of a label file; those without any label stay as they are.
+) -> Generator[core.TrainStep, None, list[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]]:
+    """Take over planes of a label file in place of what is painted; those without any label stay as they are.
 
     Parameters
     ----------
@@ -257,8 +283,9 @@ def iter_import(
 
     Returns
     -------
-    list of int
-        The planes taken over.
+    list of (plane, before, after)
+        The planes taken over, with their labels "y x" as painted; where nothing was painted both are one zero, "1 1",
+        so that a whole volume can be imported.
 
     Raises
     ------
@@ -272,13 +299,15 @@ def iter_import(
                 f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of one "
                 "of its planes"
             )
-        taken = []
+        taken, nothing = [], np.zeros((1, 1), np.uint8)
         for at in range(labels.shape[0]):
             numbers = labels.plane(at)
             if numbers.any():
                 painted = painted_from(numbers, kind, len(annotations.classes), f"{path.name} plane {at}")
-                annotations.put(z if one else at, painted)
-                taken.append(z if one else at)
+                to = z if one else at
+                before = annotations.plane(to)
+                annotations.put(to, painted)
+                taken.append((to, before, painted) if before.any() else (to, nothing, nothing))
             if stop.is_set():
                 break
             yield core.TrainStep(at + 1, labels.shape[0], stage="importing")

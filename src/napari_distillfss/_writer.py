@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import distillfss_core as core
-from napari_distillfss._scripts import write_planes
+from napari_distillfss._annotations import write_planes
 
 
 def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> list[str]:

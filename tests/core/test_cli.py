@@ -186,6 +186,14 @@ def test_scribbles_leave_pixels_out(here, capsys):
     assert card["training"]["support_shares"] == pytest.approx([800 / 840, 40 / 840], abs=1e-5)
 
 
+def test_files_of_one_volume_are_learnt_from_as_a_stack_is(here, capsys):
+    separate, together = (
+        json_of(capsys, "distill", "images", "labels", "-o", "new.safetensors", *FEW, *more)
+        for more in ([], ["--one-volume"])
+    )
+    assert [card["preprocess"]["scope"] for card in (separate, together)] == ["image", "volume"]
+
+
 def test_without_backbone_is_smaller_and_segments_the_same(here, capsys):
     as_before = ("distill", "images", "labels", *FEW, "--steps=12")
     assert run(*as_before, "-o", "without.safetensors", "--without-backbone") == FINE

@@ -1,6 +1,7 @@
 """What is painted is kept."""
 
 import os
+import platform
 
 import numpy as np
 import pytest
@@ -57,8 +58,9 @@ def test_annotations_in_use_are_not_given_to_another(tmp_path):
 def test_annotations_of_a_process_that_died_are_free(tmp_path):
     first = folder_for(tmp_path, "nuclei", {}, (4, 20, 30))
     make(first)
-    (first / "owner").write_text(str(2**22 + 1))  # no such process
-    assert folder_for(tmp_path, "nuclei", {}, (4, 20, 30)) == first
+    for line in (f"{2**22 + 1} 0.00 here", f"{os.getpid()} 0.00 {platform.node()}", "1 1.00 another-machine", "x", ""):
+        (first / "owner").write_text(line)  # no such process, or one that got its number since
+        assert folder_for(tmp_path, "nuclei", {}, (4, 20, 30)) == first
 
 
 def test_beginning_anew_deletes_nothing(tmp_path):

@@ -287,6 +287,9 @@ def test_a_slice_is_left_out_removed_and_gone_to_from_the_list(dock, viewer, pai
     items.setCurrentRow(1)
     dock.support.remove.click()
     assert dock.session.annotations.planes() == [2]
+    dock.support.layer.undo()
+    dock.session.painted()
+    np.testing.assert_array_equal(dock.session.annotations.plane(5), painted_truth[5])
 
 
 def test_the_brush_and_the_layer_agree(dock):
@@ -314,6 +317,15 @@ def test_labels_of_a_file_are_imported(dock, qtbot, tmp_path, sample):
     dock.support.import_labels(tmp_path / "truth.tif", "masks")
     finish(qtbot, dock)
     assert dock.session.annotations.planes() == [1, 4]
+    painted = dock.session.annotations.plane(4)
+    tifffile.imwrite(tmp_path / "plane.tif", np.eye(96, dtype=np.uint8))
+    dock.support.go_to(4)
+    dock.support.import_labels(tmp_path / "plane.tif", "classes")
+    finish(qtbot, dock)
+    assert dock.session.annotations.counts(4)[2] == 96
+    assert "Ctrl+Z brings back what 1 of them had" in dock.support.message.text()
+    dock.support.layer.undo()
+    np.testing.assert_array_equal(dock.session.annotations.plane(4), painted)
 
 
 def test_slices_that_differ_take_the_place_of_even_ones(viewer, open_dock, qtbot):
@@ -624,9 +636,139 @@ def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot,
     finish(qtbot, dock)
     assert dock.session.model_path.parent == folder
     dock.model.copy_command()
-    assert str(folder / "support" / "images") in QApplication.clipboard().text()
-    assert "--pixel-size 1,1" in QApplication.clipboard().text()
-    assert [f.name for f in (folder / "support" / "images").iterdir()] == ["plane_0002.tif"]
+    assert str(folder / "student-1" / "images") in QApplication.clipboard().text()
+    assert "--pixel-size 1.0,1.0" in QApplication.clipboard().text()
+    assert [f.name for f in (folder / "student-1" / "images").iterdir()] == ["plane_0002.tif"]
+
+
+def test_a_script_names_the_slices_that_were_learnt_from_whatever_is_painted_later(dock, qtbot, painted_truth):
+    from qtpy.QtWidgets import QApplication
+
+    from distillfss_core import load_support
+
+    paint(dock, painted_truth, [1, 3])
+    dock.distil.start()
+    finish(qtbot, dock)
+    paint(dock, painted_truth, [5])
+    dock.support.anew.click()
+    dock.model.copy_python()
+    script = QApplication.clipboard().text()
+    support = dock.session.training.support
+    assert support.parent.name.endswith(".old1")
+    assert str(support / "images") in script
+    assert dock.session.model_path.is_file()
+    assert str(dock.session.model_path) in script
+    again = load_support(support / "images", support / "labels", classes=["object"], scribbles=True, one_volume=True)
+    assert [s.source for s in again.slices] == ["plane_0001.tif", "plane_0003.tif"]
+    assert again.planes_of_one_volume
+
+
+def test_a_script_segments_with_the_student_that_did(dock, qtbot, student, tmp_path):
+    from qtpy.QtWidgets import QApplication
+
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    (tmp_path / "other.safetensors").write_bytes(student.read_bytes())
+    dock.model.load_from(tmp_path / "other.safetensors")
+    finish(qtbot, dock)
+    dock.model.copy_command()
+    assert f"-m {student}" in QApplication.clipboard().text()
+    dock.model.copy_python()
+    assert f"StudentModel.load('{student}')" in QApplication.clipboard().text()
+
+
+def test_a_student_that_cannot_be_kept_can_be_saved_elsewhere(dock, qtbot, painted_truth, monkeypatch, tmp_path):
+    from distillfss_core import OutputError
+
+    def full(self, path, **options):
+        raise OutputError(f"cannot write {path}: no space left on device")
+
+    paint(dock, painted_truth, [2])
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentModel, "save", full)
+        dock.distil.start()
+        finish(qtbot, dock)
+    assert "press Save and choose another place" in dock.distil.message.text()
+    assert dock.session.model_path is None
+    dock.model.save_to(tmp_path / "elsewhere.safetensors")
+    assert StudentModel.load(tmp_path / "elsewhere.safetensors").class_names == ("object",)
+
+
+def test_a_student_never_takes_the_place_of_another(dock, painted_truth):
+    paint(dock, painted_truth, [2])
+    folder = dock.session.annotations.folder
+    (folder / "student-2.safetensors").write_text("")  # the first was deleted
+    assert dock.session.next_model_path() == folder / "student-3.safetensors"
+
+
+def test_stopped_before_the_first_step_the_student_there_was_stays(dock, qtbot, painted_truth, student):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    model = dock.session.model
+    paint(dock, painted_truth, [2])
+    dock.distil.start_refining()
+    dock.distil.job.cancel()
+    finish(qtbot, dock)
+    assert dock.session.model is model
+    assert "nothing was changed" in dock.distil.message.text()
+    assert not list(dock.session.annotations.folder.glob("student-*"))
+
+
+def test_a_stopped_load_changes_nothing(dock, qtbot, student):
+    dock.model.load_from(student)
+    dock.model.job.cancel()
+    finish(qtbot, dock)
+    assert dock.session.model is None
+    assert "nothing was loaded" in dock.model.message.text()
+
+
+def test_the_layer_that_is_chosen_is_the_one_that_is_shown_in_whatever_order_they_are(dock, viewer):
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    viewer.layers.move(1, 0)
+    assert [dock.volume.layers.itemText(i) for i in range(2)] == ["another", "nuclei"]
+    assert dock.volume.layers.currentText() == "nuclei"
+    dock.volume.layers.setCurrentIndex(0)
+    dock.volume.layers.activated.emit(0)
+    assert dock.volume.value().name == "another"
+    viewer.layers["another"].name = "renamed"
+    assert dock.volume.layers.currentText() == "renamed"
+
+
+def test_the_teacher_that_answers_is_the_one_that_was_chosen_last(dock, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.preview.on.setChecked(True)
+    for index in (1, 2):  # the first is still being told
+        dock.preview.source.setCurrentIndex(index)
+        dock.preview.source.activated.emit(index)
+    qtbot.waitUntil(lambda: dock.preview.model() is not None, timeout=60_000)
+    assert type(dock.preview.model().teacher).__name__ == "PrototypeTeacher"
+
+
+def test_a_teacher_told_of_one_volume_does_not_answer_for_another(dock, viewer, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.preview.source.setCurrentIndex(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.source.activated.emit(2)
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    assert dock.preview.model() is None
+    assert "no slice is annotated" in dock.preview.message.text()
+
+
+def test_planes_of_one_volume_are_not_suggested_for_another(dock, viewer, qtbot, student):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.support.way.setCurrentText("least sure")
+    dock.support.suggest.click()
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    finish(qtbot, dock)
+    assert dock.support.suggested == []
 
 
 def test_two_viewers_distil_at_the_same_time(dock, sample, open_dock, qtbot, tmp_path, few, painted_truth):

@@ -6,6 +6,7 @@ import pytest
 import tifffile
 import zarr
 from napari.layers import Image, Labels
+from napari.layers._source import layer_source
 
 from distillfss_core import DistillFSSError
 from napari_distillfss._layers import OnGrid, choose_layer, layer_of_file, lead_axes
@@ -95,6 +96,19 @@ def test_a_file_becomes_a_lazy_layer_that_is_read_from_the_file_again(tmp_path):
     chosen = choose_layer(layer)
     assert chosen.volume.path == tmp_path / "stack.tif"
     np.testing.assert_array_equal(chosen.volume.plane(2), STACK[2])
+
+
+def test_a_layer_that_was_worked_on_is_what_is_segmented(tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", STACK, photometric="minisblack", metadata={"axes": "ZYX"})
+    with layer_source(path=str(tmp_path / "stack.tif")):
+        read = Image(tifffile.imread(tmp_path / "stack.tif"))
+    assert choose_layer(read).volume.path == tmp_path / "stack.tif"
+    read.data = read.data[:, ::-1]
+    np.testing.assert_array_equal(choose_layer(read).volume.plane(1), STACK[1, ::-1])
+    levels, about = layer_of_file(tmp_path / "stack.tif")
+    lazy = Image(levels[0], **about)
+    lazy.data = lazy.data[:, ::-1]
+    np.testing.assert_array_equal(choose_layer(lazy).volume.plane(1), STACK[1, ::-1])
 
 
 def test_labels_on_disk_are_seen_with_the_axes_of_the_layer():

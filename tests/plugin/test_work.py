@@ -53,13 +53,15 @@ def test_labels_of_a_whole_stack_are_taken_over_where_there_are_any(tmp_path, an
     labels = np.zeros((4, 20, 30), np.uint8)
     labels[2, 5:9] = 3
     tifffile.imwrite(tmp_path / "l.tif", labels, photometric="minisblack", metadata={"axes": "ZYX"})
-    assert drain(iter_import(annotations, tmp_path / "l.tif", (4, 20, 30), 0, "masks", Event())) == [2]
+    ((z, before, _),) = drain(iter_import(annotations, tmp_path / "l.tif", (4, 20, 30), 0, "masks", Event()))
+    assert (z, before.any()) == (2, False)
     assert set(np.unique(annotations.plane(2))) == {1, 2}
 
 
 def test_labels_of_one_plane_go_into_the_plane_on_screen(tmp_path, annotations):
     tifffile.imwrite(tmp_path / "l.tif", np.eye(20, 30, dtype=np.uint8))
-    assert drain(iter_import(annotations, tmp_path / "l.tif", (4, 20, 30), 3, "classes", Event())) == [3]
+    ((z, _, _),) = drain(iter_import(annotations, tmp_path / "l.tif", (4, 20, 30), 3, "classes", Event()))
+    assert z == 3
 
 
 def test_labels_of_another_size_are_one_sentence(tmp_path, annotations):

@@ -92,7 +92,8 @@ class ApplyWidget(QWidget):
             region, mode = self.region.value(), MODES[self.mode.currentText()]
             how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
             self.job.check_free()
-            self._running, self._written = Applied(chosen, out, mode, region), False
+            by = (self._session.model_path, tuple(model.class_names))
+            self._running, self._written = Applied(chosen, out, mode, region, *by), False
             self._active = self._viewer.layers.selection.active
             nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
             self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
@@ -144,7 +145,7 @@ class ApplyWidget(QWidget):
             return
         self._remove_layer()
         classes = self._session.annotations.classes if self._session.annotations else ()
-        known = len(classes) == len(self._session.model.class_names)
+        known = len(classes) == len(applied.classes)
         self.layer = self._viewer.add_labels(
             data if len(data) > 1 else data[0],
             name=applied.out.name.partition(".")[0],
@@ -298,10 +299,9 @@ class ObjectsWidget(QWidget):
     def _on_state_changed(self) -> None:
         applied = self._session.applied
         self.count.setEnabled(applied is not None and not self._session.busy)
-        if applied is not None and self._session.model is not None:
-            names = list(self._session.model.class_names)
-            if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
+        if applied is not None:
+            if [self.of_class.itemText(i) for i in range(self.of_class.count())] != list(applied.classes):
                 self.of_class.clear()
-                self.of_class.addItems(names)
+                self.of_class.addItems(applied.classes)
             if self.message.text().startswith("apply"):
                 self.message.tell(f"ready to count the objects of {applied.out.name}")

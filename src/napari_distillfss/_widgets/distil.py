@@ -9,7 +9,7 @@ from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
 from napari_distillfss._jobs import Job
-from napari_distillfss._session import LearntFrom, Session
+from napari_distillfss._session import Session
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
@@ -24,7 +24,7 @@ class DistilWidget(QWidget):
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session = session
-        self._started: tuple[Any, Path | None, LearntFrom] | None = None  # the path is that of the student gone on from
+        self._started: tuple[Any, Path | None] | None = None  # the path is that of the student gone on from
         self.settings = PresetPicker()
         self.distil = button("Distil", "Make a student from the annotated slices", self.start)
         self.refine = button(
@@ -65,11 +65,12 @@ class DistilWidget(QWidget):
         def start() -> None:
             if self.settings.fault:
                 raise core.SettingsError(self.settings.fault)
-            settings, maker, learnt_from = self.settings.value(), *self._session.support_maker()
+            settings, maker = self.settings.value(), self._session.support_maker()
             keep = self._session.next_model_path()
+            assert keep is not None  # there are annotations
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop))
             start = self._session.model_path if model is not None else None
-            self._started = (settings, start, learnt_from)
+            self._started = (settings, start)
             self.plot.clear()
             self.plot.show()
             self.message.tell("")
@@ -81,16 +82,23 @@ class DistilWidget(QWidget):
             loss = sum(step.losses.values()) if step.losses else None
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
 
-    def _on_job_done(self, found: Distilled) -> None:
+    def _on_job_done(self, found: Distilled | None) -> None:
         if self._started is None:
             return
-        self._session.take_student(found.model, found.path, *self._started)
+        if found is None:
+            self.plot.hide()
+            self.message.tell("stopped before the first step; nothing was changed")
+            return
+        self._session.take_student(found.model, found.path, *self._started, found.support)
         record = found.model.training
         line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
         if record.get("left_out_iou") is not None:
             line += f", IoU {record['left_out_iou']:.3f} on the slice left out"
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
+        if found.fault:
+            self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({found.fault})")
+            return
         self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
 
     def _on_slices_changed(self) -> None:

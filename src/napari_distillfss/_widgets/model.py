@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from qtpy.QtWidgets import QApplication, QFileDialog, QPlainTextEdit, QWidget
 
 from napari_distillfss import _words as words
 from napari_distillfss._jobs import Job
-from napari_distillfss._scripts import command_line, python_lines, write_support
+from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
 from napari_distillfss._work import iter_loading
@@ -54,8 +55,7 @@ class ModelWidget(QWidget):
         """Write the student."""
 
         def save() -> None:
-            self._session.model.save(path)
-            self._session.model_path = path
+            self._session.save_model(path)
             self.message.tell(f"saved as {path}")
 
         attempt(self.message, save)
@@ -75,21 +75,20 @@ class ModelWidget(QWidget):
     def copy_python(self) -> None:
         self._copy(python_lines)
 
-    def _copy(self, make: Any) -> None:
-        def copy() -> None:
-            session = self._session
-            support = Path("SUPPORT")
-            said = "copied"
-            if session.training is not None:
-                annotations = session.training.annotations
-                support = write_support(session.training.volume.volume, annotations, annotations.folder / "support")
-                said += "; the annotated slices it reads were written beside your annotations"
-            QApplication.clipboard().setText(make(session, support))
-            self.message.tell(said)
-
-        attempt(self.message, copy)
+    def _copy(self, make: Callable[[Session], str]) -> None:
+        training = self._session.training
+        QApplication.clipboard().setText(make(self._session))
+        if training is None:
+            self.message.tell("copied")
+        elif training.support is None:
+            self.message.warn("copied; the annotated slices could not be written: put your own in place of SUPPORT")
+        else:
+            self.message.tell("copied; the annotated slices it reads are beside your annotations")
 
     def _on_loaded(self, model: Any) -> None:
+        if model is None:
+            self.message.tell("stopped; nothing was loaded")
+            return
         self._session.set_model(model, path=self._loading, training=None)
         self.message.tell(f"loaded {self._loading}; switch the preview on, or apply it")
 

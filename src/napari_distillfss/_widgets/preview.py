@@ -38,6 +38,7 @@ class PreviewWidget(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._teacher: Any = None
+        self._told: tuple[Any, Any] = (None, None)  # of what kind a teacher was asked for, and of which annotations
         self._plane = -1
         self._known: dict[tuple[int, int], tuple[slice, slice]] = {}
         self._arrays: dict[str, np.ndarray] = {}
@@ -85,6 +86,7 @@ class PreviewWidget(QWidget):
         self._latest.failed.connect(self._on_failed)
         self._latest.idle.connect(self._on_idle)
         self.job.done.connect(self._on_teacher)
+        self.job.ended.connect(self._on_job_ended)
         self.job.failed.connect(self.message.warn)
         self.on.toggled.connect(self._on_toggled)
         self.source.activated.connect(self._on_source_activated)
@@ -133,15 +135,29 @@ class PreviewWidget(QWidget):
             self._make_teacher()
 
     def _make_teacher(self) -> None:
-        kind = SOURCES[self.source.currentText()]
+        if self.job.running:  # that what was asked for before ends first
+            self.job.cancel()
+            return
+        wanted = self._wanted()
 
         def start() -> None:
-            maker, _ = self._session.support_maker()
-            self.job.start(lambda stop: iter_teacher(maker, core.DistillSettings(), str(kind), stop))
+            maker = self._session.support_maker()
+            self.job.start(lambda stop: iter_teacher(maker, core.DistillSettings(), str(wanted[0]), stop))
+            self._told = wanted
 
         attempt(self.message, start)
 
+    def _wanted(self) -> tuple[Any, Any]:
+        return SOURCES[self.source.currentText()], self._session.annotations
+
+    def _on_job_ended(self) -> None:
+        kind, annotations = wanted = self._wanted()
+        if kind is not None and annotations is not None and wanted != self._told:
+            self._make_teacher()
+
     def _on_teacher(self, teacher: Any) -> None:
+        if teacher is None or self._wanted() != self._told:  # stopped, or another is wanted by now
+            return
         self._teacher = teacher
         self._forget_answers()
         self.on.setChecked(True)
@@ -155,9 +171,12 @@ class PreviewWidget(QWidget):
             self._ask()
 
     def _on_volume_changed(self) -> None:
-        self._latest.cancel()
+        self._teacher = None  # it was told of slices of another volume
         self._remove_layers()
-        self._ask()
+        if self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
+            self._make_teacher()
+        else:
+            self._ask()
 
     def _on_view_moved(self) -> None:
         if self.on.isChecked():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +15,21 @@ from qtpy.QtWidgets import QFileDialog, QListWidget, QListWidgetItem, QWidget
 
 import distillfss_core as core
 from napari_distillfss import _words as words
-from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, FIRST_CLASS, KINDS, UNLABELLED, Class
+from napari_distillfss._annotations import (
+    BACKGROUND,
+    BACKGROUND_COLOUR,
+    FIRST_CLASS,
+    KINDS,
+    UNLABELLED,
+    Annotations,
+    Class,
+)
 from napari_distillfss._jobs import Job, LatestJob
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.classes import ClassList
 from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
-from napari_distillfss._work import THUMBNAIL, iter_different, iter_import, iter_least_sure, iter_thumbnails, pick
+from napari_distillfss._work import THUMBNAIL, Work, iter_different, iter_import, iter_least_sure, iter_thumbnails, pick
 
 MARK = "distillfss_annotations"
 """Key of the metadata of the layer that is painted."""
@@ -65,7 +74,9 @@ class SupportWidget(QWidget):
         self.list.setToolTip("Click to go there; untick to leave a slice out of the training")
         self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
         self.list.setMinimumHeight(150)
-        self.remove = button("Remove slice", "Wipe what is painted in the chosen slice", self._on_remove_clicked)
+        self.remove = button(
+            "Remove slice", "Wipe what is painted in the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
+        )
         self.kind = combo(
             "What numbers of a label file mean. masks: 0 background, others the first class; classes: 0 background, "
             "1.. classes; scribbles: 0 not labelled, 1 background, 2.. classes",
@@ -77,6 +88,7 @@ class SupportWidget(QWidget):
         self.job = Job(session, "looking at slices", self)
         self.look = Job(name="looking for slices that differ", parent=self)
         self._asked: _Question | None = None
+        self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
         self._looked_for: _Question | None = None
         self._thumbnails = LatestJob(self)
         self._soon = QTimer(self)
@@ -134,10 +146,7 @@ class SupportWidget(QWidget):
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
-        attempt(
-            self.message,
-            lambda: self.job.start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop)),
-        )
+        self._start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop), self._show_suggested)
 
     def fill_rest(self) -> None:
         """Whatever is not labelled in the current plane becomes background."""
@@ -151,10 +160,16 @@ class SupportWidget(QWidget):
         z = self.plane()
         before = annotations.plane(z)
         after = np.where(before == UNLABELLED, BACKGROUND if labels is None else labels, before).astype(np.uint8)
-        # As `data_setitem` does, but the plane as a whole: pixel by pixel zarr takes a second for a million.
-        self.layer._save_history((annotations.index(z), before, after))
         annotations.put(z, after)
-        self.layer.refresh()
+        self._can_be_undone([(z, before, after)])
+
+    def _can_be_undone(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        """Labels of whole planes were replaced: show it, and let Ctrl+Z bring back what was there."""
+        annotations = self._session.annotations
+        if self._show_layer() and annotations is not None:
+            for z, before, after in planes:  # as `data_setitem` does; pixel by pixel zarr takes a second for a million
+                self.layer._save_history((annotations.index(z), before, after))
+            self.layer.refresh()
         self._session.painted()
 
     def go_to(self, z: int) -> None:
@@ -179,16 +194,14 @@ class SupportWidget(QWidget):
             self.message.warn(self._session.no_annotations)
             return
         z, shape = self.plane(), tuple(chosen.volume.shape[:3])
-        attempt(
-            self.message,
-            lambda: self.job.start(lambda stop: iter_import(annotations, path, shape, z, kind, stop)),
-        )
+        self._start(lambda stop: iter_import(annotations, path, shape, z, kind, stop), self._show_imported)
 
     # what happens
 
     def _on_volume_changed(self) -> None:
         self.look.cancel()
         self._asked = None
+        self._thumbnails.cancel()
         self._pictures.clear()
         self.suggested = []
         self._remove_layer()
@@ -284,10 +297,9 @@ class SupportWidget(QWidget):
             return
         z = item.data(Qt.ItemDataRole.UserRole)
         self.suggested = [s for s in self.suggested if s != z]
+        before = self._session.annotations.plane(z)
         self._session.annotations.remove(z)
-        self._session.painted()
-        if self.layer is not None:
-            self.layer.refresh()
+        self._can_be_undone([(z, before, np.zeros_like(before))] if before.any() else [])
 
     def _on_anew_clicked(self) -> None:
         self._session.begin_anew()
@@ -297,18 +309,10 @@ class SupportWidget(QWidget):
         if path:
             self.import_labels(Path(path), self.kind.currentText())
 
-    def _on_job_done(self, planes: list[int]) -> None:
-        annotations = self._session.annotations
-        if annotations is None or not planes:
-            return
-        if set(planes) <= set(annotations.planes()):
-            self._session.painted()
-            if self._show_layer():
-                self.layer.refresh()
-            self.go_to(planes[0])
-            self.message.tell(f"labels of {len(planes)} planes were taken over")
-        else:
-            self._show_suggested(planes)
+    def _on_job_done(self, found: Any) -> None:
+        annotations, show = self._then
+        if found and annotations is self._session.annotations:  # the answer to a question about another volume is not
+            show(found)
 
     def _on_look_done(self, planes: list[int] | None) -> None:
         """Take the planes that differ in place of the even ones, unless the user has moved on."""
@@ -334,6 +338,22 @@ class SupportWidget(QWidget):
         if self._asked is not None and not self.look.running:
             asked = self._looked_for = self._asked
             self.look.start(lambda stop: iter_different(asked.chosen.volume, asked.count, asked.painted, stop))
+
+    def _start(self, work: Work, show: Callable[[Any], None]) -> None:
+        """Begin some work on these annotations, what comes of which is to be shown so."""
+
+        def start() -> None:
+            self.job.start(work)
+            self._then = (self._session.annotations, show)
+
+        attempt(self.message, start)
+
+    def _show_imported(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+        replaced = [p for p in planes if p[1].any()]
+        self._can_be_undone(replaced)
+        self.go_to(planes[0][0])
+        again = f"; Ctrl+Z brings back what {len(replaced)} of them had" if replaced else ""
+        self.message.tell(f"labels of {words.count(len(planes), 'plane')} were taken over{again}")
 
     def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
         self.suggested = planes

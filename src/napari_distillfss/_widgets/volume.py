@@ -57,6 +57,8 @@ class VolumePicker(QWidget):
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.layers.events.removed.connect(self._on_layers_changed)
+        viewer.layers.events.reordered.connect(self._on_layers_changed)
+        viewer.layers.events.renamed.connect(self._on_layers_changed)
         self._take(None)
         self._on_layers_changed()
 
@@ -163,6 +165,8 @@ class VolumePicker(QWidget):
     def _forget_viewer(self) -> None:
         self._viewer.layers.events.inserted.disconnect(self._on_layers_changed)
         self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
+        self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
+        self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
 
 
 def _set(box: Any, value: int, high: int | None = None) -> None:
