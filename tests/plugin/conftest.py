@@ -32,18 +32,19 @@ raise SystemExit(0 if QOpenGLContext().create() else "no OpenGL context")
 
 
 @pytest.fixture(scope="session")
-def display():
+def display(qapp):
     """A screen that OpenGL can draw on: the one there is, or Xvfb."""
+    from qtpy.QtGui import QOpenGLContext
+
     given = os.environ.get("DISPLAY")
-    if given and _draws(given):
-        return given
-    if shutil.which("Xvfb") is None:
-        pytest.skip("a window needs a screen that OpenGL draws on; install Xvfb")
-    name = _start_xvfb()
-    if not _draws(name):
-        pytest.skip(f"OpenGL draws neither on the screen {given!r} nor on Xvfb's {name!r}; install libgl1-mesa-dri")
-    os.environ["DISPLAY"] = name
-    return name
+    if not (given and _draws(given)):
+        if shutil.which("Xvfb") is None:
+            pytest.skip("a window needs a screen that OpenGL draws on; install Xvfb")
+        os.environ["DISPLAY"] = _start_xvfb()
+    if not _draws(os.environ["DISPLAY"]) or not QOpenGLContext().create():
+        tried = f"on the screen {given!r} nor on Xvfb's" if given else "on Xvfb's"
+        pytest.skip(f"OpenGL does not draw {tried} {os.environ['DISPLAY']!r}; install libgl1-mesa-dri, or try again")
+    return os.environ["DISPLAY"]
 
 
 def _draws(display):
@@ -59,7 +60,7 @@ def _start_xvfb():
     # so the server ends when the pipe it reads from is closed, which this process leaves to the system.
     alive, _ = os.pipe()
     end, other = os.pipe()
-    command = f"Xvfb -displayfd {other} -screen 0 1280x800x24 -nolisten tcp & cat >/dev/null; kill $!"
+    command = f"Xvfb -displayfd {other} -screen 0 1280x800x24 -nolisten tcp -noreset & cat >/dev/null; kill $!"
     subprocess.Popen(
         ["sh", "-c", command], stdin=alive, pass_fds=[other], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
