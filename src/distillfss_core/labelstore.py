@@ -535,7 +535,7 @@ def _write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str
         attributes["distillfss"]["engine"] = notes["engine"]
     group: Any = _open_group(path)
     present = group.attrs.asdict()
-    attributes["distillfss"] |= {k: v for k, v in present.get("distillfss", {}).items() if k == "finished"}
+    attributes["distillfss"] = present.get("distillfss", attributes["distillfss"])  # how it was begun, what is finished
     if present != attributes:
         group.attrs.put(attributes)
     if image_of(path):

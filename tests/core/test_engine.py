@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,6 +210,19 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
     old = write_ome_zarr(tmp_path / "old.zarr", STACK, version="0.4")
     with pytest.raises(OutputError, match=r"no OME-Zarr 0\.5 image"):
         segment_to_zarr(open_volume(old), plain_student, old / "labels" / "blob", tile=TILE)
+
+
+def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    part = ((0, 1), (None, None), (None, None))
+    segment_to_zarr(volume, plain_student, out, region=part, tile=TILE)
+    before = zarr.open_group(out, mode="r").attrs["distillfss"]
+    other = write_ome_zarr(tmp_path / "other.ome.zarr", 255 - STACK, scale=(2.0, 0.5, 0.5), levels=1)
+    with pytest.raises(SettingsError, match="another volume"):
+        segment_to_zarr(open_volume(other), plain_student, out, tile=TILE)
+    copy = shutil.copytree(volume.path, tmp_path / "copy.ome.zarr")
+    segment_to_zarr(open_volume(copy), plain_student, out, region=part, tile=TILE)  # the same, elsewhere
+    assert zarr.open_group(out, mode="r").attrs["distillfss"] == before
 
 
 def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, expected, tmp_path, monkeypatch):
