@@ -38,6 +38,7 @@ from distillfss_core.labelstore import (
     Index,
     LabelStore,
     Part,
+    check_apart,
     image_of,
     overlap,
     remove_labels,
@@ -149,7 +150,7 @@ def iter_segment(
         If the region is not in the volume, or the output was begun with another model, volume or settings, or by an
         engine that is not installed.
     OutputError
-        If it cannot be written (disk full, ...): what is finished is kept.
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where the volume does.
     InputFileError, ImageError
         If the volume is damaged, has other channels than the model, or is not finite somewhere.
     """
@@ -158,6 +159,7 @@ def iter_segment(
     wanted = check_region(volume, region)
     labeller = make_labeller(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
+    check_apart(out, volume.path)
     if overwrite:
         remove_labels(out)
     with ExitStack() as stack:

@@ -34,6 +34,7 @@ from distillfss_core.labelstore import (
     Box,
     Index,
     LabelStore,
+    check_apart,
     image_of,
     plan_blocks,
     remove_labels,
@@ -135,7 +136,7 @@ def iter_instances(
     ImageError
         If labels are no integers, or the image has another size.
     OutputError
-        If it cannot be written (disk full, ...): what is finished is kept.
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where labels or image do.
     InputFileError
         If a volume is damaged.
     """
@@ -147,6 +148,7 @@ def iter_instances(
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
     if table is not None:
         check_table(Path(table))
+    check_apart(out, labels.path, image.path if image else None)
     if overwrite:
         remove_labels(out)
     settings = {**cutter.settings(), "min_voxels": min_voxels}

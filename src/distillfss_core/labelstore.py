@@ -418,6 +418,23 @@ def shard_file(path: Path, array: Any, level: int, at: Index) -> Path:
     return path / str(level) / str(array.metadata.encode_chunk_key(at))
 
 
+def check_apart(path: Path, *inputs: Path | None) -> None:
+    """Labels are put nowhere where something is read, except among the labels of an image.
+
+    Raises
+    ------
+    OutputError
+    """
+    out, image = path.resolve(), image_of(path)
+    for given in inputs:
+        if given is None:
+            continue
+        read = given.resolve()
+        among = image is not None and image.resolve() == read
+        if out == read or out in read.parents or (read in out.parents and not among):
+            raise OutputError(f"cannot write {path}: {given} is read, and would be lost or changed; give another name")
+
+
 def remove_labels(path: Path) -> None:
     """Delete labels that were written from here, for another run in their place.
 

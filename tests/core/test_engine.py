@@ -200,10 +200,13 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
         segment_to_zarr(volume, other, out, tile=TILE)
     with pytest.raises(SettingsError, match="another layout, tile"):
         segment_to_zarr(volume, plain_student, out, tile=192)
+    for path in (volume.path, volume.path / "out.zarr", tmp_path):
+        with pytest.raises(OutputError, match="is read"):
+            segment_to_zarr(volume, plain_student, path, tile=TILE, overwrite=True)
     with pytest.raises(OutputError, match="not from here"):
-        segment_to_zarr(volume, plain_student, tmp_path / "image.ome.zarr", tile=TILE)
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE)
     with pytest.raises(OutputError, match="not from here"):
-        segment_to_zarr(volume, plain_student, tmp_path / "image.ome.zarr", tile=TILE, overwrite=True)
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE, overwrite=True)
     with pytest.raises(OutputError, match="no folder"):
         segment_to_zarr(volume, plain_student, tmp_path / "no" / "out.zarr", tile=TILE)
     segment_to_zarr(volume, other, out, tile=TILE, overwrite=True)

@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import relabel_sequential
 
 from distillfss_core.cli import FAULT, FINE, main
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import ImageError, OutputError, SettingsError
 from distillfss_core.instances import iter_instances, label_instances
 from distillfss_core.labelstore import RECORD
 from distillfss_core.volume import open_volume
@@ -157,6 +157,27 @@ def test_labels_made_anew_are_not_taken_for_the_old_ones(worms, tmp_path):
     zarr.open_group(path, mode="r+").attrs["distillfss"] = {"model": "another"}
     with pytest.raises(SettingsError, match="another labels"):
         label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
+
+
+def test_what_is_read_is_never_overwritten(worms, tmp_path):
+    label_instances(open_volume(worms), tmp_path / "labels.zarr", block=BLOCK)
+    labels = open_volume(tmp_path / "labels.zarr")
+    image = open_volume(write_ome_zarr(tmp_path / "image.zarr", noise(SHAPE)))
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "labels.zarr")
+    before = numbered(tmp_path / "labels.zarr")
+    for out, given in (
+        ("labels.zarr", labels),
+        ("link.zarr", labels),
+        ("labels.zarr", open_volume(tmp_path / "labels.zarr" / "0")),
+        ("labels.zarr/again.zarr", labels),
+    ):
+        with pytest.raises(OutputError, match=r"labels\.zarr.*is read"):
+            label_instances(given, tmp_path / out, overwrite=True, block=BLOCK)
+    with pytest.raises(OutputError, match=r"image\.zarr.*is read"):
+        label_instances(labels, tmp_path / "image.zarr" / "here", image=image, overwrite=True, block=BLOCK)
+    assert np.array_equal(numbered(tmp_path / "labels.zarr"), before)
+    for _ in range(2):  # among the labels of its image it has its place
+        label_instances(labels, tmp_path / "image.zarr" / "labels" / "cells", image=image, overwrite=True, block=BLOCK)
 
 
 def test_no_objects_are_no_fault(tmp_path):
