@@ -12,6 +12,7 @@ no two objects meet in an id, numbers follow the order of the volume, and a bloc
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core import __version__
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io import atomic_path
 from distillfss_core.labelstore import (
     RECORD,
@@ -35,6 +36,7 @@ from distillfss_core.labelstore import (
     Index,
     LabelStore,
     check_apart,
+    finished_regions,
     image_of,
     plan_blocks,
     remove_labels,
@@ -43,6 +45,8 @@ from distillfss_core.labelstore import (
 from distillfss_core.objects import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, drain
 from distillfss_core.volume import Volume
+
+log = logging.getLogger(__name__)
 
 METHODS = ("components", "watershed")
 CONNECTIVITIES = (6, 18, 26)
@@ -138,7 +142,8 @@ def iter_instances(
     OutputError
         If it cannot be written (disk full, ...): what is finished is kept. If it would lie where labels or image do.
     InputFileError
-        If a volume is damaged.
+        If a volume is damaged, or labels were written from here and nothing of them is finished. (Where a part of them
+        is, a warning is logged.)
     """
     start = time.monotonic()
     out = Path(out)
@@ -148,6 +153,7 @@ def iter_instances(
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
     if table is not None:
         check_table(Path(table))
+    _check_finished(labels)
     check_apart(out, labels.path, image.path if image else None)
     if overwrite:
         remove_labels(out)
@@ -298,6 +304,32 @@ class _Cutter:
         peaks |= mask & ~seen[whole]  # what lies beside something larger is an object all the same
         seeds = cc3d.connected_components(peaks, connectivity=26, binary_image=True, out_dtype=np.uint32)
         return watershed(-smooth, seeds.astype(np.int32), mask=mask), seeds
+
+
+def _check_finished(labels: Volume) -> None:
+    """Labels that were written from here say how far they are."""
+    regions = finished_regions(labels.path) if labels.path else None
+    if regions is None:
+        return
+    if not regions:
+        raise InputFileError(f"{labels.name}: nothing of it is finished; resume its segmentation first")
+    ends = [sorted({0, n, *(e for r in regions for e in r[k])}) for k, n in enumerate(labels.levels[0])]
+    done = np.zeros([len(e) - 1 for e in ends], bool)
+    for region in regions:
+        done[tuple(slice(e.index(a), e.index(b)) for e, (a, b) in zip(ends, region, strict=True))] = True
+    if not done.all():
+        z, y, x = (np.diff(e) for e in ends)
+        share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(labels.levels[0])
+        told = "; ".join(
+            ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
+        )
+        log.warning(
+            "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
+            "segmentation first to have all",
+            labels.name,
+            told,
+            100 * share,
+        )
 
 
 def _fingerprint(volume: Volume) -> dict[str, Any]:

@@ -452,6 +452,14 @@ def remove_labels(path: Path) -> None:
         shutil.rmtree(path)
 
 
+def finished_regions(path: Path) -> list[Box] | None:
+    """The regions that are complete, of labels that were written from here; None of others."""
+    if not (path / "zarr.json").is_file():
+        return None
+    about = zarr.open(path, mode="r").attrs.get("distillfss")
+    return [_box(map(tuple, r)) for r in about.get("finished", [])] if isinstance(about, dict) else None
+
+
 def count_voxels(path: Path, region: Box, classes: int) -> list[int]:
     """How many voxels of a region of finished labels have each label 0..classes."""
     array: Any = zarr.open_array(path / "0", mode="r")

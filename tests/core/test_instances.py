@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import relabel_sequential
 
 from distillfss_core.cli import FAULT, FINE, main
-from distillfss_core.errors import ImageError, OutputError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 from distillfss_core.instances import iter_instances, label_instances
 from distillfss_core.labelstore import RECORD
 from distillfss_core.volume import open_volume
@@ -154,7 +154,10 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bytes(worms, tmp_path, stop)
 def test_labels_made_anew_are_not_taken_for_the_old_ones(worms, tmp_path):
     path = write_ome_zarr(tmp_path / "labels.zarr", worms)
     label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
-    zarr.open_group(path, mode="r+").attrs["distillfss"] = {"model": "another"}
+    zarr.open_group(path, mode="r+").attrs["distillfss"] = {
+        "model": "another",
+        "finished": [[[0, n] for n in SHAPE]],
+    }
     with pytest.raises(SettingsError, match="another labels"):
         label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
 
@@ -178,6 +181,32 @@ def test_what_is_read_is_never_overwritten(worms, tmp_path):
     assert np.array_equal(numbered(tmp_path / "labels.zarr"), before)
     for _ in range(2):  # among the labels of its image it has its place
         label_instances(labels, tmp_path / "image.zarr" / "labels" / "cells", image=image, overwrite=True, block=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("finished", "told"),
+    [
+        ([[[0, 20], [0, 70], [0, 90]]], None),
+        ([[[0, 9], [0, 70], [0, 90]], [[5, 20], [0, 70], [0, 90]]], None),
+        ([[[5, 15], [0, 70], [0, 90]]], "only z 5:15, y 0:70, x 0:90 is finished (50% of the voxels)"),
+        (
+            [[[0, 20], [0, 70], [0, 45]], [[0, 10], [0, 70], [30, 90]]],
+            "x 0:45; z 0:10, y 0:70, x 30:90 is finished (75",
+        ),
+        ([], "nothing of it is finished"),
+    ],
+)
+def test_a_half_finished_segmentation_is_not_taken_for_whole(worms, tmp_path, caplog, finished, told):
+    path = write_ome_zarr(tmp_path / "labels.zarr", worms)
+    zarr.open_group(path, mode="r+").attrs["distillfss"] = {"finished": finished}
+    if not finished:
+        with pytest.raises(InputFileError, match=told):
+            label_instances(open_volume(path), tmp_path / "out.zarr")
+        assert not (tmp_path / "out.zarr").exists()
+        return
+    label_instances(open_volume(path), tmp_path / "out.zarr")
+    assert len(caplog.messages) == (told is not None)
+    assert (told or "") in caplog.text
 
 
 def test_no_objects_are_no_fault(tmp_path):
