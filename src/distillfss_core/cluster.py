@@ -127,15 +127,11 @@ def iter_shards(
 
     Raises
     ------
-    SettingsError
-        If the volume is an array in memory.
     OutOfMemoryError
         If workers die of a shard again and again.
     DistillFSSError
         What went wrong on a worker.
     """
-    if labeller.volume.path is None:
-        raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 

@@ -160,13 +160,15 @@ def iter_segment(
     labeller = make_labeller(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
-    if overwrite:
-        remove_labels(out)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
+        if workers and volume.path is None:
+            raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
         device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
         engine = model.engine if device.startswith("cpu") else "torch"
         notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
+        if overwrite:
+            remove_labels(out)
         store = open_store(labeller, model, out, device=device, notes=notes, resume=resume)
         stack.callback(store.close)
         if (begun_with := _engine_of(store, engine)) != engine:

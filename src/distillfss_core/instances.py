@@ -155,8 +155,6 @@ def iter_instances(
         check_table(Path(table))
     _check_finished(labels)
     check_apart(out, labels.path, image.path if image else None)
-    if overwrite:
-        remove_labels(out)
     settings = {**cutter.settings(), "min_voxels": min_voxels}
     about = About(
         name=out.name.partition(".")[0],
@@ -169,6 +167,8 @@ def iter_instances(
     )
     chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
     layout = plan_blocks(labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32")
+    if overwrite:
+        remove_labels(out)
     store = LabelStore(out, layout, about, settings, resume=resume)
     measures = (out / RECORD).with_name("objects.npy")
     pieces = (out / RECORD).with_name("pieces")

@@ -282,6 +282,7 @@ class LabelStore:
             with _told(path):
                 for left in (*path.rglob("*.partial"), *(path / RECORD).parent.glob(f".{RECORD.name}.*")):
                     left.unlink(missing_ok=True)  # of writes that were killed
+                _remove_rest(path)
                 self._arrays = _write_metadata(path, layout, about, self.notes)
         except BaseException:
             self.record.close()
@@ -438,6 +439,8 @@ def check_apart(path: Path, *inputs: Path | None) -> None:
 def remove_labels(path: Path) -> None:
     """Delete labels that were written from here, for another run in their place.
 
+    They are renamed first, so that they are never half there; killed meanwhile, the next run deletes the rest.
+
     Raises
     ------
     OutputError
@@ -449,7 +452,19 @@ def remove_labels(path: Path) -> None:
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
     Record(path / RECORD).close()  # nobody else has it open
     with _told(path):
-        shutil.rmtree(path)
+        _remove_rest(path)
+        path.rename(_renamed(path))
+        _remove_rest(path)
+
+
+def _renamed(path: Path) -> Path:
+    """What labels are called while they are deleted."""
+    return path.with_name(f".{path.name}.deleted")
+
+
+def _remove_rest(path: Path) -> None:
+    if (rest := _renamed(path)).exists():
+        shutil.rmtree(rest)
 
 
 def finished_regions(path: Path) -> list[Box] | None:

@@ -85,7 +85,9 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(plain_student, workers,
     with pytest.raises(SettingsError, match="array in memory"):
         segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "mem.zarr", cluster=workers)
     (path / "0" / "c" / "4" / "0" / "0").unlink()
-    report = segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", cluster=workers)
+    with pytest.raises(SettingsError, match="another volume"):  # it has changed meanwhile
+        segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", cluster=workers)
+    report = segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", overwrite=True, cluster=workers)
     assert report.missing_chunks == 1
 
 

@@ -20,6 +20,7 @@ import pytest
 import zarr
 
 from distillfss_core import labelstore
+from distillfss_core.cluster import Connection
 from distillfss_core.engine import iter_segment, segment_to_zarr
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 from distillfss_core.labelstore import RECORD, coarsen_labels
@@ -226,6 +227,31 @@ def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
     copy = shutil.copytree(volume.path, tmp_path / "copy.ome.zarr")
     segment_to_zarr(open_volume(copy), plain_student, out, region=part, tile=TILE)  # the same, elsewhere
     assert zarr.open_group(out, mode="r").attrs["distillfss"] == before
+
+
+def test_labels_are_deleted_only_when_their_successor_can_begin(volume, plain_student, tmp_path, monkeypatch):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    before = files_of(out)
+    with pytest.raises(SettingsError, match="no scheduler answers"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True, cluster="tcp://127.0.0.1:9")
+    dead = Connection(type("Client", (), {"run": lambda *_: {"a": "cpu float32"}})(), "auto", "auto")
+    with pytest.raises(SettingsError, match="array in memory"):
+        segment_to_zarr(open_volume(STACK), plain_student, out, tile=TILE, overwrite=True, cluster=dead)
+    assert files_of(out) == before
+
+    def killed(path, **_):
+        next(f for f in path.rglob("*") if f.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelstore.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True)
+    assert not out.exists()
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert files_of(out) == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["image.ome.zarr", "out.ome.zarr"]
 
 
 def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, expected, tmp_path, monkeypatch):
