@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.io import atomic_path
+from distillfss_core.io import atomic_path, check_output
 from distillfss_core.types import Array
 
 TABLES = (".csv", ".parquet")
@@ -112,11 +112,15 @@ def check_table(path: Path) -> None:
     Raises
     ------
     SettingsError
+        If it has another suffix, or a library is missing.
+    OutputError
+        If there is no such folder, or nothing can be written there.
     """
     if path.suffix.lower() not in TABLES:
         raise SettingsError(f"table {path}: end its name in .csv or .parquet")
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise SettingsError("a table as Parquet needs pyarrow: pip install 'napari-distillfss[instances]'; or use .csv")
+    check_output(path)
 
 
 def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit: str | None) -> list[str]:

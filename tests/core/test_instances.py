@@ -224,6 +224,7 @@ def test_what_cannot_be_is_said_in_one_line(worms, tmp_path):
         ({"method": "watershed", "radius": 17.0}, SettingsError, "at most 16"),
         ({"min_voxels": 0}, SettingsError, "min_voxels 0"),
         ({"table": tmp_path / "t.xlsx"}, SettingsError, r"\.csv or \.parquet"),
+        ({"table": tmp_path / "no" / "t.csv"}, OutputError, "no folder"),
         ({"image": open_volume(worms[:, :9])}, ImageError, "but the labels are"),
     ]
     for options, kind, told in refused:
