@@ -280,7 +280,7 @@ class LabelStore:
             self._check_settings(settings)
             self.notes: dict[str, Any] = self.record.header["notes"]
             with _told(path):
-                for left in (*path.rglob("*.partial"), *(path / RECORD).parent.glob(f".{RECORD.name}.*")):
+                for left in path.rglob("*.partial"):
                     left.unlink(missing_ok=True)  # of writes that were killed
                 _remove_rest(path)
                 self._arrays = _write_metadata(path, layout, about, self.notes)
@@ -450,7 +450,7 @@ def remove_labels(path: Path) -> None:
         return
     if not (path / RECORD).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
-    Record(path / RECORD).close()  # nobody else has it open
+    Record(path / RECORD, {}).close()  # nobody else has it open
     with _told(path):
         _remove_rest(path)
         path.rename(_renamed(path))

@@ -101,9 +101,16 @@ def test_a_scheduler_without_workers_is_said(volume, plain_student, tmp_path):
     assert not (tmp_path / "out.zarr").exists()
 
 
-@pytest.mark.parametrize("address", ["", "lokal", "local:x", "http://a:1", "slurm:many"])
+@pytest.mark.parametrize(
+    "address", ["", "lokal", "local:x", "http://a:1", "slurm:many", "tcp://", "tcp://localhost", "tls://:8786"]
+)
 def test_what_is_no_cluster_is_refused(address):
     with pytest.raises(SettingsError, match="cluster"), connect(address):
+        pass
+
+
+def test_an_encrypted_scheduler_needs_certificates():
+    with pytest.raises(SettingsError, match="certificates"), connect("tls://localhost:8786"):
         pass
 
 
