@@ -190,7 +190,7 @@ def iter_instances(
         yield from _write_pyramid(store)
         objects = np.load(measures, allow_pickle=False)
         if table is not None:
-            write_table(Path(table), objects, labels.scale, labels.unit)
+            write_table(Path(table), objects, labels.scale, labels.unit, measured=image is not None)
         store.finish(layout.whole(0))
         shutil.rmtree(pieces, ignore_errors=True)
     finally:

@@ -123,7 +123,9 @@ def check_table(path: Path) -> None:
     check_output(path)
 
 
-def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit: str | None) -> list[str]:
+def write_table(
+    path: Path, objects: Array, scale: Sequence[float | None], unit: str | None, *, measured: bool
+) -> list[str]:
     """Write measures of objects, a row each; whole or not at all.
 
     Parameters
@@ -134,6 +136,8 @@ def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit:
         Those of label 0 are left out.
     scale, unit
         As of a `Volume`.
+    measured : bool
+        Whether there was an image; where it holds NaN, the mean of that object alone is NaN.
 
     Returns
     -------
@@ -156,7 +160,7 @@ def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit:
         columns[f"centroid_{name}{end}"] = objects["place"][:, axis] / voxels * step[axis]
     for axis, name in enumerate("zyx"):
         columns |= {f"box_{name}0": objects["low"][:, axis], f"box_{name}1": objects["high"][:, axis]}
-    if not np.isnan(objects["intensity"]).any():
+    if measured:
         columns["mean_intensity"] = objects["intensity"] / voxels
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".parquet":

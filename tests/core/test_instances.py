@@ -102,6 +102,22 @@ def test_a_table_may_be_parquet_and_without_scale_or_image(worms, tmp_path):
     assert "mean_intensity" not in theirs[0]
 
 
+def test_means_are_in_the_table_where_an_image_was_given_whatever_it_holds(worms, tmp_path):
+    image = noise(SHAPE).astype(np.float32)
+    first = tuple(np.argwhere(worms)[0])
+    image[first] = np.nan
+    table = tmp_path / "t.csv"
+    label_instances(open_volume(worms), tmp_path / "a.zarr", image=open_volume(image), table=table, block=BLOCK)
+    means = [row["mean_intensity"] for row in rows_of(table)]
+    assert np.isnan(means[0])
+    assert np.isfinite(means[1:]).all()
+    assert len(means) > 1
+    empty = open_volume(np.zeros(SHAPE, np.uint8))
+    for options, has in (({}, False), ({"image": open_volume(image)}, True)):
+        label_instances(empty, tmp_path / f"{has}.zarr", table=table, block=BLOCK, **options)
+        assert table.read_text().strip().endswith("mean_intensity") == has
+
+
 def test_a_watershed_takes_touching_objects_apart_alike_for_any_blocks(balls, tmp_path):
     assert ndimage.label(balls)[1] < 49
     options = {"method": "watershed", "radius": 6.0}
