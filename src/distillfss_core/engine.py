@@ -187,7 +187,7 @@ def iter_segment(
             for _ in run:
                 yield clock.step(0)
         for level, index in plan.coarser:
-            yield clock.step(level, computed=coarsen(store, level, index))
+            yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
     return VolumeReport(out, clock.computed, plan.found, len(volume.missing | missing), time.monotonic() - start)
 
@@ -275,14 +275,6 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
         for at in layout.shards(level, layout.coarser(level, grown))
     ]
     return Plan(todo, coarser, found)
-
-
-def coarsen(store: LabelStore, level: int, at: Index, *, majority: bool = True) -> bool:
-    """Make a shard of a coarser level and note it; False if that was done already."""
-    made = store.coarsen(level, at, majority=majority)
-    if made:
-        store.note(level, at, [store.layout.box(level, at)], *made)
-    return made is not None
 
 
 def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]) -> Generator[Index, None, None]:

@@ -166,7 +166,10 @@ def iter_instances(
         image="../.." if image_of(out) else None,
     )
     chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
-    layout = plan_blocks(labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32")
+    levels = len((image or labels).levels) if image_of(out) else None  # as many as the image: OME-Zarr asks so
+    layout = plan_blocks(
+        labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
+    )
     if overwrite:
         remove_labels(out)
     store = LabelStore(out, layout, about, settings, resume=resume)
@@ -434,7 +437,5 @@ def _write_pyramid(store: LabelStore) -> Generator[InstanceStep, None, None]:
     layout = store.layout
     coarser = [(k, at) for k in range(1, len(layout.shapes)) for at in layout.shards(k, layout.whole(k))]
     for index, (level, at) in enumerate(coarser, 1):
-        made = store.coarsen(level, at, majority=False)
-        if made is not None:
-            store.note(level, at, [layout.box(level, at)], *made)
+        store.coarsen(level, at)
         yield InstanceStep("pyramid", index, len(coarser))

@@ -265,7 +265,7 @@ class LabelStore:
         resume: bool,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.layout = path, layout
+        self.path, self.layout, self._majority = path, layout, bool(about.classes)
         settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
         _check_place(path)
         mine = (path / RECORD).is_file()
@@ -348,23 +348,27 @@ class LabelStore:
         known = [self._done.get((level - 1, source), {}).get("file", "") for source in self.layout.sources(level, at)]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
 
-    def coarsen(self, level: int, at: Index, *, majority: bool = True) -> tuple[str, str] | None:
-        """Make a shard of a coarser level; digests of its file and of its sources, or None if it is made already."""
+    def coarsen(self, level: int, at: Index) -> bool:
+        """Make a shard of a coarser level and note it; False if that was done already.
+
+        A voxel has the label that most of its finer ones have; of instances, that of the first.
+        """
         origin = self.made_from(level, at)
         box = self.layout.box(level, at)
         if not self.missing(level, at, box) and self._done[level, at]["from"] == origin:
-            return None
+            return False
         step = self.layout.step(level)
         labels = np.zeros([b - a for a, b in box], self.layout.dtype)
         for source in self.layout.sources(level, at):
             if (level - 1, source) not in self._done or not self._done[level - 1, source]["file"]:
                 continue  # nothing was written there
             fine = self.layout.box(level - 1, source)
-            part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=majority)
+            part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=self._majority)
             to = tuple(a // f - start for (a, _), f, (start, _) in zip(fine, step, box, strict=True))
             labels[tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))] = part
         self._forget(level, at)
-        return self.write(level, box, labels), origin
+        self.note(level, at, [box], self.write(level, box, labels), origin)
+        return True
 
     def finish(self, region: Box) -> None:
         """Note in the metadata that a region is complete."""

@@ -197,6 +197,7 @@ def test_what_is_read_is_never_overwritten(worms, tmp_path):
     assert np.array_equal(numbered(tmp_path / "labels.zarr"), before)
     for _ in range(2):  # among the labels of its image it has its place
         label_instances(labels, tmp_path / "image.zarr" / "labels" / "cells", image=image, overwrite=True, block=BLOCK)
+    assert len(open_volume(tmp_path / "image.zarr" / "labels" / "cells").levels) == len(image.levels) == 2
 
 
 @pytest.mark.parametrize(
