@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +14,12 @@ from typing import Any
 from distillfss_core.engine import ShardDone, check_region, iter_segment
 from distillfss_core.errors import DistillFSSError, InputFileError, OutputError, SettingsError
 from distillfss_core.formats import is_volume, stem_of
-from distillfss_core.io import atomic_path
+from distillfss_core.io import atomic_path, check_output
 from distillfss_core.labelstore import Part, count_voxels, parse_region
 from distillfss_core.model import StudentModel
 from distillfss_core.volume import open_volume
+
+log = logging.getLogger(__name__)
 
 REPORTS = (".csv", ".json")
 _NUMBERS = ("level", "time", "series")
@@ -123,10 +126,12 @@ def iter_batch(
     SettingsError
         If the report has another suffix.
     OutputError
-        If it cannot be written.
+        If it cannot be written: before anything else where that is known, else at the end, when all volumes are done.
     """
     if report.suffix.lower() not in REPORTS:
         raise SettingsError(f"report {report}: end its name in .csv or .json")
+    check_output(report)
+    unwritten: OutputError | None = None
     rows: list[dict[str, Any]] = []
     for index, job in enumerate(jobs, 1):
         start = time.monotonic()
@@ -140,8 +145,15 @@ def iter_batch(
         except DistillFSSError as fault:
             row |= {"status": "failed", "error": str(fault)}
         rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
-        write_report(report, rows)
+        try:
+            write_report(report, rows)
+            unwritten = None
+        except OutputError as fault:
+            log.warning("%s (%d of %d volumes; the others go on)", fault, index, len(jobs))
+            unwritten = fault
         yield BatchStep(index, len(jobs), job, None)
+    if unwritten is not None:
+        raise unwritten
     return rows
 
 

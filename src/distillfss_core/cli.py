@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, fields
@@ -179,7 +178,7 @@ def _add_distill(commands: Any) -> None:
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from distillfss_core.io import READABLE
+    from distillfss_core.io import READABLE, check_output
 
     given = _given_settings(args)
     settings = DistillSettings(**given)
@@ -187,7 +186,7 @@ def _distill(args: argparse.Namespace) -> int:
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
     if args.output.suffix.lower() in READABLE:
         raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
-    _check_output(args.output)
+    check_output(args.output)
 
     from distillfss_core.headfile import can_be_found_again
     from distillfss_core.model import KEEP_BACKBONE, StudentModel
@@ -295,6 +294,8 @@ def _add_batch(commands: Any) -> None:
 
 
 def _segment(args: argparse.Namespace) -> int:
+    from distillfss_core.io import check_output
+
     if is_label_folder(args.output):
         return segment_volume(args)
     check_no_volume_options(args)
@@ -311,7 +312,7 @@ def _segment(args: argparse.Namespace) -> int:
         for folder in sorted({path.parent for path in written}):
             _make_folder(folder)
     for path in written:
-        _check_output(path)
+        check_output(path)
     done: list[Path] = []
     faults = 0
     with progress("segmenting", len(jobs), "file") as bar:
@@ -498,6 +499,8 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
+    from distillfss_core.io import check_output
+
     by_suffix = {suffix: name for name, suffix in _FORMATS.items()}
     kind = by_suffix.get(args.output.suffix.lower())
     if kind is None or args.format not in (None, kind):
@@ -506,7 +509,7 @@ def _export(args: argparse.Namespace) -> int:
     about = {name: getattr(args, name) for name in ("name", "description", "license") if getattr(args, name)}
     if kind == "onnx" and (about or args.author):
         raise SettingsError(f"{_flag(next(iter(about), 'author'))} is for BioImage.IO packages; end OUT in .zip")
-    _check_output(args.output)
+    check_output(args.output)
 
     from distillfss_core.export import export_bioimageio, export_onnx
     from distillfss_core.model import StudentModel
@@ -956,25 +959,6 @@ def _pixel_size(text: str) -> tuple[float, float]:
 
 
 # files
-
-
-def _check_output(path: Path) -> None:
-    """Find out now, not after hours, that a file could not be written.
-
-    Raises
-    ------
-    OutputError
-    """
-    folder = Path(os.path.realpath(path)).parent
-    if path.is_dir():
-        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file")
-    if not folder.is_dir():
-        raise OutputError(f"cannot write {path}: there is no folder {folder}; make it first")
-    try:
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-    except OSError as fault:
-        raise OutputError(f"cannot write {path}: {fault.strerror}; write elsewhere with -o") from fault
 
 
 def _make_folder(folder: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -76,7 +77,8 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
     address : str
         "local" or "local:N" starts N processes here (by default one less than there are cores; one for each GPU where
         dask-cuda is installed; a script then needs ``if __name__ == "__main__":``), "slurm:N" asks SLURM for N jobs as
-        dask-jobqueue's own configuration describes them, "tcp://HOST:PORT" is a scheduler that runs.
+        dask-jobqueue's own configuration describes them, "tcp://HOST:PORT" is a scheduler that runs
+        ("tls://" likewise, with the certificates of dask's configuration).
     device, precision : str
         Of the workers, as for `StudentModel.load`.
 
@@ -86,12 +88,15 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
         If there is no such kind of cluster, a library is missing, or nobody answers.
     """
     kind, _, count = address.partition(":")
-    if kind not in ("local", "slurm", "tcp", "tls") or (kind in ("local", "slurm") and count and not count.isdecimal()):
+    if not re.fullmatch(r"(local|slurm)(:\d*)?|(tcp|tls)://.+:\d+", address):
         raise SettingsError(f"cluster {address!r} is not possible; give local, local:N, slurm:N or tcp://HOST:PORT")
     if find_spec("distributed") is None:
         raise SettingsError("a cluster needs distributed: pip install 'napari-distillfss[cluster]'")
     from distributed import Client
+    from distributed.security import Security
 
+    if kind == "tls" and Security().get_connection_args("client")["ssl_context"] is None:
+        raise SettingsError(f"{address} needs certificates; name them in dask's configuration, distributed.comm.tls")
     if kind in ("tcp", "tls"):
         try:
             client = Client(address, timeout="30s")
@@ -127,15 +132,11 @@ def iter_shards(
 
     Raises
     ------
-    SettingsError
-        If the volume is an array in memory.
     OutOfMemoryError
         If workers die of a shard again and again.
     DistillFSSError
         What went wrong on a worker.
     """
-    if labeller.volume.path is None:
-        raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
     from distributed import as_completed
     from distributed.scheduler import KilledWorker
 

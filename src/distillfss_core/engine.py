@@ -38,6 +38,7 @@ from distillfss_core.labelstore import (
     Index,
     LabelStore,
     Part,
+    check_apart,
     image_of,
     overlap,
     remove_labels,
@@ -149,7 +150,7 @@ def iter_segment(
         If the region is not in the volume, or the output was begun with another model, volume or settings, or by an
         engine that is not installed.
     OutputError
-        If it cannot be written (disk full, ...): what is finished is kept.
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where the volume does.
     InputFileError, ImageError
         If the volume is damaged, has other channels than the model, or is not finite somewhere.
     """
@@ -158,13 +159,16 @@ def iter_segment(
     wanted = check_region(volume, region)
     labeller = make_labeller(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
-    if overwrite:
-        remove_labels(out)
+    check_apart(out, volume.path)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
+        if workers and volume.path is None:
+            raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
         device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
         engine = model.engine if device.startswith("cpu") else "torch"
         notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
+        if overwrite:
+            remove_labels(out)
         store = open_store(labeller, model, out, device=device, notes=notes, resume=resume)
         stack.callback(store.close)
         if (begun_with := _engine_of(store, engine)) != engine:
@@ -183,7 +187,7 @@ def iter_segment(
             for _ in run:
                 yield clock.step(0)
         for level, index in plan.coarser:
-            yield clock.step(level, computed=coarsen(store, level, index))
+            yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
     return VolumeReport(out, clock.computed, plan.found, len(volume.missing | missing), time.monotonic() - start)
 
@@ -271,14 +275,6 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
         for at in layout.shards(level, layout.coarser(level, grown))
     ]
     return Plan(todo, coarser, found)
-
-
-def coarsen(store: LabelStore, level: int, at: Index, *, majority: bool = True) -> bool:
-    """Make a shard of a coarser level and note it; False if that was done already."""
-    made = store.coarsen(level, at, majority=majority)
-    if made:
-        store.note(level, at, [store.layout.box(level, at)], *made)
-    return made is not None
 
 
 def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]) -> Generator[Index, None, None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +21,7 @@ from distillfss_core.sources import (
     ArraySource,
     Found,
     file_identity,
+    files_digest,
     letters_of,
     open_path,
 )
@@ -229,10 +229,9 @@ def _open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
     step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
     step |= dict(zip("yx", header.get("PixelSpacing", ()), strict=False))
     known = {a: float(s) * UNITS["mm"] for a, s in step.items() if s and float(s) > 0}
-    digest = hashlib.sha256("\n".join(f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f, _ in pairs).encode())
     return Found(
         _DicomSource([f for f, _ in pairs], [h for _, h in pairs], _dicom_dtype([h for _, h in pairs])),
-        {"kind": "dicom", "files": digest.hexdigest()[:16]},
+        {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
         step=known,
         unit=MICROMETRE if known else None,
     )

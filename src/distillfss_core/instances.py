@@ -12,6 +12,7 @@ no two objects meet in an id, numbers follow the order of the volume, and a bloc
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 import time
@@ -26,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core import __version__
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io import atomic_path
 from distillfss_core.labelstore import (
     RECORD,
@@ -34,6 +35,8 @@ from distillfss_core.labelstore import (
     Box,
     Index,
     LabelStore,
+    check_apart,
+    finished_regions,
     image_of,
     plan_blocks,
     remove_labels,
@@ -42,6 +45,8 @@ from distillfss_core.labelstore import (
 from distillfss_core.objects import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, drain
 from distillfss_core.volume import Volume
+
+log = logging.getLogger(__name__)
 
 METHODS = ("components", "watershed")
 CONNECTIVITIES = (6, 18, 26)
@@ -135,9 +140,10 @@ def iter_instances(
     ImageError
         If labels are no integers, or the image has another size.
     OutputError
-        If it cannot be written (disk full, ...): what is finished is kept.
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where labels or image do.
     InputFileError
-        If a volume is damaged.
+        If a volume is damaged, or labels were written from here and nothing of them is finished. (Where a part of them
+        is, a warning is logged.)
     """
     start = time.monotonic()
     out = Path(out)
@@ -147,8 +153,8 @@ def iter_instances(
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
     if table is not None:
         check_table(Path(table))
-    if overwrite:
-        remove_labels(out)
+    _check_finished(labels)
+    check_apart(out, labels.path, image.path if image else None)
     settings = {**cutter.settings(), "min_voxels": min_voxels}
     about = About(
         name=out.name.partition(".")[0],
@@ -160,7 +166,12 @@ def iter_instances(
         image="../.." if image_of(out) else None,
     )
     chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
-    layout = plan_blocks(labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32")
+    levels = len((image or labels).levels) if image_of(out) else None  # as many as the image: OME-Zarr asks so
+    layout = plan_blocks(
+        labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
+    )
+    if overwrite:
+        remove_labels(out)
     store = LabelStore(out, layout, about, settings, resume=resume)
     measures = (out / RECORD).with_name("objects.npy")
     pieces = (out / RECORD).with_name("pieces")
@@ -182,7 +193,7 @@ def iter_instances(
         yield from _write_pyramid(store)
         objects = np.load(measures, allow_pickle=False)
         if table is not None:
-            write_table(Path(table), objects, labels.scale, labels.unit)
+            write_table(Path(table), objects, labels.scale, labels.unit, measured=image is not None)
         store.finish(layout.whole(0))
         shutil.rmtree(pieces, ignore_errors=True)
     finally:
@@ -298,6 +309,32 @@ class _Cutter:
         return watershed(-smooth, seeds.astype(np.int32), mask=mask), seeds
 
 
+def _check_finished(labels: Volume) -> None:
+    """Labels that were written from here say how far they are."""
+    regions = finished_regions(labels.path) if labels.path else None
+    if regions is None:
+        return
+    if not regions:
+        raise InputFileError(f"{labels.name}: nothing of it is finished; resume its segmentation first")
+    ends = [sorted({0, n, *(e for r in regions for e in r[k])}) for k, n in enumerate(labels.levels[0])]
+    done = np.zeros([len(e) - 1 for e in ends], bool)
+    for region in regions:
+        done[tuple(slice(e.index(a), e.index(b)) for e, (a, b) in zip(ends, region, strict=True))] = True
+    if not done.all():
+        z, y, x = (np.diff(e) for e in ends)
+        share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(labels.levels[0])
+        told = "; ".join(
+            ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
+        )
+        log.warning(
+            "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
+            "segmentation first to have all",
+            labels.name,
+            told,
+            100 * share,
+        )
+
+
 def _fingerprint(volume: Volume) -> dict[str, Any]:
     """What tells a volume from another; of labels that were written from here also what they were made with."""
     about = volume.path / "zarr.json" if volume.path else None
@@ -400,7 +437,5 @@ def _write_pyramid(store: LabelStore) -> Generator[InstanceStep, None, None]:
     layout = store.layout
     coarser = [(k, at) for k in range(1, len(layout.shapes)) for at in layout.shards(k, layout.whole(k))]
     for index, (level, at) in enumerate(coarser, 1):
-        made = store.coarsen(level, at, majority=False)
-        if made is not None:
-            store.note(level, at, [layout.box(level, at)], *made)
+        store.coarsen(level, at)
         yield InstanceStep("pyramid", index, len(coarser))

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import struct
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -405,6 +406,31 @@ def write_stack(path: PathLike, array: Array) -> None:
     _write_tiff(Path(path), np.ascontiguousarray(array), "ZYX")
 
 
+def check_output(path: Path) -> None:
+    """Find out now, not after hours, that a file could not be written.
+
+    Raises
+    ------
+    OutputError
+    """
+    folder = _target(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as fault:
+        raise OutputError(f"cannot write {path}: {fault.strerror}; write elsewhere") from fault
+
+
+def _target(path: Path) -> Path:
+    """The file that a path stands for, through links; it can lie there."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {target.parent}; make it first")
+    if target.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file")
+    return target
+
+
 @contextmanager
 def atomic_path(path: PathLike) -> Iterator[Path]:
     """Write to the path this gives; at the end it takes the place of ``path``, whole or not at all.
@@ -418,11 +444,7 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         In place of any OSError: no such folder, no permission, no space left, ...
     """
     named = Path(path)
-    target = Path(os.path.realpath(named))  # through a link to the file it stands for
-    if not target.parent.is_dir():
-        raise OutputError(f"cannot write {named}: there is no folder {target.parent}; make it first")
-    if target.is_dir():
-        raise OutputError(f"cannot write {named}: it is a folder; give the name of a file")
+    target = _target(named)
     temporary = target.with_name(f".{target.name[:60]}.{secrets.token_hex(4)}{target.suffix}")
     try:
         yield temporary

@@ -265,7 +265,7 @@ class LabelStore:
         resume: bool,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.layout = path, layout
+        self.path, self.layout, self._majority = path, layout, bool(about.classes)
         settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
         _check_place(path)
         mine = (path / RECORD).is_file()
@@ -280,8 +280,9 @@ class LabelStore:
             self._check_settings(settings)
             self.notes: dict[str, Any] = self.record.header["notes"]
             with _told(path):
-                for left in (*path.rglob("*.partial"), *(path / RECORD).parent.glob(f".{RECORD.name}.*")):
+                for left in path.rglob("*.partial"):
                     left.unlink(missing_ok=True)  # of writes that were killed
+                _remove_rest(path)
                 self._arrays = _write_metadata(path, layout, about, self.notes)
         except BaseException:
             self.record.close()
@@ -347,23 +348,27 @@ class LabelStore:
         known = [self._done.get((level - 1, source), {}).get("file", "") for source in self.layout.sources(level, at)]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
 
-    def coarsen(self, level: int, at: Index, *, majority: bool = True) -> tuple[str, str] | None:
-        """Make a shard of a coarser level; digests of its file and of its sources, or None if it is made already."""
+    def coarsen(self, level: int, at: Index) -> bool:
+        """Make a shard of a coarser level and note it; False if that was done already.
+
+        A voxel has the label that most of its finer ones have; of instances, that of the first.
+        """
         origin = self.made_from(level, at)
         box = self.layout.box(level, at)
         if not self.missing(level, at, box) and self._done[level, at]["from"] == origin:
-            return None
+            return False
         step = self.layout.step(level)
         labels = np.zeros([b - a for a, b in box], self.layout.dtype)
         for source in self.layout.sources(level, at):
             if (level - 1, source) not in self._done or not self._done[level - 1, source]["file"]:
                 continue  # nothing was written there
             fine = self.layout.box(level - 1, source)
-            part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=majority)
+            part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=self._majority)
             to = tuple(a // f - start for (a, _), f, (start, _) in zip(fine, step, box, strict=True))
             labels[tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))] = part
         self._forget(level, at)
-        return self.write(level, box, labels), origin
+        self.note(level, at, [box], self.write(level, box, labels), origin)
+        return True
 
     def finish(self, region: Box) -> None:
         """Note in the metadata that a region is complete."""
@@ -418,8 +423,27 @@ def shard_file(path: Path, array: Any, level: int, at: Index) -> Path:
     return path / str(level) / str(array.metadata.encode_chunk_key(at))
 
 
+def check_apart(path: Path, *inputs: Path | None) -> None:
+    """Labels are put nowhere where something is read, except among the labels of an image.
+
+    Raises
+    ------
+    OutputError
+    """
+    out, image = path.resolve(), image_of(path)
+    for given in inputs:
+        if given is None:
+            continue
+        read = given.resolve()
+        among = image is not None and image.resolve() == read
+        if out == read or out in read.parents or (read in out.parents and not among):
+            raise OutputError(f"cannot write {path}: {given} is read, and would be lost or changed; give another name")
+
+
 def remove_labels(path: Path) -> None:
     """Delete labels that were written from here, for another run in their place.
+
+    They are renamed first, so that they are never half there; killed meanwhile, the next run deletes the rest.
 
     Raises
     ------
@@ -430,9 +454,29 @@ def remove_labels(path: Path) -> None:
         return
     if not (path / RECORD).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
-    Record(path / RECORD).close()  # nobody else has it open
+    Record(path / RECORD, {}).close()  # nobody else has it open
     with _told(path):
-        shutil.rmtree(path)
+        _remove_rest(path)
+        path.rename(_renamed(path))
+        _remove_rest(path)
+
+
+def _renamed(path: Path) -> Path:
+    """What labels are called while they are deleted."""
+    return path.with_name(f".{path.name}.deleted")
+
+
+def _remove_rest(path: Path) -> None:
+    if (rest := _renamed(path)).exists():
+        shutil.rmtree(rest)
+
+
+def finished_regions(path: Path) -> list[Box] | None:
+    """The regions that are complete, of labels that were written from here; None of others."""
+    if not (path / "zarr.json").is_file():
+        return None
+    about = zarr.open(path, mode="r").attrs.get("distillfss")
+    return [_box(map(tuple, r)) for r in about.get("finished", [])] if isinstance(about, dict) else None
 
 
 def count_voxels(path: Path, region: Box, classes: int) -> list[int]:
@@ -535,7 +579,7 @@ def _write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str
         attributes["distillfss"]["engine"] = notes["engine"]
     group: Any = _open_group(path)
     present = group.attrs.asdict()
-    attributes["distillfss"] |= {k: v for k, v in present.get("distillfss", {}).items() if k == "finished"}
+    attributes["distillfss"] = present.get("distillfss", attributes["distillfss"])  # how it was begun, what is finished
     if present != attributes:
         group.attrs.put(attributes)
     if image_of(path):

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.io import atomic_path
+from distillfss_core.io import atomic_path, check_output
 from distillfss_core.types import Array
 
 TABLES = (".csv", ".parquet")
@@ -112,14 +112,20 @@ def check_table(path: Path) -> None:
     Raises
     ------
     SettingsError
+        If it has another suffix, or a library is missing.
+    OutputError
+        If there is no such folder, or nothing can be written there.
     """
     if path.suffix.lower() not in TABLES:
         raise SettingsError(f"table {path}: end its name in .csv or .parquet")
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise SettingsError("a table as Parquet needs pyarrow: pip install 'napari-distillfss[instances]'; or use .csv")
+    check_output(path)
 
 
-def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit: str | None) -> list[str]:
+def write_table(
+    path: Path, objects: Array, scale: Sequence[float | None], unit: str | None, *, measured: bool
+) -> list[str]:
     """Write measures of objects, a row each; whole or not at all.
 
     Parameters
@@ -130,6 +136,8 @@ def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit:
         Those of label 0 are left out.
     scale, unit
         As of a `Volume`.
+    measured : bool
+        Whether there was an image; where it holds NaN, the mean of that object alone is NaN.
 
     Returns
     -------
@@ -152,7 +160,7 @@ def write_table(path: Path, objects: Array, scale: Sequence[float | None], unit:
         columns[f"centroid_{name}{end}"] = objects["place"][:, axis] / voxels * step[axis]
     for axis, name in enumerate("zyx"):
         columns |= {f"box_{name}0": objects["low"][:, axis], f"box_{name}1": objects["high"][:, axis]}
-    if not np.isnan(objects["intensity"]).any():
+    if measured:
         columns["mean_intensity"] = objects["intensity"] / voxels
     with atomic_path(path) as temporary:
         if path.suffix.lower() == ".parquet":

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io import atomic_path, fault_reason
+from distillfss_core.io import fault_reason
 
 FORMAT = "distillfss-record"
 VERSION = 1
@@ -44,16 +44,9 @@ class Record:
     def __init__(self, path: Path, header: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        if header is not None and not path.exists():
-            with atomic_path(path) as temporary:
-                temporary.write_bytes(_line({"format": FORMAT, "version": VERSION, **header}))
+        self._file = _open(path, create=header is not None)
         try:
-            self._file = FileIO(path, "r+")
-        except OSError as fault:
-            raise OutputError(f"cannot write {path}: {fault_reason(fault)}") from fault
-        try:
-            _lock(self._file, path)
-            self.header = self._read()
+            self.header = self._read(header)
         except BaseException:
             self._file.close()
             raise
@@ -66,7 +59,14 @@ class Record:
         OutputError
             If it cannot be written; what was there stays good.
         """
-        start, line = self._file.tell(), _line(entry)
+        self._write(_line(entry))
+        self.entries.append(dict(entry))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        start = self._file.tell()
         try:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -76,15 +76,17 @@ class Record:
                 self._file.truncate(start)
             self._file.seek(start)
             raise OutputError(f"cannot write {self.path}: {fault_reason(fault)}") from fault
-        self.entries.append(dict(entry))
 
-    def close(self) -> None:
-        self._file.close()
-
-    def _read(self) -> dict[str, Any]:
+    def _read(self, header: Mapping[str, Any] | None) -> dict[str, Any]:
+        content = self._file.readall()
+        if header is not None and b"\n" not in content:  # new, or killed as it was
+            self._file.seek(0)
+            self._file.truncate()
+            content = _line({"format": FORMAT, "version": VERSION, **header})
+            self._write(content)
         good = 0
         lines = []
-        for raw in self._file.readall().splitlines(keepends=True):
+        for raw in content.splitlines(keepends=True):
             found = _parse(raw)
             if found is None:
                 break
@@ -111,6 +113,28 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
         return None
     found = json.loads(raw[9:-1])
     return found if isinstance(found, dict) else None
+
+
+def _open(path: Path, *, create: bool) -> FileIO:
+    """The file, locked; what was removed or replaced before it was locked is let go."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | (os.O_CREAT if create else 0), 0o666)
+
+    while True:
+        try:
+            file = FileIO(str(path), "r+", opener=opener)
+        except OSError as fault:
+            raise OutputError(f"cannot write {path}: {fault_reason(fault)}") from fault
+        try:
+            _lock(file, path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
 
 
 def _lock(file: FileIO, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
@@ -23,6 +24,8 @@ import tifffile
 import zarr
 import zarr.errors
 import zarr.storage
+from zarr.abc.store import RangeByteRequest, SuffixByteRequest
+from zarr.core.sync import sync
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io import DECODER_FAULTS, READABLE, TIFF_SUFFIXES, read_image
@@ -54,6 +57,11 @@ UNITS = {  # of one of them in micrometres
     "m": 1e6,
     "inch": 25400.0,
 }
+_HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
+_SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
+_TILES = 16  # of an array that lies elsewhere: each may cost a chunk of it
+_CHUNKS = 64  # files of a zarr
+_END = 1 << 15  # bytes at the beginning and the end of such a file
 FAULTS = (*DECODER_FAULTS, AssertionError, AttributeError, NotImplementedError)
 
 
@@ -73,10 +81,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Found:
-    """What opening found: the array, and what is known about it."""
+    """What opening found: the array, and what is known about it.
+
+    ``identity`` is what tells it from others without a look at its voxels; where that is not enough ``content`` gives
+    a digest of some of them.
+    """
 
     source: Source
     identity: Mapping[str, Any]
+    content: Callable[[], str] | None = None
     step: Mapping[str, float] = field(default_factory=dict)  # size of a voxel along "z", "y", "x", as far as known
     unit: str | None = None
     origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
@@ -123,6 +136,35 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
 def file_identity(kind: str, stat: Any) -> dict[str, Any]:
     """What tells a file from another, without reading it."""
     return {"kind": kind, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """The same of several files."""
+    stats = [(file.name, file.stat()) for file in files]
+    text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def spread(shape: Sequence[int], count: int) -> Iterator[tuple[int, ...]]:
+    """At most so many places in a grid of up to five axes, the same ones each time, evenly along every axis.
+
+    They are those of Halton (1960), so no two axes are in step and what lies in the corners is not all that is seen.
+    """
+    if math.prod(shape) <= count:
+        yield from product(*map(range, shape))
+        return
+    for i in range(1, count + 1):
+        yield tuple(int(_mirrored(i, base) * n) for base, n in zip((2, 3, 5, 7, 11), shape, strict=False))
+
+
+def _mirrored(number: int, base: int) -> float:
+    """Its digits in a base, mirrored at the point: 6 in base 2 is 110, then 0.011."""
+    found, unit = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        unit /= base
+        found += digit * unit
+    return found
 
 
 def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
@@ -173,11 +215,24 @@ def open_array(array: Any, axes: str | None) -> Found:
     if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
         raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
     source = ArraySource(array, letters_of(axes, array.shape, "array"))
-    identity: dict[str, Any] = {"kind": "array"}
-    if isinstance(array, np.ndarray):
-        some = array[tuple(slice(None, None, max(1, n // 32)) for n in array.shape)]
-        identity["sample"] = hashlib.sha256(np.ascontiguousarray(some).tobytes()).hexdigest()[:16]
-    return Found(source, identity)
+    return Found(source, {"kind": "array"}, partial(_array_content, source))
+
+
+def _array_content(source: ArraySource) -> str:
+    """A digest of the voxels: of all where they are few and in memory, else of tiles of some planes."""
+    digest, array = hashlib.sha256(), source.array
+    in_memory = isinstance(array, np.ndarray)
+    if in_memory and array.nbytes <= _HASHED:
+        for part in array:
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()[:16]
+    sides = [min(n, _SIDE) if a in "yx" else 1 for a, n in zip(source.axes, source.shape, strict=True)]
+    count = _HASHED // (_SIDE * _SIDE * source.dtype.itemsize) if in_memory else _TILES
+    for at in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], count):
+        starts = [min(i * side, n - side) for i, side, n in zip(at, sides, source.shape, strict=True)]
+        tile = source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+        digest.update(np.ascontiguousarray(tile).data)
+    return digest.hexdigest()[:16]
 
 
 # zarr
@@ -220,6 +275,23 @@ class _ZarrSource:
 
     def close(self) -> None:
         pass
+
+
+def _zarr_content(array: Any) -> str:
+    """A digest of the beginnings and ends of some of the files that hold an array, as they lie in its store."""
+    sizes = getattr(array, "shards", None) or array.chunks
+    grid = [-(-n // size) for n, size in zip(array.shape, sizes, strict=True)]
+    keys = [array.metadata.encode_chunk_key(at) for at in spread(grid, _CHUNKS)]
+
+    async def ends() -> list[Any]:
+        files = [array.store_path / key for key in keys]
+        parts = (RangeByteRequest(0, _END), SuffixByteRequest(_END))
+        return await asyncio.gather(*(file.get(byte_range=part) for file in files for part in parts))
+
+    digest = hashlib.sha256()
+    for found in sync(ends()):
+        digest.update(b"\0" if found is None else hashlib.sha256(found.to_bytes()).digest())
+    return digest.hexdigest()[:16]
 
 
 def _open_zarr(path: Path, level: int, axes: str | None, series: int | None) -> Found:
@@ -339,6 +411,7 @@ def _open_multiscale(
             array, found_axes, str(path), sparse="image-label" in about
         ),  # where nothing is, labels have no file
         {"kind": "ome-zarr", "metadata": digest.hexdigest()[:16]},
+        partial(_zarr_content, array),
         step=step,
         unit=MICROMETRE if known and step else None,
         origin=origin,
@@ -377,7 +450,7 @@ def _from_zarr_array(array: Any, axes: str | None, name: str) -> Found:
             axes = "".join(letters)
     digest = hashlib.sha256(json.dumps(array.metadata.to_dict(), default=str).encode())
     source = _ZarrSource(array, letters_of(axes, array.shape, name), name)
-    return Found(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]})
+    return Found(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]}, partial(_zarr_content, array))
 
 
 # TIFF
@@ -635,9 +708,7 @@ def _open_folder(path: Path, axes: str | None) -> Found:
     files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name.lower())])
     with _plane_of(files[0], read_image) as first:
         shape, dtype = first.shape, first.dtype
-    names = hashlib.sha256("\n".join(f.name for f in files).encode()).hexdigest()[:16]
     source = _FolderSource(files, shape, dtype)
     if axes is not None:
         source.axes = letters_of(axes, source.shape, str(path))
-    identity = {"kind": "folder", "names": names, "bytes": sum(f.stat().st_size for f in files)}
-    return Found(source, identity, colour=len(shape) == 3)
+    return Found(source, {"kind": "folder", "files": files_digest(files)}, colour=len(shape) == 3)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ class Volume:
     path : Path or None
         Where it lies, unless it is an array.
     identity : mapping
-        JSON-able; two volumes that differ in it are not the same. Pixels are not looked at, except some of a numpy
-        array.
+        JSON-able; two volumes that differ in it are not the same. Files are told apart by size and time, zarr by a few
+        megabytes of its chunks, an array in memory by its voxels (above 256 MB by a sample), any other by a few tiles;
+        they are read when it is first asked for.
     """
 
     name: str
@@ -55,11 +57,15 @@ class Volume:
     levels: tuple[tuple[int, int, int], ...]
     chunks: tuple[int, int, int]
     path: Path | None
-    identity: Mapping[str, Any]
+    _identify: Callable[[], Mapping[str, Any]] = field(repr=False)
     _source: Source = field(repr=False)
     _fixed: Mapping[str, slice] = field(repr=False)
     _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
     _across: str = field(default="z", repr=False)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self._identify()
 
     @property
     def ndim(self) -> int:
@@ -278,6 +284,16 @@ class _Renamed:
         self.source.close()
 
 
+def _identity(found: Found, about: Mapping[str, Any], name: str) -> dict[str, Any]:
+    identity = {**found.identity, **about}
+    if found.content is not None:
+        try:
+            identity["content"] = found.content()
+        except FAULTS as fault:
+            raise InputFileError(f"{name}: cannot be read ({reason(fault)}); check that it is whole") from fault
+    return identity
+
+
 def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], original: Any) -> Volume:
     """Settle time and channel; what is left is z, y, x and perhaps c."""
     source = found.source
@@ -315,6 +331,14 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
     chunk = dict(zip(axes, source.chunks, strict=True))
     step = (found.step.get("z"), found.step.get("y"), found.step.get("x"))
     levels = [dict(zip(axes, s, strict=False)) for s in found.levels or (shape,)]
+    about = {
+        "axes": axes,
+        "shape": list(shape),
+        "dtype": str(source.dtype),
+        "level": how["level"],
+        "time": time,
+        "channel": "all" if keep else channel,
+    }
     return Volume(
         name=name,
         shape=(*spatial, count) if keep and "c" in axes and count > 1 else spatial,
@@ -326,15 +350,7 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
         levels=tuple((s.get("z", 1), s.get("y", 1), s.get("x", 1)) for s in levels),
         chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),
         path=path,
-        identity={
-            **found.identity,
-            "axes": axes,
-            "shape": list(shape),
-            "dtype": str(source.dtype),
-            "level": how["level"],
-            "time": time,
-            "channel": "all" if keep else channel,
-        },
+        _identify=cache(partial(_identity, found, about, name)),
         _source=source,
         _fixed=fixed,
         _reopen=(original if path is None else path.absolute(), how),

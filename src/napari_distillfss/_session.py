@@ -94,8 +94,8 @@ class Session:
 
         Raises
         ------
-        core.OutputError
-            If annotations cannot be kept.
+        core.OutputError, core.InputFileError
+            If annotations cannot be kept, or the volume cannot be told from others as it cannot be read.
         """
         if self.annotations is not None:
             self.annotations.close()
@@ -103,7 +103,7 @@ class Session:
         try:
             if chosen is not None:
                 self._open_annotations(chosen)
-        except core.OutputError as fault:  # the volume can still be previewed and segmented
+        except (core.OutputError, core.InputFileError) as fault:  # the volume can still be previewed and segmented
             self.no_annotations = str(fault)
             raise
         finally:

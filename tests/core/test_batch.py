@@ -11,7 +11,7 @@ import pytest
 import tifffile
 import zarr
 
-from distillfss_core import InputFileError, SettingsError, StudentModel
+from distillfss_core import InputFileError, OutputError, SettingsError, StudentModel, batch
 from distillfss_core.batch import plan_batch
 from distillfss_core.cli import FAULT, FINE, INTERRUPTED, USAGE, main
 from distillfss_core.labelstore import LabelStore, parse_region
@@ -101,6 +101,8 @@ def test_an_interrupt_keeps_what_is_finished(here, capsys, monkeypatch):
         (["segment", "volumes/b.tif", "-o", "out.zarr", "--uncertainty"], "not written for volumes"),
         (["segment", "none.tif", "-o", "out.zarr"], "no such file"),
         (["segment", "volumes/b.tif", "-o", "no/out.zarr"], "no folder"),
+        (["batch", "volumes", "-o", "out", "--report", "no/report.csv"], "no folder"),
+        (["batch", "volumes", "-o", "out", "--report", "volumes"], "end its name in .csv or .json"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(here, capsys, arguments, told):
@@ -108,6 +110,21 @@ def test_what_cannot_be_done_is_one_line(here, capsys, arguments, told):
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert told in said[0]
+    assert not list(here.glob("**/*out*/zarr.json"))
+
+
+def test_a_report_that_cannot_be_written_stops_no_volume(here, capsys, monkeypatch):
+    def full(path, rows):
+        raise OutputError(f"cannot write {path}: no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "write_report", full)
+        assert run("batch", "volumes", "-o", "out") == FAULT
+    said = capsys.readouterr().err
+    assert "3 of 3 volumes" in said
+    assert said.count("error: cannot write") == 1
+    assert all((here / "out" / f"{name}.ome.zarr" / "zarr.json").is_file() for name in "abc")
+    assert run("batch", "volumes", "-o", "out", "--resume") == FINE
 
 
 def test_regions_are_read_as_written():

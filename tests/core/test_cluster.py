@@ -85,7 +85,9 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(plain_student, workers,
     with pytest.raises(SettingsError, match="array in memory"):
         segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "mem.zarr", cluster=workers)
     (path / "0" / "c" / "4" / "0" / "0").unlink()
-    report = segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", cluster=workers)
+    with pytest.raises(SettingsError, match="another volume"):  # it has changed meanwhile
+        segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", cluster=workers)
+    report = segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", overwrite=True, cluster=workers)
     assert report.missing_chunks == 1
 
 
@@ -99,9 +101,16 @@ def test_a_scheduler_without_workers_is_said(volume, plain_student, tmp_path):
     assert not (tmp_path / "out.zarr").exists()
 
 
-@pytest.mark.parametrize("address", ["", "lokal", "local:x", "http://a:1", "slurm:many"])
+@pytest.mark.parametrize(
+    "address", ["", "lokal", "local:x", "http://a:1", "slurm:many", "tcp://", "tcp://localhost", "tls://:8786"]
+)
 def test_what_is_no_cluster_is_refused(address):
     with pytest.raises(SettingsError, match="cluster"), connect(address):
+        pass
+
+
+def test_an_encrypted_scheduler_needs_certificates():
+    with pytest.raises(SettingsError, match="certificates"), connect("tls://localhost:8786"):
         pass
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 import zarr
 
 from distillfss_core import labelstore
+from distillfss_core.cluster import Connection
 from distillfss_core.engine import iter_segment, segment_to_zarr
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 from distillfss_core.labelstore import RECORD, coarsen_labels
@@ -199,16 +201,57 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
         segment_to_zarr(volume, other, out, tile=TILE)
     with pytest.raises(SettingsError, match="another layout, tile"):
         segment_to_zarr(volume, plain_student, out, tile=192)
+    for path in (volume.path, volume.path / "out.zarr", tmp_path):
+        with pytest.raises(OutputError, match="is read"):
+            segment_to_zarr(volume, plain_student, path, tile=TILE, overwrite=True)
     with pytest.raises(OutputError, match="not from here"):
-        segment_to_zarr(volume, plain_student, tmp_path / "image.ome.zarr", tile=TILE)
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE)
     with pytest.raises(OutputError, match="not from here"):
-        segment_to_zarr(volume, plain_student, tmp_path / "image.ome.zarr", tile=TILE, overwrite=True)
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE, overwrite=True)
     with pytest.raises(OutputError, match="no folder"):
         segment_to_zarr(volume, plain_student, tmp_path / "no" / "out.zarr", tile=TILE)
     segment_to_zarr(volume, other, out, tile=TILE, overwrite=True)
     old = write_ome_zarr(tmp_path / "old.zarr", STACK, version="0.4")
     with pytest.raises(OutputError, match=r"no OME-Zarr 0\.5 image"):
         segment_to_zarr(open_volume(old), plain_student, old / "labels" / "blob", tile=TILE)
+
+
+def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    part = ((0, 1), (None, None), (None, None))
+    segment_to_zarr(volume, plain_student, out, region=part, tile=TILE)
+    before = zarr.open_group(out, mode="r").attrs["distillfss"]
+    other = write_ome_zarr(tmp_path / "other.ome.zarr", 255 - STACK, scale=(2.0, 0.5, 0.5), levels=1)
+    with pytest.raises(SettingsError, match="another volume"):
+        segment_to_zarr(open_volume(other), plain_student, out, tile=TILE)
+    copy = shutil.copytree(volume.path, tmp_path / "copy.ome.zarr")
+    segment_to_zarr(open_volume(copy), plain_student, out, region=part, tile=TILE)  # the same, elsewhere
+    assert zarr.open_group(out, mode="r").attrs["distillfss"] == before
+
+
+def test_labels_are_deleted_only_when_their_successor_can_begin(volume, plain_student, tmp_path, monkeypatch):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    before = files_of(out)
+    with pytest.raises(SettingsError, match="no scheduler answers"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True, cluster="tcp://127.0.0.1:9")
+    dead = Connection(type("Client", (), {"run": lambda *_: {"a": "cpu float32"}})(), "auto", "auto")
+    with pytest.raises(SettingsError, match="array in memory"):
+        segment_to_zarr(open_volume(STACK), plain_student, out, tile=TILE, overwrite=True, cluster=dead)
+    assert files_of(out) == before
+
+    def killed(path, **_):
+        next(f for f in path.rglob("*") if f.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelstore.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True)
+    assert not out.exists()
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert files_of(out) == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["image.ome.zarr", "out.ome.zarr"]
 
 
 def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, expected, tmp_path, monkeypatch):

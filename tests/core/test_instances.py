@@ -13,7 +13,7 @@ from skimage.measure import regionprops
 from skimage.segmentation import relabel_sequential
 
 from distillfss_core.cli import FAULT, FINE, main
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 from distillfss_core.instances import iter_instances, label_instances
 from distillfss_core.labelstore import RECORD
 from distillfss_core.volume import open_volume
@@ -102,6 +102,22 @@ def test_a_table_may_be_parquet_and_without_scale_or_image(worms, tmp_path):
     assert "mean_intensity" not in theirs[0]
 
 
+def test_means_are_in_the_table_where_an_image_was_given_whatever_it_holds(worms, tmp_path):
+    image = noise(SHAPE).astype(np.float32)
+    first = tuple(np.argwhere(worms)[0])
+    image[first] = np.nan
+    table = tmp_path / "t.csv"
+    label_instances(open_volume(worms), tmp_path / "a.zarr", image=open_volume(image), table=table, block=BLOCK)
+    means = [row["mean_intensity"] for row in rows_of(table)]
+    assert np.isnan(means[0])
+    assert np.isfinite(means[1:]).all()
+    assert len(means) > 1
+    empty = open_volume(np.zeros(SHAPE, np.uint8))
+    for options, has in (({}, False), ({"image": open_volume(image)}, True)):
+        label_instances(empty, tmp_path / f"{has}.zarr", table=table, block=BLOCK, **options)
+        assert table.read_text().strip().endswith("mean_intensity") == has
+
+
 def test_a_watershed_takes_touching_objects_apart_alike_for_any_blocks(balls, tmp_path):
     assert ndimage.label(balls)[1] < 49
     options = {"method": "watershed", "radius": 6.0}
@@ -154,9 +170,60 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bytes(worms, tmp_path, stop)
 def test_labels_made_anew_are_not_taken_for_the_old_ones(worms, tmp_path):
     path = write_ome_zarr(tmp_path / "labels.zarr", worms)
     label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
-    zarr.open_group(path, mode="r+").attrs["distillfss"] = {"model": "another"}
+    zarr.open_group(path, mode="r+").attrs["distillfss"] = {
+        "model": "another",
+        "finished": [[[0, n] for n in SHAPE]],
+    }
     with pytest.raises(SettingsError, match="another labels"):
         label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
+
+
+def test_what_is_read_is_never_overwritten(worms, tmp_path):
+    label_instances(open_volume(worms), tmp_path / "labels.zarr", block=BLOCK)
+    labels = open_volume(tmp_path / "labels.zarr")
+    image = open_volume(write_ome_zarr(tmp_path / "image.zarr", noise(SHAPE)))
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "labels.zarr")
+    before = numbered(tmp_path / "labels.zarr")
+    for out, given in (
+        ("labels.zarr", labels),
+        ("link.zarr", labels),
+        ("labels.zarr", open_volume(tmp_path / "labels.zarr" / "0")),
+        ("labels.zarr/again.zarr", labels),
+    ):
+        with pytest.raises(OutputError, match=r"labels\.zarr.*is read"):
+            label_instances(given, tmp_path / out, overwrite=True, block=BLOCK)
+    with pytest.raises(OutputError, match=r"image\.zarr.*is read"):
+        label_instances(labels, tmp_path / "image.zarr" / "here", image=image, overwrite=True, block=BLOCK)
+    assert np.array_equal(numbered(tmp_path / "labels.zarr"), before)
+    for _ in range(2):  # among the labels of its image it has its place
+        label_instances(labels, tmp_path / "image.zarr" / "labels" / "cells", image=image, overwrite=True, block=BLOCK)
+    assert len(open_volume(tmp_path / "image.zarr" / "labels" / "cells").levels) == len(image.levels) == 2
+
+
+@pytest.mark.parametrize(
+    ("finished", "told"),
+    [
+        ([[[0, 20], [0, 70], [0, 90]]], None),
+        ([[[0, 9], [0, 70], [0, 90]], [[5, 20], [0, 70], [0, 90]]], None),
+        ([[[5, 15], [0, 70], [0, 90]]], "only z 5:15, y 0:70, x 0:90 is finished (50% of the voxels)"),
+        (
+            [[[0, 20], [0, 70], [0, 45]], [[0, 10], [0, 70], [30, 90]]],
+            "x 0:45; z 0:10, y 0:70, x 30:90 is finished (75",
+        ),
+        ([], "nothing of it is finished"),
+    ],
+)
+def test_a_half_finished_segmentation_is_not_taken_for_whole(worms, tmp_path, caplog, finished, told):
+    path = write_ome_zarr(tmp_path / "labels.zarr", worms)
+    zarr.open_group(path, mode="r+").attrs["distillfss"] = {"finished": finished}
+    if not finished:
+        with pytest.raises(InputFileError, match=told):
+            label_instances(open_volume(path), tmp_path / "out.zarr")
+        assert not (tmp_path / "out.zarr").exists()
+        return
+    label_instances(open_volume(path), tmp_path / "out.zarr")
+    assert len(caplog.messages) == (told is not None)
+    assert (told or "") in caplog.text
 
 
 def test_no_objects_are_no_fault(tmp_path):
@@ -174,6 +241,7 @@ def test_what_cannot_be_is_said_in_one_line(worms, tmp_path):
         ({"method": "watershed", "radius": 17.0}, SettingsError, "at most 16"),
         ({"min_voxels": 0}, SettingsError, "min_voxels 0"),
         ({"table": tmp_path / "t.xlsx"}, SettingsError, r"\.csv or \.parquet"),
+        ({"table": tmp_path / "no" / "t.csv"}, OutputError, "no folder"),
         ({"image": open_volume(worms[:, :9])}, ImageError, "but the labels are"),
     ]
     for options, kind, told in refused:

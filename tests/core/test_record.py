@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier
 
 import pytest
 
+from distillfss_core import record as record_module
 from distillfss_core.errors import InputFileError, OutputError
 from distillfss_core.record import Record
 
@@ -69,6 +73,48 @@ def test_two_runs_cannot_have_it_open(path):
         Record(path)
     first.close()
     Record(path).close()
+
+
+def test_of_runs_that_start_at_once_one_has_it(tmp_path):
+    for attempt in range(40):
+        path, gate = tmp_path / str(attempt), Barrier(4)
+
+        def start(path=path, gate=gate):
+            gate.wait()
+            with suppress(OutputError):
+                return Record(path, {"run": "a"})
+
+        with ThreadPoolExecutor(4) as pool:
+            opened = [future.result() for future in [pool.submit(start) for _ in range(4)]]
+        (record,) = [r for r in opened if r]
+        record.add({"at": 0})
+        record.close()
+        assert Record(path).entries == [{"at": 0}]
+
+
+def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
+    write(path, 2)
+    original, removed = record_module._lock, []
+
+    def late(file, name):
+        if not removed:
+            removed.append(path.rename(path.with_name("removed")))
+        original(file, name)
+
+    monkeypatch.setattr(record_module, "_lock", late)
+    record = Record(path, {"run": "b"})
+    record.add({"at": 7})
+    record.close()
+    assert Record(path).header["run"] == "b"
+    assert Record(path).entries == [{"at": 7}]
+    assert len(Record(removed[0]).entries) == 2
+
+
+def test_a_header_that_was_cut_is_written_again(path):
+    whole = write(path, 0)
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert write(path, 0) == whole
 
 
 def test_a_full_disk_leaves_it_good(path, monkeypatch):

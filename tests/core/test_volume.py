@@ -17,6 +17,7 @@ import zarr
 
 from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
 from distillfss_core.io import write_labels
+from distillfss_core.sources import spread
 from distillfss_core.volume import open_volume
 from volumes import noise, write_ome_zarr
 
@@ -213,10 +214,60 @@ def test_a_volume_travels_to_another_process(tmp_path):
 
 
 def test_two_volumes_that_differ_have_other_identities(tmp_path):
-    a = open_volume(write_ome_zarr(tmp_path / "a.zarr", noise(ZYX)))
+    data, other = noise(ZYX), noise(ZYX, seed=1)
+    a = open_volume(write_ome_zarr(tmp_path / "a.zarr", data))
     assert a.identity != open_volume(tmp_path / "a.zarr", level=1).identity
-    assert open_volume(noise(ZYX)).identity != open_volume(noise(ZYX, seed=1)).identity
     json.dumps(a.identity)
+    folders = []
+    for name, array in (("a", data), ("b", other)):
+        (tmp_path / name).mkdir()
+        folders.append(tmp_path / name)
+        for z, plane in enumerate(array):
+            write_labels(tmp_path / name / f"{z}.tif", plane.astype(np.uint8))
+    spot = data.copy()
+    spot[-1, -1, -1] += 1
+    pairs = {
+        "zarr": (a, open_volume(write_ome_zarr(tmp_path / "b.zarr", other))),
+        "array": (open_volume(zarr.open_array(tmp_path / f"{name}.zarr" / "0")) for name in "ab"),
+        "memory": (open_volume(zarr.array(array)) for array in (data, other)),
+        "dask": (open_volume(da.from_array(array)) for array in (data, other)),
+        "folder": map(open_volume, folders),
+        "numpy": map(open_volume, (data, other)),
+        "voxel": map(open_volume, (data, spot)),
+    }
+    for kind, (one, two) in pairs.items():
+        assert one.identity != two.identity, kind
+        assert {**one.identity, "content": 0, "files": 0} == {**two.identity, "content": 0, "files": 0}, kind
+
+
+def test_an_unchanged_volume_keeps_its_identity_wherever_a_zarr_lies(tmp_path):
+    data = noise(ZYX)
+    path = write_ome_zarr(tmp_path / "a.zarr", data)
+    before = dict(open_volume(path).identity)
+    write_ome_zarr(path / "labels" / "cells", data)  # what is put beside the voxels does not change them
+    shutil.copytree(path, tmp_path / "elsewhere.zarr")
+    assert open_volume(path).identity == open_volume(tmp_path / "elsewhere.zarr").identity == before
+    for array in (data, da.from_array(data)):
+        assert open_volume(array).identity == open_volume(array.copy()).identity
+    assert open_volume(data).along("y").identity == open_volume(data).identity
+
+
+def test_little_is_read_to_tell_a_large_volume_from_another():
+    class Spy:
+        shape, dtype, asked = (4000, 30000, 20000), np.dtype("u2"), []
+
+        def __getitem__(self, box):
+            self.asked.append(box)
+            return np.zeros([s.stop - s.start for s in box], "u2")
+
+    spy = Spy()
+    volume = open_volume(spy)
+    assert volume.identity == volume.identity
+    assert sum(np.prod([s.stop - s.start for s in box]) for box in spy.asked) * 2 <= 4e6
+    for axis, length in enumerate(spy.shape):  # in every quarter of every axis
+        assert {box[axis].start * 4 // length for box in spy.asked} == {0, 1, 2, 3}
+    assert len(set(spread((50, 60, 70), 64))) == 64
+    assert list(spread((2, 3), 64)) == [(y, x) for y in range(2) for x in range(3)]
 
 
 def test_a_missing_chunk_is_the_fill_value_and_the_log_says_so_once(tmp_path, caplog):

@@ -103,6 +103,26 @@ def test_without_a_volume_everything_says_so(viewer, open_dock):
     assert "no student to refine" in dock.distil.message.text()
 
 
+def test_a_volume_that_cannot_be_read_says_why_it_keeps_no_annotations(dock):
+    from napari.layers import Image
+
+    from distillfss_core import InputFileError, open_volume
+    from napari_distillfss._layers import ChosenVolume
+
+    class Broken:
+        shape, dtype = (3, 20, 30), np.dtype("u1")
+
+        def __getitem__(self, box):
+            raise OSError("disk is away")
+
+    chosen = ChosenVolume(Image(np.zeros(Broken.shape), name="broken"), open_volume(Broken()))
+    with pytest.raises(InputFileError, match="disk is away"):
+        dock.session.choose_volume(chosen)
+    assert dock.session.volume is chosen
+    assert dock.session.annotations is None
+    assert "disk is away" in dock.support.message.text()
+
+
 def test_without_support_distil_says_so(dock):
     dock.distil.start()
     assert "no slice is annotated" in dock.distil.message.text()

@@ -81,7 +81,7 @@ class DistillDock(QScrollArea):
         return QSize(_WIDTH, 700)
 
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
-        with suppress(core.OutputError):  # Support says it; all else goes on
+        with suppress(core.OutputError, core.InputFileError):  # Support says it; all else goes on
             self.session.choose_volume(chosen)
 
     def _on_model_changed(self) -> None:
