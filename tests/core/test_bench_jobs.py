@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from children import crash, in_the_child
+from children import crash, imported_while_learning, in_the_child
 from distillfss_core.bench import jobs
 from distillfss_core.bench.apart import call_apart
 from distillfss_core.bench.jobs import Job, Outcome, iter_jobs, run_job
@@ -68,6 +68,14 @@ def test_a_tool_from_elsewhere_answers(pictures, peer):
     if PEERS[peer].missing():
         pytest.skip(f"needs the extra peers: {PEERS[peer].missing()}")
     assert 0 <= run_job(job(pictures, peer))["pooled"] <= 1
+
+
+def test_imports_are_no_part_of_the_seconds_to_learn():
+    peers = ["distillfss", "regression", "forest"]  # what each imports the next finds there
+    peers += [name for name, peer in PEERS.items() if name not in (*peers, "convpaint-vgg16") and not peer.missing()]
+    late = call_apart(imported_while_learning, {"peers": peers, "settings": FEW}, 1)
+    heavy = {"timm", "onnx", "onnxruntime", "sklearn", "skimage", "scipy", "segmentation_models_pytorch", "catboost"}
+    assert {name: heavy & set(found) for name, found in late.items()} == {name: set() for name in peers}
 
 
 def test_what_is_not_installed_is_skipped_by_name_and_stops_nothing(pictures, tmp_path, monkeypatch):

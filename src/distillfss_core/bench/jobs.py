@@ -88,6 +88,7 @@ def run_job(job: Job) -> Row:
     split = about.open(job.folder)
     support = _support(split, job.shots, job.seed, job.annotation)
     settings = replace(DistillSettings(seed=max(job.seed, 0)), **job.settings)
+    peer.load()
     before = resident_mb()
     reset_peak()
     began = time.perf_counter()
