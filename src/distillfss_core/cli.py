@@ -336,7 +336,10 @@ def _segment(args: argparse.Namespace) -> int:
 def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[tuple[Path, dict[str, Path]]]:
     """Each readable file of the folder with the files to write for it; extras go into folders of their own."""
     from distillfss_core.io import KINDS_READ, READABLE
+    from distillfss_core.sources import is_zarr
 
+    if is_zarr(args.input):
+        raise OutputError(f"{args.output} is no name for its labels: {args.input} is a volume; end OUT in .ome.zarr")
     if args.output.exists() and not args.output.is_dir():
         raise OutputError(f"{args.output} is a file, but {args.input} is a folder; give a folder with -o")
     if args.output.suffix.lower() in READABLE:

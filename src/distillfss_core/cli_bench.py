@@ -28,7 +28,7 @@ def add_bench(commands: Any) -> None:
         "bench",
         help="measure accuracy and cost, beside the paper and other tools",
         description="Measure accuracy and cost. Figures are kept as they come, so the same command goes on where it "
-        "was stopped; figures of another machine are not mixed with them.",
+        "was stopped; figures of another machine, of other pictures or of another version are not mixed with them.",
     )
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
     _add_accuracy(kinds)
@@ -144,6 +144,9 @@ def _jobs(args: argparse.Namespace, seeds: Sequence[int], kinds: Sequence[str], 
     settings = {"device": args.device} if args.device != "auto" else {}
     settings |= {"steps": args.steps} if args.steps else {}
     sets = [(name, folder, find_set(name)) for name, folder in args.data]
+    names = [name for name, _ in args.data]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise SettingsError(f"--data {twice[0]} is given twice; measure one folder after the other")
     for _, folder, about in sets:
         about.open(folder)  # what is not whole is said before hours of work
     return [

@@ -95,7 +95,8 @@ class DistillSettings:
     left_out: str = _setting(
         "auto",
         "Left-out slice",
-        "Slice kept apart to choose the best step: its number, none, or auto (the middle one of 8 and more).",
+        "Slice kept apart to choose the best step: its number, none, or auto (of 8 and more the one nearest the middle "
+        "that is not the only one of a class).",
     )
     seed: int = _setting(0, "Seed", "Same seed, same result on one machine's CPU.", low=0, high=2**31 - 1)
     device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Sequence
@@ -171,14 +172,15 @@ def _check(model: StudentModel, *needed: str) -> None:
 
 
 def _module(model: StudentModel) -> ExportedStudent:
-    return ExportedStudent(model).to(model.device.torch).eval()
+    """Copied to the CPU in float32, wherever the model is, which stays there."""
+    return copy.deepcopy(ExportedStudent(model)).cpu().float().eval()
 
 
 def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
     """The module's graph, with the smoothing that tracing left out, and what is to be known of it."""
     import onnx
 
-    example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step, device=model.device.torch)
+    example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step)
     graph = onnx.load_model_from_string(onnx_graph(module, example, GIVEN, FOUND))
     if module.zoom != 1:
         resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
@@ -224,7 +226,7 @@ def _compare(module: ExportedStudent, graph: bytes, model: StudentModel) -> None
     for batch, rows, columns in ((1, 3, 2), (2, 2, 5)):
         x = torch.rand(batch, model.preprocess.channels, rows * model.step, columns * model.step, generator=noise)
         with torch.no_grad():
-            expected = module(x.to(model.device.torch)).cpu().numpy()
+            expected = module(x).numpy()
         found = session.run(None, {GIVEN: x.numpy()})[0]
         worst = float(np.abs(found - expected).max())
         if not worst <= TOLERANCE:

@@ -22,6 +22,7 @@ from distillfss_core.sources import (
     Found,
     file_identity,
     files_digest,
+    is_zarr,
     letters_of,
     open_path,
 )
@@ -45,7 +46,7 @@ def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Fo
             (o for ends, o in ((MRC, _open_mrc), (NIFTI, _open_nifti), (DICOM, _open_dicom)) if name.endswith(ends)),
             None,
         )
-    elif path.is_dir() and not any((path / name).is_file() for name in ZARR_FILES) and _dicom_files(path):
+    elif path.is_dir() and not is_zarr(path) and _dicom_files(path):
         opener = _open_dicom
     if opener is None:
         return open_path(path, level, axes, series)

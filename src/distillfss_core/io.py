@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import secrets
 import shutil
 import struct
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -38,6 +41,9 @@ LABEL_MODES = ("binary", "classes", "scribbles")
 
 LABEL_ENDINGS = ("masks", "mask", "labels", "label", "seg", "segmentation", "gt")
 """What a label file's stem may end in after "_" or "-", beyond the stem of its image."""
+
+_MOST_PIXELS = 1 << 31
+"""Of a PNG, JPEG or BMP, which is decoded whole: a small file can claim any size."""
 
 PathLike = str | os.PathLike[str]
 
@@ -229,7 +235,7 @@ def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
             f"{len(lonely)} of {len(wanted)} label files have no image of the same stem in {images}: {names}; "
             "name image and label alike (a label may end in _mask, _label or _seg)"
         )
-    twice = [image.name for image, n in _counts([image for image, _ in pairs]) if n > 1]
+    twice = [image.name for image, n in Counter(image for image, _ in pairs).items() if n > 1]
     if twice:
         raise InputFileError(f"{labels}: {twice[0]} has more than one label file; keep one")
     unlabelled = len(by_stem) - len(pairs) - (len(wanted) if images.samefile(labels) else 0)
@@ -558,7 +564,13 @@ def _read_pillow(path: Path, palette_numbers: bool) -> Array:
     if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6):
         array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
         return _without_plain_alpha(array) if head[25] in (4, 6) else array
-    with Image.open(path) as file_picture:
+    with open(path, "rb") as file, _open_picture(file, head) as file_picture:
+        if math.prod(file_picture.size) > _MOST_PIXELS:
+            width, height = file_picture.size
+            raise InputFileError(
+                f"{path}: has {width} x {height} pixels, a {path.suffix[1:].upper()} may have at most {_MOST_PIXELS}; "
+                "save it as TIFF"
+            )
         picture: Image.Image = file_picture
         if picture.mode in ("P", "PA") and not palette_numbers:
             picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
@@ -568,6 +580,16 @@ def _read_pillow(path: Path, palette_numbers: bool) -> Array:
             picture = picture.convert("RGB")  # CMYK, YCbCr, Lab, ...
         array = np.asarray(picture)
         return _without_plain_alpha(array) if picture.mode in ("LA", "RGBA") else array
+
+
+def _open_picture(file: BinaryIO, head: bytes) -> Image.Image:
+    """As `Image.open`, without its limit of pixels: that one is the whole process's, and scans of slides are larger."""
+    Image.preinit()
+    for kind in ("PNG", "JPEG", "BMP"):
+        factory, accepts = Image.OPEN[kind]
+        if accepts is not None and accepts(head) is True:
+            return factory(file, "")
+    return Image.open(file)
 
 
 def _without_plain_alpha(array: Array) -> Array:
@@ -603,8 +625,10 @@ def _whole_numbers(pixels: _Pixels, source: str) -> Array:
         bad = ~np.isfinite(array) | (array != np.rint(array))
         if bad.any():
             raise ImageError(f"{source}: holds {float(array[bad][0]):g}, labels are whole numbers; save integers")
-        if array.min() < 0 or array.max() >= 2**32:
+        if array.min() < 0:
             raise ImageError(f"{source}: holds the label {float(array.min()):g}; labels start at 0")
+        if array.max() >= 2**32:
+            raise ImageError(f"{source}: holds the label {float(array.max()):g}; labels end at {2**32 - 1}")
         return array.astype(np.uint32)
     if array.dtype.kind not in "ui":
         raise ImageError(f"{source}: holds {array.dtype} values; labels are whole numbers")
@@ -637,7 +661,3 @@ def _without_ending(stem: str) -> str:
         if found and head and tail.lower() in LABEL_ENDINGS:
             return head
     return stem
-
-
-def _counts(paths: Sequence[Path]) -> list[tuple[Path, int]]:
-    return [(path, paths.count(path)) for path in dict.fromkeys(paths)]

@@ -48,8 +48,6 @@ class PlaneLabels:
 
     def read(self, box: Box) -> Array:
         """What has to be read for the labels of a box; the limits of its planes are looked up on the way."""
-        for z in range(*box[0]):
-            self.segmenter.limits(z)
         return self.segmenter.read(slice(*box[0]), box[1:])
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:

@@ -18,6 +18,7 @@ from distillfss_core.volume import Volume, split_index
 
 KINDS = ("labels", "probabilities", "uncertainty")
 _BAND = 1 << 22  # voxels read at a time while intensities are sampled
+_SAMPLES = 1 << 24  # voxels sampled of some planes at a time
 
 
 class VolumeSegmenter:
@@ -61,21 +62,19 @@ class VolumeSegmenter:
         """Intensities of plane ``z`` that become 0 and 1: those that the whole plane in memory would have."""
         if self._fixed is not None:
             return self._fixed
-        if z not in self._limits:
-            self._limits[z] = self.limits_of([z])
+        self._look_up(z, z + 1)
         return self._limits[z]
 
     def limits_of(self, planes: Sequence[int]) -> Limits:
         """Intensities that become 0 and 1, judged by some planes together."""
         if self._fixed is not None:
             return self._fixed
-        samples = [self._sample(z) for z in planes]
-        for z, sample in zip(planes, samples, strict=True):
-            check_image(sample, f"{self.volume.name} plane {z}")
-        return self.model.preprocess.sample_limits(np.concatenate(samples))
+        return self._judge(planes, [self._samples(z, z + 1)[0] for z in planes])
 
     def read(self, z: slice, region: Region) -> Array:
-        """Voxels (z, y, x[, c]) that are needed to answer for a region of planes."""
+        """Voxels (z, y, x[, c]) that are needed to answer for a region of planes, whose limits are looked up first."""
+        if self._fixed is None:
+            self._look_up(z.start, z.stop)
         (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
         return self.volume.read(z, slice(y0, y1), slice(x0, x1))
 
@@ -118,16 +117,42 @@ class VolumeSegmenter:
             text = str(fault).removeprefix("image: ")
             raise ImageError(f"{self.volume.name} plane {z}: {text}") from fault
 
-    def _sample(self, z: int) -> Array:
-        """Every so manieth row and column of a plane, read in bands."""
+    def _look_up(self, start: int, stop: int) -> None:
+        """Limits of those planes that are not known yet; each chunk is decoded once for all planes that it holds."""
+        rows, columns = self._sampled()
+        depth = min(self.volume.chunks[0], max(1, _SAMPLES // (rows * columns)))
+        for first in range(start - start % depth, stop, depth):
+            todo = [z for z in range(max(first, start), min(first + depth, stop)) if z not in self._limits]
+            if todo:
+                samples = self._samples(todo[0], todo[-1] + 1)
+                for z in todo:
+                    self._limits[z] = self._judge([z], [samples[z - todo[0]]])
+
+    def _judge(self, planes: Sequence[int], samples: Sequence[Array]) -> Limits:
+        for z, sample in zip(planes, samples, strict=True):
+            check_image(sample, f"{self.volume.name} plane {z}")
+        return self.model.preprocess.sample_limits(np.concatenate(samples))
+
+    def _sampled(self) -> tuple[int, int]:
+        """Rows and columns that are sampled of a plane."""
+        step = sample_step(self.shape)
+        return -(-self.shape[0] // step), -(-self.shape[1] // step)
+
+    def _samples(self, start: int, stop: int) -> Array:
+        """Every so manieth row and column of some planes "z y x [c]", read a few whole chunks at a time."""
         rows, columns = self.shape
         step = sample_step(self.shape)
-        height = max(1, _BAND // columns // self.volume.chunks[1]) * self.volume.chunks[1]
-        parts = []
+        _, high, wide = self.volume.chunks
+        width = max(1, _BAND // ((stop - start) * high) // wide) * wide
+        height = max(1, _BAND // ((stop - start) * min(width, columns)) // high) * high
+        found = np.empty((stop - start, *self._sampled(), *self.volume.shape[3:]), self.volume.dtype)
         for y in range(0, rows, height):
-            band = self.volume.read(slice(z, z + 1), slice(y, min(y + height, rows)))[0]
-            parts.append(band[-y % step :: step, ::step])
-        return np.concatenate(parts)
+            for x in range(0, columns, width):
+                box = slice(start, stop), slice(y, min(y + height, rows)), slice(x, min(x + width, columns))
+                part = self.volume.read(*box)[:, -y % step :: step, -x % step :: step]
+                top, left = -(-y // step), -(-x // step)
+                found[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_inference"}

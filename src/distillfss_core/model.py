@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class Segmenter:
     ) -> None:
         self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
         self.device, self.halo = device, halo
+        self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
 
     def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
         """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's."""
@@ -240,12 +242,20 @@ class Segmenter:
     ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """The tiles that have a say in a region, and the probabilities of their whole windows.
 
-        Where the device runs out of memory, the rest goes on in smaller tiles (a warning says so).
+        Where the device runs out of memory, the rest and all that comes later goes on in smaller tiles (a warning says
+        so).
         """
         zoom = self.preprocess.zoom_factor
-        side, halo = max(1, round(tile / zoom)), round(self.halo / zoom)
+        side, halo = min(max(1, round(tile / zoom)), max(shape)), round(self.halo / zoom)
         todo = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
-        side = min(side, max(shape))
+
+        def split(todo: list[Tile], side: int) -> list[Tile]:
+            return [part for old in todo for part in _split_tile(old, shape, side, halo, self.step)]
+
+        while side * zoom > self._room:  # halved as it was then, so that the tiles are the same
+            side //= 2
+            todo = split(todo, side)
+        short = False
         while todo:
             where = todo[0]
             fault: Exception | None = None
@@ -258,10 +268,12 @@ class Segmenter:
                     raise
                 fault = error.with_traceback(None)  # a traceback would keep the failed tensors alive
             if fault is None:
+                if short:
+                    self._room = side * zoom
                 todo.pop(0)
                 yield where, found
                 continue
-            side = side // 2
+            side, short = side // 2, True
             if side < self.step:
                 raise OutOfMemoryError(
                     f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
@@ -269,7 +281,7 @@ class Segmenter:
                 ) from fault
             log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
             _free(self.device)
-            todo = [part for old in todo for part in _split_tile(old, shape, side, halo, self.step)]
+            todo = split(todo, side)
 
     @torch.inference_mode()
     def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k1 h w"]:
@@ -415,7 +427,7 @@ class StudentModel(Segmenter):
 
     def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
         """Move to another device, precision or engine, as for `load`; returns self."""
-        self.device = choose_device(device, precision)
+        self.device, self._room = choose_device(device, precision), math.inf
         self.backbone.to(self.device.torch)
         self.head.to(self.device.torch)
         self._choose(engine)

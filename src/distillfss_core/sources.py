@@ -98,11 +98,16 @@ class Found:
     colour: bool = False  # whether the channels are samples of a colour picture
 
 
+def is_zarr(folder: Path) -> bool:
+    """Whether a folder has the metadata of zarr."""
+    return any((folder / name).is_file() for name in ZARR_FILES)
+
+
 def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Found:
     if not path.exists():
         raise InputFileError(f"{path}: no such file or folder; check the name")
     if path.is_dir():
-        if any((path / name).is_file() for name in ZARR_FILES):
+        if is_zarr(path):
             return _open_zarr(path, level, axes, series)
         if ".zarr" in path.suffixes:
             raise InputFileError(

@@ -80,6 +80,11 @@ class SupportSet:
     def __len__(self) -> int:
         return len(self.slices)
 
+    def shown_once(self) -> np.ndarray:
+        """Whether a slice is the only one with a class (background first). Shape (n, k + 1), bool."""
+        shown = np.stack([_count_labels(s.labels)[: self.classes + 1] for s in self.slices]) > 0
+        return np.asarray(shown & (shown.sum(0) == 1))
+
     def shares(self) -> np.ndarray:
         """Share of the annotated pixels that each class (background first) has, over all slices. Shape (k + 1,)."""
         counts = np.sum([_count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)

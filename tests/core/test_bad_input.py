@@ -1,5 +1,6 @@
 """What users really give and what machines really do: each expected fault is one line, and nothing is lost."""
 
+import copy
 import errno
 import os
 import resource
@@ -28,6 +29,7 @@ from distillfss_core import (
 from distillfss_core.cli import FAULT, FINE, main
 from distillfss_core.model import Segmenter
 from distillfss_core.training.views import ViewBank
+from pictures import blobs
 
 FEW = ["--steps=2", "--views=2", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]
 TINY = DistillSettings(steps=2, views=2, queries=1, shots=1, crop=64, zoom="1", device="cpu")
@@ -363,6 +365,28 @@ def test_out_of_memory_goes_on_in_smaller_tiles_with_the_same_answer(support, ti
     # The deepest features see farther than a halo: hairs by the border of a tile may fall the other way.
     assert (pieces.labels != whole.labels).mean() < 1e-3
     np.testing.assert_allclose(pieces.probabilities, whole.probabilities, atol=0.1)
+
+
+def test_what_does_not_fit_is_tried_and_told_once(student, monkeypatch, caplog):
+    model = copy.copy(student)
+    model.halo = 32
+    planes = [np.roll(np.tile(blobs(i).image, (6, 4)), i) for i in range(4)]
+    computed = out_of_memory_beyond(220 * 220, monkeypatch)
+    afresh = []
+    for plane in planes:
+        afresh.append(copy.copy(model).predict(plane).probabilities)  # a copy that has met no limit yet
+    tried = Segmenter._window
+    asked = []
+    monkeypatch.setattr(Segmenter, "_window", lambda self, window: asked.append(1) or tried(self, window))
+    caplog.clear()
+    computed.clear()
+    found = [model.predict(plane).probabilities for plane in planes]
+    assert [record.getMessage().split()[-2] for record in caplog.records] == ["288", "144"]
+    assert len(asked) == len(computed) + 2  # the two sizes that do not fit, once each
+    np.testing.assert_array_equal(found, afresh)
+    caplog.clear()
+    model.to("cpu").predict(planes[0])  # may be a device with more room
+    assert len(caplog.records) == 2
 
 
 def test_out_of_memory_even_for_the_smallest_tile_is_a_fault(here, capsys, student, monkeypatch):

@@ -1,11 +1,15 @@
 """Models of the benchmark, learnt and judged; rows that are kept; peers that are not there."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from children import crash, in_the_child
+from children import crash, imported_while_learning, in_the_child
+from distillfss_core.bench import jobs
 from distillfss_core.bench.apart import call_apart
 from distillfss_core.bench.jobs import Job, Outcome, iter_jobs, run_job
 from distillfss_core.bench.peers import PEERS, Peer, PixelClassifier
@@ -14,7 +18,7 @@ from distillfss_core.bench.tables import accuracy_table, peers_tables, spread
 from distillfss_core.errors import DistillFSSError, InputFileError
 from distillfss_core.model import Segmenter
 from distillfss_core.support import SupportSet
-from layouts import write_pairs
+from layouts import save, write_pairs
 from pictures import blobs
 
 MACHINE = Machine("some cpu", 2, 1, "cpu", "2")
@@ -47,7 +51,7 @@ def test_a_forest_learns_squares_and_is_judged(pictures, annotation):
 def test_ours_are_asked_in_the_same_way(pictures, monkeypatch):
     monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)  # takes longer than such a small training
     rows = [run_job(job(pictures, peer)) for peer in ("distillfss", "regression")]
-    assert rows[0]["support_digest"] == rows[1]["support_digest"]
+    assert rows[0]["support"] == rows[1]["support"]
     assert all(0 <= row["pooled"] <= 1 for row in rows)
 
 
@@ -64,6 +68,14 @@ def test_a_tool_from_elsewhere_answers(pictures, peer):
     if PEERS[peer].missing():
         pytest.skip(f"needs the extra peers: {PEERS[peer].missing()}")
     assert 0 <= run_job(job(pictures, peer))["pooled"] <= 1
+
+
+def test_imports_are_no_part_of_the_seconds_to_learn():
+    peers = ["distillfss", "regression", "forest"]  # what each imports the next finds there
+    peers += [name for name, peer in PEERS.items() if name not in (*peers, "convpaint-vgg16") and not peer.missing()]
+    late = call_apart(imported_while_learning, {"peers": peers, "settings": FEW}, 1)
+    heavy = {"timm", "onnx", "onnxruntime", "sklearn", "skimage", "scipy", "segmentation_models_pytorch", "catboost"}
+    assert {name: heavy & set(found) for name, found in late.items()} == {name: set() for name in peers}
 
 
 def test_what_is_not_installed_is_skipped_by_name_and_stops_nothing(pictures, tmp_path, monkeypatch):
@@ -85,18 +97,42 @@ def test_figures_that_are_there_are_not_measured_again(pictures, tmp_path):
             raise DistillFSSError("out of luck")
         return {**j.key(), "pooled": 0.5}
 
-    jobs = [job(pictures, seed=s) for s in (0, 1, 2)]
+    three = [job(pictures, seed=s) for s in (0, 1, 2)]
     first = Rows(tmp_path / "rows.jsonl", MACHINE)
-    assert [o.fault for o in iter_jobs(jobs, first, measure)] == [None, "out of luck", None]
+    assert [o.fault for o in iter_jobs(three, first, measure)] == [None, "out of luck", None]
     first.close()
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"data": "ow')  # killed while it wrote
     again = Rows(tmp_path / "rows.jsonl", MACHINE)
     assert len(list(again)) == 2
-    assert all(o.row for o in iter_jobs(jobs[::2], again, measure))
+    assert all(o.row for o in iter_jobs(three[::2], again, measure))
     again.add({"data": "x"})
     assert asked == [0, 1, 2]
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 3
+
+
+def test_figures_of_other_pictures_or_of_another_version_are_not_taken(pictures, tmp_path, monkeypatch):
+    def shown(folder, **changes) -> float:
+        rows = Rows(tmp_path / "rows.jsonl", MACHINE)
+        asked.append(None)
+        [done] = iter_jobs([replace(job(folder), **changes)], rows, lambda j: {**j.key(), "pooled": len(asked)})
+        rows.close()
+        return done.row["pooled"]
+
+    asked: list[None] = []
+    for name, count in (("other", 10), ("more", 12)):
+        write_pairs(tmp_path / name, count)
+    copied = shutil.copytree(pictures, tmp_path / "copied")
+    assert [shown(pictures), shown(pictures), shown(copied)] == [1, 1, 1]
+    for p in (tmp_path / "other" / "images").glob("*.png"):
+        save(p, 255 - np.asarray(Image.open(p)))
+    assert [shown(tmp_path / "other"), shown(tmp_path / "other"), shown(pictures)] == [4, 4, 1]
+    assert shown(tmp_path / "more", tests=3) == 7
+    monkeypatch.setattr(jobs, "__version__", "99")
+    assert [shown(pictures), shown(pictures)] == [8, 8]
+    monkeypatch.setattr(jobs, "packaged_head", lambda _: None)
+    assert [shown(pictures), shown(pictures)] == [10, 10]
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 5
 
 
 def test_figures_of_two_machines_are_not_mixed(tmp_path):

@@ -1,6 +1,7 @@
 """Speed: what is measured, that the naive form says the same, and the report; nothing is timed here."""
 
 import math
+from collections import Counter
 from dataclasses import asdict
 
 import numpy as np
@@ -25,9 +26,12 @@ from distillfss_core.bench.speed import (
     time_volume,
 )
 from distillfss_core.device import choose_device
+from distillfss_core.engine import segment_to_zarr
 from distillfss_core.errors import SettingsError
 from distillfss_core.features import EncodedSupport
 from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.lazy import segment_lazy
+from distillfss_core.preprocess import Preprocess
 
 SMALL = Plan(side=64, sides=(64, 96), shots=(1, 2), classes=(1, 2), planes=(1,), rounds=1)
 
@@ -104,6 +108,29 @@ def test_a_volume_goes_through_in_three_ways(backbone, device):
     assert [v.way for v in found] == list(speed.WAYS)
     assert all(v.megavoxels_per_second > 0 for v in found)
     assert found[0].ratio == 1
+
+
+def test_limits_are_sampled_in_every_round_of_every_way(backbone, device, monkeypatch):
+    sampled, ways = Counter(), {segment_lazy: "lazy", segment_to_zarr: "zarr"}
+    now = ["memory"]
+    original = Preprocess.sample_limits
+
+    def spy(self, sample):
+        sampled[now[0]] += 1
+        return original(self, sample)
+
+    def told(work):
+        def run(*args, **options):
+            now[0] = ways[work]
+            return work(*args, **options)
+
+        return run
+
+    monkeypatch.setattr(Preprocess, "sample_limits", spy)
+    monkeypatch.setattr(speed, "segment_lazy", told(segment_lazy))
+    monkeypatch.setattr(speed, "segment_to_zarr", told(segment_to_zarr))
+    time_volume(2, 64, backbone, device)
+    assert sampled == {"lazy": 2 * speed.VOLUME_ROUNDS, "zarr": 2 * speed.VOLUME_ROUNDS}
 
 
 def test_the_report_is_a_table_and_a_picture(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from distillfss_core.cli import FAULT, FINE, INTERRUPTED, USAGE, build_parser, m
 from distillfss_core.io import read_image, read_labels, read_stack, write_labels
 from distillfss_core.model import Segmenter, StudentModel
 from distillfss_core.training import DistillRun
+from volumes import write_ome_zarr
 
 FEW = ["--steps=3", "--views=4", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]
 
@@ -384,6 +386,14 @@ def test_outputs_that_make_no_sense_are_refused_and_nothing_is_touched(here, cap
     before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
     fault_of(capsys, "segment", source, "-m", "model.safetensors", "-o", out, "--overwrite")
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("out", ["labels.tif", "labels"])
+def test_a_volume_is_no_folder_of_images(here, capsys, out):
+    write_ome_zarr(Path("x.ome.zarr"), np.zeros((2, 8, 8), np.uint8))
+    Path("labels").mkdir(exist_ok=True)
+    said = fault_of(capsys, "segment", "x.ome.zarr", "-m", "model.safetensors", "-o", out)
+    assert f"{out} is no name for its labels: x.ome.zarr is a volume; end OUT in .ome.zarr" in said
 
 
 def test_what_is_left_out_of_a_folder_is_said(here, capsys):

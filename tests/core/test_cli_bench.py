@@ -68,6 +68,7 @@ def test_accuracy_stands_beside_the_paper(here, in_this_process, capsys):
         (["peers", "--data", "own=mine", "--peers=ilastik"], "ilastik"),
         (["peers", "--data", "own=mine", "--supports=boxes"], "boxes"),
         (["accuracy", "--data", "own=mine", "--methods=forest"], "forest"),
+        (["peers", "--data", "own=mine", "--data", "own=other"], "--data own is given twice"),
         (["speed", "--device=quantum"], "quantum"),
     ],
 )

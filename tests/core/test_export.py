@@ -11,9 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from distillfss_core import export
 from distillfss_core.cli import main
+from distillfss_core.device import Device
 from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.export import TOLERANCE, export_bioimageio, export_onnx
 from pictures import blobs
@@ -88,6 +90,21 @@ def test_a_package_passes_the_test_of_bioimageio(plain_student, tmp_path):
     assert image.std() > 1
     expected = student.with_engine("torch").predict(image[0, 0]).probabilities
     assert np.abs(answer[0] - expected).max() < 0.02  # percentiles of its preprocessing lie a hair beside ours
+
+
+def test_a_student_on_another_device_is_exported_from_a_copy_on_the_cpu(plain_student, tmp_path):
+    pytest.importorskip("bioimageio.core", reason="bioimageio.core is not installed")
+    student = copy.deepcopy(plain_student)
+    student.device = Device("meta")  # whose tensors nobody can read
+    student.network.double()
+    export_onnx(student, tmp_path / "student.onnx")
+    export_bioimageio(student, tmp_path / "student.zip", authors=["Ada"])
+    assert {(p.device.type, p.dtype) for p in student.network.parameters()} == {("cpu", torch.float64)}
+    plane = blobs(1, 64).image
+    limits = plain_student.preprocess.limits(plain_student.preprocess.as_channels(plane))
+    scaled = ((plane - limits.low[0]) / (limits.high[0] - limits.low[0])).astype(np.float32)
+    found = run(tmp_path / "student.onnx", scaled[None, None])[0]
+    assert np.abs(found - plain_student.with_engine("torch").predict(plane).probabilities).max() <= TOLERANCE
 
 
 def test_what_the_format_does_not_take_is_said(plain_student, tmp_path):

@@ -68,6 +68,21 @@ def test_jpeg_and_bmp_are_read(tmp_path):
     np.testing.assert_array_equal(read_image(png(tmp_path / "a.BMP", RGB)), RGB)
 
 
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("ending", ["png", "jpg", "bmp"])
+def test_a_picture_may_have_more_pixels_than_pillow_likes_up_to_a_bound(tmp_path, monkeypatch, ending):
+    path, limit = tmp_path / f"large.{ending}", 100
+    array = np.full((30, 40), 77, np.uint8)
+    Image.fromarray(array).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    np.testing.assert_array_equal(read_image(path), array)
+    np.testing.assert_array_equal(read_labels(path), array)
+    assert limit == Image.MAX_IMAGE_PIXELS
+    monkeypatch.setattr(io, "_MOST_PIXELS", 1000)
+    with pytest.raises(InputFileError, match=rf"large\.{ending}: has 40 x 30 pixels, .* at most 1000; save it as TIFF"):
+        read_image(path)
+
+
 def test_a_palette_image_becomes_rgb_and_palette_labels_stay_numbers(tmp_path):
     picture = Image.fromarray((GREY % 3).astype(np.uint8)).convert("P")
     picture.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
@@ -249,6 +264,15 @@ def test_one_folder_may_hold_images_and_their_labels(folders):
     for name in ("a.png", "a_mask.png", "b.png"):
         (folders[0] / name).touch()
     assert [(i.name, m.name) for i, m in pair_files(folders[0], folders[0])] == [("a.png", "a_mask.png")]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"), [(1e12, "label 1e\\+12; labels end at 4294967295"), (-3, "label -3; labels start")]
+)
+def test_a_float_label_beyond_its_limits_is_named(tmp_path, value, said):
+    tifffile.imwrite(tmp_path / "a.tif", np.array([[0, 1], [2, value]], np.float32))
+    with pytest.raises(ImageError, match=said):
+        read_labels(tmp_path / "a.tif")
 
 
 def test_images_without_labels_are_left_out_and_counted(folders, caplog):

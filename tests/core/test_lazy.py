@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 
 from distillfss_core.errors import ImageError, SettingsError
 from distillfss_core.lazy import VolumeSegmenter, segment_lazy
+from distillfss_core.preprocess import Limits
 from distillfss_core.volume import open_volume
 from pictures import blobs
 from volumes import write_ome_zarr
@@ -67,6 +69,39 @@ def test_limits_of_a_plane_are_read_in_bands(plain_student, monkeypatch):
     plane = np.random.default_rng(0).integers(0, 9999, (1, 1300, 1100), dtype=np.uint16)
     monkeypatch.setattr("distillfss_core.lazy._BAND", 100_000)
     assert VolumeSegmenter(open_volume(plane), model).limits(0) == model.preprocess.limits(plane[0])
+
+
+class Counted:
+    """An array that knows how many of its chunks were decoded."""
+
+    def __init__(self, array: np.ndarray, chunks: tuple[int, ...]) -> None:
+        self.array, self.chunks, self.shape, self.dtype, self.decoded = array, chunks, array.shape, array.dtype, 0
+
+    def __getitem__(self, box):
+        self.decoded += math.prod(-(-s.stop // n) - s.start // n for s, n in zip(box, self.chunks, strict=False))
+        return self.array[box]
+
+
+@pytest.mark.parametrize("colours", [(), (3,)])
+def test_a_block_takes_its_limits_from_one_look_at_every_chunk(plain_student, monkeypatch, colours):
+    model = with_scope(plain_student, "image")
+    if colours:
+        mix, fitted = tuple(tuple(row) for row in np.eye(3)), Limits((0.0,) * 3, (1.0,) * 3)
+        model.preprocess = replace(model.preprocess, channels=3, mix=mix, fitted=fitted)
+    array = np.random.default_rng(0).integers(0, 9999, (8, 1030, 1100, *colours), dtype=np.uint16)
+    array[2:5] //= 7
+    expected = [model.preprocess.limits(plane) for plane in array]
+    chunks, region = (3, 255, 301), ((0, 1030), (0, 1100))
+    for band, samples, most in ((1 << 22, 1 << 24, 2), (3 * 255 * 301, 1 << 24, 2), (1, 1, 4)):
+        monkeypatch.setattr("distillfss_core.lazy._BAND", band)
+        monkeypatch.setattr("distillfss_core.lazy._SAMPLES", samples)
+        counted = Counted(array, (*chunks, *colours))
+        volume = open_volume(counted, axes="zyxc"[: array.ndim], channel="all" if colours else None)
+        segmenter = VolumeSegmenter(volume, model)
+        segmenter.read(slice(0, 3), region)
+        segmenter.read(slice(3, 8), region)
+        assert [segmenter.limits(z) for z in range(8)] == expected
+        assert counted.decoded <= most * 3 * 5 * 4
 
 
 def test_what_cannot_be_segmented_is_said(plain_student):

@@ -23,6 +23,7 @@ from distillfss_core.pretrain.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HE
 from distillfss_core.pretrain.synthetic import synthetic_task
 from distillfss_core.training import distill, unrefined_teacher
 from distillfss_core.types import IGNORE
+from layouts import write_pairs
 from pictures import blobs
 
 TINY = PretrainSettings(
@@ -203,6 +204,36 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, whole):
         PretrainRun(replace(TINY, steps=2), tmp_path)
     longer = PretrainRun(replace(TINY, steps=5), tmp_path)
     assert [step.index for step in longer] == [5]
+
+
+def test_a_training_goes_on_with_the_sets_that_it_began_with_only(tmp_path, caplog):
+    folder, given = tmp_path / "run", tmp_path / "sets"
+    for name in ("cells", "discs", "fibres"):
+        write_pairs(given / name, 3, 96)
+
+    def begin(*keep_out: str, real: bool = True) -> PretrainRun:
+        trained, held_out = sources([given] if real else [], keep_out)
+        return PretrainRun(replace(TINY, judged=1), folder, real=trained, held_out=held_out)
+
+    run = begin("discs")
+    next(run)
+    run.close()
+    was = r"with cells, fibres \(kept out: discs\), now it is given "
+    for given_now, said in (
+        (lambda: begin("cells"), r"discs, fibres \(kept out: cells\); give the same"),
+        (begin, r"cells, discs, fibres \(kept out: none\); give the same"),
+        (lambda: begin(real=False), r"no real sets; give the same .* or another folder"),
+    ):
+        with pytest.raises(SettingsError, match=was + said):
+            given_now()
+    assert not caplog.records
+    assert begin("discs").step == 1
+
+    record, tensors, _ = read_card_file(folder / CHECKPOINT, CHECKPOINT_FILE)
+    del record["data"]  # as it was written before
+    write_card_file(folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+    assert begin("cells").step == 1
+    assert "does not say which sets it was made with" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, whole):

@@ -179,6 +179,37 @@ def test_from_eight_slices_on_one_is_left_out_by_itself(tiny) -> None:
     assert distill(few, replace(tiny, steps=1)).training["left_out_slice"] is None
 
 
+def _with_rare_class(slices: int, *where: int) -> SupportSet:
+    """Slices of blobs; class "rare" is painted in those of ``where`` only."""
+    made = [blobs(i, 64) for i in range(slices)]
+    for i in where:
+        made[i].labels[:8, :8] = 2
+    return SupportSet(tuple(made), ("blob", "rare"))
+
+
+@pytest.mark.parametrize(("where", "left_out"), [((4,), 3), ((3,), 4), ((3, 4), 4)])
+def test_what_only_one_slice_shows_is_learnt_from_it(tiny, where: tuple[int, ...], left_out: int) -> None:
+    run = iter_distill(_with_rare_class(8, *where), replace(tiny, steps=1))
+    assert run.result().training["left_out_slice"] == left_out
+
+
+def test_no_slice_is_left_out_where_each_alone_shows_something(tiny) -> None:
+    names = tuple(f"class {k}" for k in range(1, 9))
+    slices = [replace(s, labels=s.labels * np.uint8(k)) for k, s in enumerate((blobs(i, 64) for i in range(8)), 1)]
+    run = iter_distill(SupportSet(slices, names), replace(tiny, steps=1))
+    assert run.result().training["left_out_slice"] is None
+
+
+def test_the_only_slice_of_a_class_cannot_be_left_out(tiny) -> None:
+    with pytest.raises(SettingsError, match=r"left_out is 1, but no other slice shows 'rare'.*give another"):
+        iter_distill(_with_rare_class(3, 1), replace(tiny, left_out="1"))
+    scribbled = [
+        replace(s, labels=np.where(s.labels == 0, IGNORE, s.labels).astype(np.uint8)) for s in map(blobs, (0, 1))
+    ]
+    with pytest.raises(SettingsError, match=r"left_out is 2, but no other slice shows background"):
+        iter_distill(SupportSet((*scribbled, blobs(2))), replace(tiny, left_out="2"))
+
+
 @pytest.mark.parametrize("left_out", ["3", "x", "-1"])
 def test_a_slice_that_is_not_there_cannot_be_left_out(support, tiny, left_out: str) -> None:
     with pytest.raises(SettingsError, match="left_out"):

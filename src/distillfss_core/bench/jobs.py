@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
+from distillfss_core import __version__
 from distillfss_core.bench.apart import call_apart
-from distillfss_core.bench.datasets import find_set
+from distillfss_core.bench.datasets import Split, find_set
 from distillfss_core.bench.rows import Row, Rows
+from distillfss_core.bench.supports import fingerprint, read_support, share_annotated, spread_tests
+from distillfss_core.config import DistillSettings
 from distillfss_core.errors import DistillFSSError
+from distillfss_core.headfile import packaged_head
+from distillfss_core.support import SupportSet
 
 SUPPORT_KINDS = ("dense", "scribbles")
 
@@ -24,7 +31,7 @@ class Job:
     data : str
         A key of `SETS`.
     folder : str
-        Where it lies; not part of what identifies a figure.
+        Where it lies; what lies there identifies a figure, see `iter_jobs`.
     shots : int
     seed : int
         Draws the support and its scribbles, and starts the training; -1 is the published choice of the support.
@@ -76,13 +83,12 @@ def run_job(job: Job) -> Row:
     from distillfss_core.bench.judge import Judge
     from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
     from distillfss_core.bench.peers import PEERS
-    from distillfss_core.bench.supports import fingerprint, read_support, share_annotated, spread_tests
-    from distillfss_core.config import DistillSettings
 
     about, peer = find_set(job.data), PEERS[job.peer]
     split = about.open(job.folder)
-    support = read_support(split, job.shots, job.seed, scribbled=job.annotation == "scribbles")
+    support = _support(split, job.shots, job.seed, job.annotation)
     settings = replace(DistillSettings(seed=max(job.seed, 0)), **job.settings)
+    peer.load()
     before = resident_mb()
     reset_peak()
     began = time.perf_counter()
@@ -112,7 +118,6 @@ def run_job(job: Job) -> Row:
         "zoom": zoom,
         "annotated": round(share_annotated(support), 5),
         "support": [s.source for s in support.slices],
-        "support_digest": fingerprint(support),
     }
 
 
@@ -128,17 +133,41 @@ def _run_record(record: dict[str, Any]) -> Row:
 def iter_jobs(jobs: Sequence[Job], rows: Rows, run: Callable[[Job], Row]) -> Iterator[Outcome]:
     """Jobs one after another; those whose figures are in ``rows`` are not done again.
 
-    A peer that cannot be asked here, and a job that fails, are told and stop no other.
+    A row stands for a job if it was made of the same support pictures and test names, by the same version of this
+    program and of its head; any other stays where it is and is not taken. A peer that cannot be asked here, and a job
+    that fails, are told and stop no other.
     """
+    head = packaged_head(DistillSettings().backbone)
+    program = {"version": __version__, "head": head and head.name}
+    digests = lru_cache(_digests)
+    for job in jobs:
+        try:
+            about = digests(job.data, job.folder, job.shots, job.seed, job.annotation, job.tests)
+            outcome = _outcome(job, job.key() | program | about, rows, run)
+        except DistillFSSError as fault:
+            outcome = Outcome(job, None, str(fault))
+        yield outcome
+
+
+def _outcome(job: Job, about: Row, rows: Rows, run: Callable[[Job], Row]) -> Outcome:
     from distillfss_core.bench.peers import PEERS
 
-    for job in jobs:
-        if (known := rows.find(job.key())) is not None:
-            yield Outcome(job, known)
-        elif (missing := PEERS[job.peer].missing()) is not None:
-            yield Outcome(job, None, missing)
-        else:
-            try:
-                yield Outcome(job, rows.add(run(job)))
-            except DistillFSSError as fault:
-                yield Outcome(job, None, str(fault))
+    if (known := rows.find(about)) is not None:
+        return Outcome(job, known)
+    if (missing := PEERS[job.peer].missing()) is not None:
+        return Outcome(job, None, missing)
+    return Outcome(job, rows.add(run(job) | about))
+
+
+def _digests(data: str, folder: str, shots: int, seed: int, annotation: str, tests: int | None) -> Row:
+    """What says whether two jobs are about the same pictures."""
+    split = find_set(data).open(folder)
+    tested = "\n".join(item.name for item in spread_tests(split, tests))
+    return {
+        "support_digest": fingerprint(_support(split, shots, seed, annotation)),
+        "tests_digest": hashlib.sha256(tested.encode()).hexdigest()[:12],
+    }
+
+
+def _support(split: Split, shots: int, seed: int, annotation: str) -> SupportSet:
+    return read_support(split, shots, seed, scribbled=annotation == "scribbles")

@@ -7,6 +7,7 @@ Source: episodic training of DCAMA (Shi et al., ECCV 2022); the episodes are our
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -47,6 +48,8 @@ from distillfss_core.teachers import DcamaTeacher
 from distillfss_core.training.losses import map_loss, segmentation_loss
 from distillfss_core.types import IGNORE, TrainStep
 
+log = logging.getLogger(__name__)
+
 CHECKPOINT_FILE = FileKind("distillfss-pretrain", "checkpoint of a meta-training", 1)
 CHECKPOINT, HEAD, CURVES = "checkpoint.safetensors", "head.safetensors", "curves.png"
 
@@ -63,7 +66,8 @@ MAY_CHANGE = {"steps", "workers", "judge_every", "judged", "device", "precision"
 class PretrainRun(Iterator[TrainStep]):
     """A meta-training under way: iterate it for progress; it keeps its state in a folder and goes on from there.
 
-    Killed at any moment and started again with the same settings, it reaches the same weights (on one machine's CPU).
+    Killed at any moment and started again with the same settings and sets, it reaches the same weights (on one
+    machine's CPU).
 
     Parameters
     ----------
@@ -77,7 +81,7 @@ class PretrainRun(Iterator[TrainStep]):
     Raises
     ------
     SettingsError
-        If the folder holds a training with other settings, or a backbone is to learn that is not a light one.
+        If the folder holds a training with other settings or sets, or a backbone is to learn that is not a light one.
     """
 
     def __init__(
@@ -332,10 +336,15 @@ class PretrainRun(Iterator[TrainStep]):
         tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
         for i, state in self._optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{i}.{n}": v for n, v in state.items()}
-        record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings)}
+        record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings), "data": self._data()}
         record |= {"history": self.history, "sums": self._sums}
         write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
         draw_curves(self.history, self.folder / CURVES)
+
+    def _data(self) -> dict[str, list[str]]:
+        """Names of the sets that are trained on, and of those kept out of it."""
+        given = {"real": self._real, "kept_out": self._held_out}
+        return {name: list(source.sets) if source else [] for name, source in given.items()}
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT
@@ -349,6 +358,13 @@ class PretrainRun(Iterator[TrainStep]):
                     f"{path} was made with {name} {then!r}, now it is {now[name]!r}; "
                     "give the same settings to go on, or another folder to start anew"
                 )
+        if "data" not in record:
+            log.warning("%s does not say which sets it was made with; it goes on with those given now", path)
+        elif record["data"] != self._data():
+            raise SettingsError(
+                f"{path} was made with {_sets_text(record['data'])}, now it is given {_sets_text(self._data())}; "
+                "give the same to go on, or another folder to start anew"
+            )
         if record["step"] > self.settings.steps:
             raise SettingsError(f"{path} is at step {record['step']} already; give at least as many steps")
         try:
@@ -372,6 +388,12 @@ def sources(folders: Sequence[Path], keep_out: Sequence[str]) -> tuple[RealSourc
         return None, None
     real = RealSource(folders, keep_out=keep_out)
     return real, RealSource(folders, keep_out=real.sets) if keep_out else None
+
+
+def _sets_text(data: dict[str, list[str]]) -> str:
+    if not data["real"]:
+        return "no real sets"
+    return f"{', '.join(data['real'])} (kept out: {', '.join(data['kept_out']) or 'none'})"
 
 
 def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:

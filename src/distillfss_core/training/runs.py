@@ -284,13 +284,22 @@ def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
-    if settings.left_out == "none":
+    """The slice kept apart; of its own accord none that alone shows a class, or the background."""
+    if settings.left_out == "none" or (settings.left_out == "auto" and len(support) < AUTO_LEAVE_OUT):
         return None
+    alone = support.shown_once()
     if settings.left_out == "auto":
-        return len(support) // 2 if len(support) >= AUTO_LEAVE_OUT else None
+        from_the_middle = sorted(range(len(support)), key=lambda i: abs(i - len(support) // 2))
+        return next((i for i in from_the_middle if not alone[i].any()), None)
     index = int(settings.left_out)
     if not index < len(support) or len(support) == 1:
         raise SettingsError(f"left_out is {index}, but there are {len(support)} slices; at least one must remain")
+    if alone[index].any():
+        what = ("background", *map(repr, support.class_names))[int(alone[index].argmax())]
+        raise SettingsError(
+            f"left_out is {index}, but no other slice shows {what} ({support.slices[index].source}); give another, or "
+            "none"
+        )
     return index
 
 
