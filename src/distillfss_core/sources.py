@@ -59,7 +59,7 @@ UNITS = {  # of one of them in micrometres
 }
 _HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
 _SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
-_TILES = 16  # of an array that lies elsewhere: each may cost a chunk of it
+_TILES = 8  # of an array that lies elsewhere: each may cost a chunk of it
 _CHUNKS = 64  # files of a zarr
 _END = 1 << 15  # bytes at the beginning and the end of such a file
 FAULTS = (*DECODER_FAULTS, AssertionError, AttributeError, NotImplementedError)
