@@ -35,6 +35,7 @@ _HOME = {
     "evaluate": "metrics",
     "generate_sample": "sample",
     "Volume": "volume",
+    "count_choices": "volume",
     "open_volume": "volume",
     "SupportSet": "support",
     "load_support": "support",

@@ -254,15 +254,35 @@ def open_volume(
         return source
     path = Path(source) if isinstance(source, (str, Path)) else None
     name = str(source) if path is not None else "array"
+    found = _find(source, name, level, axes, series)
+    if path is None and level:
+        raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
+    return _choose(name, path, found, how, source)
+
+
+def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Found:
     try:
-        found = open_any(path, level, axes, series) if path is not None else open_array(source, axes)
+        return (
+            open_any(Path(source), level, axes, series) if isinstance(source, (str, Path)) else open_array(source, axes)
+        )
     except (SettingsError, ImageError, InputFileError):
         raise
     except FAULTS as fault:
         raise InputFileError(f"{name}: cannot be opened ({reason(fault)}); check that it is whole") from fault
-    if path is None and level:
-        raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
-    return _choose(name, path, found, how, source)
+
+
+def count_choices(path: str | Path, *, axes: str | None = None, series: int | None = None) -> dict[str, int]:
+    """How many time points ("t") and channels ("c") a file has of which `open_volume` wants one; {} without a choice.
+
+    Raises
+    ------
+    InputFileError, SettingsError, ImageError
+        As `open_volume` does.
+    """
+    found = _find(path, str(path), 0, axes, series)
+    found.source.close()
+    size = dict(zip(found.source.axes, found.source.shape, strict=True))
+    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and found.colour)}
 
 
 def _open_again(source: Any, how: dict[str, Any], across: str) -> Volume:

@@ -22,6 +22,8 @@ _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an arr
 FROM_FILE = "distillfss"
 """Key of a layer's metadata under which the file it shows, and how that was opened, are kept."""
 
+_CHOICES = {"t": "time", "c": "channel"}
+
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -237,13 +239,13 @@ def _micrometres(unit: pint.Unit) -> float | None:
 
 
 def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str, Any]]:
-    """A file as lazy levels (finest first) and keywords of an image layer.
+    """A file as lazy levels (finest first) and keywords of an image layer, with all its time points and channels.
 
     Parameters
     ----------
     path : path
     opening
-        time, channel, axes and series, as for `core.open_volume`.
+        time, channel, axes and series, as for `core.open_volume`; a time or channel that is given is the only one.
 
     Raises
     ------
@@ -252,16 +254,25 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
     import dask.array as da
 
     opening = {name: value for name, value in opening.items() if value is not None}
-    volume = core.open_volume(path, **opening)
-    volumes = [volume, *(core.open_volume(path, level=k, **opening) for k in range(1, len(volume.levels)))]
-    levels = [
-        da.from_array(v, chunks=(1, *v.shape[1:]), asarray=False, fancy=False, meta=np.empty((0,) * v.ndim, v.dtype))
-        for v in volumes
-    ]
+    of_file = {name: value for name, value in opening.items() if name in ("axes", "series")}
+    counts = {a: n for a, n in core.count_choices(path, **of_file).items() if _CHOICES[a] not in opening}
+
+    def lazy(level: int, letters: str, chosen: dict[str, int]) -> Any:
+        if letters:
+            each = (chosen | {_CHOICES[letters[0]]: n} for n in range(counts[letters[0]]))
+            return da.stack([lazy(level, letters[1:], one) for one in each])
+        v = core.open_volume(path, level=level, **opening, **chosen)
+        empty = np.empty((0,) * v.ndim, v.dtype)
+        return da.from_array(v, chunks=(1, *v.shape[1:]), asarray=False, fancy=False, meta=empty)
+
+    volume = core.open_volume(path, **opening, **{_CHOICES[a]: 0 for a in counts})
+    levels = [lazy(level, "".join(counts), {}) for level in range(len(volume.levels))]
+    lead = len(counts)
     about: dict[str, Any] = {
         "name": Path(path).name,
-        "scale": [s or 1.0 for s in volume.scale],
-        "translate": list(volume.origin),
+        "scale": [1.0] * lead + [s or 1.0 for s in volume.scale],
+        "translate": [0.0] * lead + list(volume.origin),
+        "axis_labels": (*counts, "z", "y", "x"),
         "rgb": volume.ndim == 4 and volume.shape[3] in (3, 4),
         "multiscale": len(levels) > 1,
         "metadata": {
@@ -273,7 +284,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
         },
     }
     if volume.unit:
-        about["units"] = (volume.unit,) * 3
+        about["units"] = ("pixel",) * lead + (volume.unit,) * 3
     return levels, about
 
 

@@ -57,5 +57,5 @@ def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
 
 def _channels(path: str) -> list[int | None]:
     """The channels that become layers of their own; [None] where there is one, or colours that belong together."""
-    everything = core.open_volume(path, channel="all")
-    return [None] if everything.ndim == 3 else list(range(everything.shape[3]))
+    channels = core.count_choices(path).get("c", 0)
+    return list(range(channels)) if channels else [None]

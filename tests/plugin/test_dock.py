@@ -812,6 +812,26 @@ def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_pa
     dock = open_dock(viewer)
     dock.volume.open_path(tmp_path / "stack.tif")
     assert dock.volume.value().volume.path == tmp_path / "stack.tif"
+    assert viewer.layers[0].axis_labels == ("z", "y", "x")
     assert not isinstance(viewer.layers[0].data, np.ndarray)
     dock.volume.open_path(tmp_path / "none.tif")
     assert "no such file" in dock.volume.message.text()
+
+
+@pytest.mark.parametrize(("axes", "chosen"), [("TZYX", (2,)), ("CZYX", (1,)), ("TZCYX", (2, 1))])
+def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(axes, chosen, viewer, open_dock, tmp_path):
+    sizes = {"T": 3, "C": 2, "Z": 4, "Y": 40, "X": 50}
+    data = np.random.default_rng(0).integers(0, 999, [sizes[a] for a in axes]).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "many.ome.tif", data, photometric="minisblack", metadata={"axes": axes})
+    dock = open_dock(viewer)
+    dock.volume.open_path(tmp_path / "many.ome.tif")
+    letters = axes.lower().replace("z", "").removesuffix("yx")
+    for letter, at in zip(letters, chosen, strict=True):
+        dock.volume.lead[letter].setValue(at)
+    volume = dock.volume.value().volume
+    assert volume.path == tmp_path / "many.ome.tif"
+    at = dict(zip(letters, chosen, strict=True))
+    index = tuple(at.get(a, 3 if a == "z" else slice(None)) for a in axes.lower())
+    np.testing.assert_array_equal(volume.plane(3), data[index])
+    shown = viewer.layers[0].data[(*chosen, 3)]
+    np.testing.assert_array_equal(np.asarray(shown), data[index])
