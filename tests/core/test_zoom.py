@@ -74,6 +74,8 @@ def test_left_out_slices_are_judged_by_what_the_others_show(choose: Choose, teac
         ((0.5, 0.6, 0.7), "2"),
         ((1.0, 1.0, 1.0), "1"),
         ((0.02, 0.021, 0.02), "1"),
+        ((0.443, 0.439, 0.450), "1"),
+        ((0.30, 0.25, 0.24), "1/2"),
     ],
 )
 def test_smallest_zoom_close_to_the_best(

@@ -22,6 +22,7 @@ from distillfss_core.types import IGNORE
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
 ALIKE = 0.005  # scores closer than this say nothing of the zoom: scribbles that any zoom gets right, objects none finds
+TELLS = 0.5  # IoU from which a score tells that half the pixels lose next to nothing
 _SIDE = 192  # pixels of the slice in a probe view
 _VIEWS = 12
 _POINTS = 1500
@@ -47,7 +48,8 @@ def choose_zoom(
     Returns
     -------
     zoom : Fraction
-        The smallest, and so the quickest, that comes within `WORTH` of the best; 1 where all scores are alike.
+        The smallest, and so the quickest, that comes within `WORTH` of the best; 1 where all scores are alike. 1/2
+        only where the best score is `TELLS` or more, or where 1/2 gains `WORTH`.
     scores : dict
         Mean IoU of each candidate.
     """
@@ -63,7 +65,9 @@ def choose_zoom(
     best = max(scores.values())
     if best - min(scores.values()) < ALIKE:
         return Fraction(1), scores
-    return next(zoom for zoom in CANDIDATES if scores[str(zoom)] > best - WORTH), scores
+    coarse = best >= TELLS or scores["1/2"] >= scores["1"] + WORTH
+    candidates = CANDIDATES if coarse else CANDIDATES[1:]
+    return next(zoom for zoom in candidates if scores[str(zoom)] > best - WORTH), scores
 
 
 @torch.no_grad()
