@@ -22,7 +22,7 @@ _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an arr
 FROM_FILE = "distillfss"
 """Key of a layer's metadata under which the file it shows, and how that was opened, are kept."""
 
-_CHOICES = {"t": "time", "c": "channel"}
+LEAD_NAMES = {"t": "time", "c": "channel"}
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -255,17 +255,17 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
 
     opening = {name: value for name, value in opening.items() if value is not None}
     of_file = {name: value for name, value in opening.items() if name in ("axes", "series")}
-    counts = {a: n for a, n in core.count_choices(path, **of_file).items() if _CHOICES[a] not in opening}
+    counts = {a: n for a, n in core.count_choices(path, **of_file).items() if LEAD_NAMES[a] not in opening}
 
     def lazy(level: int, letters: str, chosen: dict[str, int]) -> Any:
         if letters:
-            each = (chosen | {_CHOICES[letters[0]]: n} for n in range(counts[letters[0]]))
+            each = (chosen | {LEAD_NAMES[letters[0]]: n} for n in range(counts[letters[0]]))
             return da.stack([lazy(level, letters[1:], one) for one in each])
         v = core.open_volume(path, level=level, **opening, **chosen)
         empty = np.empty((0,) * v.ndim, v.dtype)
         return da.from_array(v, chunks=(1, *v.shape[1:]), asarray=False, fancy=False, meta=empty)
 
-    volume = core.open_volume(path, **opening, **{_CHOICES[a]: 0 for a in counts})
+    volume = core.open_volume(path, **opening, **{LEAD_NAMES[a]: 0 for a in counts})
     levels = [lazy(level, "".join(counts), {}) for level in range(len(volume.levels))]
     lead = len(counts)
     about: dict[str, Any] = {

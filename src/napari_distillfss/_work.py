@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
@@ -109,12 +108,6 @@ def iter_training(
     load_torch()
     yield Doing("reading the annotated slices")
     planes, support = make_support()
-    kept: Path | None = keep.with_suffix("")
-    try:
-        pictures = [(s.image, from_classes(s.labels)) for s in support.slices]
-        write_planes(keep.with_suffix(""), dict(zip(planes, pictures, strict=True)))
-    except core.OutputError:  # only a script would need them
-        kept = None
     yield Doing("starting; the zoom is chosen on your slices")
     run = core.iter_distill(support, settings, start=start)
     yield Doing("looking at your slices from many sides")
@@ -122,7 +115,6 @@ def iter_training(
     for step in run:
         if stop.is_set() and not begun:  # one step makes no student
             run.close()
-            shutil.rmtree(keep.with_suffix(""), ignore_errors=True)
             return None
         begun = True
         yield step
@@ -131,6 +123,12 @@ def iter_training(
             break
     yield Doing("finishing")
     model = run.result()
+    kept: Path | None = keep.with_suffix("")
+    try:
+        pictures = [(s.image, from_classes(s.labels)) for s in support.slices]
+        write_planes(keep.with_suffix(""), dict(zip(planes, pictures, strict=True)))
+    except core.OutputError:  # only a script would need them
+        kept = None
     try:
         model.save(keep)
     except core.OutputError as fault:  # it can be saved elsewhere

@@ -37,11 +37,13 @@ def display(qapp):
     from qtpy.QtGui import QOpenGLContext
 
     given = os.environ.get("DISPLAY")
-    if not (given and _draws(given)):
+    draws = bool(given) and _draws(given)
+    if not draws:
         if shutil.which("Xvfb") is None:
             pytest.skip("a window needs a screen that OpenGL draws on; install Xvfb")
         os.environ["DISPLAY"] = _start_xvfb()
-    if not _draws(os.environ["DISPLAY"]) or not QOpenGLContext().create():
+        draws = _draws(os.environ["DISPLAY"])
+    if not draws or not QOpenGLContext().create():
         tried = f"on the screen {given!r} nor on Xvfb's" if given else "on Xvfb's"
         pytest.skip(f"OpenGL does not draw {tried} {os.environ['DISPLAY']!r}; install libgl1-mesa-dri, or try again")
     return os.environ["DISPLAY"]

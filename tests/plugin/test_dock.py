@@ -765,6 +765,11 @@ def test_the_teacher_that_answers_is_the_one_that_was_chosen_last(dock, qtbot, p
         dock.preview.source.activated.emit(index)
     qtbot.waitUntil(lambda: dock.preview.model() is not None, timeout=60_000)
     assert type(dock.preview.model().teacher).__name__ == "PrototypeTeacher"
+    for index in (1, 2, 1):
+        dock.preview.source.setCurrentIndex(index)
+        dock.preview.source.activated.emit(index)
+    qtbot.waitUntil(lambda: dock.preview.model() is not None, timeout=60_000)
+    assert type(dock.preview.model().teacher).__name__ == "DcamaTeacher"
 
 
 def test_a_teacher_told_of_one_volume_does_not_answer_for_another(dock, viewer, qtbot, painted_truth):

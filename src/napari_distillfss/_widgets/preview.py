@@ -135,7 +135,8 @@ class PreviewWidget(QWidget):
             self._make_teacher()
 
     def _make_teacher(self) -> None:
-        if self.job.running:  # that what was asked for before ends first
+        if self.job.running:  # what was asked for before ends first, and is dropped
+            self._told = (None, None)
             self.job.cancel()
             return
         wanted = self._wanted()

@@ -161,9 +161,9 @@ class SupportWidget(QWidget):
         before = annotations.plane(z)
         after = np.where(before == UNLABELLED, BACKGROUND if labels is None else labels, before).astype(np.uint8)
         annotations.put(z, after)
-        self._can_be_undone([(z, before, after)])
+        self._show_replaced([(z, before, after)])
 
-    def _can_be_undone(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
+    def _show_replaced(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         """Labels of whole planes were replaced: show it, and let Ctrl+Z bring back what was there."""
         annotations = self._session.annotations
         if self._show_layer() and annotations is not None:
@@ -299,7 +299,7 @@ class SupportWidget(QWidget):
         self.suggested = [s for s in self.suggested if s != z]
         before = self._session.annotations.plane(z)
         self._session.annotations.remove(z)
-        self._can_be_undone([(z, before, np.zeros_like(before))] if before.any() else [])
+        self._show_replaced([(z, before, np.zeros_like(before))] if before.any() else [])
 
     def _on_anew_clicked(self) -> None:
         self._session.begin_anew()
@@ -350,7 +350,7 @@ class SupportWidget(QWidget):
 
     def _show_imported(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
         replaced = [p for p in planes if p[1].any()]
-        self._can_be_undone(replaced)
+        self._show_replaced(replaced)
         self.go_to(planes[0][0])
         again = f"; Ctrl+Z brings back what {len(replaced)} of them had" if replaced else ""
         self.message.tell(f"labels of {words.count(len(planes), 'plane')} were taken over{again}")

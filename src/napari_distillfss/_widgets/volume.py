@@ -10,12 +10,10 @@ from qtpy.QtWidgets import QFileDialog, QLabel, QWidget
 
 from napari_distillfss import _words as words
 from napari_distillfss._jobs import Job
-from napari_distillfss._layers import ChosenVolume, choose_layer, layer_of_file, lead_axes
+from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_of_file, lead_axes
 from napari_distillfss._session import Session
 from napari_distillfss._widgets.parts import Message, attempt, button, column, combo, row, spin
 from napari_distillfss._work import iter_device
-
-NAMES = {"t": "time", "c": "channel"}
 
 
 class VolumePicker(QWidget):
@@ -35,15 +33,15 @@ class VolumePicker(QWidget):
         self.open_folder = button(
             "Folder…", "Open OME-Zarr, zarr, a DICOM series or a folder of planes lazily", self._on_open_folder_clicked
         )
-        self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in NAMES.items()}
+        self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in LEAD_NAMES.items()}
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
-        self._lead_labels = {letter: QLabel(name) for letter, name in NAMES.items()}
+        self._lead_labels = {letter: QLabel(name) for letter, name in LEAD_NAMES.items()}
         self._level_label = QLabel("level")
         for box in (*self.lead.values(), self.level):
             box.valueChanged.connect(self._on_choice_changed)
         self.message = Message("no image layer yet: open one, or try File > Open Sample > DistillFSS")
         self.device = Message()
-        which = [w for letter in NAMES for w in (self._lead_labels[letter], self.lead[letter])]
+        which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
         column(
             self,
             row(self.layers, self.open_file, self.open_folder, first=2),
