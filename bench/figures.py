@@ -73,7 +73,7 @@ class Task:
     support: SupportSet
     queries: list[LabelledSlice]
     side: int | None  # scores are pooled at this size; None: at the image's own
-    depth: int = 0  # so many queries after one another are a volume with cubic voxels
+    volumes: Sequence[list[LabelledSlice]] = ()  # the queries' volumes, whole, where their voxels are near to cubes
 
 
 # -- data ------------------------------------------------------------------------------------------------
@@ -121,7 +121,8 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
         if name in only:
             slices = stack(data, *files)
             support = SupportSet(tuple(slices[z] for z in planes), ("object",), planes_of_one_volume=True)
-            yield Task(name, 0, support, [s for z, s in enumerate(slices) if z not in planes], None)
+            queries = [s for z, s in enumerate(slices) if z not in planes]
+            yield Task(name, 0, support, queries, None, [slices] if name == "embryo" else ())
     for name, load, names in (
         ("lidc", cubes, ("nodule",)),
         ("polyps", lambda: pictures(data / "polyps_kvasir"), ("polyp",)),
@@ -137,8 +138,9 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
             middle = tuple(groups[i][len(groups[i]) // 2] for i in chosen)
             support = SupportSet(middle, names, planes_of_one_volume=name == "lidc")  # one intensity scale, as CT has
-            queries = [s for i in order if i not in chosen for s in groups[i]]
-            yield Task(name, draw, support, queries, None, len(groups[0]) if name == "lidc" else 0)
+            tested = [groups[i] for i in order if i not in chosen]
+            queries = [s for group in tested for s in group]
+            yield Task(name, draw, support, queries, None, tested if name == "lidc" else ())
 
 
 def cubes(data: Path) -> list[list[LabelledSlice]]:
@@ -182,11 +184,13 @@ def score(model: Segmenter, task: Task, *, consensus: bool = False) -> dict[str,
 
 def _consensus(model: Segmenter, task: Task) -> Iterator[Array]:
     """Labels of the queries as planes of volumes, each voxel seen from three directions (``--mode consensus``)."""
-    for first in range(0, len(task.queries), task.depth):
-        cube = np.stack([q.image for q in task.queries[first : first + task.depth]])
+    queries = {id(query) for query in task.queries}
+    for planes in task.volumes:
+        cube = np.stack([plane.image for plane in planes])
         labeller = make_labeller("consensus", open_volume(cube), model)
         z, y, x = ((0, n) for n in cube.shape)
-        yield from labeller.labels((z, y, x), labeller.read((z, y, x)))
+        found = labeller.labels((z, y, x), labeller.read((z, y, x)))
+        yield from (labels for plane, labels in zip(planes, found, strict=True) if id(plane) in queries)
 
 
 def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
@@ -234,6 +238,12 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
             joint.append(run)
         return run.result()
 
+    def without_head() -> Segmenter:
+        run = iter_distill(task.support, DistillSettings())
+        zoom, steps = run.preprocess.zoom, next(run).total
+        run.close()
+        return student(head="none", zoom=zoom, steps=steps)
+
     def refined() -> Segmenter:
         run = iter_refine(task.support, settings)
         for _ in run:
@@ -245,6 +255,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
         CONSENSUS: lambda: joint[0].result(),  # type: ignore[attr-defined]
         "student trained directly": lambda: student(method="direct"),
+        "student without the head, all else equal": without_head,
         "teacher refined": refined,
         "teacher as is": lambda: unrefined_teacher(task.support, settings),
         "teacher on foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
@@ -265,6 +276,7 @@ MODELS = (
     "teacher of the joint run",
     CONSENSUS,
     "student trained directly",
+    "student without the head, all else equal",
     "teacher refined",
     "teacher as is",
     "teacher on foreign masks",
@@ -290,7 +302,7 @@ def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str]
     known = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
     for task in tasks(data, only, draws):
         missing = {m for m in wanted if (task.name, task.draw, m) not in known}
-        if not task.depth:
+        if not task.volumes:
             missing.discard(CONSENSUS)
         if missing.intersection(OF_THE_STUDENT):
             missing.add("student distilled")
