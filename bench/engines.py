@@ -53,6 +53,7 @@ FORMS = (
     ("onnxruntime", "float32"),
     ("openvino", "float32"),
     ("openvino", "bfloat16"),
+    ("onnxruntime", "int8"),
 )
 WHAT = ("network", "batch", "tiles", "zarr", "labels")
 
@@ -139,7 +140,7 @@ def _jobs(
                 ("student", StudentNetwork(model.backbone, model.head)),
                 ("backbone", BackboneAlone(model.backbone)),
             ):
-                run = Runner(network, engine, Device("cpu", precision))  # type: ignore[arg-type]
+                run = Runner(network, engine, Device("cpu", precision), model.samples)  # type: ignore[arg-type]
                 jobs[part, engine, precision] = lambda run=run: _infer(run, x)  # type: ignore[misc]
         return jobs, count * SIDE**2 / 1e6
     if quantity == "tiles":

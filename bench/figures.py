@@ -255,7 +255,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
         CONSENSUS: lambda: joint[0].result(),  # type: ignore[attr-defined]
         "student trained directly": lambda: student(method="direct"),
-        "student without the head, all else equal": without_head,
+        "student with no head and all else equal": without_head,
         "teacher refined": refined,
         "teacher as is": lambda: unrefined_teacher(task.support, settings),
         "teacher on foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
@@ -276,7 +276,7 @@ MODELS = (
     "teacher of the joint run",
     CONSENSUS,
     "student trained directly",
-    "student without the head, all else equal",
+    "student with no head and all else equal",
     "teacher refined",
     "teacher as is",
     "teacher on foreign masks",

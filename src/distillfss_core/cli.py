@@ -887,7 +887,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--precision", default="auto", help="auto, float32 or bfloat16 (auto: bfloat16 on CUDA)")
+    parser.add_argument("--precision", default="auto", help="auto, float32, bfloat16 or int8 (auto: bfloat16 on CUDA)")
     parser.add_argument(
         "--engine",
         default="auto",

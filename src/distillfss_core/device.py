@@ -12,6 +12,8 @@ import torch
 
 from distillfss_core.errors import SettingsError
 
+PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -22,7 +24,7 @@ class Device:
     name : str
         "cpu", "cuda", "cuda:1", "mps", ...
     precision : str
-        "float32" or "bfloat16" (autocast; weights stay in float32).
+        "float32", "bfloat16" (autocast; weights stay in float32), or "int8" (students on the CPU alone).
     """
 
     name: str
@@ -54,12 +56,13 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     Raises
     ------
     SettingsError
-        If the device named is not on this machine.
+        If the device named is not on this machine, or does not compute in that precision.
     """
-    if precision not in ("auto", "float32", "bfloat16"):
-        raise SettingsError(f"precision {precision!r} is unknown; choose auto, float32 or bfloat16")
+    if precision not in PRECISIONS:
+        raise SettingsError(f"precision {precision!r} is unknown; choose one of: {', '.join(PRECISIONS)}")
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cpu" if precision == "int8" else best
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
@@ -72,6 +75,8 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     }
     if not available.get(kind, False):
         raise SettingsError(f"device {name!r} is not on this machine; choose auto or cpu")
+    if precision == "int8" and kind != "cpu":
+        raise SettingsError(f"precision int8 is for the CPU, not for {name}; choose device cpu, or bfloat16")
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and _has_bfloat16(name) else "float32"
     return Device(name, precision)

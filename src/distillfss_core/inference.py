@@ -13,7 +13,7 @@ from typing import Any
 
 import jaxtyping
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distillfss_core.backbones import Backbone
@@ -21,6 +21,8 @@ from distillfss_core.device import Device
 from distillfss_core.errors import SettingsError
 from distillfss_core.features import merge_classes
 from distillfss_core.head import FewShotHead
+from distillfss_core.quantise import quantised
+from distillfss_core.types import Array
 
 ENGINES = ("auto", "torch", "onnxruntime", "openvino")
 TOLERANCE = 1e-3
@@ -55,7 +57,7 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     """Turn "auto" into the fastest engine that is installed and can run this network on this device.
 
     On a CPU that is ONNX Runtime (not in bfloat16), then OpenVINO, then torch; elsewhere torch. Those other than torch
-    run networks whose answers depend on a bounded neighbourhood.
+    run networks whose answers depend on a bounded neighbourhood. In int8 there is ONNX Runtime alone.
 
     Parameters
     ----------
@@ -70,11 +72,14 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
         raise SettingsError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
     if name == "auto":
         able = (e for e in _EXTRAS if find_spec(e) and _unable(e, device, network) is None)
-        return next(able, "torch")
+        name = next(able, "onnxruntime" if device.precision == "int8" else "torch")
     if name in _EXTRAS and find_spec(name) is None:
         raise SettingsError(f"engine {name} is not installed; pip install 'napari-distillfss[{_EXTRAS[name]}]'")
     if reason := _unable(name, device, network):
-        raise SettingsError(f"engine {name} {reason}; choose engine torch or auto")
+        remedy = "choose precision float32" if device.precision == "int8" else "choose engine torch or auto"
+        raise SettingsError(f"engine {name} {reason}; {remedy}")
+    if device.precision == "int8" and find_spec("onnx") is None:
+        raise SettingsError("precision int8 needs onnx, which is not installed; pip install 'napari-distillfss[int8]'")
     return name
 
 
@@ -85,12 +90,14 @@ def describe_engine(name: str) -> str:
 
 def _unable(name: str, device: Device, network: StudentNetwork) -> str | None:
     """Why an engine cannot run a network, if so."""
+    if device.precision == "int8" and name != "onnxruntime":
+        return "does not compute in int8, only onnxruntime does"
     if name == "torch":
         return None
     if device.kind != "cpu":
         return f"computes on the CPU, not on {device.name}"
-    if name == "onnxruntime" and device.precision != "float32":
-        return f"computes in float32 on the CPU, not in {device.precision}"
+    if name == "onnxruntime" and device.precision == "bfloat16":
+        return "computes in float32 or int8 on the CPU, not in bfloat16"
     if not network.local:
         return f"does not run students of {network.backbone.spec.name} that look at a whole tile"
     return None
@@ -112,10 +119,14 @@ class Runner:
     engine : str
         One that `choose_engine` gave.
     device : Device
+    samples : uint8 array "n 3 h w", optional
+        Inputs as they occur, 255 for 1.0; needed in int8.
     """
 
-    def __init__(self, network: StudentNetwork, engine: str, device: Device) -> None:
-        self.network, self.engine, self.device = network, engine, device
+    def __init__(
+        self, network: StudentNetwork, engine: str, device: Device, samples: UInt8[Array, "n 3 h w"] | None = None
+    ) -> None:
+        self.network, self.engine, self.device, self.samples = network, engine, device, samples
         self._lock = threading.Lock()
         self._graph = b""
         self._ready: Engine | None = None
@@ -128,9 +139,16 @@ class Runner:
         with self._lock:
             threads = torch.get_num_threads()
             if self._ready is None or threads != self._threads:
-                self._graph = self._graph or network_graph(self.network)
+                self._graph = self._graph or self._write()
                 self._ready, self._threads = self._make(threads), threads
             return self._ready(image)
+
+    def _write(self) -> bytes:
+        graph = network_graph(self.network)
+        if self.device.precision != "int8":
+            return graph
+        assert self.samples is not None
+        return quantised(graph, _GRAPH_INPUT, self.samples)
 
     def _make(self, threads: int) -> Engine:
         if self.engine == "onnxruntime":
@@ -138,7 +156,7 @@ class Runner:
         return _OpenVino(self._graph, threads, self.device.precision)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"network": self.network, "engine": self.engine, "device": self.device}
+        return {"network": self.network, "engine": self.engine, "device": self.device, "samples": self.samples}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from distillfss_core.backbones import Backbone, backbone_from_state
@@ -393,16 +393,17 @@ class StudentModel(Segmenter):
         pixel_size: tuple[float, float] | None = None,
         training: dict[str, Any] | None = None,
         thumbnails: Thumbnails | None = None,
+        samples: UInt8[Array, "n 3 s s"] | None = None,
         created: str | None = None,
     ) -> None:
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
         self.head = head.eval().requires_grad_(False)
         self.pixel_size = pixel_size
         self.training = training or {}
-        self.thumbnails = thumbnails
+        self.thumbnails, self.samples = thumbnails, samples
         self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
         self.network = StudentNetwork(self.backbone, self.head)
-        self._choose(engine)
+        self._run = self._runner(engine, device)
 
     @property
     def local(self) -> bool:
@@ -416,8 +417,13 @@ class StudentModel(Segmenter):
         """What runs the network: "torch", "onnxruntime" or "openvino"."""
         return self._run.engine
 
-    def _choose(self, engine: str) -> None:
-        self._run = Runner(self.network, choose_engine(engine, self.device, self.network), self.device)
+    def _runner(self, engine: str, device: Device) -> Runner:
+        if device.precision == "int8" and self.samples is None:
+            raise SettingsError(
+                "this student was made before students kept samples of their support, which precision int8 needs; "
+                "distil it again, or use precision float32"
+            )
+        return Runner(self.network, choose_engine(engine, device, self.network), device, self.samples)
 
     def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
         return self._run(image)
@@ -427,16 +433,17 @@ class StudentModel(Segmenter):
 
     def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
         """Move to another device, precision or engine, as for `load`; returns self."""
-        self.device, self._room = choose_device(device, precision), math.inf
-        self.backbone.to(self.device.torch)
-        self.head.to(self.device.torch)
-        self._choose(engine)
+        chosen = choose_device(device, precision)
+        self._run = self._runner(engine, chosen)
+        self.device, self._room = chosen, math.inf
+        self.backbone.to(chosen.torch)
+        self.head.to(chosen.torch)
         return self
 
     def with_engine(self, engine: str) -> StudentModel:
         """The same student, run by another engine (as for `load`); this one stays as it is."""
         other = copy.copy(self)
-        other._choose(engine)
+        other._run = other._runner(engine, other.device)
         return other
 
     def at_pixel_size(self, pixel_size: tuple[float, float]) -> StudentModel:
@@ -511,6 +518,8 @@ class StudentModel(Segmenter):
         if self.thumbnails is not None:
             tensors["thumbnails.images"] = torch.from_numpy(self.thumbnails.images)
             tensors["thumbnails.labels"] = torch.from_numpy(self.thumbnails.labels)
+        if self.samples is not None:
+            tensors["samples"] = torch.from_numpy(self.samples)
         write_card_file(path, STUDENT_FILE, self.card, tensors, backbone=str(with_backbone).lower())
 
     @classmethod
@@ -531,7 +540,8 @@ class StudentModel(Segmenter):
         device : str
             Any device, whatever the model was made on.
         precision : str
-            "float32", "bfloat16", or "auto": bfloat16 on CUDA devices that have it.
+            "float32", "bfloat16", "int8" (on a CPU, by ONNX Runtime: the fastest there; about one label in a
+            thousand differs), or "auto": bfloat16 on CUDA devices that have it, float32 elsewhere.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
         engine : {"auto", "torch", "onnxruntime", "openvino"}
@@ -574,6 +584,7 @@ class StudentModel(Segmenter):
                 pixel_size=(float(pixel[0]), float(pixel[1])) if pixel else None,
                 training=card["training"],
                 thumbnails=thumbs,
+                samples=tensors["samples"].numpy() if "samples" in tensors else None,
                 created=card["created"],
             )
         except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import pickle
 import threading
 import warnings
@@ -17,7 +18,7 @@ import zarr
 from distillfss_core import inference
 from distillfss_core.backbones import load_backbone
 from distillfss_core.cli import main
-from distillfss_core.device import Device
+from distillfss_core.device import Device, choose_device
 from distillfss_core.engine import iter_segment, segment_to_zarr
 from distillfss_core.errors import SettingsError
 from distillfss_core.head import FewShotHead, HeadForm
@@ -31,10 +32,15 @@ CPU = Device("cpu")
 TILE = 96
 
 
-@pytest.fixture(params=["torch", "onnxruntime", "openvino"])
-def engine(request) -> str:
-    pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-    return request.param
+@pytest.fixture(params=["torch", "onnxruntime", "openvino", "int8"])
+def model(request, plain_student) -> StudentModel:
+    """The student by every engine, and in integers."""
+    if request.param != "int8":
+        pytest.importorskip(request.param, reason=f"{request.param} is not installed")
+        return plain_student.with_engine(request.param)
+    for needed in ("onnx", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    return copy.copy(plain_student).to("cpu", "int8")
 
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
@@ -99,9 +105,7 @@ def test_labels_are_those_of_torch(plain_student, other):
     assert 0 < expected.labels.mean() < 1
 
 
-def test_any_part_has_the_labels_of_the_whole(plain_student, engine, tmp_path):
-    model = plain_student.with_engine(engine)
-    assert model.engine == engine
+def test_any_part_has_the_labels_of_the_whole(model, tmp_path):
     stack = np.stack([blobs(seed, 200).image for seed in range(2)])
     whole = np.stack([model.predict_labels(plane, tile=TILE) for plane in stack])
     lazy = segment_lazy(open_volume(stack), model, tile=TILE)
@@ -114,7 +118,8 @@ def test_any_part_has_the_labels_of_the_whole(plain_student, engine, tmp_path):
     segment_to_zarr(open_volume(stack), model, out, tile=TILE, region=((0, 2), (30, 170), (0, 200)))
     segment_to_zarr(open_volume(stack), model, out, tile=TILE)
     assert np.array_equal(zarr.open_array(out / "0", mode="r")[...], whole)
-    assert zarr.open_group(out, mode="r").attrs["distillfss"]["engine"] == describe_engine(engine)
+    about = zarr.open_group(out, mode="r").attrs["distillfss"]
+    assert (about["engine"], about["device"]) == (describe_engine(model.engine), f"cpu {model.device.precision}")
 
 
 def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, tmp_path, monkeypatch, caplog):
@@ -145,6 +150,56 @@ def test_bfloat16_is_asked_for_and_changes_little(plain_student):
     found, expected = rounded.predict(plane), plain_student.with_engine("torch").predict(plane)
     assert not np.array_equal(found.probabilities, expected.probabilities)
     assert (found.labels != expected.labels).mean() < 0.02
+
+
+def test_int8_is_asked_for_and_changes_little(plain_student, tmp_path, monkeypatch):
+    for needed in ("onnx", "onnxruntime"):
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    plain_student.save(tmp_path / "m.safetensors")
+    model = StudentModel.load(tmp_path / "m.safetensors", precision="int8")
+    assert (model.engine, str(model.device)) == ("onnxruntime", "cpu (int8)")
+    plane = blobs(7, 200)
+    found, expected = model.predict(plane.image), plain_student.with_engine("torch").predict(plane.image)
+    assert not np.array_equal(found.probabilities, expected.probabilities)
+    assert (found.labels != expected.labels).mean() < 0.02
+    again = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(again.predict(plane.image).probabilities, found.probabilities)
+
+    def no_room(*args: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", no_room)
+    fresh = StudentModel.load(tmp_path / "m.safetensors", precision="int8")
+    with pytest.raises(SettingsError, match=r"precision int8 needs temporary files in .*No space left on device"):
+        fresh.predict(plane.image)
+
+
+def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monkeypatch):
+    net = network("efficientnet_lite0", 1)
+    int8 = Device("cpu", "int8")
+    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=r"onnxruntime is not installed; pip install"):
+        choose_engine("auto", int8, net)
+    monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnx" else name)
+    with pytest.raises(SettingsError, match=r"needs onnx.*pip install 'napari-distillfss\[int8\]'"):
+        choose_engine("auto", int8, net)
+    for engine in ("torch", "openvino"):
+        with pytest.raises(SettingsError, match="only onnxruntime does; choose precision float32"):
+            choose_engine(engine, int8, net)
+    with pytest.raises(SettingsError, match="look at a whole tile; choose precision float32"):
+        choose_engine("auto", int8, network("efficientnet_lite0", 1, decoder="published"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert choose_device("auto", "int8") == int8
+        with pytest.raises(SettingsError, match="precision int8 is for the CPU, not for cuda"):
+            choose_device("cuda", "int8")
+    old = copy.copy(plain_student)
+    old.samples = None
+    before = old.device, old.engine
+    with pytest.raises(SettingsError, match="made before students kept samples"):
+        old.to("cpu", "int8")
+    assert (old.device, old.engine) == before
 
 
 def test_auto_is_the_fastest_engine_that_can(monkeypatch):

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from distillfss_core.backbones import Backbone, load_backbone
 from distillfss_core.config import DistillSettings
@@ -29,7 +30,7 @@ from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.start import start_from_attention
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter
 from distillfss_core.training.zoom import choose_zoom
-from distillfss_core.types import IGNORE, LabelledSlice, TrainStep, evenly
+from distillfss_core.types import IGNORE, Array, LabelledSlice, TrainStep, evenly
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
@@ -37,6 +38,7 @@ FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmente
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
 START_VIEWS = 24  # stored views that tell a student what its teacher attends to
+SAMPLES, SAMPLE_SIDE = 8, 96  # parts of the support that a student keeps, and their side in pixels after zooming
 SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
 
 
@@ -182,6 +184,7 @@ class DistillRun(Iterator[TrainStep]):
             pixel_size=self._pixel_size,
             training=record,
             thumbnails=thumbnails(self.support),
+            samples=_samples(self.support, self.preprocess),
             device=self.device,
         )
         if self._finished:
@@ -281,6 +284,14 @@ def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
     features = cat_pyramids([bank.encode([view]) for view in views])
     return EncodedSupport.of(features, labels, classes)
+
+
+def _samples(support: SupportSet, preprocess: Preprocess) -> UInt8[Array, "n 3 s s"]:
+    """Small parts of the support as the network is shown them, 255 for 1.0."""
+    cutter = ViewCutter(support, preprocess, SAMPLE_SIDE, PLAIN)
+    chosen = evenly(len(support), SAMPLES)
+    views = [v for i in chosen for v in cutter.grid(i, SAMPLES // len(chosen))]
+    return (torch.stack([v.image for v in views]) * 255).round().to(torch.uint8).numpy()
 
 
 def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
