@@ -40,6 +40,7 @@ STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 1)
 TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
+_HALO_TILE = 192
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 KEEP_BACKBONE = (
@@ -76,20 +77,26 @@ class Segmenter:
         """Whether tiles agree with one another as they are; otherwise they overlap and are blended."""
         raise NotImplementedError
 
+    @property
+    def halo_side(self) -> int:
+        """Side in pixels of the part of an image on which `fit_halo` measures."""
+        return round(3 * _HALO_TILE / self.preprocess.zoom_factor)
+
     def fit_halo(self, image: Array) -> None:
         """Set ``halo`` to the smallest of `HALOS` whose tiles give the labels of the whole.
 
-        It is measured on a corner of ``image`` in small tiles (mirrored where the image is smaller), so the larger
-        tiles of a real prediction do better. Where nothing can be seen (one label everywhere) it stays wide.
+        It is measured on the upper left of ``image``, `halo_side` pixels, in small tiles (mirrored where the image is
+        smaller), so the larger tiles of a real prediction do better. Where nothing can be seen (one label everywhere)
+        it stays wide.
         """
         if not self.local:
             return
-        side = round(3 * 192 / self.preprocess.zoom_factor)
+        side = self.halo_side
         plane = self.preprocess.as_channels(image)[:side, :side]
         plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
         whole = self.predict_labels(plane, tile=10**6)
         for self.halo in HALOS:
-            seamless = (self.predict_labels(plane, tile=192) == whole).mean() >= SEAMLESS
+            seamless = (self.predict_labels(plane, tile=_HALO_TILE) == whole).mean() >= SEAMLESS
             if seamless and whole.min() < whole.max():
                 return
 

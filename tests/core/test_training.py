@@ -16,6 +16,7 @@ from distillfss_core.features import EncodedSupport
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.headfile import packaged_head
 from distillfss_core.metrics import evaluate
+from distillfss_core.model import Segmenter
 from distillfss_core.preprocess import fit_preprocess
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, fit, iter_distill, refine, unrefined_teacher
@@ -387,3 +388,16 @@ def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> Non
     assert len({v.box[1] for v in views}) > 3
     assert len({v.box[0] for v in views}) > 3
     assert any((v.labels == 1).any() for v in views)
+
+
+def test_the_halo_is_measured_where_the_objects_are(tiny, monkeypatch) -> None:
+    """Most pictures are empty in a corner; there no halo could be seen to be wide enough."""
+    parts = []
+    monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: parts.append(image))
+    image, labels = np.zeros((1300, 900), np.uint8), np.zeros((1300, 900), np.uint8)
+    piece = blobs(0)
+    h, w = piece.labels.shape
+    image[1000 : 1000 + h, 600 : 600 + w], labels[1000 : 1000 + h, 600 : 600 + w] = piece.image, piece.labels
+    distill(SupportSet((LabelledSlice(image, labels),)), tiny)
+    assert [part.shape for part in parts] == [(576, 576)]
+    assert parts[0].sum() == piece.image.sum()

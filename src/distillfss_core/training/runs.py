@@ -9,6 +9,7 @@ import copy
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from distillfss_core.training.fit import Best, LeftOut, iter_fit
 from distillfss_core.training.start import start_from_attention
 from distillfss_core.training.views import PLAIN, Augmentation, View, ViewBank, ViewCutter
 from distillfss_core.training.zoom import choose_zoom
-from distillfss_core.types import IGNORE, Array, LabelledSlice, TrainStep, evenly
+from distillfss_core.types import IGNORE, Array, TrainStep, evenly
 
 AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
@@ -188,7 +189,7 @@ class DistillRun(Iterator[TrainStep]):
             device=self.device,
         )
         if self._finished:
-            model.fit_halo(_busiest(self.support).image)
+            model.fit_halo(_busiest_part(self.support, model.halo_side))
         return model
 
     def teacher(self) -> FewShotModel:
@@ -405,6 +406,15 @@ def _prepare_start(
     return start, replace(settings, **form.to_json())
 
 
-def _busiest(support: SupportSet) -> LabelledSlice:
-    """The slice with most foreground in its upper left, where the halo is measured."""
-    return max(support.slices, key=lambda s: int(((s.labels[:512, :512] > 0) & (s.labels[:512, :512] < IGNORE)).sum()))
+def _busiest_part(support: SupportSet, side: int) -> Array:
+    """Of all slices the part of that side, or less, that holds most foreground: where the halo is measured."""
+
+    def parts() -> Iterator[tuple[int, Array]]:
+        for labelled in support.slices:
+            found = (labelled.labels > 0) & (labelled.labels < IGNORE)
+            rows, columns = (sorted({min(start, max(0, n - side)) for start in range(0, n, side)}) for n in found.shape)
+            for y, x in product(rows, columns):
+                window = slice(y, y + side), slice(x, x + side)
+                yield int(found[window].sum()), labelled.image[window]
+
+    return max(parts(), key=lambda part: part[0])[1]
