@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -80,6 +81,14 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and _has_bfloat16(name) else "float32"
     return Device(name, precision)
+
+
+def sums_bytes_exactly() -> bool:
+    """Whether the processor sums products of eight-bit integers without clipping: x86 does with VNNI only."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch cannot say
+    return bool(able.get("avx512_vnni") or able.get("avx_vnni"))
 
 
 def leave_a_core_free() -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distillfss_core.backbones import Backbone
-from distillfss_core.device import Device
+from distillfss_core.device import Device, sums_bytes_exactly
 from distillfss_core.errors import SettingsError
 from distillfss_core.features import merge_classes
 from distillfss_core.head import FewShotHead
@@ -148,7 +148,7 @@ class Runner:
         if self.device.precision != "int8":
             return graph
         assert self.samples is not None
-        return quantised(graph, _GRAPH_INPUT, self.samples)
+        return quantised(graph, _GRAPH_INPUT, self.samples, narrow=not sums_bytes_exactly())
 
     def _make(self, threads: int) -> Engine:
         if self.engine == "onnxruntime":

@@ -15,7 +15,7 @@ from distillfss_core.types import Array
 _INTEGER = ("Conv", "Add", "Clip", "Relu")  # what else there is would gain nothing and lose accuracy
 
 
-def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"]) -> bytes:
+def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
     """An ONNX network with convolutions in eight bits: weights scaled by channel, activations by what samples show.
 
     The same graph and samples give the same network.
@@ -28,6 +28,8 @@ def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"]) -> byt
         Name of its input, "b 3 h w" float32 in [0, 1].
     samples : uint8 array "n 3 h w"
         Inputs (255 is 1.0) from which the ranges of activations are taken; sides are multiples of the network's.
+    narrow : bool
+        Weights of seven bits, for processors whose sums would be clipped with eight.
 
     Raises
     ------
@@ -60,6 +62,7 @@ def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"]) -> byt
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(_INTEGER),
                 per_channel=True,
+                reduce_range=narrow,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )

@@ -174,6 +174,23 @@ def test_int8_is_asked_for_and_changes_little(plain_student, tmp_path, monkeypat
         fresh.predict(plane.image)
 
 
+@pytest.mark.parametrize(("processor", "widest"), [({"avx512_vnni": True}, 127), ({"avx2": True}, 64), (None, 64)])
+def test_weights_are_narrower_where_a_processor_would_clip_sums(plain_student, monkeypatch, processor, widest):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    monkeypatch.setattr("platform.machine", lambda: "AMD64")
+    if processor is None:  # a torch that cannot say
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    run = Runner(plain_student.network, "onnxruntime", Device("cpu", "int8"), plain_student.samples)
+    run(torch.rand(1, 3, 64, 64))
+    weights = [onnx.numpy_helper.to_array(w) for w in onnx.load_from_string(run._graph).graph.initializer]
+    widths = [int(np.abs(w.astype(int)).max()) for w in weights if w.dtype == np.int8 and w.ndim == 4]
+    assert len(widths) > 40
+    assert max(widths) == widest
+
+
 def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monkeypatch):
     net = network("efficientnet_lite0", 1)
     int8 = Device("cpu", "int8")
