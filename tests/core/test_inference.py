@@ -158,6 +158,7 @@ def test_int8_is_asked_for_and_changes_little(plain_student, tmp_path, monkeypat
     plain_student.save(tmp_path / "m.safetensors")
     model = StudentModel.load(tmp_path / "m.safetensors", precision="int8")
     assert (model.engine, str(model.device)) == ("onnxruntime", "cpu (int8)")
+    assert np.array_equal(model.samples, plain_student.samples)
     plane = blobs(7, 200)
     found, expected = model.predict(plane.image), plain_student.with_engine("torch").predict(plane.image)
     assert not np.array_equal(found.probabilities, expected.probabilities)

@@ -390,6 +390,15 @@ def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> Non
     assert any((v.labels == 1).any() for v in views)
 
 
+def test_a_student_keeps_small_samples_of_every_slice(tiny) -> None:
+    slices = tuple(blobs(i, 200) for i in range(3))
+    samples = distill(SupportSet(slices, ("blob",)), replace(tiny, crop=128)).samples
+    assert (samples.shape, samples.dtype) == ((6, 3, 96, 96), np.uint8)
+    assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
+    assert samples.max() > 200
+    assert distill(SupportSet(slices[:1], ("blob",)), tiny).samples.shape == (8, 3, 64, 64)
+
+
 def test_the_halo_is_measured_where_the_objects_are(tiny, monkeypatch) -> None:
     """Most pictures are empty in a corner; there no halo could be seen to be wide enough."""
     parts = []

@@ -185,7 +185,7 @@ class DistillRun(Iterator[TrainStep]):
             pixel_size=self._pixel_size,
             training=record,
             thumbnails=thumbnails(self.support),
-            samples=_samples(self.support, self.preprocess),
+            samples=_samples(self._cutter, len(self.support)),
             device=self.device,
         )
         if self._finished:
@@ -287,11 +287,11 @@ def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
     return EncodedSupport.of(features, labels, classes)
 
 
-def _samples(support: SupportSet, preprocess: Preprocess) -> UInt8[Array, "n 3 s s"]:
-    """Small parts of the support as the network is shown them, 255 for 1.0."""
-    cutter = ViewCutter(support, preprocess, SAMPLE_SIDE, PLAIN)
-    chosen = evenly(len(support), SAMPLES)
-    views = [v for i in chosen for v in cutter.grid(i, SAMPLES // len(chosen))]
+def _samples(cutter: ViewCutter, slices: int) -> UInt8[Array, "n 3 s s"]:
+    """Small parts of the slices as the network is shown them, 255 for 1.0."""
+    small = cutter.with_size(SAMPLE_SIDE)
+    chosen = evenly(slices, SAMPLES)
+    views = [v for i in chosen for v in small.grid(i, SAMPLES // len(chosen))]
     return (torch.stack([v.image for v in views]) * 255).round().to(torch.uint8).numpy()
 
 

@@ -5,6 +5,7 @@ The backbone is frozen, so a view goes through it once; training steps then read
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,12 @@ class ViewCutter:
         self._labels = [s.labels for s in support.slices]
         self._limits = [preprocess.limits(image) for image in self._images]
         self._anchors = [_anchors(labels, support.classes) for labels in self._labels]
+
+    def with_size(self, size: int) -> ViewCutter:
+        """The same cutter for smaller views, if these are larger."""
+        other = copy.copy(self)
+        other.size = min(size, self.size)
+        return other
 
     def cut(self, slice_index: int, rng: np.random.Generator) -> View:
         """A random view of one slice."""
