@@ -547,8 +547,8 @@ class StudentModel(Segmenter):
         device : str
             Any device, whatever the model was made on.
         precision : str
-            "float32", "bfloat16", "int8" (on a CPU, by ONNX Runtime: the fastest there; about one label in a
-            thousand differs), or "auto": bfloat16 on CUDA devices that have it, float32 elsewhere.
+            "float32", "bfloat16", "int8" (on a CPU, by ONNX Runtime: the fastest there; from one label in a thousand
+            to one in a hundred differs), or "auto": bfloat16 on CUDA devices that have it, float32 elsewhere.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
         engine : {"auto", "torch", "onnxruntime", "openvino"}
