@@ -242,7 +242,7 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_remedy(monkeypatch):
     monkeypatch.setattr(inference, "find_spec", lambda name: name)
     with pytest.raises(SettingsError, match="not on cuda; choose engine torch or auto"):
         choose_engine("openvino", Device("cuda"), net)
-    with pytest.raises(SettingsError, match="float32 on the CPU, not in bfloat16"):
+    with pytest.raises(SettingsError, match="float32 or int8 on the CPU, not in bfloat16"):
         choose_engine("onnxruntime", Device("cpu", "bfloat16"), net)
     with pytest.raises(SettingsError, match="look at a whole tile"):
         choose_engine("openvino", CPU, network("efficientnet_lite0", 1, decoder="published"))
