@@ -54,6 +54,7 @@ FORMS = (
     ("openvino", "float32"),
     ("openvino", "bfloat16"),
     ("onnxruntime", "int8"),
+    ("openvino", "int8"),
 )
 WHAT = ("network", "batch", "tiles", "zarr", "labels")
 

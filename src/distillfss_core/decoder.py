@@ -36,6 +36,15 @@ class Decoder(nn.Module):
         """Logits (background, foreground) of each class at ``query.size``."""
         raise NotImplementedError
 
+    def on_grid(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 hg wg"]:
+        """The logits as they are before they are enlarged to ``query.size``, where this is bilinear and the last step.
+
+        So that what comes after can enlarge them once, to the size that it needs.
+        """
+        return self(coarse, query, support)
+
 
 class PublishedDecoder(Decoder):
     """DCAMA's mixer, layer by layer and name by name.
@@ -218,6 +227,12 @@ class SlimDecoder(Decoder):
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
+        x = self.on_grid(coarse, query).flatten(0, 1)
+        return _split(F.interpolate(x, query.size, mode="bilinear", align_corners=False), coarse.deep.shape[1])
+
+    def on_grid(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 hg wg"]:
         k = coarse.deep.shape[1]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
         x = F.relu(self.deep(deep - NEUTRAL))
@@ -232,8 +247,7 @@ class SlimDecoder(Decoder):
                 x = F.relu_(x + self.refine[level - 1](x))
         means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
         evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
-        logits = self.out(x) + torch.cat([-evidence, evidence], 1)
-        return _split(F.interpolate(logits, query.size, mode="bilinear", align_corners=False), k)
+        return _split(self.out(x) + torch.cat([-evidence, evidence], 1), k)
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:

@@ -58,14 +58,14 @@ class ExportedStudent(nn.Module):
         mixed = nn.functional.conv2d(image.clamp(0, 1), self.get_buffer("mix"))
         x = (mixed - self.get_buffer("lowest")).clamp(0, 1)
         height, width = image.shape[2], image.shape[3]
-        if self.zoom == 1:
-            return self.network(x).clamp_min(-1e4).softmax(1)
-        up, down = self.zoom.numerator, self.zoom.denominator
-        x = _resize(x, (height // down * up, width // down * up), shrink=self.zoom < 1).clamp(0, 1)
-        return _resize(self.network(x).clamp_min(-1e4), (height, width), shrink=self.zoom > 1).softmax(1)
+        if self.zoom != 1:
+            up, down = self.zoom.numerator, self.zoom.denominator
+            x = _resize(x, (height // down * up, width // down * up)).clamp(0, 1)
+        found = _resize(self.network(x).clamp_min(-1e4), (height, width))
+        return torch.cat([torch.zeros_like(found[:, :1]), found], 1).softmax(1)
 
 
-def _resize(x: Float[Tensor, "b c h w"], size: tuple[int, int], *, shrink: bool) -> Float[Tensor, "b c h2 w2"]:
+def _resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
     """As `preprocess.resize`; traced, smoothing is left out, which ONNX has but the tracer does not know of."""
     if not torch.jit.is_tracing():
         return resize(x, size)
@@ -182,9 +182,8 @@ def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
 
     example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step)
     graph = onnx.load_model_from_string(onnx_graph(module, example, GIVEN, FOUND))
-    if module.zoom != 1:
-        resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
-        smoothed = resizes[0 if module.zoom < 1 else -1]
+    resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
+    for smoothed in resizes[:1] * (module.zoom < 1) + resizes[-1:] * (module.zoom > _stride(module)):
         smoothed.attribute.append(onnx.helper.make_attribute("antialias", 1))
         smoothed.attribute.append(onnx.helper.make_attribute("exclude_outside", 1))  # at the border, as torch
     graph.producer_name, graph.producer_version = "napari-distillfss", __version__
@@ -196,6 +195,13 @@ def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
     onnx.helper.set_model_props(graph, {"distillfss": json.dumps(about)})
     onnx.checker.check_model(graph, full_check=True)
     return graph.SerializeToString()
+
+
+def _stride(module: ExportedStudent) -> int:
+    """Zoomed pixels a side that the network answers for as one."""
+    side = module.network.backbone.spec.multiple
+    with torch.no_grad():
+        return side // int(module.network(torch.zeros(1, 3, side, side)).shape[-1])
 
 
 def _intensity(model: StudentModel) -> dict[str, Any]:

@@ -134,6 +134,15 @@ def merge_classes(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k+1 h 
     return torch.cat([background, foreground], 1)
 
 
+def margins(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k h w"]:
+    """By how much the merged logit of each class exceeds that of the background: they say as much with a channel less.
+
+    The softmax of zero and these is that of `merge_classes`; where none is above zero it is background.
+    """
+    merged = merge_classes(logits)
+    return merged[:, 1:] - merged[:, :1]
+
+
 def class_masks(labels: UInt8[Tensor, "n h w"], classes: int) -> Float[Tensor, "n k h w"]:
     """One binary mask a class."""
     values = torch.arange(1, classes + 1, device=labels.device, dtype=labels.dtype)

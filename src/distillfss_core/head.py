@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distillfss_core.backbones import BackboneSpec
 from distillfss_core.decoder import Decoder, PublishedDecoder, SlimDecoder
 from distillfss_core.errors import SettingsError
-from distillfss_core.features import FeaturePyramid
+from distillfss_core.features import FeaturePyramid, margins
 from distillfss_core.students import ConvDist, LightConvDist, Student
 from distillfss_core.teachers import PUBLISHED, DcamaSettings, DcamaTeacher
 
@@ -66,6 +66,10 @@ class FewShotHead(nn.Module):
 
     def student_logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
         return self.decoder(self.student(query), query)
+
+    def student_margins(self, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
+        """`margins` of the student's logits, on the decoder's own grid."""
+        return margins(self.decoder.on_grid(self.student(query), query))
 
 
 def _three(values: tuple[int, ...]) -> tuple[int, int, int]:

@@ -19,33 +19,35 @@ from torch import Tensor, nn
 from distillfss_core.backbones import Backbone
 from distillfss_core.device import Device, sums_bytes_exactly
 from distillfss_core.errors import SettingsError
-from distillfss_core.features import merge_classes
 from distillfss_core.head import FewShotHead
 from distillfss_core.quantise import quantised
 from distillfss_core.types import Array
 
 ENGINES = ("auto", "torch", "onnxruntime", "openvino")
 TOLERANCE = 1e-3
-"""By how much logits of two engines in float32 differ at most (they reach from about -10 to 10; measured: 1e-5)."""
+"""By how much margins of two engines in float32 differ at most (they reach from about -20 to 20; measured: 1e-5)."""
 
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
+_FASTEST = ("onnxruntime", "openvino")  # in float32; otherwise the other way round
+_QUANTISER = ("onnx", "onnxruntime")
 _OPSET = 18
 _EXPORT = threading.Lock()  # torch exports one network at a time
-_GRAPH_INPUT, _GRAPH_OUTPUT = "image", "logits"
+_GRAPH_INPUT, _GRAPH_OUTPUT = "image", "margins"
 
 
 class StudentNetwork(nn.Module):
-    """What an engine runs: from the preprocessed, zoomed image to logits.
+    """What an engine runs: from the preprocessed, zoomed image to margins.
 
-    Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k+1 h w".
+    Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit of
+    each class exceeds the background's, on the decoder's own grid (for the slim one, that of the finest features).
     """
 
     def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
-    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
-        return merge_classes(self.head.student_logits(self.backbone(image)))
+    def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        return self.head.student_margins(self.backbone(image))
 
     @property
     def local(self) -> bool:
@@ -56,8 +58,9 @@ class StudentNetwork(nn.Module):
 def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     """Turn "auto" into the fastest engine that is installed and can run this network on this device.
 
-    On a CPU that is ONNX Runtime (not in bfloat16), then OpenVINO, then torch; elsewhere torch. Those other than torch
-    run networks whose answers depend on a bounded neighbourhood. In int8 there is ONNX Runtime alone.
+    On a CPU that is ONNX Runtime in float32 and OpenVINO in bfloat16 and int8, then the other of them (ONNX Runtime has
+    no bfloat16), then torch (not in int8); elsewhere torch. Those other than torch run networks whose answers depend on
+    a bounded neighbourhood.
 
     Parameters
     ----------
@@ -71,15 +74,19 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     if name not in ENGINES:
         raise SettingsError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
     if name == "auto":
-        able = (e for e in _EXTRAS if find_spec(e) and _unable(e, device, network) is None)
+        order = _FASTEST if device.precision == "float32" else _FASTEST[::-1]
+        able = (e for e in order if find_spec(e) and _unable(e, device, network) is None)
         name = next(able, "onnxruntime" if device.precision == "int8" else "torch")
     if name in _EXTRAS and find_spec(name) is None:
         raise SettingsError(f"engine {name} is not installed; pip install 'napari-distillfss[{_EXTRAS[name]}]'")
     if reason := _unable(name, device, network):
         remedy = "choose precision float32" if device.precision == "int8" else "choose engine torch or auto"
         raise SettingsError(f"engine {name} {reason}; {remedy}")
-    if device.precision == "int8" and find_spec("onnx") is None:
-        raise SettingsError("precision int8 needs onnx, which is not installed; pip install 'napari-distillfss[int8]'")
+    if device.precision == "int8" and (missing := [m for m in _QUANTISER if find_spec(m) is None]):
+        raise SettingsError(
+            f"precision int8 needs {' and '.join(missing)}, which is not installed; "
+            "pip install 'napari-distillfss[int8]'"
+        )
     return name
 
 
@@ -90,10 +97,8 @@ def describe_engine(name: str) -> str:
 
 def _unable(name: str, device: Device, network: StudentNetwork) -> str | None:
     """Why an engine cannot run a network, if so."""
-    if device.precision == "int8" and name != "onnxruntime":
-        return "does not compute in int8, only onnxruntime does"
     if name == "torch":
-        return None
+        return "does not compute in int8, onnxruntime and openvino do" if device.precision == "int8" else None
     if device.kind != "cpu":
         return f"computes on the CPU, not on {device.name}"
     if name == "onnxruntime" and device.precision == "bfloat16":
@@ -132,7 +137,7 @@ class Runner:
         self._ready: Engine | None = None
         self._threads = 0
 
-    def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+    def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         if self.engine == "torch":
             with self.device.autocast():
                 return self.network(image)
@@ -185,7 +190,7 @@ class _OpenVino:
         hints = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}[precision],
         }
         model = core.read_model(io.BytesIO(graph))
         self._request = core.compile_model(model, "CPU", hints).create_infer_request()

@@ -24,7 +24,7 @@ from distillfss_core.backbones import Backbone, backbone_from_state
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
 from distillfss_core.device import Device, choose_device, out_of_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
-from distillfss_core.features import merge_classes
+from distillfss_core.features import margins
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.headfile import can_be_found_again, find_backbone
 from distillfss_core.inference import Runner, StudentNetwork, choose_engine
@@ -41,6 +41,7 @@ TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 _HALO_TILE = 192
+_NEVER = -1e4  # the margin of a class that no pixel has
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 KEEP_BACKBONE = (
@@ -68,8 +69,9 @@ class Segmenter:
         self.device, self.halo = device, halo
         self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
 
-    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
-        """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's."""
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's: `margins`, on a grid of any size
+        that covers it."""
         raise NotImplementedError
 
     @property
@@ -174,7 +176,7 @@ class Segmenter:
         probabilities = np.empty((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
         for where, found in self._windows(read, shape, region, limits, tile):
             to, frm = _overlap(where.inner, where.outer, region)
-            probabilities[:, to[0], to[1]] = found[:, frm[0], frm[1]]
+            probabilities[:, to[0], to[1]] = _probabilities(found)[:, frm[0], frm[1]]
         return probabilities
 
     def region_labels(
@@ -187,14 +189,14 @@ class Segmenter:
         labels = np.empty((y1 - y0, x1 - x0), np.uint8)
         for where, found in self._windows(read, shape, region, limits, tile):
             to, frm = _overlap(where.inner, where.outer, region)
-            labels[to] = likeliest(found[:, frm[0], frm[1]])
+            labels[to] = _labels(found[:, frm[0], frm[1]])
         return labels
 
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
         check_image(image)
         for where, found in self._windows(*self._whole(image), tile):
-            yield where, found[:, where.crop[0], where.crop[1]]
+            yield where, _probabilities(found)[:, where.crop[0], where.crop[1]]
 
     def tiles(self, shape: tuple[int, int], *, tile: int = TILE) -> list[Tile]:
         """The tiles of a plane of ``shape`` (y, x), row by row."""
@@ -239,7 +241,7 @@ class Segmenter:
         for where, found in self._windows(read, shape, region, limits, tile):
             fade = where.y.fade()[:, None] * where.x.fade()
             to, frm = _overlap(where.outer, where.outer, region)
-            total[:, to[0], to[1]] += (found * fade)[:, frm[0], frm[1]]
+            total[:, to[0], to[1]] += (_probabilities(found) * fade)[:, frm[0], frm[1]]
             weight[to] += fade[frm]
         total /= weight
         return total
@@ -247,7 +249,7 @@ class Segmenter:
     def _windows(
         self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
     ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
-        """The tiles that have a say in a region, and the probabilities of their whole windows.
+        """The tiles that have a say in a region, and the margins "k y x" of their whole windows.
 
         Where the device runs out of memory, the rest and all that comes later goes on in smaller tiles (a warning says
         so).
@@ -291,8 +293,8 @@ class Segmenter:
             todo = split(todo, side)
 
     @torch.inference_mode()
-    def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k1 h w"]:
-        """Probabilities of a window whose start lies on the grid; its far ends are padded to the grid."""
+    def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k h w"]:
+        """Margins of a window whose start lies on the grid; its far ends are padded to the grid."""
         h, w = window.shape[-2:]
         pad = (-h % self.step, -w % self.step)
         if any(pad):
@@ -300,11 +302,22 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         x = window[None].to(self.device.torch)
         x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
-        logits = (
-            self._logits(x).float().clamp_min(-1e4)
-        )  # a class without example is -inf, which cannot be interpolated
-        logits = resize(logits, (h + pad[0], w + pad[1]))[0, :, :h, :w]
-        return logits.softmax(0)
+        found = self._margins(x).float().clamp_min_(_NEVER)  # -inf, of a class without example, cannot be interpolated
+        return resize(found, (h + pad[0], w + pad[1]))[0, :, :h, :w]
+
+
+def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Of "k y x" margins, "k+1 y x", background first. Of whole windows: at the end of a row another kind of
+    instruction may round a pixel otherwise."""
+    with_background = torch.from_numpy(np.concatenate([np.zeros_like(margins[:1]), margins]))
+    return with_background.softmax(0).numpy()
+
+
+def _labels(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Of "k y x" margins, the likeliest class of each pixel; `likeliest` of their probabilities, but for rounding."""
+    if len(margins) == 1:
+        return (margins[0] > 0).astype(np.uint8)
+    return likeliest(np.concatenate([np.zeros_like(margins[:1]), margins]))
 
 
 def _touches(part: tuple[slice, slice], region: Region) -> bool:
@@ -365,9 +378,9 @@ class FewShotModel(Segmenter):
     def local(self) -> bool:
         return self.teacher.local and self.backbone.spec.local
 
-    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         with self.device.autocast():
-            return merge_classes(self.teacher(self.backbone(image), self.keys).logits)
+            return margins(self.teacher(self.backbone(image), self.keys).logits)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         raise SettingsError("a teacher with its support has no digest; distil a student from it")
@@ -432,7 +445,7 @@ class StudentModel(Segmenter):
             )
         return Runner(self.network, choose_engine(engine, device, self.network), device, self.samples)
 
-    def _logits(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k1 h w"]:
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         return self._run(image)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
