@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from distillfss_core.labelstore import coarsen_labels, plan_layout
 
@@ -11,6 +12,15 @@ def test_coarsening_takes_the_majority_and_fills_the_ends():
     labels = np.array([[[1, 1, 0], [1, 0, 0], [2, 2, 5]]], np.uint8)
     assert coarsen_labels(labels, (1, 2, 2)).tolist() == [[[1, 0], [2, 5]]]
     assert coarsen_labels(labels, (1, 2, 2), majority=False).tolist() == [[[1, 0], [2, 5]]]
+
+
+@pytest.mark.parametrize("step", [(1, 2, 2), (2, 2, 2)])
+def test_labels_of_one_class_are_coarsened_as_those_of_several(step):
+    labels = np.random.default_rng(0).integers(0, 2, (3, 21, 30), np.uint8)
+    several = coarsen_labels(np.concatenate([labels, np.full_like(labels[:2], 2)]), step)
+    whole = labels.shape[0] // step[0]
+    assert np.array_equal(coarsen_labels(labels, step)[:whole], several[:whole])
+    assert coarsen_labels(labels, step).dtype == np.uint8
 
 
 def test_shards_are_made_of_whole_tiles_and_levels_halve_where_the_scale_allows():
