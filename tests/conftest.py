@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,14 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def any_processor() -> Iterator[None]:
+    """Tests mean the same on all processors: "auto" is float32, also where a processor multiplies bfloat16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distillfss_core.inference.multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

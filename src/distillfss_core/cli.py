@@ -887,7 +887,11 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
-    parser.add_argument("--precision", default="auto", help="auto, float32, bfloat16 or int8 (auto: bfloat16 on CUDA)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="float32, bfloat16, int8, or auto: bfloat16 on CUDA, and on CPUs that have it where openvino is installed",
+    )
     parser.add_argument(
         "--engine",
         default="auto",

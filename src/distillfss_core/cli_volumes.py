@@ -73,10 +73,10 @@ def load_model(args: argparse.Namespace) -> StudentModel:
     """The model that the options name, at the pixel size they name."""
     from distillfss_core.model import StudentModel
 
-    device = "cpu" if args.cluster else args.device
-    model = StudentModel.load(
-        args.model, device=device, precision=args.precision, weights=args.weights, engine=args.engine
-    )
+    device, precision = args.device, args.precision
+    if args.cluster:
+        device, precision = "cpu", "float32" if precision == "auto" else precision
+    model = StudentModel.load(args.model, device=device, precision=precision, weights=args.weights, engine=args.engine)
     return model.at_pixel_size(args.pixel_size) if args.pixel_size else model
 
 

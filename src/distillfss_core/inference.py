@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -17,7 +18,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distillfss_core.backbones import Backbone
-from distillfss_core.device import Device, sums_bytes_exactly
+from distillfss_core.device import Device, multiplies_bfloat16, sums_bytes_exactly
 from distillfss_core.errors import SettingsError
 from distillfss_core.head import FewShotHead
 from distillfss_core.quantise import quantised
@@ -38,8 +39,8 @@ _GRAPH_INPUT, _GRAPH_OUTPUT = "image", "margins"
 class StudentNetwork(nn.Module):
     """What an engine runs: from the preprocessed, zoomed image to margins.
 
-    Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit of
-    each class exceeds the background's, on the decoder's own grid (for the slim one, that of the finest features).
+    Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit
+    of each class exceeds the background's, on the decoder's own grid (for the slim one, that of the finest features).
     """
 
     def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
@@ -88,6 +89,26 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
             "pip install 'napari-distillfss[int8]'"
         )
     return name
+
+
+def choose_precision(device: Device, engine: str, network: StudentNetwork) -> str:
+    """What "auto" is for this network: bfloat16 where OpenVINO may run it on a processor that multiplies that itself,
+    otherwise what it is for the device (`choose_device`).
+
+    Parameters
+    ----------
+    engine : {"auto", "torch", "onnxruntime", "openvino"}
+    """
+    rounded = replace(device, precision="bfloat16")
+    if (
+        device.kind == "cpu"
+        and engine in ("auto", "openvino")
+        and find_spec("openvino") is not None
+        and _unable("openvino", rounded, network) is None
+        and multiplies_bfloat16()
+    ):
+        return rounded.precision
+    return device.precision
 
 
 def describe_engine(name: str) -> str:

@@ -27,7 +27,7 @@ from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsErr
 from distillfss_core.features import margins
 from distillfss_core.head import FewShotHead, HeadForm
 from distillfss_core.headfile import can_be_found_again, find_backbone
-from distillfss_core.inference import Runner, StudentNetwork, choose_engine
+from distillfss_core.inference import Runner, StudentNetwork, choose_engine, choose_precision
 from distillfss_core.preprocess import ZOOMS, Limits, Preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.teachers import SupportKeys, Teacher
@@ -454,6 +454,8 @@ class StudentModel(Segmenter):
     def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
         """Move to another device, precision or engine, as for `load`; returns self."""
         chosen = choose_device(device, precision)
+        if precision == "auto":
+            chosen = replace(chosen, precision=choose_precision(chosen, engine, self.network))
         self._run = self._runner(engine, chosen)
         self.device, self._room = chosen, math.inf
         self.backbone.to(chosen.torch)
@@ -560,8 +562,9 @@ class StudentModel(Segmenter):
         device : str
             Any device, whatever the model was made on.
         precision : str
-            "float32", "bfloat16", "int8" (on a CPU, by ONNX Runtime: the fastest there; from one label in a thousand
-            to one in a hundred differs), or "auto": bfloat16 on CUDA devices that have it, float32 elsewhere.
+            "float32", "bfloat16", "int8" (the fastest on a CPU; from one label in a thousand to one in a hundred
+            differs), or "auto": bfloat16 on CUDA devices that have it, and by OpenVINO on processors that have it (three
+            labels in ten thousand differ); float32 elsewhere.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
         engine : {"auto", "torch", "onnxruntime", "openvino"}
@@ -612,7 +615,7 @@ class StudentModel(Segmenter):
                 raise
             reason = str(error).splitlines()[0]
             raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
-        return model.to(chosen.name, chosen.precision, engine)
+        return model.to(chosen.name, precision, engine)
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

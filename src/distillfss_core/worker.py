@@ -13,6 +13,7 @@ import torch
 import zarr
 from distributed import WorkerPlugin, get_worker
 
+from distillfss_core.device import choose_device
 from distillfss_core.labellers import PlaneLabels, make_labeller
 from distillfss_core.labelstore import Box, Layout, write_shard
 from distillfss_core.model import StudentModel
@@ -68,7 +69,8 @@ class Job(WorkerPlugin):
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder) / "model.safetensors"
                     file.write_bytes(spec.model)
-                    model = StudentModel.load(file, device=spec.device, precision=spec.precision, engine=spec.engine)
+                    device = choose_device(spec.device, spec.precision)  # "auto" is the same for all CPUs here
+                    model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
                 self._labeller = make_labeller(spec.mode, spec.volume, model, spec.tile)
             return self._labeller
 

@@ -8,6 +8,7 @@ import pickle
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ import zarr
 from distillfss_core import inference
 from distillfss_core.backbones import load_backbone
 from distillfss_core.cli import main
-from distillfss_core.device import Device, choose_device
+from distillfss_core.device import Device, choose_device, multiplies_bfloat16
 from distillfss_core.engine import iter_segment, segment_to_zarr
 from distillfss_core.errors import SettingsError
 from distillfss_core.head import FewShotHead, HeadForm
@@ -32,15 +33,16 @@ CPU = Device("cpu")
 TILE = 96
 
 
-@pytest.fixture(params=["torch", "onnxruntime", "openvino", "int8"])
+FORMS = ("torch", "onnxruntime", "openvino", "openvino bfloat16", "onnxruntime int8", "openvino int8")
+
+
+@pytest.fixture(params=FORMS)
 def model(request, plain_student) -> StudentModel:
-    """The student by every engine, and in integers."""
-    if request.param != "int8":
-        pytest.importorskip(request.param, reason=f"{request.param} is not installed")
-        return plain_student.with_engine(request.param)
-    for needed in ("onnx", "onnxruntime"):
+    """The student by every engine, and in every precision."""
+    engine, _, precision = request.param.partition(" ")
+    for needed in {engine, "onnx", "onnxruntime"} if precision == "int8" else {engine}:
         pytest.importorskip(needed, reason=f"{needed} is not installed")
-    return copy.copy(plain_student).to("cpu", "int8")
+    return copy.copy(plain_student).to("cpu", precision or "float32", engine)
 
 
 @pytest.fixture(params=["onnxruntime", "openvino"])
@@ -153,12 +155,40 @@ def test_bfloat16_is_asked_for_and_changes_little(plain_student):
     assert (found.labels != expected.labels).mean() < 0.02
 
 
+def test_auto_is_bfloat16_where_the_processor_and_openvino_have_it(plain_student, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    plain_student.save(tmp_path / "m.safetensors")
+
+    def load(**options: str) -> str:
+        model = StudentModel.load(tmp_path / "m.safetensors", device="cpu", **options)
+        return f"{model.engine} {model.device.precision}"
+
+    assert load().endswith("float32")
+    monkeypatch.setattr(inference, "multiplies_bfloat16", lambda: True)
+    assert load() == "openvino bfloat16"
+    assert load(engine="torch") == "torch float32"
+    assert load(precision="float32").endswith("float32")
+    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    assert load() == "torch float32"
+
+
+@pytest.mark.parametrize(
+    ("machine", "able", "expected"),
+    [("x86_64", {"avx512_bf16": True}, True), ("x86_64", {"avx2": True}, False), ("arm64", {"bf16": True}, False)],
+)
+def test_processors_that_multiply_bfloat16(monkeypatch, machine, able, expected):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert multiplies_bfloat16() is expected
+
+
 def test_int8_is_asked_for_and_changes_little(plain_student, tmp_path, monkeypatch):
     for needed in ("onnx", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")
     plain_student.save(tmp_path / "m.safetensors")
     model = StudentModel.load(tmp_path / "m.safetensors", precision="int8")
-    assert (model.engine, str(model.device)) == ("onnxruntime", "cpu (int8)")
+    fastest = "openvino" if find_spec("openvino") else "onnxruntime"
+    assert (model.engine, str(model.device)) == (fastest, "cpu (int8)")
     assert np.array_equal(model.samples, plain_student.samples)
     plane = blobs(7, 200)
     found, expected = model.predict(plane.image), plain_student.with_engine("torch").predict(plane.image)
@@ -202,9 +232,12 @@ def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monke
     monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnx" else name)
     with pytest.raises(SettingsError, match=r"needs onnx.*pip install 'napari-distillfss\[int8\]'"):
         choose_engine("auto", int8, net)
-    for engine in ("torch", "openvino"):
-        with pytest.raises(SettingsError, match="only onnxruntime does; choose precision float32"):
-            choose_engine(engine, int8, net)
+    monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    with pytest.raises(SettingsError, match=r"needs onnxruntime, which is not installed"):
+        choose_engine("openvino", int8, net)
+    monkeypatch.setattr(inference, "find_spec", lambda name: name)
+    with pytest.raises(SettingsError, match="onnxruntime and openvino do; choose precision float32"):
+        choose_engine("torch", int8, net)
     with pytest.raises(SettingsError, match="look at a whole tile; choose precision float32"):
         choose_engine("auto", int8, network("efficientnet_lite0", 1, decoder="published"))
     with monkeypatch.context() as patch:
@@ -223,10 +256,11 @@ def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monke
 
 def test_auto_is_the_fastest_engine_that_can(monkeypatch):
     net = network("efficientnet_lite0", 1)
-    installed = {"onnxruntime", "openvino"}
+    installed = {"onnx", "onnxruntime", "openvino"}
     monkeypatch.setattr(inference, "find_spec", lambda name: name if name in installed else None)
     assert choose_engine("auto", CPU, net) == "onnxruntime"
     assert choose_engine("auto", Device("cpu", "bfloat16"), net) == "openvino"
+    assert choose_engine("auto", Device("cpu", "int8"), net) == "openvino"
     assert choose_engine("auto", Device("cuda"), net) == "torch"
     assert choose_engine("auto", CPU, network("efficientnet_lite0", 1, decoder="published")) == "torch"
     installed.clear()

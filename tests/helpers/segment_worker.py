@@ -9,5 +9,7 @@ if __name__ == "__main__":
     labelstore._SIDE = int(tile)
     labelstore._SHARD = 2 * labelstore._SIDE**2
     print("begun", flush=True)
-    report = segment_to_zarr(open_volume(volume), StudentModel.load(model, device="cpu"), out, tile=int(tile))
+    report = segment_to_zarr(
+        open_volume(volume), StudentModel.load(model, device="cpu", precision="float32"), out, tile=int(tile)
+    )
     print(report.computed, report.found, flush=True)
