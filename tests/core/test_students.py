@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from distillfss_core.decoder import Decoder, PublishedDecoder, SlimDecoder
-from distillfss_core.features import CoarseMaps, FeaturePyramid, merge_classes
+from distillfss_core.features import CoarseMaps, FeaturePyramid, margins, merge_classes
 from distillfss_core.students import ConvDist, LightConvDist, Student
 from published import PublishedCase
 from pyramids import random_pyramid
@@ -110,3 +111,25 @@ def test_merged_classes_keep_the_background_of_the_strongest_class() -> None:
     assert merge_classes(logits)[0, :, 0, 0].tolist() == [1.0, 2.0, 0.5]
     one = torch.tensor([[[1.0, 2.0]]])[..., None, None]
     assert merge_classes(one)[0, :, 0, 0].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_margins_say_what_the_merged_logits_say(classes: int) -> None:
+    logits = torch.randn(2, classes, 2, 5, 7, generator=torch.Generator().manual_seed(0))
+    found = margins(logits)
+    assert found.shape == (2, classes, 5, 7)
+    with_background = torch.cat([torch.zeros(2, 1, 5, 7), found], 1)
+    torch.testing.assert_close(with_background.softmax(1), merge_classes(logits).softmax(1))
+
+
+def test_logits_on_the_decoders_grid_need_only_be_enlarged() -> None:
+    decoder = _randomised(SlimDecoder(BLOCKS, SKIPS, width=8))
+    query, coarse = _pyramid(64), _coarse(2, 64)
+    with torch.no_grad():
+        whole, grid = decoder(coarse, query), decoder.on_grid(coarse, query)
+    assert grid.shape[-2:] == query.skips[0].shape[-2:]
+    enlarged = F.interpolate(grid.flatten(0, 1), query.size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarged.unflatten(0, (-1, 2)), whole)
+    published = PublishedDecoder(BLOCKS, (SKIPS[-2], SKIPS[-1])).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(published.on_grid(coarse, query), published(coarse, query))

@@ -26,6 +26,7 @@ from distillfss_core.engine import segment_to_zarr
 from distillfss_core.errors import SettingsError
 from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids
 from distillfss_core.head import FewShotHead, HeadForm
+from distillfss_core.inference import StudentNetwork
 from distillfss_core.lazy import segment_lazy
 from distillfss_core.model import StudentModel
 from distillfss_core.preprocess import fit_preprocess
@@ -209,7 +210,8 @@ def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], obje
     form = PUBLISHED if case.what == "published" else OURS
     head = FewShotHead(backbone.spec, case.classes, form).eval().to(device.torch)
     if case.what == "student":
-        return lambda: head.student_logits(backbone(x))
+        network = StudentNetwork(backbone, head)
+        return lambda: network(x)
     images = torch.rand(case.shots, 3, case.side, case.side, generator=generator)
     cells = torch.rand(case.shots, case.side // 32, case.side // 32, generator=generator) < 0.2
     labels = cells.byte().repeat_interleave(32, 1).repeat_interleave(32, 2).to(device.torch)
