@@ -417,7 +417,7 @@ class StudentModel(Segmenter):
         created: str | None = None,
     ) -> None:
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
-        self.head = head.eval().requires_grad_(False)
+        self.head = head.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # as the features are
         self.pixel_size = pixel_size
         self.training = training or {}
         self.thumbnails, self.samples = thumbnails, samples

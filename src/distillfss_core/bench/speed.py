@@ -210,7 +210,7 @@ def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], obje
     form = PUBLISHED if case.what == "published" else OURS
     head = FewShotHead(backbone.spec, case.classes, form).eval().to(device.torch)
     if case.what == "student":
-        network = StudentNetwork(backbone, head)
+        network = StudentNetwork(backbone, head.to(memory_format=torch.channels_last))
         return lambda: network(x)
     images = torch.rand(case.shots, 3, case.side, case.side, generator=generator)
     cells = torch.rand(case.shots, case.side // 32, case.side // 32, generator=generator) < 0.2
