@@ -564,7 +564,7 @@ class StudentModel(Segmenter):
         precision : str
             "float32", "bfloat16", "int8" (the fastest on a CPU; from one label in a thousand to one in a hundred
             differs), or "auto": bfloat16 on CUDA devices that have it, and by OpenVINO on processors that have it
-            (three labels in ten thousand differ); float32 elsewhere.
+            (two labels in ten thousand to two in a thousand differ); float32 elsewhere.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
         engine : {"auto", "torch", "onnxruntime", "openvino"}
