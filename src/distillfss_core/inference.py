@@ -81,8 +81,9 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     if name in _EXTRAS and find_spec(name) is None:
         raise SettingsError(f"engine {name} is not installed; pip install 'napari-distillfss[{_EXTRAS[name]}]'")
     if reason := _unable(name, device, network):
-        remedy = "choose precision float32" if device.precision == "int8" else "choose engine torch or auto"
-        raise SettingsError(f"engine {name} {reason}; {remedy}")
+        remedies = {"int8": "precision float32", "bfloat16": "engine torch or auto, or precision float32"}
+        remedy = remedies.get(device.precision, "engine torch or auto")
+        raise SettingsError(f"engine {name} {reason}; choose {remedy}")
     if device.precision == "int8" and (missing := [m for m in _QUANTISER if find_spec(m) is None]):
         raise SettingsError(
             f"precision int8 needs {' and '.join(missing)}, which is not installed; "

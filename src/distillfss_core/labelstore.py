@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 OME_VERSION = "0.5"
 RECORD = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
+_TELLING = ("device", "mode", "tile")  # settings that are short enough to be told
 _SHARD = 1 << 23  # voxels of a shard, about
 _SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
 _CHUNK = 512  # side of a chunk at most
@@ -397,9 +398,9 @@ class LabelStore:
         before = self.record.header.get("settings", {})
         differing = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
         if differing:
+            told = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
             raise SettingsError(
-                f"{self.path}: was begun with another {', '.join(differing)}; give what it was begun with, or another "
-                "name"
+                f"{self.path}: was begun with another {', '.join(told)}; give what it was begun with, or another name"
             )
 
 

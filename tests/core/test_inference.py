@@ -144,6 +144,19 @@ def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, t
     assert np.array_equal(once, parts)
 
 
+def test_labels_begun_in_another_precision_are_told_apart(plain_student, tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    volume, out = open_volume(blobs(3, 96).image[None]), tmp_path / "labels.ome.zarr"
+    segment_to_zarr(volume, plain_student.with_engine("openvino"), out)
+    rounded = copy.copy(plain_student).to("cpu", "bfloat16", "openvino")
+    with pytest.raises(
+        SettingsError, match=r"another device \(cpu float32, not cpu bfloat16\); give what it was begun"
+    ):
+        segment_to_zarr(volume, rounded, out)
+    with pytest.raises(SettingsError, match="not in bfloat16; choose engine torch or auto, or precision float32"):
+        rounded.with_engine("onnxruntime")
+
+
 def test_bfloat16_is_asked_for_and_changes_little(plain_student):
     pytest.importorskip("openvino", reason="openvino is not installed")
     assert plain_student.with_engine("openvino").device.precision == "float32"
