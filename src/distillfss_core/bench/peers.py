@@ -23,7 +23,6 @@ from distillfss_core.backbones.weights import packaged_tensors
 from distillfss_core.config import DistillSettings
 from distillfss_core.device import Device, choose_device, seeded
 from distillfss_core.errors import DistillFSSError
-from distillfss_core.model import StudentModel
 from distillfss_core.preprocess import Preprocess, fit_preprocess, resize
 from distillfss_core.support import SupportSet
 from distillfss_core.training import distill, refine, unrefined_teacher
@@ -278,12 +277,6 @@ _CLASSIFIERS = ("sklearn.ensemble", "sklearn.linear_model", "sklearn.pipeline", 
 _CONVPAINT = (("napari_convpaint", "napari-convpaint"),), ("napari_convpaint.convpaint_model", "catboost")
 _SMP = (("segmentation_models_pytorch", "segmentation-models-pytorch"),), ("segmentation_models_pytorch", "timm")
 
-
-def _student(support: SupportSet, settings: DistillSettings) -> StudentModel:
-    """As its file would be run: by the engine and in the precision that are chosen on this machine."""
-    return distill(support, settings).to(settings.device)
-
-
 PEERS = {
     "forest": Peer(
         "random forest",
@@ -302,6 +295,6 @@ PEERS = {
     "unet": Peer("U-Net on EfficientNet-Lite0", UNet, *_SMP),
     "teacher": Peer("teacher as it comes", unrefined_teacher, imports=("timm",)),
     "transferfss": Peer("TransferFSS (refined teacher)", refine, imports=("timm",)),
-    "distillfss": Peer("DistillFSS (student)", _student, imports=("timm", "onnx", "onnxruntime", "openvino")),
+    "distillfss": Peer("DistillFSS (student)", distill, imports=("timm", "onnx", "onnxruntime", "openvino")),
 }
 """By the names of ``--peers``; the last three are ours."""

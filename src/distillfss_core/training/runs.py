@@ -187,7 +187,7 @@ class DistillRun(Iterator[TrainStep]):
             thumbnails=thumbnails(self.support),
             samples=_samples(self._cutter, len(self.support)),
             device=self.device,
-        )
+        ).to(self.device.name)  # as its file will be run
         if self._finished:
             model.fit_halo(_busiest_part(self.support, model.halo_side))
         return model
