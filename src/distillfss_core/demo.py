@@ -229,7 +229,7 @@ def iter_demo(
         seconds=seconds,
         model_mb=(folder / MODEL).stat().st_size / 1e6,
         peak_mb=_peak_mb(),
-        device=str(student.device),
+        device=str(student.training["device"]),
         folder=str(folder),
         files=tuple(map(str, files)),
     )
