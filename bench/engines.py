@@ -14,6 +14,7 @@ Without a model, one is distilled from generated nuclei; the plane is that image
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -124,8 +125,7 @@ def _can_run(model: StudentModel, engine: str, precision: str) -> bool:
 
 
 def _as(model: StudentModel, engine: str, precision: str) -> StudentModel:
-    other = model.with_engine(engine if precision == "float32" else "torch")
-    return other if precision == "float32" else other.to("cpu", precision, engine)
+    return copy.copy(model).to("cpu", precision, engine)
 
 
 def _jobs(
