@@ -187,10 +187,10 @@ class DistillRun(Iterator[TrainStep]):
             thumbnails=thumbnails(self.support),
             samples=_samples(self._cutter, len(self.support)),
             device=self.device,
-        ).to(self.device.name)  # as its file will be run
+        )
         if self._finished:
             model.fit_halo(_busiest_part(self.support, model.halo_side))
-        return model
+        return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
 
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, told by the whole support set."""
