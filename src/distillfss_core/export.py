@@ -20,7 +20,7 @@ from distillfss_core import __version__
 from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.inference import onnx_graph
 from distillfss_core.io import atomic_path
-from distillfss_core.model import StudentModel
+from distillfss_core.model import NEVER, StudentModel
 from distillfss_core.preprocess import PERCENTILES, resize
 from distillfss_core.sample import generate_sample
 from distillfss_core.types import Array
@@ -61,7 +61,7 @@ class ExportedStudent(nn.Module):
         if self.zoom != 1:
             up, down = self.zoom.numerator, self.zoom.denominator
             x = _resize(x, (height // down * up, width // down * up)).clamp(0, 1)
-        found = _resize(self.network(x).clamp_min(-1e4), (height, width))
+        found = _resize(self.network(x).clamp_min(NEVER), (height, width))
         return torch.cat([torch.zeros_like(found[:, :1]), found], 1).softmax(1)
 
 
@@ -183,7 +183,8 @@ def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
     example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step)
     graph = onnx.load_model_from_string(onnx_graph(module, example, GIVEN, FOUND))
     resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
-    for smoothed in resizes[:1] * (module.zoom < 1) + resizes[-1:] * (module.zoom > _stride(module)):
+    stride = model.backbone.spec.strides[0]  # of the grid that the network answers on
+    for smoothed in resizes[:1] if module.zoom < 1 else resizes[-1:] if module.zoom > stride else []:
         smoothed.attribute.append(onnx.helper.make_attribute("antialias", 1))
         smoothed.attribute.append(onnx.helper.make_attribute("exclude_outside", 1))  # at the border, as torch
     graph.producer_name, graph.producer_version = "napari-distillfss", __version__
@@ -195,13 +196,6 @@ def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
     onnx.helper.set_model_props(graph, {"distillfss": json.dumps(about)})
     onnx.checker.check_model(graph, full_check=True)
     return graph.SerializeToString()
-
-
-def _stride(module: ExportedStudent) -> int:
-    """Zoomed pixels a side that the network answers for as one."""
-    side = module.network.backbone.spec.multiple
-    with torch.no_grad():
-        return side // int(module.network(torch.zeros(1, 3, side, side)).shape[-1])
 
 
 def _intensity(model: StudentModel) -> dict[str, Any]:

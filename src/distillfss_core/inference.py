@@ -28,8 +28,7 @@ ENGINES = ("auto", "torch", "onnxruntime", "openvino")
 TOLERANCE = 1e-3
 """By how much margins of two engines in float32 differ at most (they reach from about -20 to 20; measured: 1e-5)."""
 
-_EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
-_FASTEST = ("onnxruntime", "openvino")  # in float32; otherwise the other way round
+_EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # the fastest first in float32, otherwise the last
 _QUANTISER = ("onnx", "onnxruntime")
 _OPSET = 18
 _EXPORT = threading.Lock()  # torch exports one network at a time
@@ -75,7 +74,7 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     if name not in ENGINES:
         raise SettingsError(f"engine {name!r} is unknown; choose one of: {', '.join(ENGINES)}")
     if name == "auto":
-        order = _FASTEST if device.precision == "float32" else _FASTEST[::-1]
+        order = _EXTRAS if device.precision == "float32" else reversed(_EXTRAS)
         able = (e for e in order if find_spec(e) and _unable(e, device, network) is None)
         name = next(able, "onnxruntime" if device.precision == "int8" else "torch")
     if name in _EXTRAS and find_spec(name) is None:

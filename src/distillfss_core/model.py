@@ -41,7 +41,7 @@ TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 _HALO_TILE = 192
-_NEVER = -1e4  # the margin of a class that no pixel has
+NEVER = -1e4  # the margin of a class without example: minus infinity cannot be interpolated
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 KEEP_BACKBONE = (
@@ -302,7 +302,7 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         x = window[None].to(self.device.torch)
         x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
-        found = self._margins(x).float().clamp_min_(_NEVER)  # -inf, of a class without example, cannot be interpolated
+        found = self._margins(x).float().clamp_min_(NEVER)
         return resize(found, (h + pad[0], w + pad[1]))[0, :, :h, :w]
 
 
@@ -463,7 +463,7 @@ class StudentModel(Segmenter):
         return self
 
     def with_engine(self, engine: str) -> StudentModel:
-        """The same student, run by another engine (as for `load`); this one stays as it is."""
+        """The same student, run by another engine (as for `load`) in the same precision; this one stays as it is."""
         other = copy.copy(self)
         other._run = other._runner(engine, other.device)
         return other

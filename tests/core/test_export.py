@@ -34,7 +34,7 @@ def with_zoom(student, zoom: str):
     return other
 
 
-@pytest.mark.parametrize("zoom", ["1", "2/3", "2"])
+@pytest.mark.parametrize("zoom", ["1", "2/3", "2", "3"])
 def test_an_onnx_file_gives_the_probabilities_of_the_student(plain_student, zoom, tmp_path):
     student = with_zoom(plain_student, zoom)
     export_onnx(student, tmp_path / "student.onnx")
