@@ -9,6 +9,11 @@ import pytest
 # One core is left free: on a machine that is busy elsewhere, a thread on every core is many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", help="device of the tests that are marked cuda (default: cuda)")
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

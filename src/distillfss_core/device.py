@@ -10,10 +10,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from distillfss_core.errors import SettingsError
 
-PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+_HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Device:
     name : str
         "cpu", "cuda", "cuda:1", "mps", ...
     precision : str
-        "float32", "bfloat16" (autocast; weights stay in float32), or "int8" (students on the CPU alone).
+        "float32", "bfloat16", "float16" (GPUs alone), or "int8" (students on the CPU alone).
     """
 
     name: str
@@ -39,11 +41,35 @@ class Device:
     def kind(self) -> str:
         return self.torch.type
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the features: float32, or the half precision that is computed in."""
+        return _HALVES.get(self.precision, torch.float32)
+
     def autocast(self) -> AbstractContextManager[object]:
-        """Context in which convolutions and attention run in the chosen precision."""
-        if self.precision == "bfloat16":
-            return torch.autocast(self.kind, dtype=torch.bfloat16)
+        """Context in which convolutions and attention run in the chosen precision; weights stay in float32."""
+        if self.dtype != torch.float32:
+            return torch.autocast(self.kind, dtype=self.dtype)
         return contextlib.nullcontext()
+
+    def upload(self, tensor: Tensor) -> Tensor:
+        """Copy a tensor of the CPU to the device; on CUDA from pinned memory, without waiting for the copy."""
+        if self.kind == "cuda":
+            return tensor.pin_memory().to(self.torch, non_blocking=True)
+        return tensor.to(self.torch)
+
+    @contextlib.contextmanager
+    def reproducible(self) -> Iterator[None]:
+        """Inside, CUDA takes deterministic algorithms where it has them: same seed, same weights on one device."""
+        if self.kind != "cuda":
+            yield
+            return
+        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     def __str__(self) -> str:
         return self.name if self.precision == "float32" else f"{self.name} ({self.precision})"
@@ -78,6 +104,8 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
         raise SettingsError(f"device {name!r} is not on this machine; choose auto or cpu")
     if precision == "int8" and kind != "cpu":
         raise SettingsError(f"precision int8 is for the CPU, not for {name}; choose device cpu, or bfloat16")
+    if precision == "float16" and kind == "cpu":
+        raise SettingsError("precision float16 is for GPUs, not for the CPU; choose bfloat16, or float32")
     if precision == "auto":
         precision = "bfloat16" if kind == "cuda" and _has_bfloat16(name) else "float32"
     return Device(name, precision)
@@ -117,6 +145,14 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+
+
+def release_memory(device: Device) -> None:
+    """Return the memory that torch keeps for later to the device."""
+    if device.kind == "cuda":
+        torch.cuda.empty_cache()
+    elif device.kind == "mps":
+        torch.mps.empty_cache()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 ::
 
-    reader threads          this thread            writer thread
+    reader threads          this thread            writer threads
     read block n + 2        infer block n          write shard n - 1, force to disk, note in the record
 
 A block is what a shard of labels needs: its voxels and their surroundings, of all its planes. A shard that the record
@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
@@ -23,12 +24,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from distillfss_core import __version__
 from distillfss_core.cluster import Connection, connect, iter_shards
+from distillfss_core.device import Device
 from distillfss_core.errors import SettingsError
 from distillfss_core.inference import describe_engine
 from distillfss_core.labellers import PlaneLabels, make_labeller
@@ -49,9 +51,9 @@ from distillfss_core.volume import Volume
 
 log = logging.getLogger(__name__)
 
-READERS = 2
+READERS, WRITERS = 2, 1
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
-AHEAD = 2  # blocks that wait to be segmented at most
+"""Threads beside the one that computes: on a CPU no more, since they take its cores."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def iter_segment(
         if workers and volume.path is None:
             raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
         device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
-        engine = model.engine if device.startswith("cpu") else "torch"
+        engine = model.engine if device.startswith("cpu") or model.engine == "torch-compiled" else "torch"
         notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
         if overwrite:
             remove_labels(out)
@@ -288,16 +290,19 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
 
     def write(index: Index, boxes: list[Box], labels: list[Array]) -> Index:
         digests = [store.write(0, box, part) for box, part in zip(boxes, labels, strict=True)]
-        store.note(0, index, boxes, digests[-1])
+        with noting:
+            store.note(0, index, boxes, digests[-1])
         return index
 
-    readers, writer = ThreadPoolExecutor(READERS), ThreadPoolExecutor(1)
+    threads = _io_threads(labeller.model.device)
+    noting = threading.Lock()
+    readers, writers = ThreadPoolExecutor(threads.readers), ThreadPoolExecutor(threads.writers)
     ahead = iter(todo.items())
     reading: deque[tuple[Index, list[Box], Future[list[Array]]]] = deque()
     writing: deque[Future[Index]] = deque()
     try:
         while True:
-            while len(reading) < AHEAD and (following := next(ahead, None)):
+            while len(reading) < threads.readers and (following := next(ahead, None)):
                 reading.append((*following, readers.submit(read, following[1])))
             if not reading:
                 break
@@ -305,14 +310,29 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
             blocks = coming.result()
             labels = [labeller.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
             del blocks, coming
-            writing.append(writer.submit(write, index, boxes, labels))
-            while writing and (writing[0].done() or len(writing) > 1):
+            writing.append(writers.submit(write, index, boxes, labels))
+            while writing and (writing[0].done() or len(writing) > threads.writers):
                 yield writing.popleft().result()
         while writing:
             yield writing.popleft().result()
     finally:
         readers.shutdown(cancel_futures=True)
-        writer.shutdown()
+        writers.shutdown()
+
+
+class _IoThreads(NamedTuple):
+    readers: int
+    """As many blocks wait to be segmented at most."""
+    writers: int
+    """As many shards wait to be written at most, beside those that are being written."""
+
+
+def _io_threads(device: Device) -> _IoThreads:
+    """A GPU outruns two readers and a writer, and leaves the cores to more of them."""
+    if device.kind == "cpu":
+        return _IoThreads(READERS, WRITERS)
+    cores = os.cpu_count() or 1
+    return _IoThreads(min(8, max(READERS, cores // 2)), min(4, max(WRITERS, cores // 4)))
 
 
 def _segmented_by(

@@ -1,7 +1,8 @@
-"""How a student's network is run: by torch, ONNX Runtime or OpenVINO."""
+"""How a student's network is run: by torch, compiled or not, ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
+import copy
 import io
 import threading
 import warnings
@@ -18,13 +19,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distillfss_core.backbones import Backbone
-from distillfss_core.device import Device, multiplies_bfloat16, sums_bytes_exactly
+from distillfss_core.device import Device, multiplies_bfloat16, out_of_memory, sums_bytes_exactly
 from distillfss_core.errors import SettingsError
 from distillfss_core.head import FewShotHead
 from distillfss_core.quantise import quantised
 from distillfss_core.types import Array
 
-ENGINES = ("auto", "torch", "onnxruntime", "openvino")
+ENGINES = ("auto", "torch", "torch-compiled", "onnxruntime", "openvino")
 TOLERANCE = 1e-3
 """By how much margins of two engines in float32 differ at most (they reach from about -20 to 20; measured: 1e-5)."""
 
@@ -60,11 +61,12 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
 
     On a CPU that is ONNX Runtime in float32 and OpenVINO in bfloat16 and int8, then the other of them (ONNX Runtime has
     no bfloat16), then torch (not in int8); elsewhere torch. Those other than torch run networks whose answers depend on
-    a bounded neighbourhood.
+    a bounded neighbourhood. "torch-compiled" is torch with ``torch.compile``, which takes up to a minute at the first
+    window; "auto" never means it.
 
     Parameters
     ----------
-    name : {"auto", "torch", "onnxruntime", "openvino"}
+    name : {"auto", "torch", "torch-compiled", "onnxruntime", "openvino"}
 
     Raises
     ------
@@ -112,13 +114,13 @@ def choose_precision(device: Device, engine: str, network: StudentNetwork) -> st
 
 
 def describe_engine(name: str) -> str:
-    """Its name and version, as "onnxruntime 1.20.0"."""
-    return f"{name} {version(name)}"
+    """Its name and the version of its library, as "onnxruntime 1.20.0"."""
+    return f"{name} {version(name.removesuffix('-compiled'))}"
 
 
 def _unable(name: str, device: Device, network: StudentNetwork) -> str | None:
     """Why an engine cannot run a network, if so."""
-    if name == "torch":
+    if name in ("torch", "torch-compiled"):
         return "does not compute in int8, onnxruntime and openvino do" if device.precision == "int8" else None
     if device.kind != "cpu":
         return f"computes on the CPU, not on {device.name}"
@@ -159,13 +161,12 @@ class Runner:
         self._threads = 0
 
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
-        if self.engine == "torch":
+        if self.engine == "torch" and self.device.kind == "cpu":
             with self.device.autocast():
                 return self.network(image)
         with self._lock:
-            threads = torch.get_num_threads()
+            threads = torch.get_num_threads() if self.engine in _EXTRAS else 0
             if self._ready is None or threads != self._threads:
-                self._graph = self._graph or self._write()
                 self._ready, self._threads = self._make(threads), threads
             return self._ready(image)
 
@@ -177,6 +178,9 @@ class Runner:
         return quantised(graph, _GRAPH_INPUT, self.samples, narrow=not sums_bytes_exactly())
 
     def _make(self, threads: int) -> Engine:
+        if self.engine in ("torch", "torch-compiled"):
+            return _Torch(self.network, self.device, compiled=self.engine == "torch-compiled")
+        self._graph = self._graph or self._write()
         if self.engine == "onnxruntime":
             return _OnnxRuntime(self._graph, threads)
         return _OpenVino(self._graph, threads, self.device.precision)
@@ -186,6 +190,26 @@ class Runner:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+class _Torch:
+    """The network with its weights in the precision that is computed in: nothing is rounded anew at every window."""
+
+    def __init__(self, network: StudentNetwork, device: Device, *, compiled: bool) -> None:
+        self._dtype = device.dtype
+        self._network = network if device.dtype == torch.float32 else copy.deepcopy(network).to(device.dtype)
+        # One graph for all sizes of windows: those at the border of a plane are smaller.
+        self._run: Engine = torch.compile(self._network, dynamic=True) if compiled else self._network
+
+    def __call__(self, image: Tensor) -> Tensor:
+        try:
+            found: Tensor = self._run(image.to(self._dtype, memory_format=torch.channels_last))
+        except RuntimeError as error:
+            if self._run is self._network or out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0][:160]
+            raise SettingsError(f"torch cannot compile this network here ({reason}); choose engine torch") from error
+        return found
 
 
 class _OnnxRuntime:

@@ -52,10 +52,7 @@ class PlaneLabels:
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
         """Labels of a box, shape (z, y, x), from what `read` gave."""
-        labels = np.empty([b - a for a, b in box], np.uint8)
-        for at, z in enumerate(range(*box[0])):
-            labels[at] = self.segmenter.labels(z, box[1:], pixels[at])
-        return labels
+        return self.segmenter.stack_labels(range(*box[0]), box[1:], pixels)
 
 
 class SmoothLabels(PlaneLabels):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import dask.array as da
 import numpy as np
 
 from distillfss_core.errors import ImageError, SettingsError
-from distillfss_core.model import TILE, Region, Segmenter
+from distillfss_core.model import TILE, Region, Segmenter, Window
 from distillfss_core.preprocess import Limits, sample_step
 from distillfss_core.types import Array, Segmentation, check_image
 from distillfss_core.volume import Volume, split_index
@@ -95,6 +96,21 @@ class VolumeSegmenter:
         """
         return self._answer(z, region, pixels, "labels")
 
+    def stack_labels(self, planes: range, region: Region, pixels: Array) -> Array:
+        """Labels of a region of several planes, shape (z, y, x), from what `read` gave for them; as `labels` otherwise,
+        but that a GPU computes many planes at once."""
+        if not self.model.batched:
+            labels = np.empty((len(planes), *(stop - start for start, stop in region)), np.uint8)
+            for i, z in enumerate(planes):
+                labels[i] = self.labels(z, region, pixels[i])
+            return labels
+        limits = [self.limits(z) for z in planes]
+        for z, plane in zip(planes, pixels, strict=True):
+            with self._naming(z):
+                check_image(plane)
+        with self._inference:
+            return self.model.stack_labels(self._within(region, pixels), self.shape, region, limits, tile=self.tile)
+
     def probabilities(self, z: int, region: Region, pixels: Array | None = None) -> Array:
         """Probabilities of a region of plane ``z``, shape (k + 1, y, x), float32; as `labels` otherwise."""
         return self._answer(z, region, pixels, "probabilities")
@@ -103,16 +119,21 @@ class VolumeSegmenter:
         limits = self.limits(z)
         if pixels is None:
             pixels = self.read(slice(z, z + 1), region)[0]
-        given = pixels
-        (top, _), (left, _) = self.model.reach(self.shape, region, tile=self.tile)
-
-        def window(y: slice, x: slice) -> Array:
-            return given[y.start - top : y.stop - top, x.start - left : x.stop - left]
-
+        window = self._within(region, pixels[None])
         predict = self.model.region_labels if what == "labels" else self.model.predict_region
+        with self._naming(z), self._inference:
+            return predict(lambda y, x: window(y, x)[0], self.shape, region, limits, tile=self.tile)
+
+    def _within(self, region: Region, pixels: Array) -> Window:
+        """Windows of planes "z y x [c]" of which `read` gave what the region needs."""
+        (top, _), (left, _) = self.model.reach(self.shape, region, tile=self.tile)
+        return lambda y, x: pixels[:, y.start - top : y.stop - top, x.start - left : x.stop - left]
+
+    @contextmanager
+    def _naming(self, z: int) -> Iterator[None]:
+        """Errors about pixels name the volume and the plane."""
         try:
-            with self._inference:
-                return predict(window, self.shape, region, limits, tile=self.tile)
+            yield
         except ImageError as fault:
             text = str(fault).removeprefix("image: ")
             raise ImageError(f"{self.volume.name} plane {z}: {text}") from fault

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from distillfss_core.backbones import Backbone, backbone_from_state
+from distillfss_core.batches import NEVER, PIXELS, PlaneBatches
 from distillfss_core.cardfile import FileKind, read_card_file, write_card_file
-from distillfss_core.device import Device, choose_device, out_of_memory
+from distillfss_core.device import Device, choose_device, out_of_memory, release_memory
 from distillfss_core.errors import ModelFileError, OutOfMemoryError, SettingsError
 from distillfss_core.features import margins
 from distillfss_core.head import FewShotHead, HeadForm
@@ -41,7 +43,6 @@ TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 _HALO_TILE = 192
-NEVER = -1e4  # the margin of a class without example: minus infinity cannot be interpolated
 SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
 THUMBNAIL = 96
 KEEP_BACKBONE = (
@@ -68,6 +69,7 @@ class Segmenter:
         self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
         self.device, self.halo = device, halo
         self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
+        self._batch = PIXELS  # zoomed pixels that the device has memory for at a time
 
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's: `margins`, on a grid of any size
@@ -192,6 +194,43 @@ class Segmenter:
             labels[to] = _labels(found[:, frm[0], frm[1]])
         return labels
 
+    @property
+    def batched(self) -> bool:
+        """Whether the device computes many planes at once, see `stack_labels`."""
+        return self.device.kind == "cuda" and self.local and self._room == math.inf
+
+    def stack_labels(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Sequence[Limits], *, tile: int = TILE
+    ) -> npt.NDArray[np.uint8]:
+        """Labels of a part of several planes, shape (n, y1 - y0, x1 - x0), many planes at once (`PlaneBatches`).
+
+        They are those of `region_labels` but for rounding, and do not depend on the number of planes.
+
+        Parameters
+        ----------
+        read : function of two slices (y, x)
+            Gives that window of all planes, "n y x" or "n y x c"; finite.
+        shape, region, tile
+            As for `predict_region`.
+        limits : sequence of Limits
+            Intensities of each plane that become 0 and 1.
+        """
+        (y0, y1), (x0, x1) = region
+        labels = np.empty((len(limits), y1 - y0, x1 - x0), np.uint8)
+        batches = PlaneBatches(self._margins, self.preprocess, self.device, step=self.step, pixels=self._batch)
+        for where in self.tiles(shape, tile=tile):
+            if not _touches(where.inner, region):
+                continue
+            to, frm = _overlap(where.inner, where.outer, region)
+            windows = self.preprocess.stack_channels(read(*where.outer))
+            if not batches.label(windows, frm, limits, labels[:, to[0], to[1]]):
+                for i, own in enumerate(limits):  # in smaller tiles
+                    labels[i] = self.region_labels(partial(_one_plane, read, i), shape, region, own, tile=tile)
+                return labels
+        batches.finish()
+        self._batch = batches.pixels
+        return labels
+
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
         check_image(image)
@@ -289,7 +328,7 @@ class Segmenter:
                     "use --device cpu, or free the device"
                 ) from fault
             log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
-            _free(self.device)
+            release_memory(self.device)
             todo = split(todo, side)
 
     @torch.inference_mode()
@@ -320,6 +359,11 @@ def _labels(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     return likeliest(np.concatenate([np.zeros_like(margins[:1]), margins]))
 
 
+def _one_plane(read: Window, i: int, y: slice, x: slice) -> Array:
+    plane: Array = read(y, x)[i]
+    return plane
+
+
 def _touches(part: tuple[slice, slice], region: Region) -> bool:
     return all(s.start < stop and start < s.stop for s, (start, stop) in zip(part, region, strict=True))
 
@@ -348,13 +392,6 @@ def _split_tile(old: Tile, shape: tuple[int, ...], side: int, halo: int, step: i
             spans.append(replace(axis, inner=(a, b), outer=(max(0, a - grown), min(length, b + grown))))
         parts.append(Tile(*spans))
     return parts
-
-
-def _free(device: Device) -> None:
-    if device.kind == "cuda":
-        torch.cuda.empty_cache()
-    elif device.kind == "mps":
-        torch.mps.empty_cache()
 
 
 class FewShotModel(Segmenter):
@@ -434,7 +471,7 @@ class StudentModel(Segmenter):
 
     @property
     def engine(self) -> str:
-        """What runs the network: "torch", "onnxruntime" or "openvino"."""
+        """What runs the network: "torch", "torch-compiled", "onnxruntime" or "openvino"."""
         return self._run.engine
 
     def _runner(self, engine: str, device: Device) -> Runner:
@@ -457,7 +494,7 @@ class StudentModel(Segmenter):
         if precision == "auto":
             chosen = replace(chosen, precision=choose_precision(chosen, engine, self.network))
         self._run = self._runner(engine, chosen)
-        self.device, self._room = chosen, math.inf
+        self.device, self._room, self._batch = chosen, math.inf, PIXELS
         self.backbone.to(chosen.torch)
         self.head.to(chosen.torch)
         return self
@@ -562,12 +599,12 @@ class StudentModel(Segmenter):
         device : str
             Any device, whatever the model was made on.
         precision : str
-            "float32", "bfloat16", "int8" (the fastest on a CPU; from one label in a thousand to one in a hundred
-            differs), or "auto": bfloat16 on CUDA devices that have it, and by OpenVINO on processors that have it
-            (two labels in ten thousand to two in a thousand differ); float32 elsewhere.
+            "float32", "bfloat16", "float16" (GPUs only), "int8" (the fastest on a CPU; from one label in a thousand to
+            one in a hundred differs), or "auto": bfloat16 on CUDA devices that have it, and by OpenVINO on processors
+            that have it (two labels in ten thousand to two in a thousand differ); float32 elsewhere.
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
-        engine : {"auto", "torch", "onnxruntime", "openvino"}
+        engine : {"auto", "torch", "torch-compiled", "onnxruntime", "openvino"}
             What runs the network; "auto" is the fastest that is installed, see `inference.choose_engine`. In float32
             their logits differ by rounding alone, and labels where two classes are equally likely to within that.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from distillfss_core.errors import ImageError, SettingsError
@@ -97,18 +97,35 @@ class Preprocess:
             "give the channels it was distilled from"
         )
 
+    def stack_channels(self, planes: Array) -> Array:
+        """Planes "n y x" or "n y x c" as `as_channels` gives each of them, "n y x c"."""
+        if planes.ndim == 3 and self.channels == 1:
+            return planes[..., None]
+        return np.stack([self.as_channels(plane) for plane in planes])
+
     def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
         """Normalise a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
         exact = np.float32 if crop.dtype.itemsize <= 2 else np.float64  # small changes on a large offset survive
         pixels: Array = crop.astype(exact)
         low: Array = np.array(limits.low, exact)
         scaled = np.clip((pixels - low) / (np.array(limits.high, exact) - low), 0, 1).astype(np.float32)
-        x = torch.from_numpy(scaled).movedim(-1, 0).contiguous()
+        return self._mixed(torch.from_numpy(scaled).movedim(-1, 0).contiguous())
+
+    def to_tensors(self, crops: Shaped[Tensor, "n h w c"], limits: Sequence[Limits]) -> Float[Tensor, "n 3 h w"]:
+        """`to_tensor` of several crops on the device where they are; equal to it but for rounding."""
+        exact = torch.float32 if crops.dtype.itemsize <= 2 else torch.float64
+        low = torch.tensor([one.low for one in limits], dtype=exact, device=crops.device)[:, None, None]
+        high = torch.tensor([one.high for one in limits], dtype=exact, device=crops.device)[:, None, None]
+        scaled = ((crops.to(exact) - low) / (high - low)).clamp_(0, 1).float()
+        return self._mixed(scaled.movedim(-1, -3))
+
+    def _mixed(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n 3 h w"]:
+        """The channels of the image as those of the network."""
         if self.channels == 1:
-            return x.expand(3, -1, -1).contiguous()
-        mix = torch.tensor(self.mix, dtype=torch.float32)
+            return x.expand(*x.shape[:-3], 3, -1, -1).contiguous()
+        mix = torch.tensor(self.mix, dtype=torch.float32, device=x.device)
         lowest = mix.clamp_max(0).sum(1)[:, None, None]  # of a component with negative weights
-        return (torch.einsum("oc,chw->ohw", mix, x) - lowest).clamp_(0, 1)
+        return (torch.einsum("oc,...chw->...ohw", mix, x) - lowest).clamp_(0, 1)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

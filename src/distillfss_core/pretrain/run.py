@@ -279,7 +279,8 @@ class PretrainRun(Iterator[TrainStep]):
         parts = []
         with self.device.autocast():
             for start in range(0, len(x), most):
-                parts.append(encoder(x[start : start + most].to(self.device.torch) / 255.0).lean().map(Tensor.float))
+                views = self.device.upload(x[start : start + most].contiguous()) / 255.0
+                parts.append(encoder(views).lean().map(Tensor.float))
         return cat_pyramids(parts)
 
     def _averaged(self, module: nn.Module) -> AveragedModel:

@@ -72,7 +72,9 @@ PUBLISHED = DcamaSettings(
 
 
 SMALL = 1 << 21
-"""Elements of an attention matrix (all queries and heads) up to which it may be built."""
+"""Elements of an attention matrix (all queries and heads) up to which a CPU may build it."""
+SMALL_ON_GPU = 1 << 27
+"""The same on a GPU, where gradients must be reproducible: those of its fused kernels are not."""
 
 
 def attend(
@@ -85,7 +87,8 @@ def attend(
 
     All columns share one attention. PyTorch's fused kernel never builds the lq x lk matrix, on the CPU only if
     values are as wide as keys: the narrower of the two is padded with zeros, which changes nothing. Small problems
-    on the CPU build the matrix: forward and backward then take 0.5 to 0.7 of the time.
+    on the CPU build the matrix: forward and backward then take 0.5 to 0.7 of the time. A GPU builds it where gradients
+    are wanted and deterministic algorithms are asked for.
 
     Parameters
     ----------
@@ -93,7 +96,7 @@ def attend(
         Added to the scores of a key; -inf hides it. At least one key of every row must be visible.
     """
     (b, heads, length, channels), columns = q.shape, values.shape[-1]
-    if q.device.type == "cpu" and q.shape[:3].numel() * len(values) <= SMALL:
+    if q.shape[:3].numel() * len(values) <= _buildable(q):
         shift = q.new_zeros(()) if bias is None else bias - bias.max()
         flat, turned = q.transpose(0, 1).flatten(1, 2), k.transpose(1, 2).to(q.dtype)
         scores = torch.baddbmm(shift.expand(1, 1, k.shape[1]).to(q), flat, turned, alpha=1 / math.sqrt(channels))
@@ -106,6 +109,13 @@ def attend(
     mask = None if bias is None else (bias - bias.max()).expand(b, heads, q.shape[2], -1).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0 / math.sqrt(channels))
     return out[..., :columns].mean(1)
+
+
+def _buildable(q: Tensor) -> int:
+    """Elements of an attention matrix up to which it is built."""
+    if q.device.type == "cpu":
+        return SMALL
+    return SMALL_ON_GPU if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled() else 0
 
 
 def position_encoding(length: int, channels: int, like: Tensor) -> Float[Tensor, "length channels"]:

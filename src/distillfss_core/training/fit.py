@@ -103,11 +103,11 @@ def iter_fit(
             shots=settings.shots,
             walk=step,
         )
-        with seeded(int(rng.integers(2**31))), bank.device.autocast():
-            losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
-        total = torch.stack(list(losses.values())).sum()
         optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        with bank.device.reproducible():
+            with seeded(int(rng.integers(2**31))), bank.device.autocast():
+                losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
+            torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimiser.step()
         schedule.step()

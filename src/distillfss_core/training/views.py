@@ -248,7 +248,7 @@ class ViewBank:
 
     def encode(self, views: Sequence[View]) -> FeaturePyramid:
         """Features of views, straight from the backbone, in single precision."""
-        batch = torch.stack([v.image for v in views]).to(self.device.torch)
+        batch = self.device.upload(torch.stack([v.image for v in views]))
         with torch.no_grad(), self.device.autocast():
             features = self.backbone(batch).lean()
         return features.map(Tensor.float)
