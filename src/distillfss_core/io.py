@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import imagecodecs
 import numpy as np
 import numpy.typing as npt
 import tifffile
@@ -562,6 +561,8 @@ def _read_pillow(path: Path, palette_numbers: bool) -> Array:
         head = file.read(26)
     # Pillow cuts 16-bit colour PNGs to 8 bits without a word.
     if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6):
+        import imagecodecs  # large, and of use for such files alone
+
         array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
         return _without_plain_alpha(array) if head[25] in (4, 6) else array
     with open(path, "rb") as file, _open_picture(file, head) as file_picture:

@@ -29,8 +29,9 @@ def batched(model: StudentModel, stack: np.ndarray, region, pixels: int, tile: i
         (ya, yb), (xa, xb) = where.y.inner, where.x.inner
         top, bottom, left, right = max(ya, y0), min(yb, y1), max(xa, x0), min(xb, x1)
         if top < bottom and left < right:
-            crop = slice(top - where.outer[0].start, bottom - where.outer[0].start), slice(
-                left - where.outer[1].start, right - where.outer[1].start
+            crop = (
+                slice(top - where.outer[0].start, bottom - where.outer[0].start),
+                slice(left - where.outer[1].start, right - where.outer[1].start),
             )
             windows = model.preprocess.stack_channels(stack[(slice(None), *where.outer)])
             out = labels[:, top - y0 : bottom - y0, left - x0 : right - x0]

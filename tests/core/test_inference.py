@@ -259,6 +259,8 @@ def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monke
         assert choose_device("auto", "int8") == int8
         with pytest.raises(SettingsError, match="precision int8 is for the CPU, not for cuda"):
             choose_device("cuda", "int8")
+    with pytest.raises(SettingsError, match="precision float16 is for GPUs, not for the CPU; choose bfloat16"):
+        choose_device("cpu", "float16")
     old = copy.copy(plain_student)
     old.samples = None
     before = old.device, old.engine
