@@ -890,13 +890,13 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precision",
         default="auto",
-        help="float32, bfloat16, float16 (GPUs), int8 (CPUs), or auto: bfloat16 on CUDA, and on CPUs that have it where "
-        "openvino is installed",
+        help="float32, bfloat16, float16 (GPUs), int8 (CPUs), or auto: bfloat16 on CUDA, and on CPUs that have it "
+        "where openvino is installed",
     )
     parser.add_argument(
         "--engine",
         default="auto",
-        help="what runs the network: torch, torch-compiled (a minute of compiling first), onnxruntime, openvino, or auto, "
+        help="what runs the network: torch, torch-compiled (takes a minute first), onnxruntime, openvino, or auto, "
         "the fastest that is installed (default)",
     )
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
