@@ -203,7 +203,7 @@ def _start(kind: str, count: int) -> Any:
         from dask_jobqueue import SLURMCluster
 
         try:
-            cluster = SLURMCluster()
+            cluster: Any = SLURMCluster()
         except ValueError as fault:
             raise SettingsError(
                 f"dask-jobqueue is not configured for SLURM ({' '.join(str(fault).split())[:120]}); see docs/volumes.md"

@@ -43,7 +43,8 @@ class Decoder(nn.Module):
 
         So that what comes after can enlarge them once, to the size that it needs.
         """
-        return self(coarse, query, support)
+        result: Float[Tensor, "b k 2 hg wg"] = self(coarse, query, support)
+        return result
 
 
 class PublishedDecoder(Decoder):

@@ -15,6 +15,7 @@ from torch import Tensor
 from distillfss_core.errors import SettingsError
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
+Dtype = torch.dtype
 _HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,7 +43,7 @@ class Device:
         return self.torch.type
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> Dtype:
         """Of the features: float32, or the half precision that is computed in."""
         return _HALVES.get(self.precision, torch.float32)
 
@@ -137,7 +138,8 @@ def leave_a_core_free() -> None:
 
 def _has_bfloat16(name: str) -> bool:
     with torch.cuda.device(name):
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        result: bool = torch.cuda.is_bf16_supported(including_emulation=False)
+        return result
 
 
 def out_of_memory(error: BaseException) -> bool:

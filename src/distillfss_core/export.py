@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distillfss_core import __version__
+from distillfss_core.batches import NEVER
 from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.inference import onnx_graph
 from distillfss_core.io import atomic_path
-from distillfss_core.model import NEVER, StudentModel
+from distillfss_core.model import StudentModel
 from distillfss_core.preprocess import PERCENTILES, resize
 from distillfss_core.sample import generate_sample
 from distillfss_core.types import Array
@@ -195,7 +196,8 @@ def _onnx_of(model: StudentModel, module: ExportedStudent) -> bytes:
     about = {"card": model.card, "intensity": _intensity(model), "multiple": model.step, "halo": _halo(model)}
     onnx.helper.set_model_props(graph, {"distillfss": json.dumps(about)})
     onnx.checker.check_model(graph, full_check=True)
-    return graph.SerializeToString()
+    result: bytes = graph.SerializeToString()
+    return result
 
 
 def _intensity(model: StudentModel) -> dict[str, Any]:
@@ -262,12 +264,15 @@ def _least(model: StudentModel) -> int:
 
 def _scaled(model: StudentModel, image: Array) -> Array:
     """An image "1 c y x" as the package's preprocessing scales it."""
+    scaled: Array
     if model.preprocess.scope == "volume":
         gain, offset = _linear(model)
-        return (image * np.array(gain)[:, None, None] + np.array(offset)[:, None, None]).astype(np.float32)
+        scaled = image * np.array(gain)[:, None, None] + np.array(offset)[:, None, None]
+        return scaled.astype(np.float32)
     axes = (1, 2, 3) if model.preprocess.together else (2, 3)
     low, high = np.percentile(image, PERCENTILES, axis=axes, keepdims=True)
-    return ((image - low) / (high - low + 1e-6)).astype(np.float32)
+    scaled = (image - low) / (high - low + 1e-6)
+    return scaled.astype(np.float32)
 
 
 def _linear(model: StudentModel) -> tuple[list[float], list[float]]:
@@ -410,4 +415,5 @@ def _identifiers(names: Sequence[str]) -> list[str]:
 def _opset(path: Path) -> int:
     import onnx
 
-    return next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    result: int = next(entry.version for entry in onnx.load(path).opset_import if entry.domain == "")
+    return result

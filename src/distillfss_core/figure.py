@@ -271,7 +271,8 @@ def _fit(labels: Array, size: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
 
 def _height(panel: Panel, width: int) -> int:
-    return max(1, round(width * panel.image.shape[0] / panel.image.shape[1]))
+    result: int = max(1, round(width * panel.image.shape[0] / panel.image.shape[1]))
+    return result
 
 
 def _row_height(row: Row, width: int) -> int:

@@ -170,7 +170,8 @@ class _DicomSource:
         if stored.shape != self.shape[1:]:
             raise InputFileError(f"{file}: is {stored.shape}, but {self.files[0].name} is {self.shape[1:]}")
         slope, intercept = _rescale(header)
-        return (stored * slope + intercept).astype(self.dtype)
+        result: Array = (stored * slope + intercept).astype(self.dtype)
+        return result
 
     def close(self) -> None:
         self._decode.cache_clear()

@@ -65,7 +65,8 @@ class FewShotHead(nn.Module):
         return self.teacher.decoder
 
     def student_logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
-        return self.decoder(self.student(query), query)
+        result: Float[Tensor, "b k 2 h w"] = self.decoder(self.student(query), query)
+        return result
 
     def student_margins(self, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
         """`margins` of the student's logits, on the decoder's own grid."""

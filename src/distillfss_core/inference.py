@@ -163,7 +163,8 @@ class Runner:
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         if self.engine == "torch" and self.device.kind == "cpu":
             with self.device.autocast():
-                return self.network(image)
+                result: Float[Tensor, "b k hg wg"] = self.network(image)
+                return result
         with self._lock:
             threads = torch.get_num_threads() if self.engine in _EXTRAS else 0
             if self._ready is None or threads != self._threads:

@@ -170,7 +170,8 @@ def labels_from_image(
     if array.size and int(array.min()) < 0:
         raise ImageError(f"{source}: holds the label {int(array.min())}; labels start at 0")
     if mode == "binary":
-        return (array != 0).astype(np.uint8)
+        result: npt.NDArray[np.uint8] = (array != 0).astype(np.uint8)
+        return result
     shift = 1 if mode == "scribbles" else 0
     known = MAX_CLASSES if n_classes is None else n_classes
     largest = int(array.max()) if array.size else 0

@@ -247,7 +247,7 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
     rows = tuple(t.y.inner[1] - t.y.inner[0] for t in grid if t.x.inner[0] == 0)
     columns = tuple(t.x.inner[1] - t.x.inner[0] for t in grid if t.y.inner[0] == 0)
     chunks = ((1,) * volume.shape[0], rows, columns)
-    return da.from_array(
+    result: da.Array = da.from_array(
         answers,
         chunks=((answers.shape[0],), *chunks) if what == "probabilities" else chunks,
         name=f"segment-{uuid.uuid4().hex}",  # a hash of model and volume would read them
@@ -256,3 +256,4 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
         fancy=False,
         lock=False,
     )
+    return result

@@ -355,7 +355,8 @@ def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _labels(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Of "k y x" margins, the likeliest class of each pixel; `likeliest` of their probabilities, but for rounding."""
     if len(margins) == 1:
-        return (margins[0] > 0).astype(np.uint8)
+        result: npt.NDArray[np.uint8] = (margins[0] > 0).astype(np.uint8)
+        return result
     return likeliest(np.concatenate([np.zeros_like(margins[:1]), margins]))
 
 

@@ -42,7 +42,7 @@ def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, nar
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]  # it has no types
         def __init__(self) -> None:
             self._left: Iterator[Array] = iter(samples)
 

@@ -95,7 +95,8 @@ def _count_labels(labels: Array) -> Array:
     """Pixels of each of the 256 labels; block by block, since bincount works on eight-byte copies."""
     flat = labels.reshape(-1)
     blocks = (flat[i : i + (1 << 20)] for i in range(0, flat.size, 1 << 20))
-    return np.sum([np.bincount(block, minlength=IGNORE + 1) for block in blocks], axis=0)
+    result: Array = np.sum([np.bincount(block, minlength=IGNORE + 1) for block in blocks], axis=0)
+    return result
 
 
 def load_support(

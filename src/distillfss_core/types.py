@@ -103,20 +103,24 @@ class Segmentation:
     def uncertainty(self) -> npt.NDArray[np.float32]:
         """Entropy of the probabilities over its maximum, log(k + 1): 0 sure, 1 no idea. Shape (y, x), float32."""
         p = np.clip(self.probabilities, 1e-7, 1.0)
-        return (-(p * np.log(p)).sum(0) / np.log(len(p))).astype(np.float32)
+        result: npt.NDArray[np.float32] = (-(p * np.log(p)).sum(0) / np.log(len(p))).astype(np.float32)
+        return result
 
     @property
     def margin(self) -> npt.NDArray[np.float32]:
         """Largest probability minus the second largest. Shape (y, x), float32, 0..1; small means unsure."""
         top = np.partition(self.probabilities, -2, axis=0)
-        return top[-1] - top[-2]
+        result: npt.NDArray[np.float32] = top[-1] - top[-2]
+        return result
 
 
 def likeliest(probabilities: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Of "k+1 ...", for each place the class of the largest value; of equal ones the first."""
     if len(probabilities) == 2:  # argmax along the first axis takes 20 times as long
-        return (probabilities[1] > probabilities[0]).astype(np.uint8)
-    return probabilities.argmax(0).astype(np.uint8)
+        is_foreground: npt.NDArray[np.bool_] = probabilities[1] > probabilities[0]
+        return is_foreground.astype(np.uint8)
+    classes: npt.NDArray[np.intp] = probabilities.argmax(0)
+    return classes.astype(np.uint8)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ class Volume:
         """
         if not 0 <= z < self.shape[0]:
             raise SettingsError(f"{self.name}: has no plane {z}; its planes are 0 to {self.shape[0] - 1}")
-        return self.read(slice(z, z + 1))[0]
+        result: Array = self.read(slice(z, z + 1))[0]
+        return result
 
     def along(self, axis: str) -> Volume:
         """The same voxels with planes across another axis: planes (z, x) along "y", planes (z, y) along "x".

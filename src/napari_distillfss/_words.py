@@ -79,7 +79,8 @@ def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
     """Bytes that training and applying take at most, about."""
     v = chosen.volume
     voxels = min(float(np.prod(v.shape, dtype=float)), 4.0 * _BLOCK)
-    return _FIXED + max(cache_mb << 20, voxels * (v.dtype.itemsize + 1))
+    result: float = _FIXED + max(cache_mb << 20, voxels * (v.dtype.itemsize + 1))
+    return result
 
 
 def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:

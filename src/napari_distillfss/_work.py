@@ -329,10 +329,12 @@ def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.
     small = pick(plane, side).astype(np.float32)
     small = small.mean(-1) if small.ndim == 3 else small
     low, high = np.nanpercentile(small, (1, 99))
-    return (np.clip((np.nan_to_num(small) - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8)
+    stretched: npt.NDArray[np.float32] = np.clip((np.nan_to_num(small) - low) / max(high - low, 1e-6), 0, 1)
+    return (stretched * 255).astype(np.uint8)
 
 
 def pick(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[Any]:
     """Every so manieth pixel, "side side"."""
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in plane.shape[:2])
-    return plane[rows][:, columns]
+    result: npt.NDArray[Any] = plane[rows][:, columns]
+    return result

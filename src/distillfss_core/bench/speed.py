@@ -244,7 +244,8 @@ def naive_logits(teacher: DcamaTeacher, query: FeaturePyramid, keys: DcamaKeys) 
             m = (scores.softmax(-1) @ stage.values).mean(1)  # b l k
             found.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
         maps.append(torch.stack(found, 2))
-    return teacher.decoder(CoarseMaps(*maps), query, keys.features)
+    result: Tensor = teacher.decoder(CoarseMaps(*maps), query, keys.features)
+    return result
 
 
 @torch.no_grad()

@@ -241,7 +241,8 @@ def _trunk(rng: Rng, view: View, centre: npt.NDArray[np.float64], radius: float,
     c, s = np.float32(np.cos(view.angle)), np.float32(np.sin(view.angle))
     u, v = (c * x - s * y) / np.float32(shape.stretch), s * x + c * y
     distance = np.sqrt(u * u + v * v) * (1 + np.float32(shape.rough) * smooth_noise(rng, size, size / 3))
-    return distance - np.float32(radius)
+    result: F32 = distance - np.float32(radius)
+    return result
 
 
 def camouflage(rng: Rng) -> Recipe:

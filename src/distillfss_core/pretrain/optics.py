@@ -157,7 +157,8 @@ def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F
 
 def _blur(image: F32, rng: np.random.Generator, strength: float) -> F32:
     sigma = strength * rng.uniform(0.4, 1.3) * image.shape[0] / 256
-    return ndimage.gaussian_filter(image, (sigma, sigma, 0), truncate=3.0)
+    result: F32 = ndimage.gaussian_filter(image, (sigma, sigma, 0), truncate=3.0)
+    return result
 
 
 def _uneven(image: F32, rng: np.random.Generator, strength: float) -> F32:
@@ -170,7 +171,8 @@ def _vignette(image: F32, rng: np.random.Generator, strength: float) -> F32:
     y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in image.shape[:2])
     cy, cx = rng.uniform(-0.3, 0.3, 2).astype(np.float32)
     falloff = np.float32(strength * rng.uniform(0.1, 0.35))
-    return image * np.exp(-falloff * ((y[:, None] - cy) ** 2 + (x[None] - cx) ** 2))[..., None]
+    result: F32 = image * np.exp(-falloff * ((y[:, None] - cy) ** 2 + (x[None] - cx) ** 2))[..., None]
+    return result
 
 
 def _gamma(image: F32, rng: np.random.Generator, strength: float) -> F32:
@@ -209,7 +211,8 @@ def _noise(image: F32, rng: np.random.Generator, strength: float) -> F32:
         noise = np.stack([_enlarged(half[..., c], (height, width)) for c in range(channels)], -1)
     else:
         noise = rng.standard_normal((height, width, channels), np.float32)
-    return image + noise * np.sqrt(shot * shot * image + read * read)
+    result: F32 = image + noise * np.sqrt(shot * shot * image + read * read)
+    return result
 
 
 def _jpeg(image: F32, rng: np.random.Generator, strength: float) -> F32:

@@ -288,7 +288,8 @@ class Shape:
                 swing = rng.normal(0, self.rough / k**0.7, (n, 1)).astype(np.float32)
                 radius = radius * (1 + swing * np.cos(k * angle + rng.uniform(0, 6.3, (n, 1)).astype(np.float32)))
         radius = np.maximum(radius, 0.15)
-        return (radius / np.sqrt(np.mean(radius**2, axis=1, keepdims=True))).astype(np.float32)
+        result: F32 = (radius / np.sqrt(np.mean(radius**2, axis=1, keepdims=True))).astype(np.float32)
+        return result
 
 
 def draw_shape(rng: Rng, outlines: Sequence[str] = OUTLINES) -> Shape:
@@ -314,7 +315,8 @@ class Layer:
 
     def cover(self, soft: float = 1.0) -> F32:
         """1 inside, 0 outside (y x), over ``soft`` pixels."""
-        return np.clip(np.float32(0.5) - self.edge / np.float32(soft), 0, 1)
+        result: F32 = np.clip(np.float32(0.5) - self.edge / np.float32(soft), 0, 1)
+        return result
 
 
 def stamp(rng: Rng, size: int, centres: npt.NDArray[np.float64], radii: F32, shape: Shape, reach: float = 4) -> Layer:
@@ -561,7 +563,8 @@ def region(rng: Rng, view: View, share: float, grain: float, soft: float) -> F32
     )
     level = np.float32(np.quantile(field[::4, ::4], 1 - min(share, 0.95)))
     slope = np.float32(grain * view.unit / (1.6 * max(soft * view.unit, 0.8)))
-    return np.clip(np.float32(0.5) + (field - level) * slope, 0, 1)
+    result: F32 = np.clip(np.float32(0.5) + (field - level) * slope, 0, 1)
+    return result
 
 
 def draw_ground(rng: Rng, fill: Fill) -> Callable[[Rng, View], Scene]:

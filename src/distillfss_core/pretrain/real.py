@@ -341,7 +341,8 @@ class RealSource:
             share = np.cumsum(np.bincount(image[::2, ::2].ravel(), minlength=256)) / image[::2, ::2].size
             kept = tuple(float(np.searchsorted(share, q)) / 255 for q in (0.005, 0.995))
             self._keep(key, kept, 100)
-        return kept
+        result: tuple[float, float] = kept
+        return result
 
     # Files
 
@@ -369,7 +370,8 @@ class RealSource:
         if (kept := self._recall((i, file))) is None:
             kept = _read_pixels(*self._sets[i].files[file])
             self._keep((i, file), kept, kept.nbytes)
-        return kept
+        result: _Pixels = kept
+        return result
 
     def _recall(self, key: tuple[Any, ...]) -> Any:
         entry = self._kept.pop(key, None)

@@ -71,7 +71,8 @@ class _Space:
 
     def cover(self, depth: Field) -> Field:
         """How much of a voxel lies inside, 0 to 1."""
-        return np.clip(depth / self.pixel + 0.5, 0, 1)
+        result: Field = np.clip(depth / self.pixel + 0.5, 0, 1)
+        return result
 
 
 def _thorax(rng: np.random.Generator, shape: tuple[int, int, int], space: _Space) -> tuple[F32, F32]:

@@ -64,4 +64,5 @@ def drifting(rng: np.random.Generator, shape: tuple[int, int, int], sigma: float
     """
     one, other = texture(rng, (1, *shape[1:]), sigma)[0], texture(rng, (1, *shape[1:]), sigma)[0]
     turn = (pace * np.arange(shape[0], dtype=np.float32))[:, None, None]
-    return (np.cos(turn) * one + np.sin(turn) * other).astype(np.float32)
+    result: F32 = (np.cos(turn) * one + np.sin(turn) * other).astype(np.float32)
+    return result

@@ -139,7 +139,8 @@ def _microscope_blur(light: F32) -> F32:
     sharp = along_z(blur(light, 0.9), (0.10, 0.80, 0.10))
     wide = along_z(blur(light, 5.0), (0.10, 0.24, 0.32, 0.24, 0.10))
     wider = along_z(blur(light, 14.0), (0.15, 0.22, 0.26, 0.22, 0.15))
-    return (0.66 * sharp + 0.22 * wide + 0.14 * wider).astype(np.float32)
+    result: F32 = (0.66 * sharp + 0.22 * wide + 0.14 * wider).astype(np.float32)
+    return result
 
 
 def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> F32:
@@ -149,7 +150,8 @@ def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> 
     # The zero line of a smooth random field is a curve: it draws fibres.
     field = texture(rng, shape, 17.0)
     fibres = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(texture(rng, shape, 26.0), 0, None)
-    return (np.clip(cytoplasm, 0, None) + slow + fibres).astype(np.float32)
+    result: F32 = (np.clip(cytoplasm, 0, None) + slow + fibres).astype(np.float32)
+    return result
 
 
 def _illumination(rng: np.random.Generator, shape: tuple[int, int, int]) -> F32:
@@ -159,7 +161,8 @@ def _illumination(rng: np.random.Generator, shape: tuple[int, int, int]) -> F32:
     cy, cx = rng.uniform(-0.4, 0.4, 2)
     field = np.exp(-0.32 * ((axis[:, None] - cy) ** 2 + (axis[None] - cx) ** 2))
     loss = np.exp(-0.35 * np.arange(planes) / max(planes, 12))
-    return (loss[:, None, None] * field[None]).astype(np.float32)
+    result: F32 = (loss[:, None, None] * field[None]).astype(np.float32)
+    return result
 
 
 def _camera(rng: np.random.Generator, light: F32) -> npt.NDArray[np.uint16]:

@@ -100,7 +100,9 @@ def attend(
         shift = q.new_zeros(()) if bias is None else bias - bias.max()
         flat, turned = q.transpose(0, 1).flatten(1, 2), k.transpose(1, 2).to(q.dtype)
         scores = torch.baddbmm(shift.expand(1, 1, k.shape[1]).to(q), flat, turned, alpha=1 / math.sqrt(channels))
-        return (scores.softmax(-1) @ values.to(q.dtype)).mean(0).unflatten(0, (b, length))
+        attended: Tensor = (scores.softmax(-1) @ values.to(q.dtype)).mean(0)
+        rows: Tensor = attended.unflatten(0, (b, length))
+        return rows
     width = max(channels, columns)
     if q.is_cuda:
         width += -width % 8  # as its fused kernels want it
@@ -153,7 +155,8 @@ class CrossAttention(nn.Module):
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
         if self.settings.position:
             tokens = tokens + position_encoding(tokens.shape[1], tokens.shape[2], tokens)
-        return self.dropout(tokens)
+        result: Float[Tensor, "b l c"] = self.dropout(tokens)
+        return result
 
     def queries(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
         return self._split(self.linears[0](tokens))
@@ -162,7 +165,8 @@ class CrossAttention(nn.Module):
         return self._split(self.linears[1](tokens))
 
     def _split(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
-        return x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)
+        result: Float[Tensor, "b heads l d"] = x.unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)
+        return result
 
 
 @dataclass(frozen=True, eq=False)

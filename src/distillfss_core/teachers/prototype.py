@@ -83,7 +83,8 @@ class PrototypeTeacher:
         for k in range(1, cosine.shape[1]):
             rest = torch.cat([cosine[:, :k], cosine[:, k + 1 :]], 1).amax(1)
             odds.append((cosine[:, k] - rest) / self.temperature)
-        return torch.stack(odds, 1).unflatten(2, block.shape[-2:])
+        result: Tensor = torch.stack(odds, 1).unflatten(2, block.shape[-2:])
+        return result
 
 
 def _directions(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:

@@ -251,7 +251,8 @@ class ViewBank:
         batch = self.device.upload(torch.stack([v.image for v in views]))
         with torch.no_grad(), self.device.autocast():
             features = self.backbone(batch).lean()
-        return features.map(Tensor.float)
+        result: FeaturePyramid = features.map(Tensor.float)
+        return result
 
     def fill(self, cutter: ViewCutter, slices: Sequence[int], rng: np.random.Generator) -> None:
         """Cut and store views of the slices in turn until the limits are reached."""

@@ -139,7 +139,8 @@ def _best_iou(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
 def _ridge(x: Float[Tensor, "n f"], y: Tensor, classes: int, query: Float[Tensor, "v m f"]) -> Float[Tensor, "v m k1"]:
     target = F.one_hot(y, classes + 1).to(x)
     gram = x.T @ x + len(x) * 1e-2 * torch.eye(x.shape[1], dtype=x.dtype)
-    return query @ torch.linalg.solve(gram, x.T @ target)
+    result: Float[Tensor, "v m k1"] = query @ torch.linalg.solve(gram, x.T @ target)
+    return result
 
 
 def point_features(features: FeaturePyramid, points: Tensor) -> Float[Tensor, "n f"]:

@@ -36,7 +36,9 @@ class ApplyWidget(QWidget):
         self._active: Any = None  # the layer that was chosen when Apply was pressed
         self.layer: Any = None
         self.region = RegionEdit()
-        self.screen = button("What is on screen", "Take the part of the planes that you see", self._on_screen_clicked)
+        self.on_screen = button(
+            "What is on screen", "Take the part of the planes that you see", self._on_screen_clicked
+        )
         self.mode = combo(
             "planes: each on its own; smooth: with its neighbours, so that single planes do not flicker; consensus: "
             "three directions, for voxels as long as wide (ten times slower)",
@@ -56,7 +58,7 @@ class ApplyWidget(QWidget):
         self.message = Message("distil or load a student first")
         column(
             self,
-            row(self.region, self.screen),
+            row(self.region, self.on_screen),
             row("mode", self.mode),
             row("into", self.out, self.browse),
             self.replace,

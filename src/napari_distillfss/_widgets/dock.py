@@ -74,7 +74,9 @@ class DistillDock(QScrollArea):
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)
         self.destroyed.connect(session.close)
-        QApplication.instance().aboutToQuit.connect(session.close)
+        application = QApplication.instance()
+        assert application is not None  # no widget is made without one
+        application.aboutToQuit.connect(session.close)
         self._on_volume_chosen(self.volume.value())
 
     def sizeHint(self) -> QSize:
@@ -97,7 +99,5 @@ class ApplyDock(DistillDock):
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__(napari_viewer, folder)
-        for widget in (self.support, self.distil):
-            self.sections[widget].heading.setChecked(False)
-        for widget in (self.apply, self.model):
-            self.sections[widget].heading.setChecked(True)
+        for widget, is_open in ((self.support, False), (self.distil, False), (self.apply, True), (self.model, True)):
+            self.sections[widget].heading.setChecked(is_open)

@@ -77,7 +77,9 @@ class ModelWidget(QWidget):
 
     def _copy(self, make: Callable[[Session], str]) -> None:
         training = self._session.training
-        QApplication.clipboard().setText(make(self._session))
+        clipboard = QApplication.clipboard()
+        assert clipboard is not None  # while there is an application
+        clipboard.setText(make(self._session))
         if training is None:
             self.message.tell("copied")
         elif training.support is None:

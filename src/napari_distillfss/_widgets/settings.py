@@ -17,6 +17,9 @@ DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(core.DistillSet
 OWN = "own settings"
 
 
+_Box = QComboBox | QSpinBox | QDoubleSpinBox | QLineEdit
+
+
 class SettingsForm(QWidget):
     """Edits DistillSettings, each by a box with its limits and its help; what is impossible is said by `fault`."""
 
@@ -24,7 +27,7 @@ class SettingsForm(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.boxes: dict[str, QWidget] = {}
+        self.boxes: dict[str, _Box] = {}
         form = QFormLayout(self)
         form.setContentsMargins(0, 0, 0, 0)
         form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
@@ -100,7 +103,7 @@ class PresetPicker(QWidget):
         self.valueChanged.emit(value)
 
 
-def _box(setting: Any) -> QWidget:
+def _box(setting: Any) -> _Box:
     about, kind = setting.metadata, str(setting.type)
     if "choices" in about:
         return combo("", about["choices"])
@@ -119,19 +122,19 @@ def _box(setting: Any) -> QWidget:
     return QLineEdit(str(setting.default))
 
 
-def _edited(box: QWidget) -> Any:
+def _edited(box: _Box) -> Any:
     if isinstance(box, QComboBox):
         return box.currentTextChanged
     return box.editingFinished if isinstance(box, QLineEdit) else box.valueChanged
 
 
-def _read(box: QWidget) -> Any:
+def _read(box: _Box) -> Any:
     if isinstance(box, QComboBox):
         return box.currentText()
     return box.text().strip() if isinstance(box, QLineEdit) else box.value()
 
 
-def _show(box: QWidget, value: Any) -> None:
+def _show(box: _Box, value: Any) -> None:
     if isinstance(box, QComboBox):
         box.setCurrentText(value)
     elif isinstance(box, QLineEdit):

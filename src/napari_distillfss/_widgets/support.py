@@ -275,7 +275,7 @@ class SupportWidget(QWidget):
         self._pictures[z] = picture
         for at in range(self.list.count()):
             item = self.list.item(at)
-            if item.data(Qt.ItemDataRole.UserRole) == z:
+            if item is not None and item.data(Qt.ItemDataRole.UserRole) == z:
                 self.list.blockSignals(True)
                 item.setIcon(self._icon(z))
                 self.list.blockSignals(False)
@@ -413,7 +413,7 @@ class SupportWidget(QWidget):
             rgb = [int(class_.colour[i : i + 2], 16) for i in (1, 3, 5)]
             picture[labels == number] = 0.4 * picture[labels == number] + 0.6 * np.array(rgb)
         pixels = np.ascontiguousarray(picture.astype(np.uint8))
-        image = QImage(pixels.data, THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
+        image = QImage(pixels.tobytes(), THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
         return QIcon(QPixmap.fromImage(image.copy()))
 
     def _forget_viewer(self) -> None:
