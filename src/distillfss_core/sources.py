@@ -347,82 +347,115 @@ def _open_multiscale(
     path: Path, node: Any, about: dict[str, Any], level: int, axes: str | None, series: int | None
 ) -> Found:
     try:
-        scales = about["multiscales"]
-        if series is not None and not 0 <= series < len(scales):
-            raise SettingsError(f"{path}: has no series {series}; choose 0 to {len(scales) - 1}")
-        image = scales[series or 0]
-        datasets = [(str(d["path"]), d.get("coordinateTransformations", ())) for d in image["datasets"]]
-        named = image.get("axes") or [*"tczyx"]
-        letters = "".join(_axis_letter(a) for a in named)
-        units = {letter: _unit_of(a) for letter, a in zip(letters, named, strict=False)}
-        if len(set(letters)) < len(letters) or "?" in letters:
-            if axes is None:
-                names = [a.get("name") if isinstance(a, dict) else a for a in named]
-                raise SettingsError(f"{path}: has axes {names}; say which they are with axes, one letter of tczyx each")
-            letters = axes
-        if not 0 <= level < len(datasets):
-            raise SettingsError(f"{path}: has no level {level}; its levels are 0 to {len(datasets) - 1}")
-        channels = tuple(
-            str(c.get("label", i)) for i, c in enumerate((about.get("omero") or {}).get("channels", ()) or ())
-        )
-        whole = image.get("coordinateTransformations", ())
-        vectors = [_vector(whole, "scale"), _vector(datasets[level][1], "scale")]
-        shifts = [_vector(whole, "translation"), _vector(datasets[level][1], "translation")]
-    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as fault:
-        if isinstance(fault, SettingsError):
+        image = _read_multiscale(path, about, level, axes, series)
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+        if isinstance(error, SettingsError):
             raise
         raise InputFileError(
-            f"{path}: its OME-Zarr metadata are damaged ({type(fault).__name__}: {reason(fault)})"
-        ) from fault
-    shapes = []
-    array = None
-    for number, (name, _) in enumerate(datasets):
-        found = None
-        with suppress(KeyError, *FAULTS):
-            found = node[name]
-        if number == level:
-            array = found
-        if isinstance(found, zarr.Array):
-            shapes.append(tuple(found.shape))
-    if not isinstance(array, zarr.Array):
+            f"{path}: its OME-Zarr metadata are damaged ({type(error).__name__}: {reason(error)})"
+        ) from error
+    arrays = _arrays_of_levels(node, image.datasets)
+    array = arrays[level]
+    if array is None:
         raise InputFileError(
-            f"{path}: level {level} is named {datasets[level][0]!r} in its metadata, but there is no such array that "
+            f"{path}: level {level} is named {image.datasets[level]!r} in its metadata, but there is no such array that "
             "can be read; the copy is not whole"
         )
-    letters = axes.lower() if axes is not None else letters
-    if len(letters) != len(array.shape) or any(v and len(v) != len(letters) for v in (*vectors, *shifts)):
+    if not image.fits(array.ndim):
         raise InputFileError(
-            f"{path}: its metadata do not fit its array: axes {letters}, scale {vectors[1]}, shape {array.shape}"
+            f"{path}: its metadata do not fit its array: axes {image.axes}, scale {image.scales[1]}, shape {array.shape}"
         )
-    found_axes = letters_of(letters, array.shape, str(path))
-    ones, zeros = [1.0] * len(letters), [0.0] * len(letters)
-    total = np.multiply(vectors[0] or ones, vectors[1] or ones)
-    place = np.multiply(vectors[0] or ones, shifts[1] or zeros) + (shifts[0] or zeros)
-    step: dict[str, float] = {}
-    origin: dict[str, float] = {}
-    units_of_space = [UNITS.get((units.get(a) or "").lower()) for a in "zyx" if a in letters]
-    known = bool(units_of_space) and all(u is not None for u in units_of_space)
-    if any(vectors):
-        for a in "zyx":
-            if a in found_axes:
-                factor = UNITS[(units.get(a) or "").lower()] if known else 1.0
-                step[a] = float(total[found_axes.index(a)]) * factor
-                origin[a] = float(place[found_axes.index(a)]) * factor
+    found_axes = letters_of(image.axes, array.shape, str(path))
+    step, origin, unit = image.place(found_axes)
     if any(not 0 < s < math.inf for s in step.values()):
-        raise InputFileError(f"{path}: its metadata give an impossible scale {vectors[1]}; mend it, or give the array")
+        raise InputFileError(
+            f"{path}: its metadata give an impossible scale {image.scales[1]}; mend it, or give the array"
+        )
     digest = hashlib.sha256(json.dumps([about["multiscales"], array.metadata.to_dict()], default=str).encode())
     return Found(
-        _ZarrSource(
-            array, found_axes, str(path), sparse="image-label" in about
-        ),  # where nothing is, labels have no file
+        # Where nothing is, labels have no file.
+        _ZarrSource(array, found_axes, str(path), sparse="image-label" in about),
         {"kind": "ome-zarr", "metadata": digest.hexdigest()[:16]},
         partial(_zarr_content, array),
         step=step,
-        unit=MICROMETRE if known and step else None,
+        unit=unit,
         origin=origin,
-        levels=tuple(shapes),
-        channel_names=channels,
+        levels=tuple(tuple(one.shape) for one in arrays if one is not None),
+        channel_names=image.channels,
     )
+
+
+@dataclass(frozen=True)
+class _Multiscale:
+    """One image of the metadata: OME-Zarr 0.1 to 0.5, and what other writers make of it.
+
+    ``scales`` and ``shifts`` are two vectors each: of all levels together, and of the level; empty where there is none.
+    """
+
+    axes: str
+    units: Mapping[str, str | None]
+    datasets: Sequence[str]
+    scales: tuple[list[float], list[float]]
+    shifts: tuple[list[float], list[float]]
+    channels: tuple[str, ...]
+
+    def fits(self, ndim: int) -> bool:
+        """Whether there is one axis, and one number of each vector, for every dimension of an array."""
+        return len(self.axes) == ndim and all(len(v) in (0, ndim) for v in (*self.scales, *self.shifts))
+
+    def place(self, axes: str) -> tuple[dict[str, float], dict[str, float], str | None]:
+        """Voxel size and origin along those of z, y, x that there are, and their unit: micrometers where it is known."""
+        if not any(self.scales):
+            return {}, {}, None
+        ones, zeros = [1.0] * len(axes), [0.0] * len(axes)
+        total = np.multiply(self.scales[0] or ones, self.scales[1] or ones)
+        place = np.multiply(self.scales[0] or ones, self.shifts[1] or zeros) + (self.shifts[0] or zeros)
+        spatial = [a for a in "zyx" if a in axes]
+        factors = {a: UNITS.get((self.units.get(a) or "").lower()) for a in spatial}
+        known = bool(factors) and None not in factors.values()
+        step = {a: float(total[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
+        origin = {a: float(place[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
+        return step, origin, MICROMETRE if known and step else None
+
+
+def _read_multiscale(
+    path: Path, about: dict[str, Any], level: int, axes: str | None, series: int | None
+) -> _Multiscale:
+    """What the metadata state of one image; damaged ones raise what Python raises."""
+    images = about["multiscales"]
+    if series is not None and not 0 <= series < len(images):
+        raise SettingsError(f"{path}: has no series {series}; choose 0 to {len(images) - 1}")
+    image = images[series or 0]
+    datasets = [(str(d["path"]), d.get("coordinateTransformations", ())) for d in image["datasets"]]
+    named = image.get("axes") or [*"tczyx"]
+    letters = "".join(_axis_letter(a) for a in named)
+    units = {letter: _unit_of(a) for letter, a in zip(letters, named, strict=False)}
+    if axes is None and (len(set(letters)) < len(letters) or "?" in letters):
+        names = [a.get("name") if isinstance(a, dict) else a for a in named]
+        raise SettingsError(f"{path}: has axes {names}; say which they are with axes, one letter of tczyx each")
+    if not 0 <= level < len(datasets):
+        raise SettingsError(f"{path}: has no level {level}; its levels are 0 to {len(datasets) - 1}")
+    whole, own = image.get("coordinateTransformations", ()), datasets[level][1]
+    channels = (about.get("omero") or {}).get("channels", ()) or ()
+    return _Multiscale(
+        letters if axes is None else axes.lower(),
+        units,
+        [name for name, _ in datasets],
+        (_vector(whole, "scale"), _vector(own, "scale")),
+        (_vector(whole, "translation"), _vector(own, "translation")),
+        tuple(str(c.get("label", i)) for i, c in enumerate(channels)),
+    )
+
+
+def _arrays_of_levels(node: Any, names: Sequence[str]) -> list[Any]:
+    """The array of each level; None where there is none that can be read."""
+    arrays: list[Any] = []
+    for name in names:
+        found = None
+        with suppress(KeyError, *FAULTS):
+            found = node[name]
+        arrays.append(found if isinstance(found, zarr.Array) else None)
+    return arrays
 
 
 def _axis_letter(axis: Any) -> str:

@@ -324,47 +324,26 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
     if source.dtype.kind not in "buif":
         raise ImageError(f"{name}: cannot use voxels of type {source.dtype}; give integers, floats or bool")
     size = dict(zip(axes, shape, strict=True))
-    fixed: dict[str, slice] = {}
-    time, channel = how["time"], how["channel"]
-    points = size.get("t", 1)
-    if time is None and points > 1:
-        raise SettingsError(f"{name}: has {points} time points; choose one, time 0 to {points - 1}")
-    if time is not None and not 0 <= time < points:
-        raise SettingsError(f"{name}: has no time point {time}; choose 0 to {points - 1}")
-    if "t" in axes:
-        fixed["t"] = slice(time or 0, (time or 0) + 1)
-    count = size.get("c", 1)
-    keep = channel == "all" or (channel is None and found.colour)
-    if isinstance(channel, str) and channel != "all":
-        if channel not in found.channel_names:
-            known = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
-            raise SettingsError(f"{name}: has no channel {channel!r}{known}; give its number from 0, or all")
-        channel = found.channel_names.index(channel)
-    if channel is None and count > 1 and not keep:
-        names = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
-        raise SettingsError(f"{name}: has {count} channels{names}; choose one, channel 0 to {count - 1}, or all")
-    if isinstance(channel, int) and not 0 <= channel < count:
-        raise SettingsError(f"{name}: has no channel {channel}; choose 0 to {count - 1}")
-    if "c" in axes:
-        at = channel if isinstance(channel, int) else 0
-        fixed["c"] = slice(0, count) if keep else slice(at, at + 1)
+    points, count = size.get("t", 1), size.get("c", 1)
+    time = _time_point(name, how["time"], points)
+    channel = _channel(name, how["channel"], count, found)
+    kept = {"t": slice(time, time + 1), "c": slice(0, count) if channel == "all" else slice(channel, channel + 1)}
     spatial = tuple(size.get(a, 1) for a in "zyx")
     chunk = dict(zip(axes, source.chunks, strict=True))
-    step = (found.step.get("z"), found.step.get("y"), found.step.get("x"))
     levels = [dict(zip(axes, s, strict=False)) for s in found.levels or (shape,)]
     about = {
         "axes": axes,
         "shape": list(shape),
         "dtype": str(source.dtype),
         "level": how["level"],
-        "time": time,
-        "channel": "all" if keep else channel,
+        "time": how["time"],
+        "channel": "all" if channel == "all" else None if how["channel"] is None else channel,
     }
     return Volume(
         name=name,
-        shape=(*spatial, count) if keep and "c" in axes and count > 1 else spatial,
+        shape=(*spatial, count) if channel == "all" and count > 1 else spatial,
         dtype=source.dtype,
-        scale=step,
+        scale=(found.step.get("z"), found.step.get("y"), found.step.get("x")),
         unit=found.unit,
         origin=(found.origin.get("z", 0.0), found.origin.get("y", 0.0), found.origin.get("x", 0.0)),
         level=how["level"],
@@ -373,6 +352,33 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
         path=path,
         _identify=cache(partial(_identity, found, about, name)),
         _source=source,
-        _fixed=fixed,
+        _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
         _reopen=(original if path is None else path.absolute(), how),
     )
+
+
+def _time_point(name: str, time: int | None, points: int) -> int:
+    """The time point that is meant; it must be given where there are several."""
+    if time is None and points > 1:
+        raise SettingsError(f"{name}: has {points} time points; choose one, time 0 to {points - 1}")
+    if time is not None and not 0 <= time < points:
+        raise SettingsError(f"{name}: has no time point {time}; choose 0 to {points - 1}")
+    return time or 0
+
+
+def _channel(name: str, channel: int | str | None, count: int, found: Found) -> Any:
+    """The number of the channel that is meant, or "all"; it must be given where there are several, but of a picture."""
+    known = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
+    if channel == "all" or (channel is None and found.colour):
+        return "all"
+    if channel is None:
+        if count > 1:
+            raise SettingsError(f"{name}: has {count} channels{known}; choose one, channel 0 to {count - 1}, or all")
+        return 0
+    if isinstance(channel, str):
+        if channel not in found.channel_names:
+            raise SettingsError(f"{name}: has no channel {channel!r}{known}; give its number from 0, or all")
+        return found.channel_names.index(channel)
+    if not 0 <= channel < count:
+        raise SettingsError(f"{name}: has no channel {channel}; choose 0 to {count - 1}")
+    return channel
