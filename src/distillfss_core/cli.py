@@ -294,8 +294,6 @@ def _add_batch(commands: Any) -> None:
 
 
 def _segment(args: argparse.Namespace) -> int:
-    from distillfss_core.io import check_output
-
     if is_label_folder(args.output):
         return segment_volume(args)
     check_no_volume_options(args)
@@ -306,36 +304,48 @@ def _segment(args: argparse.Namespace) -> int:
     if present and not args.overwrite:
         more = f" and {len(present) - 1} more" if len(present) > 1 else ""
         raise OutputError(f"{present[0]}{more} already there; give --overwrite, or another name with -o")
+    done, failed = _segment_files(load_model(args), jobs, written, make_folders=args.input.is_dir())
+    if args.json:
+        print_json({"written": [str(path) for path in done], "failed": failed})
+    elif done:
+        what = f"{len(jobs) - failed} of {len(jobs)} files segmented" if failed or len(jobs) > 1 else "segmented"
+        print(f"{what}: {args.output}")
+    return FAULT if failed else FINE
 
-    model = load_model(args)
-    if args.input.is_dir():
+
+_FileJob = tuple[Path, dict[str, Path]]
+"""A file, and by what they are the files to write for it."""
+
+
+def _segment_files(
+    model: StudentModel, jobs: Sequence[_FileJob], written: Sequence[Path], *, make_folders: bool
+) -> tuple[list[Path], int]:
+    """The files that were written, and how many of the jobs failed."""
+    from distillfss_core.io import check_output
+
+    if make_folders:
         for folder in sorted({path.parent for path in written}):
             _make_folder(folder)
     for path in written:
         check_output(path)
     done: list[Path] = []
-    faults = 0
+    failed = 0
     with progress("segmenting", len(jobs), "file") as bar:
         for source, outputs in jobs:
             try:
                 _segment_file(model, source, outputs)
-            except (InputFileError, ImageError) as fault:  # the other files can still be done
-                faults += 1
-                fail(fault)
+            except (InputFileError, ImageError) as error:  # the other files can still be done
+                failed += 1
+                fail(error)
             else:
                 done += outputs.values()
             bar.update()
-    if args.json:
-        print_json({"written": [str(path) for path in done], "failed": faults})
-    elif done:
-        what = f"{len(jobs) - faults} of {len(jobs)} files segmented" if faults or len(jobs) > 1 else "segmented"
-        print(f"{what}: {args.output}")
-    return FAULT if faults else FINE
+    return done, failed
 
 
-def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[tuple[Path, dict[str, Path]]]:
+def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[_FileJob]:
     """Each readable file of the folder with the files to write for it; extras go into folders of their own."""
-    from distillfss_core.io import KINDS_READ, READABLE
+    from distillfss_core.io import READABLE
     from distillfss_core.sources import is_zarr
 
     if is_zarr(args.input):
@@ -346,24 +356,9 @@ def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[tuple[
         raise OutputError(f"{args.output} is the name of a file, but {args.input} is a folder; give a folder with -o")
     if args.output.resolve() == args.input.resolve():
         raise OutputError(f"{args.output} is the folder of the images, which would be lost; give another with -o")
-    files: list[Path] = []
-    others: list[Path] = []
-    for path in sorted(args.input.iterdir()):
-        if not path.is_dir() and not path.name.startswith("."):
-            (files if path.suffix.lower() in READABLE else others).append(path)
-    if not files:
-        raise InputFileError(f"{args.input}: holds no image; put {KINDS_READ} files there")
-    if others:
-        logging.getLogger(__name__).warning(
-            "%d file(s) of other kinds in %s are left out: %s%s",
-            len(others),
-            args.input,
-            ", ".join(path.name for path in others[:5]),
-            ", ..." if len(others) > 5 else "",
-        )
-    jobs: list[tuple[Path, dict[str, Path]]] = []
+    jobs: list[_FileJob] = []
     taken: dict[str, Path] = {}
-    for path in files:
+    for path in _images_in(args.input):
         stem = path.stem.removesuffix(".ome")
         if stem in taken:
             raise InputFileError(
@@ -377,7 +372,24 @@ def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[tuple[
     return jobs
 
 
-def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> tuple[Path, dict[str, Path]]:
+def _images_in(folder: Path) -> list[Path]:
+    """The readable files of a folder; a line in the log names others."""
+    from distillfss_core.io import KINDS_READ, READABLE
+
+    paths = [path for path in sorted(folder.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    images = [path for path in paths if path.suffix.lower() in READABLE]
+    if not images:
+        raise InputFileError(f"{folder}: holds no image; put {KINDS_READ} files there")
+    others = [path.name for path in paths if path not in images]
+    if others:
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        logging.getLogger(__name__).warning(
+            "%d file(s) of other kinds in %s are left out: %s", len(others), folder, names
+        )
+    return images
+
+
+def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
     """The one file and what to write for it."""
     from distillfss_core.io import TIFF_SUFFIXES
 

@@ -358,12 +358,13 @@ def _open_multiscale(
     array = arrays[level]
     if array is None:
         raise InputFileError(
-            f"{path}: level {level} is named {image.datasets[level]!r} in its metadata, but there is no such array that "
-            "can be read; the copy is not whole"
+            f"{path}: level {level} is named {image.datasets[level]!r} in its metadata, but there is no such array "
+            "that can be read; the copy is not whole"
         )
     if not image.fits(array.ndim):
         raise InputFileError(
-            f"{path}: its metadata do not fit its array: axes {image.axes}, scale {image.scales[1]}, shape {array.shape}"
+            f"{path}: its metadata do not fit its array: axes {image.axes}, scale {image.scales[1]}, "
+            f"shape {array.shape}"
         )
     found_axes = letters_of(image.axes, array.shape, str(path))
     step, origin, unit = image.place(found_axes)
@@ -404,7 +405,7 @@ class _Multiscale:
         return len(self.axes) == ndim and all(len(v) in (0, ndim) for v in (*self.scales, *self.shifts))
 
     def place(self, axes: str) -> tuple[dict[str, float], dict[str, float], str | None]:
-        """Voxel size and origin along those of z, y, x that there are, and their unit: micrometers where it is known."""
+        """Voxel size and origin along z, y, x as far as there are, and their unit: micrometers where it is known."""
         if not any(self.scales):
             return {}, {}, None
         ones, zeros = [1.0] * len(axes), [0.0] * len(axes)

@@ -171,51 +171,62 @@ def episode_losses(
         teacher_logits = merge_classes(hide_absent(teacher_logits, present)).float()
     if student_logits is not None:
         student_logits = merge_classes(student_logits).float()
-    return _terms(
-        settings.loss, roles, teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present
-    )
+    out = _Outputs(teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present)
+    return (_published_terms if settings.loss == "published" else _balanced_terms)(roles, out)
 
 
-def _terms(
-    kind: str,
-    roles: Roles,
-    teacher_logits: Tensor | None,
-    student_logits: Tensor | None,
-    teacher_maps: CoarseMaps | None,
-    student_maps: CoarseMaps | None,
-    labels: Int[Tensor, "b h w"],
-    visible: Int[Tensor, "b h w"],
-    present: Bool[Tensor, " k"],
-) -> dict[str, Float[Tensor, ""]]:
-    coarse = None
-    if teacher_maps is not None and student_maps is not None and bool(present.any()):
-        fixed = CoarseMaps(*(m.detach()[:, present] for m in teacher_maps))
-        coarse = coarse_loss(CoarseMaps(*(m[:, present] for m in student_maps)), fixed)
-    if kind == "published":
-        if teacher_logits is not None and student_logits is not None:
-            zero = teacher_logits.new_zeros(()) if coarse is None else coarse
-            if roles.truth:
-                return {"joint": joint_loss(teacher_logits, student_logits, zero, visible)}
-            return {"distil": distillation_loss(teacher_logits, student_logits, zero)}
-        if teacher_logits is not None:
-            return {"teacher": focal_loss(teacher_logits, visible)}
-        assert student_logits is not None
-        return {"student": focal_loss(student_logits, labels)}
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What teacher and student made of the queries of an episode; None of what does not take part.
 
-    terms: dict[str, Tensor] = {}
-    if roles.teacher and teacher_logits is not None:
-        terms["teacher"] = segmentation_loss(teacher_logits, visible)
-        assert teacher_maps is not None
-        terms["attention"] = 0.3 * map_loss(teacher_maps, visible, present)
-    if student_logits is not None:
+    ``visible`` are the labels without the classes that the support does not show; ``present`` says which it shows.
+    """
+
+    teacher_logits: Float[Tensor, "b k+1 h w"] | None
+    student_logits: Float[Tensor, "b k+1 h w"] | None
+    teacher_maps: CoarseMaps | None
+    student_maps: CoarseMaps | None
+    labels: Int[Tensor, "b h w"]
+    visible: Int[Tensor, "b h w"]
+    present: Bool[Tensor, " k"]
+
+    def coarse_loss(self) -> Float[Tensor, ""] | None:
+        """Between the maps of both, for the classes that the support shows."""
+        if self.teacher_maps is None or self.student_maps is None or not bool(self.present.any()):
+            return None
+        fixed = CoarseMaps(*(m.detach()[:, self.present] for m in self.teacher_maps))
+        return coarse_loss(CoarseMaps(*(m[:, self.present] for m in self.student_maps)), fixed)
+
+
+def _published_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]:
+    """The loss of the paper: one term."""
+    if out.teacher_logits is not None and out.student_logits is not None:
+        coarse = out.coarse_loss()
+        zero = out.teacher_logits.new_zeros(()) if coarse is None else coarse
         if roles.truth:
-            terms["student"] = segmentation_loss(student_logits, labels)
-        else:
-            assert teacher_logits is not None
-            ce = F.cross_entropy(student_logits, teacher_logits.softmax(1), reduction="none")
-            answered = (visible != IGNORE) | (labels == IGNORE)  # where the support shows what the truth holds
-            terms["student"] = segmentation_loss(student_logits, labels)
+            return {"joint": joint_loss(out.teacher_logits, out.student_logits, zero, out.visible)}
+        return {"distil": distillation_loss(out.teacher_logits, out.student_logits, zero)}
+    if out.teacher_logits is not None:
+        return {"teacher": focal_loss(out.teacher_logits, out.visible)}
+    assert out.student_logits is not None
+    return {"student": focal_loss(out.student_logits, out.labels)}
+
+
+def _balanced_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]:
+    """Cross-entropy and Dice of both, the teacher's attention, and what the student learns from the teacher."""
+    terms: dict[str, Tensor] = {}
+    if roles.teacher and out.teacher_logits is not None:
+        terms["teacher"] = segmentation_loss(out.teacher_logits, out.visible)
+        assert out.teacher_maps is not None
+        terms["attention"] = 0.3 * map_loss(out.teacher_maps, out.visible, out.present)
+    if out.student_logits is not None:
+        terms["student"] = segmentation_loss(out.student_logits, out.labels)
+        if not roles.truth:
+            assert out.teacher_logits is not None
+            ce = F.cross_entropy(out.student_logits, out.teacher_logits.softmax(1), reduction="none")
+            answered = (out.visible != IGNORE) | (out.labels == IGNORE)  # where the support shows what the truth holds
             terms["answer"] = (ce * answered).sum() / answered.sum().clamp_min(1)
+    coarse = out.coarse_loss()
     if coarse is not None:
         terms["coarse"] = coarse
     return terms
