@@ -100,7 +100,7 @@ class Session:
 
     def draw_samples(self) -> None:
         """A plane of each generated stack, with its truth outlined."""
-        from distillfss_core.sample import KINDS, generate_sample
+        from distillfss_core.samples import KINDS, generate_sample
 
         panels = []
         for kind in KINDS:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def any_processor() -> Iterator[None]:
     """Tests mean the same on all processors: "auto" is float32, also where a processor multiplies bfloat16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("distillfss_core.inference.multiplies_bfloat16", lambda: False)
+        patch.setattr("distillfss_core.models.engines.multiplies_bfloat16", lambda: False)
         yield
 
 

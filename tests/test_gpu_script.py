@@ -17,7 +17,7 @@ def test_the_dry_run_measures_everything_and_training_goes_on_from_its_checkpoin
 
     def run(*arguments: str) -> str:
         done = subprocess.run(
-            ["bash", str(root / "bench" / "gpu.sh"), *arguments, "--dry"],
+            ["bash", str(root / "benchmarks" / "gpu.sh"), *arguments, "--dry"],
             env=environment,
             capture_output=True,
             text=True,

@@ -6,8 +6,8 @@ import shlex
 import numpy as np
 import pytest
 
-from distillfss_core.io import write_labels
-from distillfss_core.sample import generate_sample
+from distillfss_core.io.writing import write_labels
+from distillfss_core.samples import generate_sample
 from volumes import write_ome_zarr
 
 
@@ -27,7 +27,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/volumes.md", "docs/bench.md"])
 def test_every_command_of_a_page_parses(root, page):
-    from distillfss_core.cli import build_parser
+    from distillfss_core.cli.main import build_parser
 
     found = commands((root / page).read_text(encoding="utf-8"))
     assert len(found) >= 5
@@ -58,8 +58,8 @@ def own_data(tmp_path, monkeypatch):
 
 
 def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys, monkeypatch):
-    from distillfss_core.cli import main
-    from distillfss_core.model import Segmenter
+    from distillfss_core.cli.main import main
+    from distillfss_core.models.segmenter import Segmenter
 
     monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)  # takes longer than these trainings
 

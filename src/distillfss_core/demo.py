@@ -9,15 +9,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distillfss_core.config import DistillSettings
 from distillfss_core.errors import InputFileError, OutputError, SettingsError, SupportSetError
-from distillfss_core.figure import Panel, Row, draw_panels
-from distillfss_core.io import READABLE, labels_from_image, load_support_arrays, write_labels, write_stack
+from distillfss_core.io.images import READABLE
+from distillfss_core.io.labels import labels_from_image, load_support_arrays
+from distillfss_core.io.writing import write_labels, write_stack
 from distillfss_core.metrics import evaluate
-from distillfss_core.model import Segmenter
-from distillfss_core.sample import generate_sample
-from distillfss_core.suggest import suggest_planes
-from distillfss_core.support import SupportSet
+from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.plotting import Panel, Row, draw_panels
+from distillfss_core.samples import generate_sample
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.slice_selection import suggest_planes
+from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import Array, LabelledSlice, TrainStep, drain
 

@@ -51,7 +51,7 @@ class LabelledSlice:
         if self.labels.dtype != np.uint8:
             raise ImageError(
                 f"{self.source}: labels have dtype {self.labels.dtype}; give uint8 classes (0 background, 1..K, "
-                f"{IGNORE} not annotated), e.g. by distillfss_core.io.labels_from_image"
+                f"{IGNORE} not annotated), e.g. by distillfss_core.io.labels.labels_from_image"
             )
         if self.labels.shape != self.image.shape[:2]:
             raise ImageError(

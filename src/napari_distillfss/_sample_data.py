@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillfss_core.sample import generate_sample
+from distillfss_core.samples import generate_sample
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from distillfss_core.config import DistillSettings
-from distillfss_core.sample import generate_sample
-from distillfss_core.support import SupportSet
+from distillfss_core.samples import generate_sample
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
 from pictures import blobs
 
 TINY = DistillSettings(steps=4, zoom="1", crop=64, queries=2, shots=2, views=8, device="cpu")

@@ -26,9 +26,10 @@ from distillfss_core import (
     distill,
     io,
 )
-from distillfss_core.cli import FAULT, FINE, main
-from distillfss_core.model import Segmenter
-from distillfss_core.training.views import ViewBank
+from distillfss_core.cli.console import FAULT, FINE
+from distillfss_core.cli.main import main
+from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.training.crops import ViewBank
 from pictures import blobs
 
 FEW = ["--steps=2", "--views=2", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]

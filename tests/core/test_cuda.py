@@ -14,13 +14,13 @@ import torch
 import zarr
 
 from distillfss_core import distill, open_volume, segment_lazy, segment_to_zarr
-from distillfss_core.backbones import load_backbone
-from distillfss_core.config import DistillSettings
-from distillfss_core.device import Device, choose_device
-from distillfss_core.engine import iter_segment
-from distillfss_core.model import StudentModel
-from distillfss_core.support import SupportSet
-from distillfss_core.teachers.dcama import attend
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.nn.device import Device, choose_device
+from distillfss_core.nn.teachers.dcama import attend
+from distillfss_core.segmentation.to_zarr import iter_segment
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, refine
 from pictures import blobs
 
@@ -199,8 +199,8 @@ def test_a_lazy_volume_has_the_labels_of_its_planes(device, file, stack, expecte
 
 
 def test_a_volume_written_in_parts_has_the_bytes_of_one_run(device, file, stack, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr("distillfss_core.labelstore._SIDE", TILE)
-    monkeypatch.setattr("distillfss_core.labelstore._SHARD", 2 * TILE * TILE)
+    monkeypatch.setattr("distillfss_core.labelstore.layout._SIDE", TILE)
+    monkeypatch.setattr("distillfss_core.labelstore.layout._SHARD", 2 * TILE * TILE)
     model = StudentModel.load(file, device=device, engine="torch")
     volume = open_volume(stack)
     segment_to_zarr(volume, model, tmp_path / "once.ome.zarr", tile=TILE)
@@ -218,7 +218,7 @@ def test_a_volume_written_in_parts_has_the_bytes_of_one_run(device, file, stack,
 @pytest.mark.slow
 def test_a_worker_of_a_cluster_computes_on_its_device(device, file, stack, expected, tmp_path):
     pytest.importorskip("distributed", reason="distributed is not installed")
-    from distillfss_core.cluster import connect
+    from distillfss_core.segmentation.cluster import connect
 
     path = tmp_path / "image.zarr"
     zarr.create_array(path, data=stack, chunks=(1, 160, 160))

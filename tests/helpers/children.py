@@ -19,8 +19,8 @@ def crash(record):
 def imported_while_learning(record):
     """Packages that peers import only after the clock has started, of those that were not there at all."""
     from distillfss_core.bench.peers import PEERS
-    from distillfss_core.config import DistillSettings
-    from distillfss_core.support import SupportSet
+    from distillfss_core.settings import DistillSettings
+    from distillfss_core.support.support_set import SupportSet
     from pictures import blobs
 
     support = SupportSet(tuple(blobs(i) for i in range(2)), ("blob",))

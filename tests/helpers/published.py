@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distillfss_core.features import EncodedSupport, FeaturePyramid, cat_pyramids
+from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
 
 STAGES = (range(2), range(2, 4), range(4, 7), range(7, 9))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from distillfss_core.features import FeaturePyramid
+from distillfss_core.nn.features import FeaturePyramid
 
 
 def random_pyramid(

@@ -100,7 +100,7 @@ def open_dock(qtbot, tmp_path):
 
 @pytest.fixture(scope="session")
 def sample():
-    from distillfss_core.sample import generate_sample
+    from distillfss_core.samples import generate_sample
 
     return generate_sample(planes=8, size=96)
 

@@ -34,7 +34,7 @@ def dock(viewer, nuclei, open_dock, few):
 def student(tmp_path_factory, few):
     """A student that learnt next to nothing, as a file."""
     from distillfss_core import LabelledSlice, SupportSet, distill
-    from distillfss_core.sample import generate_sample
+    from distillfss_core.samples import generate_sample
 
     sample = generate_sample(planes=2, size=96)
     slices = [LabelledSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]

@@ -5,8 +5,8 @@ import pytest
 import zarr
 
 from distillfss_core import DistillFSSError, LabelledSlice, StudentModel, SupportSet, distill, load_support
-from distillfss_core.engine import segment_to_zarr
-from distillfss_core.volume import open_volume
+from distillfss_core.segmentation.to_zarr import segment_to_zarr
+from distillfss_core.volumes.volume import open_volume
 from napari_distillfss._reader import get_reader
 from napari_distillfss._writer import write_slices
 from volumes import noise, write_ome_zarr

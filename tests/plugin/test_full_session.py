@@ -10,7 +10,7 @@ import zarr
 from qtpy.QtWidgets import QApplication
 
 from distillfss_core import DistillSettings, StudentModel
-from distillfss_core.cli import main
+from distillfss_core.cli.main import main
 
 
 def finish(qtbot, dock):
@@ -22,7 +22,7 @@ def iou(found, truth):
 
 
 def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbot, tmp_path):
-    from distillfss_core.sample import generate_sample
+    from distillfss_core.samples import generate_sample
 
     made = generate_sample(planes=12, size=192)
     truth = made.labels > 0

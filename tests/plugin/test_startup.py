@@ -34,7 +34,7 @@ def test_opening_the_dock_loads_no_torch(root, tmp_path):
 LOADING = """
 import sys
 import distillfss_core as core
-from napari_distillfss._work import load_torch
+from napari_distillfss._tasks import load_torch
 core.leave_a_core_free = lambda: print("torch" in sys.modules, "libtorch_cpu" in open("/proc/self/maps").read())
 load_torch()
 import torch

@@ -20,7 +20,8 @@ from PIL import Image
 
 from distillfss_core.bench.pickled import read_pickled_table
 from distillfss_core.errors import InputFileError, SettingsError
-from distillfss_core.io import DECODER_FAULTS, PILLOW_SUFFIXES, pair_files, read_image, read_labels
+from distillfss_core.io.images import DECODER_FAULTS, PILLOW_SUFFIXES, read_image
+from distillfss_core.io.labels import pair_files, read_labels
 from distillfss_core.types import Array, LabelledSlice
 
 Entry = TypeVar("Entry")

@@ -14,10 +14,10 @@ from distillfss_core.bench.apart import call_apart
 from distillfss_core.bench.datasets import Split, find_set
 from distillfss_core.bench.rows import Row, Rows
 from distillfss_core.bench.supports import fingerprint, read_support, share_annotated, spread_tests
-from distillfss_core.config import DistillSettings
 from distillfss_core.errors import DistillFSSError
-from distillfss_core.headfile import packaged_head
-from distillfss_core.support import SupportSet
+from distillfss_core.nn.pretrained import packaged_head
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
 
 SUPPORT_KINDS = ("dense", "scribbles")
 

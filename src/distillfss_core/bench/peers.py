@@ -17,18 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distillfss_core.backbones import SPECS, load_backbone
-from distillfss_core.backbones.trunks import create_net
-from distillfss_core.backbones.weights import packaged_tensors
-from distillfss_core.config import DistillSettings
-from distillfss_core.device import Device, choose_device, seeded
 from distillfss_core.errors import DistillFSSError
-from distillfss_core.preprocess import Preprocess, fit_preprocess, resize
-from distillfss_core.support import SupportSet
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess, resize
+from distillfss_core.nn.backbones import SPECS, load_backbone
+from distillfss_core.nn.backbones.trunks import create_net
+from distillfss_core.nn.backbones.weights import packaged_tensors
+from distillfss_core.nn.device import Device, choose_device, seeded
+from distillfss_core.nn.losses import dice_loss
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, refine, unrefined_teacher
-from distillfss_core.training.losses import dice_loss
-from distillfss_core.training.runs import augmentation, auto_steps
-from distillfss_core.training.views import ViewCutter
+from distillfss_core.training.crops import ViewCutter
+from distillfss_core.training.distillation import augmentation, auto_steps
 from distillfss_core.training.zoom import point_features
 from distillfss_core.types import IGNORE, Array
 

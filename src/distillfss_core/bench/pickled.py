@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError
-from distillfss_core.io import DECODER_FAULTS
+from distillfss_core.io.images import DECODER_FAULTS
 
 _KNOWN = {
     "builtins": ("slice", "bytearray", "complex", "range"),

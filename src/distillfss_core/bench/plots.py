@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.bench.speed import SpeedReport, Timing
-from distillfss_core.io import atomic_path
+from distillfss_core.io.writing import atomic_path
 
 
 def draw_speed(reports: Sequence[SpeedReport], paths: Sequence[Path]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io import fault_reason
+from distillfss_core.io.writing import fault_reason
 
 Row = dict[str, Any]
 

@@ -16,23 +16,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distillfss_core.backbones import SPECS, Backbone, load_backbone
 from distillfss_core.bench.apart import call_apart
 from distillfss_core.bench.memory import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.bench.rows import Machine, this_machine
 from distillfss_core.bench.tables import markdown
-from distillfss_core.device import Device, choose_device
-from distillfss_core.engine import segment_to_zarr
 from distillfss_core.errors import SettingsError
-from distillfss_core.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids
-from distillfss_core.head import FewShotHead, HeadForm
-from distillfss_core.inference import StudentNetwork
-from distillfss_core.lazy import segment_lazy
-from distillfss_core.model import StudentModel
-from distillfss_core.preprocess import fit_preprocess
-from distillfss_core.sample import generate_sample
-from distillfss_core.teachers.dcama import CrossAttention, DcamaKeys, DcamaTeacher
-from distillfss_core.volume import open_volume
+from distillfss_core.models.engines import StudentNetwork
+from distillfss_core.models.preprocess import fit_preprocess
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import SPECS, Backbone, load_backbone
+from distillfss_core.nn.device import Device, choose_device
+from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.teachers.dcama import CrossAttention, DcamaKeys, DcamaTeacher
+from distillfss_core.samples import generate_sample
+from distillfss_core.segmentation.lazy import segment_lazy
+from distillfss_core.segmentation.to_zarr import segment_to_zarr
+from distillfss_core.volumes.volume import open_volume
 
 OURS = HeadForm("light", "slim", "ours", 32)
 PUBLISHED = HeadForm("published", "published", "published", 32)

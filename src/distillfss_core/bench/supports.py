@@ -8,8 +8,8 @@ import numpy as np
 
 from distillfss_core.bench.datasets import Item, Split
 from distillfss_core.errors import SettingsError
-from distillfss_core.suggest import suggest_planes
-from distillfss_core.support import SupportSet
+from distillfss_core.support.slice_selection import suggest_planes
+from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import IGNORE, Array, LabelledSlice, evenly
 
 STROKES = 5  # a class and slice

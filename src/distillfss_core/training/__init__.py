@@ -1,6 +1,6 @@
 """Training on a support set: refine a teacher (TransferFSS), distil a student (DistillFSS)."""
 
-from distillfss_core.training.runs import (
+from distillfss_core.training.distillation import (
     DistillRun,
     distill,
     iter_distill,

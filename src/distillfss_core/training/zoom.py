@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distillfss_core.features import EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
-from distillfss_core.preprocess import Preprocess
-from distillfss_core.support import SupportSet
-from distillfss_core.teachers import Teacher
-from distillfss_core.training.views import PLAIN, View, ViewBank, ViewCutter
+from distillfss_core.models.preprocess import Preprocess
+from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
+from distillfss_core.nn.teachers import Teacher
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training.crops import PLAIN, View, ViewBank, ViewCutter
 from distillfss_core.types import IGNORE
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))

@@ -11,15 +11,15 @@ from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QWidget
 
 import distillfss_core as core
-from napari_distillfss import _words as words
-from napari_distillfss._jobs import Job
+from napari_distillfss import _format as fmt
 from napari_distillfss._layers import ChosenVolume, OnGrid, camera_of
 from napari_distillfss._session import Applied, Counted, Session
-from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
+from napari_distillfss._tasks import Written, iter_applying, iter_counting
+from napari_distillfss._threads import Job
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colours_of
 from napari_distillfss._widgets.table import ObjectTable
-from napari_distillfss._work import Written, iter_applying, iter_counting
 
 MODES = {"planes": "planes", "smooth along z": "smooth", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
@@ -131,7 +131,7 @@ class ApplyWidget(QWidget):
         self._session.set_applied(self._running)
         found = f", {report.found} found finished" if report.found else ""
         self.message.tell(
-            f"done in {words.duration(report.seconds)}: {words.count(report.computed, 'piece')} computed{found}; "
+            f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{found}; "
             f"{report.path.name}"
         )
 
@@ -280,7 +280,7 @@ class ObjectsWidget(QWidget):
         self.table.show()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
         self.message.tell(
-            f"{words.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
+            f"{fmt.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
         )
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:

@@ -9,7 +9,7 @@ from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import QColorDialog, QListWidget, QListWidgetItem, QWidget
 
 from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, COLOURS, FIRST_CLASS, Class
-from napari_distillfss._widgets.parts import button, column, row
+from napari_distillfss._widgets._common import button, column, row
 
 _UNLABELLED = ("eraser (not labelled)", "#00000000")
 

@@ -8,12 +8,12 @@ from typing import Any
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from napari_distillfss._jobs import Job
 from napari_distillfss._session import Session
-from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
+from napari_distillfss._tasks import Distilled, iter_training
+from napari_distillfss._threads import Job
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
-from napari_distillfss._work import Distilled, iter_training
 
 _HINT = "annotate some slices, then press Distil"
 

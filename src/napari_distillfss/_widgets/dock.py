@@ -12,10 +12,10 @@ from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidg
 import distillfss_core as core
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
+from napari_distillfss._widgets._common import Section
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distil import DistilWidget
 from napari_distillfss._widgets.model import ModelWidget
-from napari_distillfss._widgets.parts import Section
 from napari_distillfss._widgets.preview import PreviewWidget
 from napari_distillfss._widgets.support import SupportWidget
 from napari_distillfss._widgets.volume import VolumePicker

@@ -8,12 +8,12 @@ from typing import Any
 
 from qtpy.QtWidgets import QApplication, QFileDialog, QPlainTextEdit, QWidget
 
-from napari_distillfss import _words as words
-from napari_distillfss._jobs import Job
+from napari_distillfss import _format as fmt
 from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._session import Session
-from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, row
-from napari_distillfss._work import iter_loading
+from napari_distillfss._tasks import iter_loading
+from napari_distillfss._threads import Job
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
 
 SUFFIX = ".safetensors"
 
@@ -120,13 +120,13 @@ def describe(card: dict[str, Any]) -> str:
     lines = [
         f"classes: {', '.join(card['classes'])}",
         f"made: {card['created'][:16].replace('T', ' ')} UTC",
-        f"pixel size: {words.lengths(*pixel) if pixel else 'not known'}",
+        f"pixel size: {fmt.lengths(*pixel) if pixel else 'not known'}",
         f"backbone: {card['backbone']['name']} ({card['backbone']['license']})",
         f"zoom: {card['preprocess']['zoom']}, intensity of {card['preprocess']['scope']}",
     ]
     if training:
         lines.append(
-            f"trained: {training['method']}, {training['steps']} steps in {words.duration(training['seconds'])} "
+            f"trained: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
             f"on {training['device']}, {len(training['support'])} slices"
         )
         if training.get("left_out_iou") is not None:

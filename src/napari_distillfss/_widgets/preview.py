@@ -11,12 +11,12 @@ from qtpy.QtWidgets import QCheckBox, QWidget
 
 import distillfss_core as core
 from napari_distillfss._annotations import from_classes
-from napari_distillfss._jobs import Job, LatestJob
 from napari_distillfss._layers import ChosenVolume, camera_of
 from napari_distillfss._session import Session
-from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row
+from napari_distillfss._tasks import PlanePart, iter_plane, iter_teacher
+from napari_distillfss._threads import Job, LatestJob
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
 from napari_distillfss._widgets.support import colours_of
-from napari_distillfss._work import PlanePart, iter_plane, iter_teacher
 
 MARK = "distillfss_preview"
 SOURCES = {"student": None, "teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}

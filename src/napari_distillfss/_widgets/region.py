@@ -6,7 +6,7 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QWidget
 
 from napari_distillfss._layers import Box
-from napari_distillfss._widgets.parts import column, combo, row, spin
+from napari_distillfss._widgets._common import column, combo, row, spin
 
 
 class RegionEdit(QWidget):

@@ -11,7 +11,7 @@ from qtpy.QtWidgets import QComboBox, QDoubleSpinBox, QFormLayout, QLineEdit, QS
 
 import distillfss_core as core
 from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
-from napari_distillfss._widgets.parts import column, combo, row
+from napari_distillfss._widgets._common import column, combo, row
 
 DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(core.DistillSettings)}
 OWN = "own settings"

@@ -14,7 +14,7 @@ from qtpy.QtGui import QIcon, QImage, QPixmap
 from qtpy.QtWidgets import QFileDialog, QListWidget, QListWidgetItem, QWidget
 
 import distillfss_core as core
-from napari_distillfss import _words as words
+from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import (
     BACKGROUND,
     BACKGROUND_COLOUR,
@@ -24,12 +24,20 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._jobs import Job, LatestJob
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
+from napari_distillfss._tasks import (
+    THUMBNAIL,
+    Work,
+    iter_different,
+    iter_import,
+    iter_least_sure,
+    iter_thumbnails,
+    pick,
+)
+from napari_distillfss._threads import Job, LatestJob
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
 from napari_distillfss._widgets.classes import ClassList
-from napari_distillfss._widgets.parts import JobBar, Message, attempt, button, column, combo, row, spin
-from napari_distillfss._work import THUMBNAIL, Work, iter_different, iter_import, iter_least_sure, iter_thumbnails, pick
 
 MARK = "distillfss_annotations"
 """Key of the metadata of the layer that is painted."""
@@ -251,7 +259,7 @@ class SupportWidget(QWidget):
         self.list.blockSignals(True)
         self.list.clear()
         for slice_ in slices:
-            item = QListWidgetItem(self._icon(slice_.plane), words.painted(slice_, names))
+            item = QListWidgetItem(self._icon(slice_.plane), fmt.painted(slice_, names))
             item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
             item.setCheckState(Qt.CheckState.Checked if slice_.enabled else Qt.CheckState.Unchecked)
             item.setData(Qt.ItemDataRole.UserRole, slice_.plane)
@@ -353,7 +361,7 @@ class SupportWidget(QWidget):
         self._show_replaced(replaced)
         self.go_to(planes[0][0])
         again = f"; Ctrl+Z brings back what {len(replaced)} of them had" if replaced else ""
-        self.message.tell(f"labels of {words.count(len(planes), 'plane')} were taken over{again}")
+        self.message.tell(f"labels of {fmt.count(len(planes), 'plane')} were taken over{again}")
 
     def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
         self.suggested = planes

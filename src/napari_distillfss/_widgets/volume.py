@@ -8,12 +8,12 @@ from typing import Any
 from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QLabel, QWidget
 
-from napari_distillfss import _words as words
-from napari_distillfss._jobs import Job
+from napari_distillfss import _format as fmt
 from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_of_file, lead_axes
 from napari_distillfss._session import Session
-from napari_distillfss._widgets.parts import Message, attempt, button, column, combo, row, spin
-from napari_distillfss._work import iter_device
+from napari_distillfss._tasks import iter_device
+from napari_distillfss._threads import Job
+from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin
 
 
 class VolumePicker(QWidget):
@@ -138,7 +138,7 @@ class VolumePicker(QWidget):
     def _take(self, value: ChosenVolume | None) -> None:
         self._value = value
         if value is not None:
-            self.message.tell(words.volume(value))
+            self.message.tell(fmt.volume(value))
             if not self.device.text() and not self._job.running:
                 self.device.tell("looking for a GPU")
                 self._job.start(iter_device)

@@ -1,0 +1,120 @@
+"""What the plugin costs napari: opening the dock, and how long the window stands still while work goes on.
+
+    xvfb-run -a -s "-screen 0 1400x1000x24" python benchmarks/plugin.py
+
+Opening is measured in fresh processes, beside napari alone; standing still by a timer of 20 ms (its longest gap), in a
+window with the generated nuclei. Each the median of three.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+RUNS = 3
+
+OPENING = """
+import sys, tempfile, time
+start = time.perf_counter()
+import napari
+viewer = napari.Viewer()
+from qtpy.QtWidgets import QApplication
+QApplication.processEvents()
+alone = time.perf_counter()
+from pathlib import Path
+from napari_distillfss._widgets.dock import DistillDock
+dock = DistillDock(viewer, Path(tempfile.mkdtemp()))
+viewer.window.add_dock_widget(dock, area="right")
+QApplication.processEvents()
+print(alone - start, time.perf_counter() - alone, "torch" in sys.modules)
+viewer.close()
+"""
+
+
+def main() -> None:
+    if sys.argv[1:] == ["gaps"]:
+        print(json.dumps(measure_gaps()))
+        return
+    opened = [_last_line([sys.executable, "-c", OPENING]).split() for _ in range(RUNS)]
+    alone, dock = (statistics.median(float(run[k]) for run in opened) for k in (0, 1))
+    print(f"napari alone {alone:.2f} s, the dock {dock:.2f} s more; torch loaded: {opened[0][2]}")
+    gaps = [json.loads(_last_line([sys.executable, __file__, "gaps"])) for _ in range(RUNS)]
+    for phase in gaps[0]:
+        print(f"{phase}: the longest gap {1000 * statistics.median(run[phase] for run in gaps):.0f} ms")
+
+
+def measure_gaps() -> dict[str, float]:
+    """The longest gap of a 20 ms timer, in seconds, by what was going on; what begins it is part of it."""
+    import napari
+    from qtpy.QtCore import QTimer
+    from qtpy.QtWidgets import QApplication
+
+    from distillfss_core import DistillSettings, generate_sample
+    from napari_distillfss._widgets.dock import DistillDock
+
+    viewer = napari.Viewer()
+    app = QApplication.instance()
+    made = generate_sample(planes=12, size=384)
+    viewer.add_image(made.image)
+    viewer.add_labels(made.labels)  # napari's first layers take it a second or two, whoever adds them
+    app.processEvents()
+    viewer.layers.clear()
+    folder = Path(tempfile.mkdtemp())
+    dock = DistillDock(viewer, folder)
+    viewer.window.add_dock_widget(dock, area="right")
+    ticks: list[float] = []
+    timer = QTimer()
+    timer.timeout.connect(lambda: ticks.append(time.perf_counter()))
+    timer.start(20)
+    found = {}
+
+    def during(phase: str, begin: Callable[[], object], until: Callable[[], object]) -> None:
+        ticks[:] = [time.perf_counter()]
+        begin()
+        while not until() or len(ticks) < 6:
+            app.processEvents()
+            time.sleep(0.001)
+        found[phase] = float(np.diff(ticks).max())
+
+    def add_image() -> None:
+        viewer.add_image(made.image, name="nuclei")
+
+    def nothing() -> None:
+        pass
+
+    during("a volume is chosen, torch loaded", add_image, lambda: "computes" in dock.volume.device.text())
+    during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.look.running)
+    for z in dock.support.suggested:
+        dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
+    dock.session.painted()
+    dock.distil.settings.setValue(DistillSettings(steps=40, views=32, crop=128, zoom="1"))
+    during("preparing to distil", dock.distil.start, lambda: dock.distil.plot.losses)
+    during("distilling", nothing, lambda: not dock.session.busy)
+    during("first preview", nothing, lambda: "done" in dock.preview.message.text())
+    during(
+        "scrolling",
+        lambda: dock.support.go_to(7),
+        lambda: dock.preview.plane == 7 and "done" in dock.preview.message.text(),
+    )
+    dock.apply.out.setText(str(folder / "out.ome.zarr"))
+    during("Apply is pressed", dock.apply.start, lambda: True)
+    during("applying", nothing, lambda: not dock.session.busy)
+    viewer.close()
+    return found
+
+
+def _last_line(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.strip().splitlines()[-1]
+
+
+if __name__ == "__main__":
+    main()

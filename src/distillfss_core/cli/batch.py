@@ -1,0 +1,89 @@
+"""distillfss batch: many volumes, one report."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.cli.console import (
+    FAULT,
+    FINE,
+    INTERRUPTED,
+    add_common,
+    print_json,
+    progress,
+    say,
+)
+from distillfss_core.cli.options import add_opening, load_model
+from distillfss_core.errors import (
+    OutputError,
+)
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+from contextlib import closing
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.segmentation.batch import BatchStep
+from distillfss_core.cli.options import add_model_options, given_opening, opening_options
+from distillfss_core.cli.segment import show_shard
+
+
+def add_batch_command(commands: Any) -> None:
+    parser = add_batch(commands)
+    add_model_options(parser)
+    add_opening(parser)
+
+
+def add_batch(commands: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="segment many volumes to OME-Zarr",
+        description="Segment the volumes of a folder, or of a CSV file with a column 'volume' (and, where wanted, "
+        "output, region, level, channel, time, series, axes), one after another. One that fails does not stop the "
+        "others; the report has a row for each.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="a folder of volumes, or a CSV file")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help=".csv or .json (default: FOLDER/report.csv)")
+    add_common(parser, _batch)
+    return parser
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from distillfss_core.segmentation.batch import iter_batch, plan_batch
+    from distillfss_core.types import drain
+
+    jobs = plan_batch(args.input, args.output, given_opening(args), args.region)
+    report = args.report or args.output / "report.csv"
+    model = load_model(args)
+    try:
+        args.output.mkdir(exist_ok=True)
+    except OSError as fault:
+        raise OutputError(f"cannot make {args.output}: {fault.strerror}; give another with -o") from fault
+    try:
+        with ExitStack() as stack, progress("batch", unit="shard") as bar:
+            run = stack.enter_context(closing(iter_batch(jobs, model, report, **opening_options(args, stack))))
+            rows = drain(run, lambda step: _show_batch(bar, step))
+    except KeyboardInterrupt:
+        say(f"interrupted; what is finished is kept, and --resume goes on; the volumes so far are in {report}")
+        return INTERRUPTED
+    failed = [row for row in rows if row["status"] == "failed"]
+    for row in failed:
+        say(f"error: {row['error']}")
+    if args.json:
+        print_json(rows)
+    else:
+        print(f"{len(rows) - len(failed)} of {len(rows)} volumes segmented: {report}")
+    return FAULT if failed else FINE
+
+
+def _show_batch(bar: tqdm[NoReturn], step: BatchStep) -> None:
+    bar.set_description(f"{step.job.source.name} ({step.index} of {step.total})", refresh=False)
+    if step.shard is not None:
+        show_shard(bar, step.shard)

@@ -1,0 +1,155 @@
+"""What commands have in common: options, progress, warnings, tables. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.errors import ImageError, OutputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.types import TrainStep
+
+FINE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def add_common(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], *, threads: bool = True
+) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if threads:
+        parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
+    parser.set_defaults(run=run)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+class _Warnings(logging.Handler):
+    """Writes the core's warnings, a line each, without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(f"distillfss: warning: {one_line(record.getMessage())}", file=sys.stderr)
+
+
+@contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Show warnings of the core while a command runs.
+
+    What tifffile says of a damaged file is left to our own error about it.
+    """
+    added = [
+        (logging.getLogger("distillfss_core"), _Warnings(logging.WARNING)),
+        (logging.getLogger("tifffile"), logging.NullHandler()),
+    ]
+    for logger, handler in added:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger, handler in added:
+            logger.removeHandler(handler)
+
+
+@contextmanager
+def progress(what: str, total: int | None = None, unit: str = "step") -> Iterator[tqdm[NoReturn]]:
+    """A bar on stderr where that is a terminal, else nothing."""
+    from tqdm import tqdm
+
+    with tqdm(desc=what, total=total, unit=unit, leave=False, disable=None, file=sys.stderr) as bar:
+        yield bar
+
+
+def fail(fault: Exception | str) -> int:
+    say(f"error: {fault}")
+    return FAULT
+
+
+def say(text: str) -> None:
+    print(f"distillfss: {one_line(text)}", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    return " ".join(str(text).split())
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(_without_nan(value), indent=2, allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> None:
+    """Columns of text; the first ``left`` lean left, the others right."""
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+    for row in (headers, *rows):
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        print("  ".join(cells).rstrip())
+
+
+def cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"
+
+
+# files
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError as fault:
+        raise OutputError(f"cannot make {folder}: there is no folder {folder.parent}; make it first") from fault
+    except OSError as fault:
+        raise OutputError(f"cannot make {folder}: {fault.strerror}; give another with -o") from fault
+
+
+@contextmanager
+def source_named(source: str) -> Iterator[None]:
+    """Begin the message of an `ImageError` with the file it is about."""
+    try:
+        yield
+    except ImageError as fault:
+        raise ImageError(f"{source}: {str(fault).removeprefix('image: ')}") from fault
+
+
+# what is printed
+
+
+def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
+    if bar.disable:
+        return
+    if bar.total != step.total or step.index < bar.n:  # another stage
+        bar.reset(step.total)
+    bar.set_description(step.stage, refresh=False)
+    if "iou" in step.metrics:
+        bar.set_postfix(iou=f"{step.metrics['iou']:.3f}", refresh=False)
+    bar.update(step.index - bar.n)
+
+
+def format_mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+def list_classes(names: Sequence[str]) -> str:
+    return f"{len(names)} class{'es' if len(names) > 1 else ''} ({', '.join(names)})"

@@ -1,0 +1,149 @@
+"""distillfss distill: annotated slices to a student."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillfss_core.cli.console import (
+    FINE,
+    INTERRUPTED,
+    add_common,
+    print_json,
+    progress,
+    say,
+)
+from distillfss_core.errors import (
+    OutputError,
+    SettingsError,
+)
+from distillfss_core.settings import DistillSettings
+
+if TYPE_CHECKING:
+    from distillfss_core.models.student import StudentModel
+    from distillfss_core.types import TrainStep
+from distillfss_core.cli.console import format_mb, list_classes, show_step
+from distillfss_core.cli.options import (
+    add_label_options,
+    add_settings,
+    given_settings,
+    option_flag,
+    parse_pixel_size,
+    parse_planes,
+)
+
+# distill
+
+
+def add_distill(commands: Any) -> None:
+    parser = commands.add_parser(
+        "distill",
+        help="make a model from labelled slices",
+        description="Make a model from labelled slices. Ctrl-C stops the training and saves the best model so far.",
+    )
+    parser.usage = f"{parser.prog} IMAGES LABELS -o MODEL [options]"
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, an image or a stack")
+    parser.add_argument("labels", type=Path, metavar="LABELS", help="the same of labels; folders are paired by stem")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model file to write")
+    parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="labelled planes of a stack, from 0")
+    add_label_options(parser)
+    parser.add_argument(
+        "--one-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
+    )
+    parser.add_argument(
+        "--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometres, kept on the model's card"
+    )
+    parser.add_argument("--start", type=Path, metavar="MODEL", help="go on from this model with these slices")
+    parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
+    add_settings(parser)
+    add_common(parser, _distill)
+
+
+def _distill(args: argparse.Namespace) -> int:
+    from distillfss_core.io.images import READABLE
+    from distillfss_core.io.writing import check_output
+
+    given = given_settings(args)
+    settings = DistillSettings(**given)
+    if args.without_backbone and settings.weights == "random":
+        raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
+    if args.output.suffix.lower() in READABLE:
+        raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
+    check_output(args.output)
+
+    from distillfss_core.models.student import KEEP_BACKBONE, StudentModel
+    from distillfss_core.nn.pretrained import can_be_found_again
+    from distillfss_core.support.support_set import load_support
+    from distillfss_core.training import iter_distill
+
+    start = None
+    if args.start:
+        start = StudentModel.load(args.start, device=settings.device, weights=settings.weights)
+        settings = _settings_of(start, given, args.start)
+    support = load_support(
+        args.images,
+        args.labels,
+        planes=args.planes,
+        classes=args.classes,
+        scribbles=args.scribbles,
+        pixel_size=args.pixel_size or (start.pixel_size if start else None),
+        one_volume=args.one_volume,
+    )
+    step: TrainStep | None = None
+    interrupted = False
+    try:
+        with progress("preparing") as bar:
+            run = iter_distill(support, settings, start=start)
+            if args.without_backbone and not can_be_found_again(run.backbone):
+                raise SettingsError(KEEP_BACKBONE)
+            for step in run:
+                show_step(bar, step)
+    except KeyboardInterrupt:
+        interrupted = True
+        if step is None:
+            say("interrupted before the first step; nothing was saved")
+            return INTERRUPTED
+    model = run.result()
+    model.save(args.output, with_backbone=not args.without_backbone)
+    if interrupted and step is not None:
+        best = model.training["best_step"]
+        say(
+            f"interrupted at step {step.index} of {step.total} ({step.stage}); "
+            f"the best model so far, of step {best}, is saved in {args.output}"
+        )
+    _print_model(args, model)
+    return INTERRUPTED if interrupted else FINE
+
+
+def _settings_of(start: StudentModel, given: dict[str, Any], path: Path) -> DistillSettings:
+    """The settings given, with those that a model to start from has already decided."""
+    form = start.head.form
+    decided = {
+        "backbone": start.backbone.spec.name,
+        "student": form.student,
+        "decoder": form.decoder,
+        "teacher": form.teacher,
+        "width": form.width,
+        "zoom": start.preprocess.zoom,
+        "intensity": start.preprocess.scope,
+    }
+    for name, value in decided.items():
+        if given.get(name, value) != value:
+            raise SettingsError(
+                f"{option_flag(name)} {given[name]} does not go with --start: {path} has {value}; leave the option out"
+            )
+    return DistillSettings(**{**given, **decided})
+
+
+def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
+    size = args.output.stat().st_size
+    if args.json:
+        print_json({"model": str(args.output), "bytes": size, **model.card})
+        return
+    record = model.training
+    print(f"{args.output}: {format_mb(size)}, {list_classes(model.class_names)}, zoom {model.preprocess.zoom}")
+    line = f"{record['steps']} steps in {record['seconds']:.0f} s on {record['device']}"
+    if record.get("left_out_iou") is not None:
+        line += f"; best at step {record['best_step']}, IoU {record['left_out_iou']:.3f} on the slice kept apart"
+    print(line)

@@ -1,0 +1,94 @@
+"""distillfss info: what a student or a head file holds."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillfss_core.cli.console import (
+    FINE,
+    add_common,
+    print_json,
+)
+from distillfss_core.errors import (
+    ModelFileError,
+)
+
+if TYPE_CHECKING:
+    pass
+from distillfss_core.cli.console import format_mb
+
+# info and backbones
+
+
+def add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
+    add_common(parser, _info, threads=False)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from distillfss_core.models.card import read_card
+    from distillfss_core.nn.checkpoint import kind_of
+    from distillfss_core.nn.pretrained import HEAD_FILE, read_head_card
+
+    is_head = kind_of(args.file) == HEAD_FILE.name
+    card = read_head_card(args.file) if is_head else read_card(args.file)
+    if args.json:
+        print_json(card)
+        return FINE
+    try:
+        lines = _head_lines(card) if is_head else _card_lines(card)
+    except (KeyError, TypeError, ValueError) as fault:
+        raise ModelFileError(f"{args.file}: its card is damaged ({type(fault).__name__} {fault})") from fault
+    print(f"{'file':12}{args.file}, {format_mb(card['bytes'])}")
+    for name, text in lines:
+        print(f"{name:12}{text}")
+    return FINE
+
+
+def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A model's card in words."""
+    head, prepared, training = card["head"], card["preprocess"], card["training"]
+    pixel = card["pixel_size_um"]
+    lines = [
+        ("created", card["created"]),
+        ("classes", ", ".join(f"{k} {name}" for k, name in enumerate(card["classes"], 1))),
+        ("pixel size", " x ".join(f"{p:g}" for p in pixel) + " um (y x x)" if pixel else "not given"),
+        ("backbone", _backbone_text(card)),
+        ("form", ", ".join(f"{name} {value}" for name, value in head.items())),
+        ("input", f"{prepared['channels']} channel(s), zoom {prepared['zoom']}, intensity by {prepared['scope']}"),
+    ]
+    if training:
+        text = f"{training['method']}, {training['steps']} steps, best {training['best_step']}"
+        lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))
+        if training.get("left_out_iou") is not None:
+            lines.append(("kept apart", f"slice {training['left_out_slice']}, IoU {training['left_out_iou']:.3f}"))
+        lines.append(("slices", ", ".join(training["support"])))
+    return lines
+
+
+def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A meta-trained head's card in words."""
+    training = card["training"]
+    scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
+    return [
+        ("name", card.get("name", "")),
+        ("backbone", _backbone_text(card)),
+        ("size", f"{card['parameters']} parameters, decoder width {card['width']}"),
+        (
+            "training",
+            f"{training['steps']} steps of {training['settings']['tasks']} tasks, {training['hours']} h on "
+            f"{training['device']}",
+        ),
+        ("held out", ", ".join(scores)),
+        *(("data", f"{row['name']} ({row['pictures']} pictures, {row['licence']})") for row in card["data"]),
+        *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
+    ]
+
+
+def _backbone_text(card: dict[str, Any]) -> str:
+    backbone = card["backbone"]
+    inside = "in the file" if card["backbone_inside"] else "not in the file"
+    return f"{backbone['name']}, weights {backbone['weights']} ({inside}), licence {backbone['license']}"

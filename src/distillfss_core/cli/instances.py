@@ -1,0 +1,99 @@
+"""distillfss instances: objects numbered over a whole volume."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
+from distillfss_core.errors import OutputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.objects.instances import InstanceStep
+from distillfss_core.cli.options import is_label_folder, parse_channel, parse_whole
+from distillfss_core.cli.segment import follow_steps
+
+
+def add_instances(commands: Any) -> None:
+    parser = commands.add_parser(
+        "instances",
+        help="number the objects of a labelled volume and measure them",
+        description="Number the objects of a labelled volume of any size, over the whole of it, and measure them.",
+    )
+    parser.add_argument("input", type=Path, metavar="LABELS", help="from distillfss segment, or any volume of labels")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="NAME.ome.zarr")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measures, a row an object: .csv or .parquet")
+    parser.add_argument("--image", type=Path, metavar="VOLUME", help="whose mean over each object is measured, too")
+    parser.add_argument(
+        "--image-level", type=parse_whole, default=0, metavar="N", help="resolution that was segmented (0)"
+    )
+    parser.add_argument("--channel", type=parse_channel, metavar="C", help="of the image: number from 0, or name")
+    parser.add_argument("--time", type=parse_whole, metavar="T", help="of the image: time point, from 0")
+    parser.add_argument("--value", type=positive, metavar="N", help="label of the class (default: whatever is not 0)")
+    parser.add_argument(
+        "--watershed",
+        type=float,
+        metavar="RADIUS",
+        help="cut touching objects apart: radius of a typical one, in micrometres (voxels where no scale is known)",
+    )
+    parser.add_argument(
+        "--connectivity",
+        type=int,
+        choices=(6, 18, 26),
+        default=6,
+        help="with how many neighbours a voxel is connected, without --watershed (6)",
+    )
+    parser.add_argument("--min-voxels", type=positive, default=1, metavar="N", help="leave smaller objects out (1)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where a run that was stopped or killed had come to"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    add_common(parser, _instances, threads=False)
+
+
+def _instances(args: argparse.Namespace) -> int:
+    from distillfss_core.objects.instances import iter_instances
+    from distillfss_core.volumes.volume import open_volume
+
+    if not is_label_folder(args.output):
+        raise OutputError(f"cannot write {args.output}: numbered objects are a volume; end its name in .ome.zarr")
+    with ExitStack() as stack:
+        labels = stack.enter_context(open_volume(args.input))
+        image = None
+        if args.image:
+            how = {"level": args.image_level, "channel": args.channel, "time": args.time}
+            image = stack.enter_context(open_volume(args.image, **how))
+        run = iter_instances(
+            labels,
+            args.output,
+            table=args.table,
+            image=image,
+            value=args.value,
+            method="components" if args.watershed is None else "watershed",
+            connectivity=args.connectivity,
+            radius=args.watershed,
+            min_voxels=args.min_voxels,
+            resume=args.resume,
+            overwrite=args.overwrite,
+        )
+        report = follow_steps(run, "instances", "block", _show_stage, args.output)
+    if report is None:
+        return INTERRUPTED
+    if args.json:
+        print_json({**asdict(report), "path": str(report.path)})
+        return FINE
+    small = f", {report.too_small} left out as too small" if report.too_small else ""
+    print(f"{report.path}: {report.objects} objects{small}, {report.seconds:.0f} s")
+    return FINE
+
+
+def _show_stage(bar: tqdm[NoReturn], step: InstanceStep) -> None:
+    if bar.total != step.total or step.index < bar.n:
+        bar.reset(step.total)
+    bar.set_description(step.stage, refresh=False)
+    bar.update(step.index - bar.n)

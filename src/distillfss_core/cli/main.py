@@ -1,0 +1,137 @@
+"""The command distillfss: parse, call the core, print."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.cli.bench import add_bench
+from distillfss_core.cli.console import (
+    FAULT,
+    INTERRUPTED,
+    USAGE,
+    fail,
+    one_line,
+    say,
+    warnings_shown,
+)
+from distillfss_core.cli.instances import add_instances
+from distillfss_core.errors import (
+    DistillFSSError,
+)
+
+if TYPE_CHECKING:
+    pass
+from distillfss_core.cli.backbones import add_backbones
+from distillfss_core.cli.batch import add_batch_command
+from distillfss_core.cli.demo import add_demo
+from distillfss_core.cli.distill import add_distill
+from distillfss_core.cli.evaluate import add_evaluate
+from distillfss_core.cli.export import add_export
+from distillfss_core.cli.info import add_info
+from distillfss_core.cli.pretrain import add_pretrain
+from distillfss_core.cli.segment import add_segment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; by default those of the process.
+
+    Returns
+    -------
+    int
+        0 fine, 1 an expected fault (one line on stderr said which), 2 wrong usage, 130 interrupted.
+    """
+    try:
+        args = build_parser().parse_args(argv)
+    except SystemExit as end:  # argparse: --help, --version, or a usage fault that it has told
+        return int(end.code or 0)
+    try:
+        with warnings_shown():
+            if getattr(args, "threads", None):
+                import torch
+
+                torch.set_num_threads(args.threads)
+            code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+    except DistillFSSError as fault:
+        return fail(fault)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # "distillfss ... | head": the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAULT
+    except OSError as fault:
+        where = f"{fault.filename}: " if fault.filename else ""
+        return fail(f"{where}{fault.strerror or fault}")
+    except MemoryError:
+        return fail("the machine is out of memory; give smaller images, or fewer views (--views, --cache-mb)")
+    except RuntimeError as fault:
+        if not _is_out_of_memory(fault):
+            raise
+        return fail("the device is out of memory; lower --cache-mb, --crop or --queries, or use --device cpu")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; ``parse_args(...).run`` is the function that carries one out."""
+    parser = _Parser(
+        prog="distillfss",
+        description="Few-shot segmentation for microscopy: label a few slices, distil a small model from them, "
+        "segment the rest.",
+    )
+    parser.add_argument("--version", action=_Version, help="show the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    add_distill(commands)
+    add_segment(commands)
+    add_batch_command(commands)
+    add_instances(commands)
+    add_export(commands)
+    add_evaluate(commands)
+    add_info(commands)
+    add_backbones(commands)
+    add_demo(commands)
+    add_pretrain(commands)
+    add_bench(commands)
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong; options are written in full."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"distillfss: error: {one_line(message)}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Looks the version up only when asked."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from distillfss_core import __version__
+
+        print(f"distillfss {__version__}")
+        parser.exit()
+
+
+def _is_out_of_memory(fault: RuntimeError) -> bool:
+    from distillfss_core.nn.device import out_of_memory
+
+    return out_of_memory(fault)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

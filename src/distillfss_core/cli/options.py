@@ -1,0 +1,207 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from contextlib import ExitStack
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillfss_core.errors import (
+    SettingsError,
+)
+from distillfss_core.settings import DistillSettings
+
+if TYPE_CHECKING:
+    from distillfss_core.models.student import StudentModel
+if TYPE_CHECKING:
+    from distillfss_core.labelstore.layout import Part
+    from distillfss_core.models.student import StudentModel
+
+
+# options that commands share
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
+    parser.add_argument(
+        "--pixel-size",
+        type=parse_pixel_size,
+        metavar="Y,X",
+        help="micrometres of a pixel here: zooms as the model needs, which must have been given its own",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        help="float32, bfloat16, float16 (GPUs), int8 (CPUs), or auto: bfloat16 on CUDA, and on CPUs that have it "
+        "where openvino is installed",
+    )
+    parser.add_argument(
+        "--engine",
+        default="auto",
+        help="what runs the network: torch, torch-compiled (takes a minute first), onnxruntime, openvino, or auto, "
+        "the fastest that is installed (default)",
+    )
+    parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--classes",
+        type=parse_names,
+        metavar="NAME,NAME,...",
+        help="what the label values 1, 2, ... mean; by default every value but 0 is the one class",
+    )
+    parser.add_argument(
+        "--scribbles",
+        action="store_true",
+        help="labels are 0 where not annotated, 1 for background, 2, 3, ... for the classes",
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser, kind_of: type = DistillSettings, title: str = "distillation") -> None:
+    """An option for every field of the settings; those not given stay out of the namespace."""
+    group = parser.add_argument_group(f"settings of the {title}")
+    for setting in fields(kind_of):
+        about = setting.metadata
+        kind = {"int": int, "float": float}.get(str(setting.type), str)
+        group.add_argument(
+            option_flag(setting.name),
+            type=kind,
+            default=argparse.SUPPRESS,
+            choices=about.get("choices"),
+            metavar=None if "choices" in about else {int: "N", float: "X"}.get(kind, "TEXT"),
+            help=f"{about['help']} Default: {setting.default}.".replace("%", "%%"),
+        )
+
+
+def given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -> dict[str, Any]:
+    given = vars(args)
+    return {setting.name: given[setting.name] for setting in fields(kind_of) if setting.name in given}
+
+
+def option_flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_planes(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of plane numbers, e.g. 0,5,10")
+    return tuple(map(int, parts))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of differing names, e.g. nucleus,debris")
+    return names
+
+
+def parse_pixel_size(text: str) -> tuple[float, float]:
+    try:
+        y, x = (float(part) for part in text.split(","))
+    except ValueError:
+        y = x = math.nan
+    if not (0 < y < math.inf and 0 < x < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sizes in micrometres, e.g. 0.25,0.25")
+    return y, x
+
+
+_OPENING = ("level", "channel", "time", "series", "axes")
+_VOLUMES_ONLY = (*_OPENING, "region", "mode", "cluster", "resume")
+
+
+def is_label_folder(path: Path) -> bool:
+    """Whether a name is that of labels in OME-Zarr: NAME.zarr, or IMAGE.zarr/labels/NAME."""
+    return path.suffix.lower() == ".zarr" or (path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes)
+
+
+def add_opening(parser: argparse.ArgumentParser) -> None:
+    """Options that say what of a volume is meant."""
+    group = parser.add_argument_group(
+        "volumes", "where labels go to OME-Zarr: OUT is NAME.ome.zarr or IMAGE.ome.zarr/labels/NAME"
+    )
+    group.add_argument(
+        "--region", type=_region, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels to segment, e.g. 0:100,:,512:1024"
+    )
+    group.add_argument(
+        "--level", type=parse_whole, metavar="N", help="resolution of a pyramid; 0 is the finest (default)"
+    )
+    group.add_argument("--channel", type=parse_channel, metavar="C", help="number from 0, name, or all")
+    group.add_argument("--time", type=parse_whole, metavar="T", help="time point, from 0")
+    group.add_argument(
+        "--series", type=parse_whole, metavar="S", help="which image of a file that holds several, from 0"
+    )
+    group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
+    group.add_argument(
+        "--mode",
+        choices=("planes", "smooth", "consensus"),
+        help="planes on their own (default), with their neighbours, or three directions together (slow)",
+    )
+    group.add_argument(
+        "--cluster",
+        metavar="WHERE",
+        help="local, local:N (processes here), slurm:N (jobs) or tcp://HOST:PORT; --device is that of its workers",
+    )
+    group.add_argument("--resume", action="store_true", help="go on where a run that was stopped or killed had come to")
+
+
+def check_no_volume_options(args: argparse.Namespace) -> None:
+    """Options of volumes have no meaning where labels go to images.
+
+    Raises
+    ------
+    SettingsError
+    """
+    given = [name for name in _VOLUMES_ONLY if getattr(args, name) not in (None, False)]
+    if given:
+        raise SettingsError(f"--{given[0]} is for volumes; end the name of the output in .ome.zarr")
+
+
+def load_model(args: argparse.Namespace) -> StudentModel:
+    """The model that the options name, at the pixel size they name."""
+    from distillfss_core.models.student import StudentModel
+
+    device, precision = args.device, args.precision
+    if args.cluster:
+        device, precision = "cpu", "float32" if precision == "auto" else precision
+    model = StudentModel.load(args.model, device=device, precision=precision, weights=args.weights, engine=args.engine)
+    return model.at_pixel_size(args.pixel_size) if args.pixel_size else model
+
+
+def given_opening(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _OPENING if getattr(args, name) is not None}
+
+
+def opening_options(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any]:
+    """Options of `iter_segment`; a cluster is left with the stack."""
+    cluster = None
+    if args.cluster:
+        from distillfss_core.segmentation.cluster import connect
+
+        cluster = stack.enter_context(connect(args.cluster, device=args.device, precision=args.precision))
+    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes", "cluster": cluster}
+
+
+def _region(text: str) -> Part:
+    from distillfss_core.labelstore.layout import parse_region
+
+    try:
+        return parse_region(text)
+    except SettingsError as fault:
+        raise argparse.ArgumentTypeError(str(fault)) from fault
+
+
+def parse_whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
+def parse_channel(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,88 @@
+"""distillfss pretrain: meta-train a head."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distillfss_core.cli.console import (
+    FINE,
+    INTERRUPTED,
+    add_common,
+    cell,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
+from distillfss_core.errors import (
+    SettingsError,
+)
+from distillfss_core.settings import PretrainSettings
+
+if TYPE_CHECKING:
+    from distillfss_core.types import TrainStep
+from distillfss_core.cli.console import make_folder, show_step
+from distillfss_core.cli.options import add_settings, given_settings, parse_names
+
+# pretrain
+
+
+def add_pretrain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "pretrain",
+        help="meta-train a few-shot head over many tasks",
+        description="Meta-train a few-shot head on generated episodes and, with --real, on pictures of your own. "
+        "It can be stopped at any moment (Ctrl-C, kill): the same command goes on where it was.",
+    )
+    parser.usage = f"{parser.prog} -o FOLDER [--real FOLDER ...] [options]"
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="gets checkpoint, curves and head"
+    )
+    parser.add_argument(
+        "--real",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FOLDER",
+        help="sets of pictures (images/ with labels/), or folders of such sets",
+    )
+    parser.add_argument(
+        "--keep-out", type=parse_names, default=(), metavar="SET,SET,...", help="sets not trained on, but judged on"
+    )
+    parser.add_argument("--name", default="", metavar="TEXT", help="name and version for the card")
+    add_settings(parser, PretrainSettings, "meta-training")
+    add_common(parser, _pretrain)
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    settings = PretrainSettings(**given_settings(args, PretrainSettings))
+    if args.keep_out and not args.real:
+        raise SettingsError("--keep-out names sets of --real; give it too")
+    try:
+        from distillfss_core.metatraining.run import PretrainRun, sources
+    except ModuleNotFoundError as fault:
+        raise SettingsError(f"meta-training needs {fault.name}: pip install 'napari-distillfss[pretrain]'") from fault
+
+    make_folder(args.output)
+    real, held_out = sources(args.real, args.keep_out)
+    run = PretrainRun(settings, args.output, real=real, held_out=held_out)
+    step: TrainStep | None = None
+    try:
+        with progress("preparing") as bar:
+            for step in run:
+                show_step(bar, step)
+    except KeyboardInterrupt:
+        run.close()
+        say(f"interrupted at step {run.step} of {settings.steps}; the same command goes on from {args.output}")
+        return INTERRUPTED
+    path = run.finish({"name": args.name} if args.name else {})
+    scores = run.card()["scores"]
+    if args.json:
+        print_json({"head": str(path), "scores": scores})
+        return FINE
+    print(f"{path}, after {run.step} steps, {run.seconds / 3600:.1f} hours")
+    rows = [[name.replace("_", " "), cell(value)] for name, value in scores.items() if name != "step"]
+    print_table(["held-out tasks", "IoU"], rows, left=1)
+    return FINE

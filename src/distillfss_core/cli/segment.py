@@ -1,0 +1,312 @@
+"""distillfss segment: images, stacks, folders and volumes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distillfss_core.cli.console import (
+    FAULT,
+    FINE,
+    INTERRUPTED,
+    add_common,
+    fail,
+    print_json,
+    progress,
+    say,
+)
+from distillfss_core.cli.options import add_opening, check_no_volume_options, is_label_folder, load_model
+from distillfss_core.errors import (
+    ImageError,
+    InputFileError,
+    OutputError,
+    SettingsError,
+)
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.models.student import StudentModel
+    from distillfss_core.types import Array
+from collections.abc import Callable, Generator
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from distillfss_core.models.student import StudentModel
+    from distillfss_core.segmentation.to_zarr import ShardDone
+    from distillfss_core.types import Report, Step
+from distillfss_core.cli.console import make_folder, source_named
+from distillfss_core.cli.options import add_model_options, given_opening, opening_options
+
+# segment
+
+
+def add_segment(commands: Any) -> None:
+    parser = commands.add_parser(
+        "segment",
+        help="segment an image, a stack, a folder or a volume",
+        description="Segment with a model: a folder gives a folder of label images of the same stems, a stack a "
+        "stack, an image an image; where OUT ends in .ome.zarr the input is a volume of any size. Labels are 0 for "
+        "background and 1, 2, ... for the classes.",
+    )
+    parser.add_argument("input", type=Path, metavar="INPUT", help="an image, a stack, a folder, or a volume")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="folder, .tif or .png file, or NAME.ome.zarr"
+    )
+    parser.add_argument("--probabilities", action="store_true", help="write them too (float32 TIFF, a channel a class)")
+    parser.add_argument("--uncertainty", action="store_true", help="write it too (float32 TIFF, 0 sure to 1 no idea)")
+    add_model_options(parser)
+    add_opening(parser)
+    add_common(parser, _segment)
+
+
+def _segment(args: argparse.Namespace) -> int:
+    if is_label_folder(args.output):
+        return segment_volume(args)
+    check_no_volume_options(args)
+    extras = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
+    jobs = _plan_folder(args, extras) if args.input.is_dir() else [_plan_file(args, extras)]
+    written = [path for _, outputs in jobs for path in outputs.values()]
+    present = [path for path in written if path.exists()]
+    if present and not args.overwrite:
+        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
+        raise OutputError(f"{present[0]}{more} already there; give --overwrite, or another name with -o")
+    done, failed = _segment_files(load_model(args), jobs, written, make_folders=args.input.is_dir())
+    if args.json:
+        print_json({"written": [str(path) for path in done], "failed": failed})
+    elif done:
+        what = f"{len(jobs) - failed} of {len(jobs)} files segmented" if failed or len(jobs) > 1 else "segmented"
+        print(f"{what}: {args.output}")
+    return FAULT if failed else FINE
+
+
+_FileJob = tuple[Path, dict[str, Path]]
+"""A file, and by what they are the files to write for it."""
+
+
+def _segment_files(
+    model: StudentModel, jobs: Sequence[_FileJob], written: Sequence[Path], *, make_folders: bool
+) -> tuple[list[Path], int]:
+    """The files that were written, and how many of the jobs failed."""
+    from distillfss_core.io.writing import check_output
+
+    if make_folders:
+        for folder in sorted({path.parent for path in written}):
+            make_folder(folder)
+    for path in written:
+        check_output(path)
+    done: list[Path] = []
+    failed = 0
+    with progress("segmenting", len(jobs), "file") as bar:
+        for source, outputs in jobs:
+            try:
+                _segment_file(model, source, outputs)
+            except (InputFileError, ImageError) as error:  # the other files can still be done
+                failed += 1
+                fail(error)
+            else:
+                done += outputs.values()
+            bar.update()
+    return done, failed
+
+
+def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[_FileJob]:
+    """Each readable file of the folder with the files to write for it; extras go into folders of their own."""
+    from distillfss_core.io.images import READABLE
+    from distillfss_core.volumes.zarr import is_zarr
+
+    if is_zarr(args.input):
+        raise OutputError(f"{args.output} is no name for its labels: {args.input} is a volume; end OUT in .ome.zarr")
+    if args.output.exists() and not args.output.is_dir():
+        raise OutputError(f"{args.output} is a file, but {args.input} is a folder; give a folder with -o")
+    if args.output.suffix.lower() in READABLE:
+        raise OutputError(f"{args.output} is the name of a file, but {args.input} is a folder; give a folder with -o")
+    if args.output.resolve() == args.input.resolve():
+        raise OutputError(f"{args.output} is the folder of the images, which would be lost; give another with -o")
+    jobs: list[_FileJob] = []
+    taken: dict[str, Path] = {}
+    for path in _images_in(args.input):
+        stem = path.stem.removesuffix(".ome")
+        if stem in taken:
+            raise InputFileError(
+                f"{args.input}: {taken[stem].name} and {path.name} have the same stem, so their results would have "
+                "one name; rename one of them"
+            )
+        taken[stem] = path
+        outputs = {"labels": args.output / f"{stem}.tif"}
+        outputs |= {extra: args.output / extra / f"{stem}.tif" for extra in extras}
+        jobs.append((path, outputs))
+    return jobs
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """The readable files of a folder; a line in the log names others."""
+    from distillfss_core.io.images import KINDS_READ, READABLE
+
+    paths = [path for path in sorted(folder.iterdir()) if not path.is_dir() and not path.name.startswith(".")]
+    images = [path for path in paths if path.suffix.lower() in READABLE]
+    if not images:
+        raise InputFileError(f"{folder}: holds no image; put {KINDS_READ} files there")
+    others = [path.name for path in paths if path not in images]
+    if others:
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        logging.getLogger(__name__).warning(
+            "%d file(s) of other kinds in %s are left out: %s", len(others), folder, names
+        )
+    return images
+
+
+def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
+    """The one file and what to write for it."""
+    from distillfss_core.io.images import TIFF_SUFFIXES
+
+    if not args.input.exists():
+        raise InputFileError(f"{args.input}: no such file or folder; check the name")
+    if args.output.is_dir():
+        raise OutputError(f"{args.output} is a folder, but {args.input} is a file; give the name of a file with -o")
+    if args.output.suffix.lower() not in (*TIFF_SUFFIXES, ".png"):
+        raise OutputError(f"cannot write {args.output}: end its name in .tif or .png")
+    for path in (args.input, args.model):
+        if path.exists() and path.resolve() == args.output.resolve():
+            raise OutputError(f"{args.output} is read by this command, and would be lost; give another name with -o")
+    outputs = {"labels": args.output}
+    outputs |= {extra: args.output.with_name(f"{args.output.stem}_{extra}.tif") for extra in extras}
+    return args.input, outputs
+
+
+def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path]) -> None:
+    """Segment one file, plane by plane; each result is written whole or not at all."""
+    from distillfss_core.io.writing import write_float_tiff, write_labels
+
+    planes = _read_planes(source)
+    if len(planes) > 1:
+        if outputs["labels"].suffix.lower() == ".png":
+            raise OutputError(f"{outputs['labels']}: a PNG holds one plane, {source} has {len(planes)}; end it in .tif")
+        _segment_stack(model, planes, source, outputs)
+        return
+    with source_named(str(source)):
+        if len(outputs) == 1:
+            labels = model.predict_labels(planes[0])
+        else:
+            found = model.predict(planes[0])
+            labels = found.labels
+            if "probabilities" in outputs:
+                write_float_tiff(outputs["probabilities"], found.probabilities)
+            if "uncertainty" in outputs:
+                write_float_tiff(outputs["uncertainty"], found.uncertainty)
+    write_labels(outputs["labels"], labels)
+
+
+def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: dict[str, Path]) -> None:
+    """Write as soon as segmented: of the results, no more than one plane is held."""
+    import numpy as np
+    import tifffile
+
+    from distillfss_core.io.writing import atomic_path
+
+    channels = {"probabilities": len(model.class_names) + 1, "uncertainty": 1}
+    shape: tuple[int, int, int] = planes.shape[:3]
+    with ExitStack() as stack:
+        writers = {}
+        for name, path in outputs.items():
+            big = math.prod(shape) * 4 * channels.get(name, 1) > 2**31
+            temporary = stack.enter_context(atomic_path(path))
+            writers[name] = stack.enter_context(tifffile.TiffWriter(temporary, bigtiff=big))
+
+        def label_planes() -> Iterator[Array]:
+            with progress(source.name, len(planes), "plane") as bar:
+                for z, plane in enumerate(planes):
+                    with source_named(f"{source} plane {z}"):
+                        if len(outputs) == 1:
+                            labels = model.predict_labels(plane)
+                        else:
+                            found = model.predict(plane)
+                            labels = found.labels
+                    # Floats hardly shrink: uncompressed, planes can follow one another in one series.
+                    plain: dict[str, Any] = {"contiguous": True, "photometric": "minisblack"}
+                    if "probabilities" in outputs:
+                        writers["probabilities"].write(
+                            found.probabilities, planarconfig="separate", metadata={"axes": "ZCYX"}, **plain
+                        )
+                    if "uncertainty" in outputs:
+                        writers["uncertainty"].write(found.uncertainty, metadata={"axes": "ZYX"}, **plain)
+                    bar.update()
+                    yield labels
+
+        writers["labels"].write(
+            label_planes(),
+            shape=shape,
+            dtype=np.uint8,
+            photometric="minisblack",
+            compression="zlib",
+            metadata={"axes": "ZYX"},
+        )
+
+
+def _read_planes(path: Path) -> Array:
+    """The planes (z y x) or (z y x c) of a file; an image is a stack of one."""
+    from distillfss_core.io.images import read_image, read_stack
+
+    if path.suffix.lower() == ".npy":  # does not say what its axes are: few values in the last one are channels
+        with suppress(ImageError):
+            return read_image(path)[None]
+    return read_stack(path)
+
+
+def segment_volume(args: argparse.Namespace) -> int:
+    """``distillfss segment`` where the output is OME-Zarr."""
+    from distillfss_core.segmentation.to_zarr import iter_segment
+    from distillfss_core.volumes.volume import open_volume
+
+    unable = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
+    if unable:
+        raise SettingsError(f"--{unable[0]} is not written for volumes; segment_lazy in Python computes it on demand")
+    with ExitStack() as stack:
+        volume = stack.enter_context(open_volume(args.input, **given_opening(args)))
+        run = iter_segment(volume, load_model(args), args.output, region=args.region, **opening_options(args, stack))
+        report = follow_steps(run, volume.name, "shard", show_shard, args.output)
+    if report is None:
+        return INTERRUPTED
+    if args.json:
+        print_json(
+            {
+                "labels": str(report.path),
+                "shards_computed": report.computed,
+                "shards_found": report.found,
+                "missing_chunks": report.missing_chunks,
+                "seconds": report.seconds,
+            }
+        )
+        return FINE
+    found = f", {report.found} found finished" if report.found else ""
+    print(f"{report.path}: {report.computed} shards computed{found}, {report.seconds:.0f} s")
+    return FINE
+
+
+def follow_steps(
+    run: Generator[Step, None, Report], what: str, unit: str, show: Callable[[tqdm[NoReturn], Step], None], out: Path
+) -> Report | None:
+    """The report of a run that can be resumed; None if it was interrupted."""
+    from distillfss_core.types import drain
+
+    try:
+        with progress(what, unit=unit) as bar:
+            return drain(run, lambda step: show(bar, step))
+    except KeyboardInterrupt:
+        run.close()
+        say(f"interrupted; what is finished is kept, and --resume goes on from {out}")
+        return None
+
+
+def show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:
+    if bar.total != step.total or step.index < bar.n:
+        bar.reset(step.total)
+    if not step.computed and not bar.n:
+        bar.initial = step.index  # found finished: says nothing of the pace
+    bar.update(step.index - bar.n)

@@ -1,0 +1,210 @@
+"""Image files as arrays: planes and stacks, TIFF, PNG, JPEG, BMP and .npy."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.types import Array
+
+TIFF_SUFFIXES = (".tif", ".tiff")
+PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+READABLE = (*TIFF_SUFFIXES, *PILLOW_SUFFIXES, ".npy")
+KINDS_READ = "TIFF, PNG, JPEG, BMP or .npy"
+
+_MOST_PIXELS = 1 << 31
+"""Of a PNG, JPEG or BMP, which is decoded whole: a small file can claim any size."""
+
+PathLike = str | os.PathLike[str]
+
+# What decoders raise on files that are cut short or damaged.
+DECODER_FAULTS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    ZeroDivisionError,
+    SyntaxError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+    tifffile.TiffFileError,
+    Image.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels:
+    """What a file holds: (y x), (y x c), (z y x) or (z y x c), and which of them."""
+
+    array: Array
+    stack: bool
+    channels: bool
+
+
+def read_image(path: PathLike) -> Array:
+    """Read one plane.
+
+    Palettes become RGB; an alpha channel that is the same everywhere is dropped, any other is kept as a channel.
+
+    Returns
+    -------
+    array, shape (y, x) or (y, x, c)
+        The dtype is the file's.
+
+    Raises
+    ------
+    InputFileError
+        If the file is missing, of an unknown kind or damaged.
+    ImageError
+        If it holds a stack, or several images of different sizes.
+    """
+    pixels = read_pixels(Path(path))
+    return single_plane(pixels, Path(path)).array
+
+
+def read_stack(path: PathLike) -> Array:
+    """Read a stack of planes; one plane is a stack of one. Errors are those of `read_image`.
+
+    Returns
+    -------
+    array, shape (z, y, x) or (z, y, x, c)
+    """
+    pixels = read_pixels(Path(path), npy_stack=True)
+    return pixels.array if pixels.stack else pixels.array[None]
+
+
+def read_pixels(path: Path, palette_numbers: bool = False, npy_stack: bool = False) -> Pixels:
+    """Read any readable file; ``npy_stack``: the first of three axes of a .npy file is z."""
+    suffix = path.suffix.lower()
+    if not path.exists():
+        raise InputFileError(f"{path}: no such file; check the name")
+    if path.is_dir():
+        raise InputFileError(f"{path}: is a folder; give a file")
+    if suffix not in READABLE:
+        raise InputFileError(f"{path}: cannot read {suffix or 'a file without suffix'!r}; give {KINDS_READ}")
+    try:
+        if suffix in TIFF_SUFFIXES:
+            return _read_tiff(path)
+        if suffix == ".npy":
+            return _read_npy(path, npy_stack)
+        return _plane(_read_pillow(path, palette_numbers))
+    except (ImageError, InputFileError):
+        raise
+    except MemoryError as fault:
+        raise InputFileError(f"{path}: does not fit into memory; cut it into smaller files") from fault
+    except DECODER_FAULTS as fault:
+        why = " ".join(str(fault).split())[:160] or type(fault).__name__
+        raise InputFileError(f"{path}: cannot be read ({why}); check that the file is whole") from fault
+
+
+def _plane(array: Array) -> Pixels:
+    return Pixels(array, stack=False, channels=array.ndim == 3)
+
+
+def _read_tiff(path: Path) -> Pixels:
+    with tifffile.TiffFile(path) as file:
+        if len(file.series) != 1:
+            sizes = ", ".join("x".join(map(str, s.shape)) for s in list(file.series)[:4])
+            raise ImageError(f"{path}: holds {len(file.series)} images ({sizes}); save the one you want on its own")
+        series = file.series[0]
+        axes = series.axes.upper()
+        alpha = bool(getattr(series.keyframe, "extrasamples", ()))
+        array = series.asarray()
+    if array.ndim != len(axes) or 0 in array.shape:
+        raise InputFileError(f"{path}: cannot be read (shape {array.shape} for axes {axes}); save it anew")
+    keep = [i for i, (a, n) in enumerate(zip(axes, array.shape, strict=True)) if a in "YX" or n > 1]
+    array = array.reshape([array.shape[i] for i in keep])
+    axes = "".join(axes[i] for i in keep)
+    channel = [i for i, a in enumerate(axes) if a in "CS"]
+    depth = [i for i, a in enumerate(axes) if a not in "CSYX"]
+    if sorted(a for a in axes if a in "YX") != ["X", "Y"] or len(channel) > 1 or len(depth) > 1:
+        raise ImageError(f"{path}: has axes {axes} {array.shape}; give y x, y x c, z y x or z y x c (one time point)")
+    array = array.transpose([*depth, axes.index("Y"), axes.index("X"), *channel])
+    if channel and alpha:
+        array = _without_plain_alpha(array)
+    return Pixels(array, stack=bool(depth), channels=array.ndim == 3 + bool(depth))
+
+
+def _read_npy(path: Path, stack: bool) -> Pixels:
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3, 4) or 0 in array.shape:
+        raise ImageError(f"{path}: holds an array of shape {np.shape(array)}; give y x, y x c, z y x or z y x c")
+    if array.ndim == 4:
+        return Pixels(array, stack=True, channels=True)
+    if array.ndim == 3 and (stack or array.shape[2] > 16):  # nobody has that many channels: z y x
+        return Pixels(array, stack=True, channels=False)
+    return _plane(array)
+
+
+def _read_pillow(path: Path, palette_numbers: bool) -> Array:
+    with open(path, "rb") as file:
+        head = file.read(26)
+    # Pillow cuts 16-bit colour PNGs to 8 bits without a word.
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6):
+        import imagecodecs  # large, and of use for such files alone
+
+        array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
+        return _without_plain_alpha(array) if head[25] in (4, 6) else array
+    with open(path, "rb") as file, _open_picture(file, head) as file_picture:
+        if math.prod(file_picture.size) > _MOST_PIXELS:
+            width, height = file_picture.size
+            raise InputFileError(
+                f"{path}: has {width} x {height} pixels, a {path.suffix[1:].upper()} may have at most {_MOST_PIXELS}; "
+                "save it as TIFF"
+            )
+        picture: Image.Image = file_picture
+        if picture.mode in ("P", "PA") and not palette_numbers:
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        elif picture.mode == "PA":
+            return np.asarray(picture)[..., 0]
+        elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F") and not picture.mode.startswith("I;16"):
+            picture = picture.convert("RGB")  # CMYK, YCbCr, Lab, ...
+        array = np.asarray(picture)
+        return _without_plain_alpha(array) if picture.mode in ("LA", "RGBA") else array
+
+
+def _open_picture(file: BinaryIO, head: bytes) -> Image.Image:
+    """As `Image.open`, without its limit of pixels: that one is the whole process's, and scans of slides are larger."""
+    Image.preinit()
+    for kind in ("PNG", "JPEG", "BMP"):
+        factory, accepts = Image.OPEN[kind]
+        if accepts is not None and accepts(head) is True:
+            return factory(file, "")
+    return Image.open(file)
+
+
+def _without_plain_alpha(array: Array) -> Array:
+    """Without the last channel if it is the same everywhere; one channel that is left loses its axis."""
+    if array.shape[-1] not in (2, 4) or (array[..., -1] != array[..., -1].flat[0]).any():
+        return array
+    array = array[..., :-1]
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def single_plane(pixels: Pixels, path: Path) -> Pixels:
+    if pixels.stack:
+        raise ImageError(
+            f"{path}: is a stack of {len(pixels.array)} planes where one plane is wanted; save one plane as a file, "
+            "or give the stack together with a stack of labels"
+        )
+    return pixels
+
+
+def check_plane(z: int, depth: int, source: str) -> None:
+    if not 0 <= z < depth:
+        raise SettingsError(f"plane {z} is outside {source}, whose planes are 0 to {depth - 1}; choose others")

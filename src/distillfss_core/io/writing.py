@@ -1,0 +1,183 @@
+"""Results are written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from distillfss_core.errors import ImageError, OutputError
+from distillfss_core.io.images import TIFF_SUFFIXES, PathLike
+from distillfss_core.types import Array
+
+
+def write_labels(path: PathLike, array: Array) -> None:
+    """Write labels as TIFF (zlib) or PNG, by the path's suffix; whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Ending in .tif, .tiff or (one plane only) .png.
+    array : integer or bool array, shape (y, x) or (z, y, x)
+        Written as uint8 if no label is larger than 255, else as uint16.
+
+    Raises
+    ------
+    ImageError
+        If the array is no label image, or holds a number outside 0..65535.
+    OutputError
+        If the suffix is another or the file cannot be written; an older file stays as it was.
+    """
+    path = Path(path)
+    if array.ndim not in (2, 3) or array.dtype.kind not in "bui" or array.size == 0:
+        raise ImageError(f"{path.name}: labels are integers y x or z y x, this is {array.dtype} {array.shape}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ImageError(f"{path.name}: holds the label {low if low < 0 else high}; labels must be within 0..65535")
+    array = np.ascontiguousarray(array, np.uint8 if high <= 255 else np.uint16)
+    suffix = path.suffix.lower()
+    if suffix in TIFF_SUFFIXES:
+        _write_tiff(path, array, "YX" if array.ndim == 2 else "ZYX")
+    elif suffix == ".png" and array.ndim == 2:
+        with atomic_path(path) as temporary:
+            Image.fromarray(array).save(temporary, format="PNG")
+    elif suffix == ".png":
+        raise OutputError(f"{path.name}: a PNG holds one plane, these are {len(array)}; end the name in .tif")
+    else:
+        raise OutputError(f"{path.name}: cannot write {suffix or 'a file without suffix'!r}; end it in .tif or .png")
+
+
+def write_float_tiff(path: PathLike, array: Array, axes: str | None = None) -> None:
+    """Write probabilities or uncertainty as a float32 TIFF (zlib); whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Ending in .tif or .tiff.
+    array : floating array
+        Any shape that ``axes`` names.
+    axes : str, optional
+        One letter a dimension; by default YX, CYX (probabilities of a plane) or ZCYX.
+
+    Raises
+    ------
+    ImageError
+        If the axes do not name the array's dimensions.
+    OutputError
+        If the suffix is another or the file cannot be written; an older file stays as it was.
+    """
+    path = Path(path)
+    axes = axes or {2: "YX", 3: "CYX", 4: "ZCYX"}.get(array.ndim, "")
+    if len(axes) != array.ndim or array.size == 0:
+        raise ImageError(f"{path.name}: axes {axes!r} do not name the dimensions of an array of shape {array.shape}")
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        raise OutputError(f"{path.name}: floats are written as TIFF; end the name in .tif")
+    _write_tiff(path, np.ascontiguousarray(array, np.float32), axes)
+
+
+def write_stack(path: PathLike, array: Array) -> None:
+    """Write a grey stack as TIFF (zlib) in its own type; whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Ending in .tif or .tiff.
+    array : integer or floating array, shape (z, y, x)
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written; an older file stays as it was.
+    """
+    _write_tiff(Path(path), np.ascontiguousarray(array), "ZYX")
+
+
+def check_output(path: Path) -> None:
+    """Find out now, not after hours, that a file could not be written.
+
+    Raises
+    ------
+    OutputError
+    """
+    folder = _target(path).parent
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as fault:
+        raise OutputError(f"cannot write {path}: {fault.strerror}; write elsewhere") from fault
+
+
+def _target(path: Path) -> Path:
+    """The file that a path stands for, through links; it can lie there."""
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise OutputError(f"cannot write {path}: there is no folder {target.parent}; make it first")
+    if target.is_dir():
+        raise OutputError(f"cannot write {path}: it is a folder; give the name of a file")
+    return target
+
+
+@contextmanager
+def atomic_path(path: PathLike) -> Iterator[Path]:
+    """Write to the path this gives; at the end it takes the place of ``path``, whole or not at all.
+
+    The temporary file lies in the same folder and has the same suffix. If anything is raised inside, it is removed
+    and what was at ``path`` stays as it was.
+
+    Raises
+    ------
+    OutputError
+        In place of any OSError: no such folder, no permission, no space left, ...
+    """
+    named = Path(path)
+    target = _target(named)
+    temporary = target.with_name(f".{target.name[:60]}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OutputError:
+        raise
+    except OSError as fault:
+        raise OutputError(f"cannot write {named}: {fault_reason(fault)}") from fault
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def fault_reason(fault: OSError) -> str:
+    """What went wrong and what to do, in a line."""
+    advice = {
+        errno.ENOSPC: "free some space or write elsewhere",
+        errno.EDQUOT: "free some space or write elsewhere",
+        errno.EACCES: "choose a folder you may write to",
+        errno.EPERM: "choose a folder you may write to",
+        errno.EROFS: "choose a folder you may write to",
+    }.get(fault.errno or 0, "nothing was changed")
+    what = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
+    return f"{what}; {advice}"
+
+
+def _write_tiff(path: Path, array: Array, axes: str) -> None:
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            array,
+            photometric="minisblack",
+            planarconfig="separate" if axes.startswith("C") and len(array) > 1 else None,
+            compression="zlib",
+            metadata={"axes": axes},
+            bigtiff=array.nbytes > 2**31,
+        )

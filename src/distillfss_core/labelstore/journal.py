@@ -1,0 +1,149 @@
+"""What a long run has finished: a file of lines that each prove themselves, added to as the work goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from distillfss_core.errors import InputFileError, OutputError
+from distillfss_core.io.writing import fault_reason
+
+FORMAT = "distillfss-record"
+VERSION = 1
+
+
+class Record:
+    """A header that says what the run is, then a line for each piece of work that is done.
+
+    A line is a CRC-32 and JSON. Lines are added and forced to disk one by one, so that after a kill or a power cut all
+    but the last are whole; a last one that is not is left out and written over. While it is open no other process can
+    open it.
+
+    Parameters
+    ----------
+    path : path
+        The folder is there.
+    header : mapping, optional
+        JSON-able; for a new record. Of an old one, the header it has is read.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written, or another run has it open.
+    InputFileError
+        If there is an old one that is no record, or of a newer program.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        self._file = _open(path, create=header is not None)
+        try:
+            self.header = self._read(header)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Write a line and force it to disk.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written; what was there stays good.
+        """
+        self._write(_line(entry))
+        self.entries.append(dict(entry))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, line: bytes) -> None:
+        start = self._file.tell()
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file.fileno())
+        except OSError as fault:
+            with suppress(OSError):
+                self._file.truncate(start)
+            self._file.seek(start)
+            raise OutputError(f"cannot write {self.path}: {fault_reason(fault)}") from fault
+
+    def _read(self, header: Mapping[str, Any] | None) -> dict[str, Any]:
+        content = self._file.readall()
+        if header is not None and b"\n" not in content:  # new, or killed as it was
+            self._file.seek(0)
+            self._file.truncate()
+            content = _line({"format": FORMAT, "version": VERSION, **header})
+            self._write(content)
+        good = 0
+        lines = []
+        for raw in content.splitlines(keepends=True):
+            found = _parse(raw)
+            if found is None:
+                break
+            lines.append(found)
+            good += len(raw)
+        if not lines or lines[0].get("format") != FORMAT:
+            raise InputFileError(f"{self.path}: is no record of a run, or damaged; delete the output and begin anew")
+        if lines[0].get("version") != VERSION:
+            raise InputFileError(f"{self.path}: is a record of another program version; go on with that version")
+        self._file.seek(good)
+        self._file.truncate()
+        self.entries = lines[1:]
+        return lines[0]
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(raw: bytes) -> dict[str, Any] | None:
+    """The entry of a line; None if it is not whole."""
+    if not raw.endswith(b"\n") or raw[8:9] != b" " or raw[:8] != b"%08x" % zlib.crc32(raw[9:-1]):
+        return None
+    found = json.loads(raw[9:-1])
+    return found if isinstance(found, dict) else None
+
+
+def _open(path: Path, *, create: bool) -> FileIO:
+    """The file, locked; what was removed or replaced before it was locked is let go."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | (os.O_CREAT if create else 0), 0o666)
+
+    while True:
+        try:
+            file = FileIO(str(path), "r+", opener=opener)
+        except OSError as fault:
+            raise OutputError(f"cannot write {path}: {fault_reason(fault)}") from fault
+        try:
+            _lock(file, path)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                    return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    """Keep others out until the file is closed or the process ends, however it ends."""
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows: two runs at a time are not noticed
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        raise OutputError(f"{path}: another run is writing here; wait for it, or stop it") from fault

@@ -1,0 +1,167 @@
+"""Levels, shards and chunks of labels on disk: pure geometry."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from distillfss_core.errors import SettingsError
+from distillfss_core.labelstore.store import as_box
+
+_SHARD = 1 << 23  # voxels of a shard, about
+_SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
+_CHUNK = 512  # side of a chunk at most
+_DEEPEST = 8  # levels at most
+_SMALLEST = 512  # the coarsest level fits into such a square
+
+Index = tuple[int, int, int]
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""A part of a volume: (z0, z1), (y0, y1), (x0, x1)."""
+
+Part = Sequence[tuple[int | None, int | None]]
+"""A box as it is asked for, along z, y and x; None is where the volume begins or ends."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How labels are laid out; depends on nothing but the volume's size and scale and the model's grid of tiles.
+
+    Parameters
+    ----------
+    shapes : of every level, (z, y, x)
+    factors : of every level, how many voxels of the finest one of its voxels covers along z, y, x
+    shard, chunk : (z, y, x), of every level
+    dtype : str
+    """
+
+    shapes: tuple[Index, ...]
+    factors: tuple[Index, ...]
+    shard: Index
+    chunk: Index
+    dtype: str = "uint8"
+
+    def whole(self, level: int) -> Box:
+        """All of a level."""
+        return as_box((0, n) for n in self.shapes[level])
+
+    def shards(self, level: int, region: Box) -> Iterator[Index]:
+        """Shards of a level that touch a region (in voxels of that level), plane by plane."""
+        yield from product(*(range(a // n, -(-b // n)) for (a, b), n in zip(region, self.shard, strict=True)))
+
+    def box(self, level: int, at: Index) -> Box:
+        """The voxels that a shard holds."""
+        spans = zip(at, self.shard, self.shapes[level], strict=True)
+        return as_box((i * n, min((i + 1) * n, length)) for i, n, length in spans)
+
+    def coarser(self, level: int, region: Box) -> Box:
+        """A region of the finest level in voxels of another."""
+        return as_box((a // f, -(-b // f)) for (a, b), f in zip(region, self.factors[level], strict=True))
+
+    def step(self, level: int) -> Index:
+        """How many voxels of the level before one voxel of this covers, along z, y, x."""
+        fine = self.factors[level - 1]
+        return tuple(a // b for a, b in zip(self.factors[level], fine, strict=True))  # type: ignore[return-value]
+
+    def sources(self, level: int, at: Index) -> list[Index]:
+        """The shards of the level before that a shard is made of."""
+        step = self.step(level)
+        finer = as_box(
+            (a * f, min(b * f, n))
+            for (a, b), f, n in zip(self.box(level, at), step, self.shapes[level - 1], strict=True)
+        )
+        return list(self.shards(level - 1, finer))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shape": self.shapes[0],
+            "levels": len(self.shapes),
+            "shard": self.shard,
+            "chunk": self.chunk,
+            "dtype": self.dtype,
+        }
+
+
+def plan_layout(
+    shape: Sequence[int],
+    tile: tuple[int, int],
+    scale: Sequence[float | None] = (None, None, None),
+    *,
+    dtype: str = "uint8",
+    levels: int | None = None,
+) -> Layout:
+    """Shards of whole tiles, of about 8 million voxels; each level halves y and x, and z where it is as fine.
+
+    Parameters
+    ----------
+    shape : (z, y, x)
+    tile : (y, x)
+        Inner size of the tiles, a multiple of the model's step.
+    scale : (z, y, x)
+        Size of a voxel; where it is not known z is not halved.
+    levels : int, optional
+        How many; by default as many as bring a plane into 512 x 512. (Labels inside an image have as many as it.)
+    """
+    depth, height, width = (int(n) for n in shape[:3])
+    rows, columns = (min(-(-n // t), max(1, _SIDE // t)) * t for n, t in zip((height, width), tile, strict=True))
+    planes = 1 << max(0, int(math.log2(max(1, _SHARD // (rows * columns)))))
+    planes = min(planes, 64, 1 << max(0, (depth - 1).bit_length()))
+    chunk = (min(planes, 4), _divisor(rows), _divisor(columns))
+    return plan_blocks(shape, (planes, rows, columns), chunk, scale, dtype=dtype, levels=levels)
+
+
+def plan_blocks(
+    shape: Sequence[int],
+    shard: Index,
+    chunk: Index,
+    scale: Sequence[float | None] = (None, None, None),
+    *,
+    dtype: str,
+    levels: int | None = None,
+) -> Layout:
+    """Shards and chunks (z, y, x) as given; the rest as for `plan_layout`."""
+    depth, height, width = (int(n) for n in shape[:3])
+    shapes, factors = [(depth, height, width)], [(1, 1, 1)]
+    while len(shapes) < (levels or (_DEEPEST if max(shapes[-1][1:]) > _SMALLEST else 0)):
+        f = factors[-1]
+        z, y, x = scale
+        halve = z is not None and y is not None and x is not None and z * f[0] <= 1.5 * math.sqrt(y * x) * f[1]
+        factors.append((f[0] * 2 if halve and shapes[-1][0] > 1 else f[0], f[1] * 2, f[2] * 2))
+        shapes.append(tuple(-(-n // g) for n, g in zip(shapes[0], factors[-1], strict=True)))  # type: ignore[arg-type]
+    return Layout(tuple(shapes), tuple(factors), shard, chunk, dtype)
+
+
+def _divisor(n: int) -> int:
+    """The largest divisor that is not larger than a chunk."""
+    return n // next(k for k in range(1, n + 1) if n % k == 0 and n // k <= _CHUNK)
+
+
+def parse_region(text: str) -> Part:
+    """Read "z0:z1,y0:y1,x0:x1"; ends may be left out (":50", "10:"), and so may the last axes.
+
+    Raises
+    ------
+    SettingsError
+        If it is no such text.
+    """
+    spans = []
+    for part in text.split(","):
+        ends = [end.strip() for end in part.split(":")]
+        if not all(end.isdecimal() or not end for end in ends) or (len(ends) != 2 and part.strip()):
+            raise SettingsError(f"region {text!r} is not possible; give z0:z1,y0:y1,x0:x1, e.g. 0:100,:,512:1024")
+        spans.append((int(ends[0]) if ends[0] else None, int(ends[-1]) if ends[-1] else None))
+    if len(spans) > 3:
+        raise SettingsError(f"region {text!r} has {len(spans)} axes; give z, y and x")
+    return [*spans, *[(None, None)] * (3 - len(spans))]
+
+
+def slices(box: Box) -> tuple[slice, slice, slice]:
+    """A box for numpy."""
+    return slice(*box[0]), slice(*box[1]), slice(*box[2])
+
+
+def overlap(a: Box, b: Box) -> Box:
+    """What two boxes have in common; empty spans where nothing."""
+    return as_box((max(p[0], q[0]), max(max(p[0], q[0]), min(p[1], q[1]))) for p, q in zip(a, b, strict=True))

@@ -1,0 +1,145 @@
+"""The OME-Zarr 0.5 metadata of labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import zarr
+import zarr.codecs
+import zarr.errors
+
+from distillfss_core.errors import OutputError
+from distillfss_core.io.images import DECODER_FAULTS
+from distillfss_core.labelstore.layout import Layout
+
+OME_VERSION = "0.5"
+
+_COLOURS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (145, 209, 194))
+
+
+@dataclass(frozen=True)
+class About:
+    """What is written beside the labels for others to read.
+
+    Parameters
+    ----------
+    name : str
+    scale, origin : (z, y, x)
+        As of a `Volume`.
+    unit : str or None
+    classes : names of the labels 1, 2, ...; none for instances
+    provenance : mapping
+        JSON-able: the model, the volume, the program.
+    image : str or None
+        Path from the labels to their image.
+    """
+
+    name: str
+    scale: tuple[float | None, float | None, float | None]
+    origin: tuple[float, float, float]
+    unit: str | None
+    classes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+    image: str | None = None
+
+
+def check_place(path: Path) -> None:
+    """Labels are put beside an image, or under its labels; never onto it."""
+    if path.is_file():
+        raise OutputError(f"{path}: is a file; labels are a folder, give another name")
+    inside = image_of(path)
+    if not path.parent.is_dir() and not (inside and inside.is_dir()):
+        raise OutputError(f"cannot make {path}: there is no folder {path.parent}; make it first")
+    if inside and not (inside / "zarr.json").is_file():
+        raise OutputError(
+            f"{path}: {inside} is no OME-Zarr 0.5 image, so labels of 0.5 cannot lie in it; give a name beside it"
+        )
+
+
+def image_of(path: Path) -> Path | None:
+    """The image in which labels called IMAGE/labels/NAME lie."""
+    return path.parent.parent if path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes else None
+
+
+def write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str, Any]) -> list[Any]:
+    """Groups and arrays as they must be; those that are there already stay."""
+    arrays = []
+    for level, shape in enumerate(layout.shapes):
+        with suppress(*DECODER_FAULTS):
+            arrays.append(zarr.open_array(path / str(level), mode="r+"))
+            continue
+        (path / str(level) / "zarr.json").unlink(missing_ok=True)
+        arrays.append(
+            zarr.create_array(
+                path / str(level),
+                shape=shape,
+                chunks=layout.chunk,
+                shards=layout.shard,
+                dtype=layout.dtype,
+                compressors=zarr.codecs.ZstdCodec(level=3),
+                fill_value=0,
+                dimension_names=("z", "y", "x"),
+                zarr_format=3,
+            )
+        )
+    attributes = _attributes(layout, about)
+    if "engine" in notes:
+        attributes["distillfss"]["engine"] = notes["engine"]
+    group: Any = _open_group(path)
+    present = group.attrs.asdict()
+    attributes["distillfss"] = present.get("distillfss", attributes["distillfss"])  # how it was begun, what is finished
+    if present != attributes:
+        group.attrs.put(attributes)
+    if image_of(path):
+        labels: Any = _open_group(path.parent)
+        names = list(labels.attrs.asdict().get("ome", {}).get("labels", []))
+        if path.name not in names:
+            labels.attrs["ome"] = {"version": OME_VERSION, "labels": [*names, path.name]}
+    return arrays
+
+
+def _open_group(path: Path) -> Any:
+    """The group in a folder, made if it is not there or was not written to its end."""
+    with suppress(*DECODER_FAULTS):
+        return zarr.open_group(path, mode="r+", zarr_format=3)
+    (path / "zarr.json").unlink(missing_ok=True)
+    return zarr.open_group(path, mode="a", zarr_format=3)
+
+
+def _attributes(layout: Layout, about: About) -> dict[str, Any]:
+    """OME-Zarr 0.5 metadata of a label image, and ours beside it."""
+    unit = {"unit": about.unit} if about.unit else {}
+    scale = [s or 1.0 for s in about.scale]
+    datasets = []
+    for level, factors in enumerate(layout.factors):
+        steps: list[dict[str, Any]] = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factors, strict=True)]}]
+        # the centre of the first voxel of this level, seen from that of the finest
+        shift = [o + s * (f - 1) / 2 for o, s, f in zip(about.origin, scale, factors, strict=True)]
+        if any(shift):
+            steps.append({"type": "translation", "translation": shift})
+        datasets.append({"path": str(level), "coordinateTransformations": steps})
+    image: dict[str, Any] = {"version": OME_VERSION}
+    if about.classes:
+        colours = [
+            {"label-value": k, "rgba": [*_COLOURS[(k - 1) % len(_COLOURS)], 255]}
+            for k in range(1, len(about.classes) + 1)
+        ]
+        image["colors"] = [{"label-value": 0, "rgba": [0, 0, 0, 0]}, *colours]
+        names = ("background", *about.classes)
+        image["properties"] = [{"label-value": k, "class": name} for k, name in enumerate(names)]
+    if about.image:
+        image["source"] = {"image": about.image}
+    multiscale = {
+        "name": about.name,
+        "axes": [{"name": a, "type": "space", **unit} for a in "zyx"],
+        "datasets": datasets,
+        "type": "mode" if about.classes else "nearest",
+    }
+    return {
+        "ome": {"version": OME_VERSION, "multiscales": [multiscale], "image-label": image},
+        "distillfss": dict(about.provenance),
+    }

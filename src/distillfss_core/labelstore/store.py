@@ -1,0 +1,333 @@
+"""Labels of a volume on disk: an OME-Zarr 0.5 pyramid, written shard by shard beside a record of what is finished.
+
+A shard is one file of many chunks. A task writes one whole shard, and no other task writes there::
+
+    level 0   +--------+--------+--------+      level 1   +--------+----+
+              | shard  |        |        |                |        |    |   made of up to eight shards of level 0,
+              +--------+--------+--------+      <-        +--------+----+   by the label that most of 2 x 2 (x 2)
+              |        |        |        |                                  voxels have
+              +--------+--------+--------+
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+import zarr.codecs
+import zarr.errors
+
+from distillfss_core.errors import InputFileError, OutputError, SettingsError
+from distillfss_core.io.writing import fault_reason
+from distillfss_core.labelstore.journal import Record
+from distillfss_core.labelstore.layout import Box, Index, Layout, slices
+from distillfss_core.labelstore.metadata import About, check_place, image_of, write_metadata
+from distillfss_core.labelstore.pyramid import coarsen_labels
+from distillfss_core.types import Array
+
+log = logging.getLogger(__name__)
+RECORD = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
+_TELLING = ("device", "mode", "tile")  # settings that are short enough to be told
+
+
+def as_box(spans: Iterator[tuple[int, int]] | Any) -> Box:
+    z, y, x = spans
+    return z, y, x
+
+
+def _within(a: Box, b: Sequence[Sequence[int]]) -> bool:
+    return all(q[0] <= p[0] and p[1] <= q[1] for p, q in zip(a, b, strict=True))
+
+
+class LabelStore:
+    """Labels that are being written, or were.
+
+    Parameters
+    ----------
+    path : path
+        Folder of the labels: a name of its own, or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
+    layout : Layout
+    about : About
+    settings : mapping
+        JSON-able; what has to be the same for a run to go on.
+    resume : bool
+        Whether to go on where another run stopped; otherwise there must not be one.
+    notes : mapping
+        JSON-able; kept with a new run, given back as ``notes`` when going on. An "engine" is written beside the labels.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written, is another's, or another run writes there now.
+    SettingsError
+        If what is there was begun with other settings.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Layout,
+        about: About,
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.layout, self._majority = path, layout, bool(about.classes)
+        settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
+        check_place(path)
+        mine = (path / RECORD).is_file()
+        if mine and not resume:
+            raise OutputError(f"{path}: is there already; resume it, overwrite it, or give another name")
+        if not mine and any(f.is_file() and f.parent != (path / RECORD).parent for f in path.rglob("*")):
+            raise OutputError(f"{path}: is there already and not from here; give another name")
+        with _told(path):
+            (path / RECORD).parent.mkdir(parents=True, exist_ok=True)
+        self.record = Record(path / RECORD, {"settings": settings, "notes": dict(notes or {})})
+        try:
+            self._check_settings(settings)
+            self.notes: dict[str, Any] = self.record.header["notes"]
+            with _told(path):
+                for left in path.rglob("*.partial"):
+                    left.unlink(missing_ok=True)  # of writes that were killed
+                _remove_rest(path)
+                self._arrays = write_metadata(path, layout, about, self.notes)
+        except BaseException:
+            self.record.close()
+            raise
+        self._done: dict[tuple[int, Index], dict[str, Any]] = {}
+        for entry in self.record.entries:
+            self._remember(entry)
+        self._trusted: set[tuple[int, Index]] = set()
+
+    @property
+    def arrays(self) -> Sequence[Any]:
+        """The zarr array of every level."""
+        return self._arrays
+
+    def missing(self, level: int, at: Index, box: Box) -> list[Box]:
+        """What has to be computed before this part of a shard is finished: nothing if it is on disk as it was written.
+
+        A file that the record does not know, or knows otherwise, may be half-written: it is removed, and whatever
+        else was finished in it has to be computed again as well.
+        """
+        entry = self._done.get((level, at))
+        if entry is not None and (level, at) not in self._trusted:
+            if entry["file"] == _file_digest(self.file(level, at)):
+                self._trusted.add((level, at))
+            else:
+                log.warning("%s: shard %s of level %d is not as it was written; it is done again", self.path, at, level)
+                lost = [as_box(map(tuple, b)) for b in entry["boxes"]]
+                self._forget(level, at)
+                if any(_within(box, b) for b in lost):
+                    return lost
+                return [*(b for b in lost if not _within(b, box)), box]
+        if entry is None:
+            self._forget(level, at)
+            return [box]
+        return [] if any(_within(box, b) for b in entry["boxes"]) else [box]
+
+    def write(self, level: int, box: Box, labels: Array) -> str:
+        """Put labels into (a part of) one shard and force it to disk; returns the digest of its file.
+
+        Raises
+        ------
+        OutputError
+            If the disk is full, and so on.
+        """
+        return write_shard(self.path, self._arrays[level], self.layout, level, box, labels)
+
+    def note(self, level: int, at: Index, boxes: Sequence[Box], digest: str, made_from: str = "") -> None:
+        """Put into the record that these parts of a shard are finished."""
+        known = self._done.get((level, at))
+        before = [as_box(map(tuple, b)) for b in (known["boxes"] if known else [])]
+        kept = [b for b in before if not any(_within(b, new) for new in boxes)]
+        entry = {"level": level, "at": at, "boxes": [*kept, *boxes], "file": digest, "from": made_from}
+        self.record.add(json.loads(json.dumps(entry)))
+        self._remember(self.record.entries[-1])
+        self._trusted.add((level, at))
+
+    def file(self, level: int, at: Index) -> Path:
+        """The file of a shard."""
+        return shard_file(self.path, self._arrays[level], level, at)
+
+    def made_from(self, level: int, at: Index) -> str:
+        """A digest over the shards that a shard of a coarser level is made of."""
+        known = [self._done.get((level - 1, source), {}).get("file", "") for source in self.layout.sources(level, at)]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
+
+    def coarsen(self, level: int, at: Index) -> bool:
+        """Make a shard of a coarser level and note it; False if that was done already.
+
+        A voxel has the label that most of its finer ones have; of instances, that of the first.
+        """
+        origin = self.made_from(level, at)
+        box = self.layout.box(level, at)
+        if not self.missing(level, at, box) and self._done[level, at]["from"] == origin:
+            return False
+        step = self.layout.step(level)
+        labels = np.zeros([b - a for a, b in box], self.layout.dtype)
+        for source in self.layout.sources(level, at):
+            if (level - 1, source) not in self._done or not self._done[level - 1, source]["file"]:
+                continue  # nothing was written there
+            fine = self.layout.box(level - 1, source)
+            part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=self._majority)
+            to = tuple(a // f - start for (a, _), f, (start, _) in zip(fine, step, box, strict=True))
+            labels[tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))] = part
+        self._forget(level, at)
+        self.note(level, at, [box], self.write(level, box, labels), origin)
+        return True
+
+    def finish(self, region: Box) -> None:
+        """Note in the metadata that a region is complete."""
+        with _told(self.path):
+            group: Any = zarr.open_group(self.path, mode="r+")
+            about = dict(group.attrs["distillfss"])
+            regions = [r for r in about.get("finished", []) if not _within(as_box(map(tuple, r)), region)]
+            if not any(_within(region, r) for r in regions):
+                about["finished"] = [*regions, [list(span) for span in region]]
+                group.attrs["distillfss"] = about
+
+    def close(self) -> None:
+        self.record.close()
+
+    def _remember(self, entry: dict[str, Any]) -> None:
+        z, y, x = entry["at"]
+        self._done[entry["level"], (z, y, x)] = entry
+
+    def _forget(self, level: int, at: Index) -> None:
+        self._done.pop((level, at), None)
+        self._trusted.discard((level, at))
+        with _told(self.path):
+            self.file(level, at).unlink(missing_ok=True)
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        before = self.record.header.get("settings", {})
+        differing = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+        if differing:
+            told = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
+            raise SettingsError(
+                f"{self.path}: was begun with another {', '.join(told)}; give what it was begun with, or another name"
+            )
+
+
+def write_shard(path: Path, array: Any, layout: Layout, level: int, box: Box, labels: Array) -> str:
+    """Put labels into one shard, force it to disk, and give the digest of its file ("" where nothing is in it).
+
+    It needs no record, so that workers elsewhere can do it; nobody else may write into this shard meanwhile.
+    """
+    z, y, x = (a // n for (a, _), n in zip(box, layout.shard, strict=True))
+    at = (z, y, x)
+    with _told(path):
+        array[slices(box)] = labels
+        file = shard_file(path, array, level, at)
+        if file.exists():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        return _file_digest(file)
+
+
+def shard_file(path: Path, array: Any, level: int, at: Index) -> Path:
+    return path / str(level) / str(array.metadata.encode_chunk_key(at))
+
+
+def check_apart(path: Path, *inputs: Path | None) -> None:
+    """Labels are put nowhere where something is read, except among the labels of an image.
+
+    Raises
+    ------
+    OutputError
+    """
+    out, image = path.resolve(), image_of(path)
+    for given in inputs:
+        if given is None:
+            continue
+        read = given.resolve()
+        among = image is not None and image.resolve() == read
+        if out == read or out in read.parents or (read in out.parents and not among):
+            raise OutputError(f"cannot write {path}: {given} is read, and would be lost or changed; give another name")
+
+
+def remove_labels(path: Path) -> None:
+    """Delete labels that were written from here, for another run in their place.
+
+    They are renamed first, so that they are never half there; killed meanwhile, the next run deletes the rest.
+
+    Raises
+    ------
+    OutputError
+        If they are not from here, or are being written.
+    """
+    if not path.exists():
+        return
+    if not (path / RECORD).is_file():
+        raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
+    Record(path / RECORD, {}).close()  # nobody else has it open
+    with _told(path):
+        _remove_rest(path)
+        path.rename(_renamed(path))
+        _remove_rest(path)
+
+
+def _renamed(path: Path) -> Path:
+    """What labels are called while they are deleted."""
+    return path.with_name(f".{path.name}.deleted")
+
+
+def _remove_rest(path: Path) -> None:
+    if (rest := _renamed(path)).exists():
+        shutil.rmtree(rest)
+
+
+def finished_regions(path: Path) -> list[Box] | None:
+    """The regions that are complete, of labels that were written from here; None of others."""
+    if not (path / "zarr.json").is_file():
+        return None
+    about = zarr.open(path, mode="r").attrs.get("distillfss")
+    return [as_box(map(tuple, r)) for r in about.get("finished", [])] if isinstance(about, dict) else None
+
+
+def count_voxels(path: Path, region: Box, classes: int) -> list[int]:
+    """How many voxels of a region of finished labels have each label 0..classes."""
+    array: Any = zarr.open_array(path / "0", mode="r")
+    counts = np.zeros(classes + 1, np.int64)
+    for z, y, x in product(*(range(a, b, n) for (a, b), n in zip(region, array.shards, strict=True))):
+        size = zip((z, y, x), array.shards, region, strict=True)
+        part = np.asarray(array[tuple(slice(start, min(start + n, stop)) for start, n, (_, stop) in size)])
+        counts += np.bincount(part.reshape(-1), minlength=classes + 1)[: classes + 1]
+    return counts.tolist()
+
+
+def _file_digest(file: Path) -> str:
+    try:
+        with open(file, "rb") as data:
+            return hashlib.file_digest(data, "sha256").hexdigest()[:32]
+    except FileNotFoundError:
+        return ""
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the file system refuses, in a line."""
+    try:
+        yield
+    except OSError as fault:
+        if isinstance(fault, (OutputError, InputFileError)):
+            raise
+        raise OutputError(
+            f"cannot write {path}: {fault_reason(fault)}; what is finished is kept, and can be resumed"
+        ) from fault
+    except (ValueError, RuntimeError) as fault:
+        raise OutputError(
+            f"{path}: cannot be written, as what is there is damaged ({' '.join(str(fault).split())[:120]})"
+        ) from fault

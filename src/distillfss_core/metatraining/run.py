@@ -1,0 +1,441 @@
+"""Meta-training: a head, and a backbone if wanted, learn to read a support set from episodes of many tasks.
+
+It can be stopped at any moment.
+
+Source: episodic training of DCAMA (Shi et al., ECCV 2022); the episodes are ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from distillfss_core.errors import ModelFileError, SettingsError
+from distillfss_core.metatraining.curves import draw_curves
+from distillfss_core.metatraining.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
+from distillfss_core.metatraining.real import RealSource
+from distillfss_core.metatraining.task import U8, Task
+from distillfss_core.nn.backbones import (
+    SPECS,
+    TRAINED,
+    Backbone,
+    Encoder,
+    LearningBackbone,
+    backbone_from_state,
+    backbone_spec,
+    load_backbone,
+)
+from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
+from distillfss_core.nn.decoder import SlimDecoder
+from distillfss_core.nn.device import choose_device, seeded
+from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.losses import map_loss, segmentation_loss
+from distillfss_core.nn.pretrained import HeadWeights, halved, load_head, packaged_head, save_head
+from distillfss_core.nn.teachers import DcamaTeacher
+from distillfss_core.settings import PretrainSettings
+from distillfss_core.types import IGNORE, TrainStep
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT_FILE = FileKind("distillfss-pretrain", "checkpoint of a meta-training", 1)
+CHECKPOINT, HEAD, CURVES = "checkpoint.safetensors", "head.safetensors", "curves.png"
+
+KEEP_EVERY = 60.0  # seconds between two checkpoints
+WARM_UP = 200  # steps until the full learning rate
+COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
+KEYS = 128  # support keys a stage in a training step; another draw in every step
+NORM_TASKS = 32  # tasks on which the decoder's skip features are standardised
+LOGGED = 50  # steps that one line of the history stands for
+MAY_CHANGE = {"steps", "workers", "judge_every", "judged", "device", "precision"}
+"""Settings that a training may go on with another value of."""
+
+
+class PretrainRun(Iterator[TrainStep]):
+    """A meta-training under way: iterate it for progress; it keeps its state in a folder and goes on from there.
+
+    Killed at any moment and started again with the same settings and sets, it reaches the same weights (on one
+    machine's CPU).
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    folder : Path
+        Made if need be. It gets ``checkpoint.safetensors`` every minute, ``curves.png`` and, from `finish`,
+        ``head.safetensors``.
+    real, held_out : RealSource, optional
+        Real pictures to train on, and others to judge on; without the former all episodes are generated.
+
+    Raises
+    ------
+    SettingsError
+        If the folder holds a training with other settings or sets, or a backbone is to learn that is not a light one.
+    """
+
+    def __init__(
+        self,
+        settings: PretrainSettings,
+        folder: Path,
+        *,
+        real: RealSource | None = None,
+        held_out: RealSource | None = None,
+    ) -> None:
+        self.settings, self.folder = settings, folder
+        self._real, self._held_out = real, held_out
+        _check_backbone(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.device = choose_device(settings.device, settings.precision)
+        told = _head_to_start_from(settings)
+        backbone = told.trained_backbone() if told else None
+        self.backbone = (backbone or load_backbone(settings.backbone, settings.weights)).to(self.device.torch)
+        self._mix = EpisodeMix(
+            real, synthetic=settings.synthetic, size=settings.size, shots=settings.shots, seed=settings.seed
+        )
+        with seeded(settings.seed):
+            head = FewShotHead(self.backbone.spec, 1, HeadForm("light", "slim", "ours", settings.width))
+        if told:
+            told.put_into(head)
+        self._start = dict(told.card) if told else None
+        self.teacher = head.teacher
+        self.teacher.to(self.device.torch)
+        self._average = self._averaged(self.teacher)
+        self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
+        groups: list[dict[str, Any]] = [{"params": list(self.teacher.parameters()), "share": 1.0}]
+        self._encoder: Encoder = self.backbone
+        self._encoder_average: AveragedModel | None = None
+        if settings.backbone_rate:
+            self._encoder = LearningBackbone(self.backbone).to(self.device.torch)
+            self._encoder_average = self._averaged(self._encoder)
+            self._kept |= {"backbone": self._encoder, "backbone_average": self._encoder_average}
+            groups.append({"params": list(self._encoder.parameters()), "share": settings.backbone_rate})
+        self._parameters = [parameter for group in groups for parameter in group["params"]]
+        self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self._decode: Any = self.teacher.decoder
+        if self.device.kind == "cuda":
+            self._decode = torch.compile(self.teacher.decoder, dynamic=True)
+        self._judged: dict[str, list[Task]] = {}
+        self.history: list[dict[str, float]] = []
+        self._sums: dict[str, float] = {}
+        self.step, self.seconds = 0, 0.0
+        if (folder / CHECKPOINT).exists():
+            self._restore()
+        elif told is None:
+            self._fit_norms()
+        self._generator = self._run()
+
+    def __iter__(self) -> PretrainRun:
+        return self
+
+    def __next__(self) -> TrainStep:
+        return next(self._generator)
+
+    def close(self) -> None:
+        """Stop; what was done since the last checkpoint is kept too."""
+        self._generator.close()
+
+    @property
+    def best_teacher(self) -> DcamaTeacher:
+        """The teacher with its averaged weights."""
+        teacher = self._average.module
+        assert isinstance(teacher, DcamaTeacher)
+        return teacher.eval()
+
+    def best_backbone(self) -> Backbone:
+        """The frozen backbone; where it learns, one of its averaged weights, rounded as a head file keeps them."""
+        if self._encoder_average is None:
+            return self.backbone
+        learnt = self._encoder_average.module
+        assert isinstance(learnt, LearningBackbone)
+        found = backbone_from_state(learnt.spec.name, halved(learnt.state()), f"{TRAINED}{self.backbone.weights}")
+        return found.to(self.device.torch)
+
+    def finish(self, card: dict[str, Any] | None = None) -> Path:
+        """Write the averaged weights as a head file with its model card; returns its path."""
+        path = self.folder / HEAD
+        save_head(path, self.best_teacher, self.best_backbone(), self.card() | (card or {}))
+        return path
+
+    def card(self) -> dict[str, Any]:
+        """How these weights were made: JSON-able."""
+        backbone = self.best_backbone()
+        return {
+            "backbone": {
+                "name": backbone.spec.name,
+                "weights": backbone.weights,
+                "license": backbone.spec.license,
+                "digest": backbone.digest(),
+            },
+            "width": self.settings.width,
+            "parameters": sum(p.numel() for p in self.teacher.parameters()),
+            "training": {
+                "steps": self.step,
+                "tasks": self.step * self.settings.tasks,
+                "hours": round(self.seconds / 3600, 2),
+                "device": str(self.device),
+                "torch": torch.__version__,
+                "settings": asdict(self.settings),
+                "start": self._start,
+            },
+            "data": self._real.licences() if self._real else [],
+            "held_out": self._held_out.licences() if self._held_out else [],
+            "scores": next(
+                (line for line in reversed(self.history) if "real_5_shot" in line or "made_5_shot" in line), {}
+            ),
+        }
+
+    def _run(self) -> Generator[TrainStep, None, None]:
+        settings = self.settings
+        loader: DataLoader[Any] = DataLoader(
+            self._mix,  # type: ignore[arg-type]
+            batch_size=settings.tasks,
+            sampler=range(self.step * settings.tasks, settings.steps * settings.tasks),
+            collate_fn=_as_they_are,
+            num_workers=settings.workers,
+            prefetch_factor=4 if settings.workers else None,
+        )
+        saved = began = time.monotonic()
+        whole = True  # what is interrupted within a step is not kept: the last checkpoint is
+        try:
+            for episodes in loader:
+                whole = False
+                losses = self._train(episodes)
+                self.step += 1
+                now = time.monotonic()
+                self.seconds, began = self.seconds + now - began, now
+                metrics: dict[str, float] = {}
+                for name, value in losses.items():
+                    self._sums[name] = self._sums.get(name, 0.0) + value / LOGGED
+                last = self.step == settings.steps
+                if self.step % settings.judge_every == 0 or last:
+                    metrics = self.judge()
+                if self.step % LOGGED == 0:
+                    self.history.append({"step": self.step, **self._sums})
+                    self._sums = {}
+                if metrics:
+                    self.history.append({"step": self.step, **metrics})
+                whole = True
+                if last or now - saved > KEEP_EVERY:
+                    self.keep()
+                    saved = now
+                yield TrainStep(self.step, settings.steps, losses, metrics, "pretrain")
+        finally:
+            if whole:
+                self.keep()
+
+    def _train(self, episodes: list[Episode]) -> dict[str, float]:
+        for group in self._optimiser.param_groups:
+            group["lr"] = group["share"] * self.settings.learning_rate * _rate(self.step, self.settings.steps)
+        self.teacher.train()
+        rng = np.random.default_rng([self.settings.seed, self.step])
+        with self.device.autocast():
+            terms = self._losses(episodes, rng)
+        self._optimiser.zero_grad(set_to_none=True)
+        torch.stack(list(terms.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        self._optimiser.step()
+        self._average.update_parameters(self.teacher)
+        if self._encoder_average is not None:
+            self._encoder_average.update_parameters(self._encoder)
+        return {name: float(value.detach()) for name, value in terms.items()}
+
+    def _losses(self, episodes: list[Episode], rng: np.random.Generator) -> dict[str, Float[Tensor, ""]]:
+        """All questions of all episodes: the backbone sees each view once, the decoder sees all queries together."""
+        features = self._encode(self._encoder, np.concatenate([e.task.images for e in episodes]))
+        labels = torch.from_numpy(np.concatenate([e.task.labels for e in episodes])).to(self.device.torch)
+        maps, asked, start = [], [], 0
+        for episode in episodes:
+            for question in episode.questions:
+                support = features[torch.tensor(question.support) + start]
+                annotated = torch.from_numpy(question.annotated).to(self.device.torch)
+                keys = self.teacher.encode(
+                    EncodedSupport.of(support, annotated, 1), max_keys=KEYS, offset=float(rng.random())
+                )
+                queries = torch.tensor(question.queries) + start
+                maps.append(self.teacher.coarse(features[queries], keys))
+                asked.append(queries)
+            start += len(episode.task)
+        coarse = CoarseMaps(*(torch.cat(stage) for stage in zip(*maps, strict=True)))
+        views = torch.cat(asked)
+        logits = merge_classes(self._decode(coarse, features[views])).float()
+        target = labels[views].long()
+        present = torch.ones(1, dtype=torch.bool, device=target.device)
+        each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
+        return {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
+
+    def _encode(self, encoder: Encoder, images: U8, most: int = 64) -> FeaturePyramid:
+        x = torch.from_numpy(images).movedim(-1, 1)
+        parts = []
+        with self.device.autocast():
+            for start in range(0, len(x), most):
+                views = self.device.upload(x[start : start + most].contiguous()) / 255.0
+                parts.append(encoder(views).lean().map(Tensor.float))
+        return cat_pyramids(parts)
+
+    def _averaged(self, module: nn.Module) -> AveragedModel:
+        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.average), use_buffers=True)
+
+    def _fit_norms(self) -> None:
+        decoder = self.teacher.decoder
+        assert isinstance(decoder, SlimDecoder)
+        images = np.concatenate([self._mix[i].task.images[:2] for i in range(NORM_TASKS)])
+        decoder.fit_norms(self._encode(self.backbone, images))
+        self._average.module.load_state_dict(self.teacher.state_dict())
+
+    # -- held-out tasks
+
+    @torch.no_grad()
+    def judge(self) -> dict[str, float]:
+        """Mean IoU of the averaged weights on held-out tasks: 1 shot, 5 shots, and 5 shots with foreign masks."""
+        if not self._judged:
+            self._judged = self._make_judged()
+        backbone = self.best_backbone()
+        scores: dict[str, float] = {}
+        for name, tasks in self._judged.items():
+            foreign = with_foreign_masks(tasks)
+            rows = [self._ask(backbone, task, other) for task, other in zip(tasks, foreign, strict=True)]
+            one, five, control = np.mean(rows, 0)
+            scores |= {f"{name}_1_shot": one, f"{name}_5_shot": five, f"{name}_foreign_masks": control}
+        return {name: round(float(value), 4) for name, value in scores.items()}
+
+    def _make_judged(self) -> dict[str, list[Task]]:
+        s = self.settings
+        sources = {"real": self._held_out, "made": None} if self._held_out else {"made": None}
+        return {
+            name: [held_out_task(source, i, views=6, size=s.size, seed=s.seed) for i in range(s.judged)]
+            for name, source in sources.items()
+        }
+
+    def _ask(self, backbone: Backbone, task: Task, foreign: Task) -> tuple[float, float, float]:
+        features = self._encode(backbone, task.images)
+        order = sorted(range(len(task)), key=lambda i: not (task.labels[i] == 1).any())  # views with the object first
+        query, others = order[0], order[1:]
+        found = []
+        for labels, support in ((task.labels, others[:1]), (task.labels, others), (foreign.labels, others)):
+            annotated = torch.from_numpy(labels[support]).to(self.device.torch)
+            with self.device.autocast():
+                keys = self.best_teacher.encode(EncodedSupport.of(features[torch.tensor(support)], annotated, 1))
+                logits = merge_classes(self.best_teacher(features[torch.tensor([query])], keys).logits)
+            found.append(_iou(logits[0].argmax(0).cpu().numpy() == 1, task.labels[query]))
+        return found[0], found[1], found[2]
+
+    # -- state
+
+    def keep(self) -> None:
+        """Write the state of the training, so that it can go on from here, and its curves."""
+        tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
+        for i, state in self._optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{i}.{n}": v for n, v in state.items()}
+        record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings), "data": self._data()}
+        record |= {"history": self.history, "sums": self._sums}
+        write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+        draw_curves(self.history, self.folder / CURVES)
+
+    def _data(self) -> dict[str, list[str]]:
+        """Names of the sets that are trained on, and of those kept out of it."""
+        given = {"real": self._real, "kept_out": self._held_out}
+        return {name: list(source.sets) if source else [] for name, source in given.items()}
+
+    def _restore(self) -> None:
+        path = self.folder / CHECKPOINT
+        record, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
+        before, now = record["settings"], asdict(self.settings)
+        for setting in fields(PretrainSettings):
+            name = setting.name
+            then = before.get(name, setting.default)
+            if name not in MAY_CHANGE and then != now[name]:
+                raise SettingsError(
+                    f"{path} was made with {name} {then!r}, now it is {now[name]!r}; "
+                    "give the same settings to go on, or another folder to start anew"
+                )
+        if "data" not in record:
+            log.warning("%s does not say which sets it was made with; it goes on with those given now", path)
+        elif record["data"] != self._data():
+            raise SettingsError(
+                f"{path} was made with {_sets_text(record['data'])}, now it is given {_sets_text(self._data())}; "
+                "give the same to go on, or another folder to start anew"
+            )
+        if record["step"] > self.settings.steps:
+            raise SettingsError(f"{path} is at step {record['step']} already; give at least as many steps")
+        try:
+            for part, module in self._kept.items():
+                module.load_state_dict(_under(f"{part}.", tensors))
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under("optimiser.", tensors).items():
+                number, _, what = name.partition(".")
+                state.setdefault(int(number), {})[what] = value
+            groups = self._optimiser.state_dict()["param_groups"]
+            self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+        except (RuntimeError, ValueError) as error:
+            raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
+        self.step, self.seconds, self.history = record["step"], record["seconds"], record["history"]
+        self._sums = record["sums"]
+
+
+def sources(folders: Sequence[Path], keep_out: Sequence[str]) -> tuple[RealSource | None, RealSource | None]:
+    """Real pictures to train on, and the sets kept out of it to judge on."""
+    if not folders:
+        return None, None
+    real = RealSource(folders, keep_out=keep_out)
+    return real, RealSource(folders, keep_out=real.sets) if keep_out else None
+
+
+def _sets_text(data: dict[str, list[str]]) -> str:
+    if not data["real"]:
+        return "no real sets"
+    return f"{', '.join(data['real'])} (kept out: {', '.join(data['kept_out']) or 'none'})"
+
+
+def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
+    if settings.start == "none":
+        return None
+    told = packaged_head(settings.backbone) if settings.start == "packaged" else load_head(settings.start)
+    if told is None:
+        raise SettingsError(f"this package holds no head for {settings.backbone}; give start none, or a head file")
+    if (told.backbone_name, told.width) != (settings.backbone, settings.width):
+        raise SettingsError(
+            f"head {told.source} is of {told.backbone_name} with width {told.width}, "
+            f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
+        )
+    return told
+
+
+def _check_backbone(settings: PretrainSettings) -> None:
+    if settings.backbone_rate and not backbone_spec(settings.backbone).light:
+        light = ", ".join(spec.name for spec in SPECS.values() if spec.light)
+        raise SettingsError(
+            f"backbone_rate is {settings.backbone_rate}, but {settings.backbone} is too large to be trained; "
+            f"give 0, or one of {light}"
+        )
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _rate(step: int, steps: int) -> float:
+    """Warm-up, a plateau, and a linear fall: a training may be prolonged while it is on the plateau."""
+    left = (steps - step) / max(1, round(COOL_DOWN * steps))
+    return min(1.0, (step + 1) / WARM_UP, left)
+
+
+def _iou(found: npt.NDArray[np.bool_], labels: U8) -> float:
+    known = labels != IGNORE
+    truth = labels == 1
+    union = int(((found | truth) & known).sum())
+    return float((found & truth & known).sum()) / union if union else 1.0
+
+
+def _as_they_are(episodes: list[Episode]) -> list[Episode]:
+    return episodes

@@ -1,0 +1,1 @@
+"""Models that segment: preprocessing, tiles, engines, files."""

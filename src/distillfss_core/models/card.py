@@ -1,0 +1,61 @@
+"""The card and the thumbnails in the file of a student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillfss_core.nn.checkpoint import FileKind, read_card_file
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.types import evenly
+
+STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 1)
+THUMBNAIL = 96
+
+
+@dataclass(frozen=True, eq=False)
+class Thumbnails:
+    """Small pictures of the support: ``images`` "n t t" uint8 and ``labels`` "n t t" uint8."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.uint8]
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """The card of a student file, without loading the model (its tensors are not checked).
+
+    Raises
+    ------
+    ModelFileError
+        As `StudentModel.load` does.
+    """
+    card, _, header = read_card_file(path, STUDENT_FILE, tensors=False)
+    return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
+
+
+def read_thumbnails(path: str | Path) -> Thumbnails | None:
+    """The support thumbnails of a student file, if it has any."""
+    _, tensors, _ = read_card_file(path, STUDENT_FILE)
+    if "thumbnails.images" not in tensors:
+        return None
+    return Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
+
+
+def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:
+    """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
+    chosen = [support.slices[i] for i in evenly(len(support), most)]
+    images, labels = [], []
+    for labelled in chosen:
+        h, w = labelled.labels.shape
+        rows = ((np.arange(THUMBNAIL) + 0.5) * h / THUMBNAIL).astype(int)
+        columns = ((np.arange(THUMBNAIL) + 0.5) * w / THUMBNAIL).astype(int)
+        small = labelled.image[rows][:, columns].astype(np.float32)
+        small = small.mean(-1) if small.ndim == 3 else small
+        low, high = np.percentile(small, (1, 99))
+        images.append((np.clip((small - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
+        labels.append(labelled.labels[rows][:, columns])
+    return Thumbnails(np.stack(images), np.stack(labels))

@@ -1,0 +1,378 @@
+"""Tiled prediction, the same for every kind of model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distillfss_core.errors import OutOfMemoryError
+from distillfss_core.models.batches import NEVER, PIXELS, PlaneBatches
+from distillfss_core.models.preprocess import Limits, Preprocess, resize
+from distillfss_core.models.tiling import Tile, split_plane
+from distillfss_core.nn.backbones import Backbone
+from distillfss_core.nn.device import Device, out_of_memory, release_memory
+from distillfss_core.types import Array, Segmentation, check_image, likeliest
+
+log = logging.getLogger(__name__)
+TILE = 1024  # inner side of a tile, pixels after zooming
+HALO = 256  # pixels after zooming; a student has its own, measured
+HALOS = (64, 96, 128, 160, 192, 256)
+_HALO_TILE = 192
+SEAMLESS = 0.9995  # labels that tiles and the whole must have in common
+
+
+Window = Callable[[slice, slice], Array]
+"""Reads a window (y, x) of a plane."""
+
+Region = tuple[tuple[int, int], tuple[int, int]]
+"""Part of a plane: (y0, y1), (x0, x1)."""
+
+
+class Segmenter:
+    """Tiled prediction, the same for every kind of model.
+
+    Subclasses say what the logits of a window are.
+    """
+
+    def __init__(
+        self, backbone: Backbone, preprocess: Preprocess, class_names: Sequence[str], *, device: Device, halo: int
+    ) -> None:
+        self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
+        self.device, self.halo = device, halo
+        self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
+        self._batch = PIXELS  # zoomed pixels that the device has memory for at a time
+
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's: `margins`, on a grid of any size
+        that covers it."""
+        raise NotImplementedError
+
+    @property
+    def local(self) -> bool:
+        """Whether tiles agree with one another as they are; otherwise they overlap and are blended."""
+        raise NotImplementedError
+
+    @property
+    def halo_side(self) -> int:
+        """Side in pixels of the part of an image on which `fit_halo` measures."""
+        return round(3 * _HALO_TILE / self.preprocess.zoom_factor)
+
+    def fit_halo(self, image: Array) -> None:
+        """Set ``halo`` to the smallest of `HALOS` whose tiles give the labels of the whole.
+
+        It is measured on the upper left of ``image``, `halo_side` pixels, in small tiles (mirrored where the image is
+        smaller), so the larger tiles of a real prediction do better. Where nothing can be seen (one label everywhere)
+        it stays wide.
+        """
+        if not self.local:
+            return
+        side = self.halo_side
+        plane = self.preprocess.as_channels(image)[:side, :side]
+        plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
+        whole = self.predict_labels(plane, tile=10**6)
+        for self.halo in HALOS:
+            seamless = (self.predict_labels(plane, tile=_HALO_TILE) == whole).mean() >= SEAMLESS
+            if seamless and whole.min() < whole.max():
+                return
+
+    @property
+    def step(self) -> int:
+        """Pixels of the image that tiles must start at multiples of."""
+        return self.backbone.spec.multiple * self.preprocess.zoom_factor.denominator
+
+    def predict(self, image: Array, *, tile: int = TILE) -> Segmentation:
+        """Segment one plane.
+
+        Parameters
+        ----------
+        image : array, shape (y, x) or (y, x, c)
+            Any integer, bool or floating dtype; finite.
+        tile : int
+            Inner side of a tile in pixels after zooming; memory grows with its square, the answer stays the same.
+
+        Returns
+        -------
+        Segmentation
+            Labels, probabilities and uncertainty at the image's size.
+
+        Raises
+        ------
+        ImageError
+            If the image cannot be used or has other channels than the model.
+        OutOfMemoryError
+            If even the smallest tile does not fit into the device's memory.
+        """
+        check_image(image)
+        return Segmentation.of(self.predict_region(*self._whole(image), tile=tile))
+
+    def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
+        """Labels alone, shape (y, x), uint8: probabilities of the whole plane are held only where they are blended."""
+        check_image(image)
+        return self.region_labels(*self._whole(image), tile=tile)
+
+    def predict_region(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+    ) -> npt.NDArray[np.float32]:
+        """Probabilities of a part of a plane: bit for bit those that the whole plane would have there.
+
+        The tiles are those of the whole plane; the ones that touch the region are computed, on the windows that the
+        whole would have given them::
+
+            +-------+-------+-------+
+            |       |  :    |       |      four tiles touch the region ":"; each is computed with its halo,
+            +-------+::+----+-------+      so regions that are made of whole tiles waste nothing
+            |       |  :    |       |
+            +-------+-------+-------+
+
+        (Where a device runs out of memory, smaller tiles are taken, which may change single labels.)
+
+        Parameters
+        ----------
+        read : function of two slices (y, x)
+            Gives that window of the plane, "y x" or "y x c".
+        shape : (y, x)
+            Of the whole plane.
+        region : ((y0, y1), (x0, x1))
+            Within the plane.
+        limits : Limits
+            Intensities that become 0 and 1, of the whole plane: see `Preprocess.limits`.
+        tile : int
+            As for `predict`.
+
+        Returns
+        -------
+        float32 array, shape (k + 1, y1 - y0, x1 - x0)
+        """
+        (y0, y1), (x0, x1) = region
+        if not self.local:
+            return self._blended(read, shape, region, limits, tile)
+        probabilities = np.empty((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
+        for where, found in self._windows(read, shape, region, limits, tile):
+            to, frm = _overlap(where.inner, where.outer, region)
+            probabilities[:, to[0], to[1]] = _probabilities(found)[:, frm[0], frm[1]]
+        return probabilities
+
+    def region_labels(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+    ) -> npt.NDArray[np.uint8]:
+        """Labels of a part of a plane, shape (y1 - y0, x1 - x0); as `predict_region` otherwise."""
+        if not self.local:
+            return likeliest(self._blended(read, shape, region, limits, tile))
+        (y0, y1), (x0, x1) = region
+        labels = np.empty((y1 - y0, x1 - x0), np.uint8)
+        for where, found in self._windows(read, shape, region, limits, tile):
+            to, frm = _overlap(where.inner, where.outer, region)
+            labels[to] = _labels(found[:, frm[0], frm[1]])
+        return labels
+
+    @property
+    def batched(self) -> bool:
+        """Whether the device computes many planes at once, see `stack_labels`."""
+        return self.device.kind == "cuda" and self.local and self._room == math.inf
+
+    def stack_labels(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Sequence[Limits], *, tile: int = TILE
+    ) -> npt.NDArray[np.uint8]:
+        """Labels of a part of several planes, shape (n, y1 - y0, x1 - x0), many planes at once (`PlaneBatches`).
+
+        They are those of `region_labels` but for rounding, and do not depend on the number of planes.
+
+        Parameters
+        ----------
+        read : function of two slices (y, x)
+            Gives that window of all planes, "n y x" or "n y x c"; finite.
+        shape, region, tile
+            As for `predict_region`.
+        limits : sequence of Limits
+            Intensities of each plane that become 0 and 1.
+        """
+        (y0, y1), (x0, x1) = region
+        labels = np.empty((len(limits), y1 - y0, x1 - x0), np.uint8)
+        batches = PlaneBatches(self._margins, self.preprocess, self.device, step=self.step, pixels=self._batch)
+        for where in self.tiles(shape, tile=tile):
+            if not _touches(where.inner, region):
+                continue
+            to, frm = _overlap(where.inner, where.outer, region)
+            windows = self.preprocess.stack_channels(read(*where.outer))
+            if not batches.label(windows, frm, limits, labels[:, to[0], to[1]]):
+                for i, own in enumerate(limits):  # in smaller tiles
+                    labels[i] = self.region_labels(partial(_one_plane, read, i), shape, region, own, tile=tile)
+                return labels
+        batches.finish()
+        self._batch = batches.pixels
+        return labels
+
+    def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+        """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
+        check_image(image)
+        for where, found in self._windows(*self._whole(image), tile):
+            yield where, _probabilities(found)[:, where.crop[0], where.crop[1]]
+
+    def tiles(self, shape: tuple[int, int], *, tile: int = TILE) -> list[Tile]:
+        """The tiles of a plane of ``shape`` (y, x), row by row."""
+        zoom = self.preprocess.zoom_factor
+        return list(split_plane(shape, max(1, round(tile / zoom)), round(self.halo / zoom), self.step))
+
+    def reach(self, shape: tuple[int, int], region: Region, *, tile: int = TILE) -> Region:
+        """The part of a plane that `predict_region` reads to answer for a region."""
+        seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
+        return (min(y0), max(y1)), (min(x0), max(x1))
+
+    def digest(self) -> str:
+        """What the answers depend on, as a hexadecimal number: weights, classes, preprocessing and halo."""
+        found = hashlib.sha256(self.backbone.digest().encode())
+        about = [self.class_names, self.preprocess.to_json(), self.halo, self.backbone.spec.name]
+        found.update(json.dumps(about, sort_keys=True).encode())
+        for name, tensor in self._own_tensors():
+            found.update(name.encode())
+            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
+
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return self.digest(), self.device.precision
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What it holds beside the backbone, by name."""
+        raise NotImplementedError
+
+    def _whole(self, image: Array) -> tuple[Window, tuple[int, int], Region, Limits]:
+        plane = self.preprocess.as_channels(image)
+        shape = (plane.shape[0], plane.shape[1])
+        return lambda y, x: plane[y, x], shape, ((0, shape[0]), (0, shape[1])), self.preprocess.limits(plane)
+
+    def _blended(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+    ) -> npt.NDArray[np.float32]:
+        """Probabilities in which neighbouring windows fade into one another across their halos."""
+        (y0, y1), (x0, x1) = region
+        total = np.zeros((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
+        weight = np.zeros((y1 - y0, x1 - x0), np.float32)
+        for where, found in self._windows(read, shape, region, limits, tile):
+            fade = where.y.fade()[:, None] * where.x.fade()
+            to, frm = _overlap(where.outer, where.outer, region)
+            total[:, to[0], to[1]] += (_probabilities(found) * fade)[:, frm[0], frm[1]]
+            weight[to] += fade[frm]
+        total /= weight
+        return total
+
+    def _windows(
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+    ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+        """The tiles that have a say in a region, and the margins "k y x" of their whole windows.
+
+        Where the device runs out of memory, the rest and all that comes later goes on in smaller tiles (a warning says
+        so).
+        """
+        zoom = self.preprocess.zoom_factor
+        side, halo = min(max(1, round(tile / zoom)), max(shape)), round(self.halo / zoom)
+        todo = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+
+        def split(todo: list[Tile], side: int) -> list[Tile]:
+            return [part for old in todo for part in _split_tile(old, shape, side, halo, self.step)]
+
+        while side * zoom > self._room:  # halved as it was then, so that the tiles are the same
+            side //= 2
+            todo = split(todo, side)
+        short = False
+        while todo:
+            where = todo[0]
+            fault: Exception | None = None
+            try:
+                pixels = self.preprocess.as_channels(read(*where.outer))
+                check_image(pixels)
+                found = self._window(self.preprocess.to_tensor(pixels, limits)).cpu().numpy()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                fault = error.with_traceback(None)  # a traceback would keep the failed tensors alive
+            if fault is None:
+                if short:
+                    self._room = side * zoom
+                todo.pop(0)
+                yield where, found
+                continue
+            side, short = side // 2, True
+            if side < self.step:
+                raise OutOfMemoryError(
+                    f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
+                    "use --device cpu, or free the device"
+                ) from fault
+            log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
+            release_memory(self.device)
+            todo = split(todo, side)
+
+    @torch.inference_mode()
+    def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k h w"]:
+        """Margins of a window whose start lies on the grid; its far ends are padded to the grid."""
+        h, w = window.shape[-2:]
+        pad = (-h % self.step, -w % self.step)
+        if any(pad):
+            window = torch.from_numpy(np.pad(window.numpy(), ((0, 0), (0, pad[0]), (0, pad[1])), mode="symmetric"))
+        zoom = self.preprocess.zoom_factor
+        x = window[None].to(self.device.torch)
+        x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
+        found = self._margins(x).float().clamp_min_(NEVER)
+        return resize(found, (h + pad[0], w + pad[1]))[0, :, :h, :w]
+
+
+def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Of "k y x" margins, "k+1 y x", background first. Of whole windows: at the end of a row another kind of
+    instruction may round a pixel otherwise."""
+    with_background = torch.from_numpy(np.concatenate([np.zeros_like(margins[:1]), margins]))
+    return with_background.softmax(0).numpy()
+
+
+def _labels(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Of "k y x" margins, the likeliest class of each pixel; `likeliest` of their probabilities, but for rounding."""
+    if len(margins) == 1:
+        result: npt.NDArray[np.uint8] = (margins[0] > 0).astype(np.uint8)
+        return result
+    return likeliest(np.concatenate([np.zeros_like(margins[:1]), margins]))
+
+
+def _one_plane(read: Window, i: int, y: slice, x: slice) -> Array:
+    plane: Array = read(y, x)[i]
+    return plane
+
+
+def _touches(part: tuple[slice, slice], region: Region) -> bool:
+    return all(s.start < stop and start < s.stop for s, (start, stop) in zip(part, region, strict=True))
+
+
+def _overlap(
+    part: tuple[slice, slice], window: tuple[slice, slice], region: Region
+) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """Where ``part`` of a plane lies within the region, and within its window."""
+    to, frm = [], []
+    for p, w, (start, stop) in zip(part, window, region, strict=True):
+        a, b = max(p.start, start), min(p.stop, stop)
+        to.append(slice(a - start, b - start))
+        frm.append(slice(a - w.start, b - w.start))
+    return (to[0], to[1]), (frm[0], frm[1])
+
+
+def _split_tile(old: Tile, shape: tuple[int, ...], side: int, halo: int, step: int) -> list[Tile]:
+    """The smaller tiles that lie within a larger one."""
+    (y0, y1), (x0, x1) = old.y.inner, old.x.inner
+    parts = []
+    for part in split_plane((y1 - y0, x1 - x0), side, 0, step):
+        spans = []
+        for axis, start, length in ((part.y, y0, shape[0]), (part.x, x0, shape[1])):
+            a, b = axis.inner[0] + start, axis.inner[1] + start
+            grown = -(-halo // step) * step
+            spans.append(replace(axis, inner=(a, b), outer=(max(0, a - grown), min(length, b + grown))))
+        parts.append(Tile(*spans))
+    return parts

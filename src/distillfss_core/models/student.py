@@ -1,0 +1,256 @@
+"""The student: a light segmenter in a file of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from distillfss_core.errors import ModelFileError, SettingsError
+from distillfss_core.models.batches import PIXELS
+from distillfss_core.models.card import STUDENT_FILE, Thumbnails
+from distillfss_core.models.engines import Runner, StudentNetwork, choose_engine, choose_precision
+from distillfss_core.models.preprocess import ZOOMS, Preprocess
+from distillfss_core.models.segmenter import HALO, Segmenter
+from distillfss_core.nn.backbones import Backbone, backbone_from_state
+from distillfss_core.nn.checkpoint import read_card_file, write_card_file
+from distillfss_core.nn.device import Device, choose_device
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.pretrained import can_be_found_again, find_backbone
+from distillfss_core.types import Array
+
+KEEP_BACKBONE = (
+    "the backbone's weights were trained with a head of your own and are in no package; keep them in the student's file"
+)
+
+
+class StudentModel(Segmenter):
+    """A light segmenter of its own: backbone, ConvDist, decoder, preprocessing and a card, in one file.
+
+    It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        head: FewShotHead,
+        preprocess: Preprocess,
+        class_names: Sequence[str],
+        *,
+        device: Device,
+        engine: str = "auto",
+        halo: int = HALO,
+        pixel_size: tuple[float, float] | None = None,
+        training: dict[str, Any] | None = None,
+        thumbnails: Thumbnails | None = None,
+        samples: UInt8[Array, "n 3 s s"] | None = None,
+        created: str | None = None,
+    ) -> None:
+        super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
+        self.head = head.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # as the features are
+        self.pixel_size = pixel_size
+        self.training = training or {}
+        self.thumbnails, self.samples = thumbnails, samples
+        self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
+        self.network = StudentNetwork(self.backbone, self.head)
+        self._run = self._runner(engine, device)
+
+    @property
+    def local(self) -> bool:
+        return self.network.local
+
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return *super().__dask_tokenize__(), self.engine
+
+    @property
+    def engine(self) -> str:
+        """What runs the network: "torch", "torch-compiled", "onnxruntime" or "openvino"."""
+        return self._run.engine
+
+    def _runner(self, engine: str, device: Device) -> Runner:
+        if device.precision == "int8" and self.samples is None:
+            raise SettingsError(
+                "this student was made before students kept samples of their support, which precision int8 needs; "
+                "distil it again, or use precision float32"
+            )
+        return Runner(self.network, choose_engine(engine, device, self.network), device, self.samples)
+
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        return self._run(image)
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(sorted(self.head.state_dict().items()))
+
+    def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
+        """Move to another device, precision or engine, as for `load`; returns self."""
+        chosen = choose_device(device, precision)
+        if precision == "auto":
+            chosen = replace(chosen, precision=choose_precision(chosen, engine, self.network))
+        self._run = self._runner(engine, chosen)
+        self.device, self._room, self._batch = chosen, math.inf, PIXELS
+        self.backbone.to(chosen.torch)
+        self.head.to(chosen.torch)
+        return self
+
+    def with_engine(self, engine: str) -> StudentModel:
+        """The same student, run by another engine (as for `load`) in the same precision; this one stays as it is."""
+        other = copy.copy(self)
+        other._run = other._runner(engine, other.device)
+        return other
+
+    def at_pixel_size(self, pixel_size: tuple[float, float]) -> StudentModel:
+        """The same student for images of another pixel size: objects come to the size it was trained on.
+
+        Parameters
+        ----------
+        pixel_size : (float, float)
+            Micrometres (y, x) of the images to come; their geometric mean counts, and the nearest zoom on offer is
+            taken.
+
+        Raises
+        ------
+        SettingsError
+            If the student does not know its own pixel size, or one is not positive.
+        """
+        if self.pixel_size is None:
+            raise SettingsError(
+                "this student was made without a pixel size, so it cannot be scaled; give --pixel-size when distilling"
+            )
+        if not all(0 < p < math.inf for p in pixel_size):
+            raise SettingsError(f"pixel size {pixel_size} is not possible; give two positive numbers in micrometres")
+        wanted = float(self.preprocess.zoom_factor) * math.sqrt(math.prod(pixel_size) / math.prod(self.pixel_size))
+        zoom = min(ZOOMS, key=lambda z: abs(math.log(float(z) / wanted)))
+        scaled = copy.copy(self)
+        scaled.preprocess = replace(self.preprocess, zoom=str(zoom))
+        scaled.pixel_size = pixel_size  # zoom and pixel size belong together
+        return scaled
+
+    @property
+    def card(self) -> dict[str, Any]:
+        """What the model is: JSON-able, the same before saving and after loading."""
+        return {
+            "format": STUDENT_FILE.name,
+            "format_version": STUDENT_FILE.version,
+            "created": self.created,
+            "classes": list(self.class_names),
+            "pixel_size_um": list(self.pixel_size) if self.pixel_size else None,
+            "backbone": {
+                "name": self.backbone.spec.name,
+                "weights": self.backbone.weights,
+                "license": self.backbone.spec.license,
+                "digest": self.backbone.digest(),
+            },
+            "head": self.head.form.to_json(),
+            "preprocess": self.preprocess.to_json(),
+            "halo": self.halo,
+            "training": self.training,
+        }
+
+    def save(self, path: str | Path, *, with_backbone: bool = True) -> None:
+        """Write one safetensors file, whole or not at all.
+
+        Parameters
+        ----------
+        with_backbone : bool
+            False leaves the backbone's weights out; loading then needs them packaged, on the hub or in a file, and
+            checks their digest.
+
+        Raises
+        ------
+        SettingsError
+            If weights are to be left out that could not be found again: they were trained with a head of one's own.
+        OutputError
+            If it cannot be written; a file that was there before stays as it was.
+        """
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        if not with_backbone and not can_be_found_again(self.backbone):
+            raise SettingsError(KEEP_BACKBONE)
+        if with_backbone:
+            tensors |= {f"backbone.{name}": value for name, value in self.backbone.state().items()}
+        if self.thumbnails is not None:
+            tensors["thumbnails.images"] = torch.from_numpy(self.thumbnails.images)
+            tensors["thumbnails.labels"] = torch.from_numpy(self.thumbnails.labels)
+        if self.samples is not None:
+            tensors["samples"] = torch.from_numpy(self.samples)
+        write_card_file(path, STUDENT_FILE, self.card, tensors, backbone=str(with_backbone).lower())
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        weights: str = "auto",
+        engine: str = "auto",
+    ) -> StudentModel:
+        """Read a student.
+
+        Parameters
+        ----------
+        path : path
+        device : str
+            Any device, whatever the model was made on.
+        precision : str
+            "float32", "bfloat16", "float16" (GPUs only), "int8" (the fastest on a CPU; from one label in a thousand to
+            one in a hundred differs), or "auto": bfloat16 on CUDA devices that have it, and by OpenVINO on processors
+            that have it (two labels in ten thousand to two in a thousand differ); float32 elsewhere.
+        weights : str
+            Where the backbone's weights are, for a file that was saved without them.
+        engine : {"auto", "torch", "torch-compiled", "onnxruntime", "openvino"}
+            What runs the network; "auto" is the fastest that is installed, see `inference.choose_engine`. In float32
+            their logits differ by rounding alone, and labels where two classes are equally likely to within that.
+
+        Raises
+        ------
+        SettingsError
+            If the device, the precision or the engine is not to be had.
+        ModelFileError
+            If the file is missing, damaged, truncated, newer than this program or of another kind.
+        """
+        path = Path(path)
+        card, tensors, _ = read_card_file(path, STUDENT_FILE)
+        try:
+            chosen = choose_device(device, precision)
+            own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+            about = card["backbone"]
+            backbone = (
+                backbone_from_state(about["name"], own, about["weights"])
+                if own
+                else find_backbone(about["name"], about["digest"], weights, str(path))
+            )
+            head = FewShotHead(backbone.spec, len(card["classes"]), HeadForm(**card["head"]))
+            head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})
+            thumbs = (
+                Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
+                if "thumbnails.images" in tensors
+                else None
+            )
+            pixel = card["pixel_size_um"]
+            model = cls(
+                backbone,
+                head,
+                Preprocess.from_json(card["preprocess"]),
+                tuple(card["classes"]),
+                device=chosen,
+                halo=int(card["halo"]),
+                pixel_size=(float(pixel[0]), float(pixel[1])) if pixel else None,
+                training=card["training"],
+                thumbnails=thumbs,
+                samples=tensors["samples"].numpy() if "samples" in tensors else None,
+                created=card["created"],
+            )
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, SettingsError):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
+        return model.to(chosen.name, precision, engine)

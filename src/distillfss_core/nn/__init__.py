@@ -1,0 +1,1 @@
+"""Networks: backbones, teachers, students, and what they share."""

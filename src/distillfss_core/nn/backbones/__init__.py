@@ -1,0 +1,26 @@
+"""Backbones: what they are (``SPECS``), where their weights come from, and their per-block features.
+
+Importing this package imports torch, but timm only when a backbone is built.
+"""
+
+from distillfss_core.nn.backbones.backbone import (
+    TRAINED,
+    Backbone,
+    Encoder,
+    LearningBackbone,
+    backbone_from_state,
+    load_backbone,
+)
+from distillfss_core.nn.backbones.spec import SPECS, BackboneSpec, backbone_spec
+
+__all__ = [
+    "SPECS",
+    "TRAINED",
+    "Backbone",
+    "BackboneSpec",
+    "Encoder",
+    "LearningBackbone",
+    "backbone_from_state",
+    "backbone_spec",
+    "load_backbone",
+]

@@ -1,0 +1,108 @@
+"""Tensors with a card in one safetensors file: written whole or not at all, refused in one line when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from distillfss_core.errors import ModelFileError
+from distillfss_core.io.writing import atomic_path
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of file: its name inside the file, what people call it, and the newest version that is read."""
+
+    name: str
+    called: str
+    version: int
+
+
+def write_card_file(
+    path: str | Path, kind: FileKind, card: Mapping[str, Any], tensors: Mapping[str, Tensor], **header: str
+) -> None:
+    """Write one safetensors file; ``card`` must be JSON-able, ``header`` goes beside it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; a file that was there before stays as it was.
+    """
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps({"format": kind.name, "format_version": kind.version} | dict(card))
+    metadata = {"format": kind.name, "card": text, "card_digest": _digest_text(text), "digest": _digest(held)}
+    payload = save(held, metadata=metadata | header)
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_bytes(payload)
+
+
+def kind_of(path: str | Path) -> str | None:
+    """Which kind of card file this is, if it is one at all; nothing is checked."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("format")
+    except (SafetensorError, OSError, struct.error):
+        return None
+
+
+def read_card_file(
+    path: str | Path, kind: FileKind, *, tensors: bool = True
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Card, tensors (none unless asked for: then they are not checked either) and the whole header.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is missing, damaged, truncated, newer than this program or of another kind.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise ModelFileError(f"{path}: there is no such file") from error
+    except (SafetensorError, OSError, struct.error) as error:
+        raise ModelFileError(
+            f"{path}: not a readable safetensors file ({error}); it is damaged, truncated or of another kind"
+        ) from error
+    if header.get("format") != kind.name or "card" not in header:
+        raise ModelFileError(f"{path}: a safetensors file, but no {kind.called}")
+    if _digest_text(header["card"]) != header.get("card_digest"):
+        raise ModelFileError(f"{path}: its card does not match its checksum; the file is damaged")
+    try:
+        card = json.loads(header["card"])
+        version = int(card["format_version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path}: its card is damaged") from error
+    if version > kind.version:
+        raise ModelFileError(
+            f"{path}: format version {version} is newer than this program reads ({kind.version}); "
+            "upgrade napari-distillfss"
+        )
+    if tensors and _digest(found) != header.get("digest"):
+        raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
+    return card, found, header
+
+
+def _digest_text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        sha.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        sha.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()

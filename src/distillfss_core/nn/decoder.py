@@ -1,0 +1,260 @@
+"""From coarse maps and skip features to logits: one decoder, shared by teacher and student.
+
+Both decoders are class-agnostic: classes ride in the batch, so a decoder trained on one task serves another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid
+
+
+def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
+    return maps.flatten(0, 1)
+
+
+def _split(x: Float[Tensor, "bk c h w"], classes: int) -> Float[Tensor, "b k c h w"]:
+    """The classes out of the batch again; unlike ``unflatten``, of any size when it is traced."""
+    return x.reshape(-1, classes, x.shape[1], x.shape[2], x.shape[3])
+
+
+class Decoder(nn.Module):
+    """What teacher and student need of a decoder."""
+
+    support_skip = False  # whether it reads the support's features too
+    local = True  # whether the answer at a pixel depends on a bounded neighbourhood only
+
+    def forward(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 h w"]:
+        """Logits (background, foreground) of each class at ``query.size``."""
+        raise NotImplementedError
+
+    def on_grid(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 hg wg"]:
+        """The logits as they are before they are enlarged to ``query.size``, where this is bilinear and the last step.
+
+        So that what comes after can enlarge them once, to the size that it needs.
+        """
+        result: Float[Tensor, "b k 2 hg wg"] = self(coarse, query, support)
+        return result
+
+
+class PublishedDecoder(Decoder):
+    """DCAMA's mixer, layer by layer and name by name.
+
+    Parameters
+    ----------
+    blocks : (int, int, int)
+        Blocks of the fine, mid and deep stage.
+    skip_channels : (int, int)
+        Channels of the last blocks of the stride-4 stage and of the fine stage.
+    support_skip : bool
+        Whether the support's skip features (maximum over shots) are concatenated too.
+    grid : int or None
+        Side of the square grid before the last two doublings; published: 96, i.e. 384 x 384 logits.
+        None takes the size of the stride-4 stage, and logits come out at ``query.size``.
+
+    Source: Shi et al., DCAMA, ECCV 2022, section 3 and published implementation.
+    """
+
+    local = False  # GroupNorm and align_corners look at the whole tile
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int],
+        skip_channels: tuple[int, int],
+        *,
+        support_skip: bool = False,
+        grid: int | None = None,
+    ) -> None:
+        super().__init__()
+        fine, mid, deep = blocks
+        self.support_skip, self.grid = support_skip, grid
+        self.conv1 = _conv_block(deep, (16, 64, 128), (3, 3, 3))
+        self.conv2 = _conv_block(mid, (16, 64, 128), (5, 3, 3))
+        self.conv3 = _conv_block(fine, (16, 64, 128), (5, 5, 3))
+        self.conv4 = _conv_block(128, (128, 128, 128), (3, 3, 3))
+        self.conv5 = _conv_block(128, (128, 128, 128), (3, 3, 3))
+        skips = sum(skip_channels) * (2 if support_skip else 1)
+        self.mixer1 = nn.Sequential(_conv(128 + skips, 128), nn.ReLU(), _conv(128, 64), nn.ReLU())
+        self.mixer2 = nn.Sequential(_conv(64, 64), nn.ReLU(), _conv(64, 16), nn.ReLU())
+        self.mixer3 = nn.Sequential(_conv(16, 16), nn.ReLU(), _conv(16, 2))
+
+    def forward(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 h w"]:
+        k = coarse.deep.shape[1]
+        x = self.conv1(_fold(coarse.deep))
+        mid = self.conv2(_fold(coarse.mid))
+        x = self.conv4(_corner_resize(x, mid.shape[-2:]) + mid)
+        fine = self.conv3(_fold(coarse.fine))
+        x = self.conv5(_corner_resize(x, fine.shape[-2:]) + fine)
+
+        for skip, shots in zip(reversed(query.skips[-2:]), self._support_skips(query, support), strict=True):
+            x = _corner_resize(x, skip.shape[-2:])
+            x = torch.cat([x, skip.repeat_interleave(k, 0), *(s.repeat_interleave(k, 0) for s in shots)], 1)
+        x = _corner_resize(x, (2 * fine.shape[-2], 2 * fine.shape[-1]))
+        if self.grid is not None:
+            x = _corner_resize(x, (self.grid, self.grid))
+        x = self.mixer1(x)
+        x = self.mixer2(_corner_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))
+        x = self.mixer3(_corner_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))
+        if self.grid is None:
+            x = _corner_resize(x, query.size)
+        return _split(x, k)
+
+    def _support_skips(self, query: FeaturePyramid, support: FeaturePyramid | None) -> list[list[Tensor]]:
+        if not self.support_skip:
+            return [[], []]
+        if support is None:
+            raise ValueError("this decoder has a support skip connection: it needs the support's features")
+        b = query.batch
+        shots = [s.unflatten(0, (b, -1)).amax(1) for s in support.skips[-2:]]  # (b n) c h w -> b c h w
+        return [[s] for s in reversed(shots)]
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def _conv_block(inputs: int, outputs: Sequence[int], kernels: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for width, kernel in zip(outputs, kernels, strict=True):
+        layers += [_conv(inputs, width, kernel), nn.GroupNorm(4, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+def _corner_resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+class SkipProjection(nn.Conv2d):
+    """A 1x1 convolution of standardised features, in one step.
+
+    Mean and deviation of the channels are fitted once and then part of the model, so a pixel's answer stays its own.
+    Before `fit` they change nothing.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 1)
+        self.register_buffer("mean", torch.zeros(inputs))
+        self.register_buffer("scale", torch.ones(inputs))
+
+    @torch.no_grad()
+    def fit(self, x: Float[Tensor, "b c h w"]) -> None:
+        self.mean.copy_(x.float().mean((0, 2, 3)))
+        self.scale.copy_(1.0 / (x.float().std((0, 2, 3)) + 1e-4))
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        assert self.bias is not None
+        weight = self.weight * self.scale[:, None, None]
+        return F.conv2d(x, weight, self.bias - (weight[:, :, 0, 0] @ self.mean))
+
+
+class SlimDecoder(Decoder):
+    """A light decoder in which no pixel looks at the whole tile.
+
+    There is no GroupNorm and no align_corners, so what it says at a pixel depends on a bounded
+    neighbourhood only, and tiles agree with the whole plane. The skip features of the finest stage are used
+    (stride 2 where the backbone has it: small objects need it). What is computed from the query alone is
+    computed once for all classes::
+
+        deep --conv--up--+--conv--up--+--conv--+--conv--up--+--conv--conv--up--+--1x1-- logits
+        mid  ------conv--'            |        |            |                  |
+        fine ------------------conv---'        |            |                  |
+        skips (query only) -------------------1x1----------1x1----------------1x1
+
+    Before any training its answer is the mean of the coarse maps against `NEUTRAL` (its last layer
+    starts at zero), so a teacher whose attention means something already segments.
+
+    Parameters
+    ----------
+    blocks : (int, int, int)
+        Blocks of the fine, mid and deep stage.
+    skip_channels : sequence of int
+        Channels of ``FeaturePyramid.skips``, fine to coarse.
+    width : int
+        Channels at the strides of the coarse stages; each detail stage, with four times the pixels of the one below,
+        has half of it.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int],
+        skip_channels: Sequence[int],
+        *,
+        width: int = 32,
+    ) -> None:
+        super().__init__()
+        fine, mid, deep = blocks
+        self.deep = _conv(deep, width)
+        self.mid = _conv(mid, width)
+        self.fine = _conv(fine, width)
+        self.join_mid = _conv(width, width)
+        self.join_fine = _conv(width, width)
+        # finest first, as in FeaturePyramid.skips
+        widths = [max(2, width >> (len(skip_channels) - 1 - level)) for level in range(len(skip_channels))]
+        above = [*widths[1:], width]
+        self.skips = nn.ModuleList(SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True))
+        kernels = [3 if level == 0 else 1 for level in range(len(widths))]
+        self.mixers = nn.ModuleList(_conv(a, w, k) for a, w, k in zip(above, widths, kernels, strict=True))
+        self.refine = nn.ModuleList(_conv(w, w) for w in widths[1:])  # not at the finest level: costly, no gain
+        self.out = _conv(widths[0], 2, 1)
+        nn.init.zeros_(self.out.weight)
+        assert self.out.bias is not None
+        nn.init.zeros_(self.out.bias)
+        self.gain = nn.Parameter(torch.full((3,), 4.0))
+
+    def fit_norms(self, features: FeaturePyramid) -> None:
+        """Fit the skip standardisation on the features of a few support views."""
+        for project, skip in zip(self.skips, features.skips, strict=True):
+            assert isinstance(project, SkipProjection)
+            project.fit(skip)
+
+    def forward(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 h w"]:
+        x = self.on_grid(coarse, query).flatten(0, 1)
+        return _split(F.interpolate(x, query.size, mode="bilinear", align_corners=False), coarse.deep.shape[1])
+
+    def on_grid(
+        self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
+    ) -> Float[Tensor, "b k 2 hg wg"]:
+        k = coarse.deep.shape[1]
+        deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
+        x = F.relu(self.deep(deep - NEUTRAL))
+        x = F.relu(self.join_mid(_resize(x, mid) + self.mid(mid - NEUTRAL)))
+        x = F.relu(self.join_fine(_resize(x, fine) + self.fine(fine - NEUTRAL)))
+        skips = query.skips
+        for level in reversed(range(len(skips))):
+            from_query = self.skips[level](skips[level])
+            x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
+            x = F.relu_(x + from_query if k == 1 else (_split(x, k) + from_query[:, None]).flatten(0, 1))
+            if level > 0:
+                x = F.relu_(x + self.refine[level - 1](x))
+        means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
+        evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
+        return _split(self.out(x) + torch.cat([-evidence, evidence], 1), k)
+
+
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    size = like.shape[-2:]
+    if x.shape[-2:] == size:
+        return x
+    if size == (2 * x.shape[-2], 2 * x.shape[-1]):  # the same, but in ONNX no tensor is unpacked to ask its size
+        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)

@@ -1,0 +1,78 @@
+"""Everything that is trained on top of a frozen backbone, built from settings: teacher, student and decoder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distillfss_core.errors import SettingsError
+from distillfss_core.nn.backbones import BackboneSpec
+from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder
+from distillfss_core.nn.features import FeaturePyramid, margins
+from distillfss_core.nn.students import ConvDist, LightConvDist, Student
+from distillfss_core.nn.teachers import PUBLISHED, DcamaSettings, DcamaTeacher
+
+
+@dataclass(frozen=True)
+class HeadForm:
+    """Which parts a head is made of: enough to build it again from a file."""
+
+    student: str
+    decoder: str
+    teacher: str
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class FewShotHead(nn.Module):
+    """Teacher and student with the decoder they share.
+
+    Parameters
+    ----------
+    spec : BackboneSpec
+    classes : int
+        K, without background.
+    form : HeadForm
+    """
+
+    def __init__(self, spec: BackboneSpec, classes: int, form: HeadForm) -> None:
+        super().__init__()
+        self.form, self.classes = form, classes
+        coarse, blocks, skips = _three(spec.coarse_channels), _three(spec.coarse_blocks), spec.skip_channels
+        settings = PUBLISHED if form.teacher == "published" else DcamaSettings()
+        if form.decoder == "published":
+            decoder: Decoder = PublishedDecoder(blocks, (skips[-2], skips[-1]))
+        else:
+            decoder = SlimDecoder(blocks, skips, width=form.width)
+        if any(c % settings.heads for c in coarse):
+            raise SettingsError(
+                f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
+                "choose another backbone or teacher=ours"
+            )
+        self.teacher = DcamaTeacher(coarse, decoder, settings)
+        self.student: Student = (
+            ConvDist(coarse, classes) if form.student == "published" else LightConvDist(coarse, blocks, classes)
+        )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder that teacher and student share."""
+        return self.teacher.decoder
+
+    def student_logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+        result: Float[Tensor, "b k 2 h w"] = self.decoder(self.student(query), query)
+        return result
+
+    def student_margins(self, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
+        """`margins` of the student's logits, on the decoder's own grid."""
+        return margins(self.decoder.on_grid(self.student(query), query))
+
+
+def _three(values: tuple[int, ...]) -> tuple[int, int, int]:
+    fine, mid, deep = values
+    return fine, mid, deep

@@ -1,0 +1,176 @@
+"""Meta-trained few-shot heads as files: attention, decoder and a backbone that was trained with them; no student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from distillfss_core.errors import ModelFileError, SettingsError, WeightsUnavailableError
+from distillfss_core.nn.backbones import Backbone, backbone_from_state, load_backbone
+from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
+from distillfss_core.nn.head import FewShotHead
+from distillfss_core.nn.teachers import DcamaTeacher
+
+HEAD_FILE = FileKind("distillfss-head", "meta-trained DistillFSS head", 1)
+
+PACKAGED = {"efficientnet_lite0": "efficientnet_lite0.safetensors"}
+"""Heads in this package, by backbone."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadWeights:
+    """What a head learnt from many tasks.
+
+    Parameters
+    ----------
+    card : dict
+        ``backbone`` (name, weights, digest), ``width``, how it was trained, on which data under which licences.
+    tensors : dict of str to Tensor
+        Of a `DcamaTeacher` with `SlimDecoder`, under their names in it; float32.
+    backbone_tensors : dict of str to Tensor
+        Of the backbone, under timm's names, where it was trained too; else empty.
+    source : str
+        Where it was read from, for messages and training records.
+    """
+
+    card: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    backbone_tensors: Mapping[str, Tensor]
+    source: str
+
+    @property
+    def name(self) -> str:
+        return str(self.card.get("name", self.source))
+
+    @property
+    def width(self) -> int:
+        return int(self.card["width"])
+
+    @property
+    def backbone_name(self) -> str:
+        return str(self.card["backbone"]["name"])
+
+    @property
+    def backbone_digest(self) -> str:
+        return str(self.card["backbone"]["digest"])
+
+    def trained_backbone(self) -> Backbone | None:
+        """The backbone that was trained with the head, frozen; None if it was frozen then too, and is not in the file.
+
+        Raises
+        ------
+        ModelFileError
+            If the tensors are not those of the backbone that the card names.
+        """
+        if not self.backbone_tensors:
+            return None
+        try:
+            return backbone_from_state(self.backbone_name, self.backbone_tensors, self.card["backbone"]["weights"])
+        except (SettingsError, WeightsUnavailableError) as error:
+            raise ModelFileError(f"{self.source}: its backbone cannot be used ({error})") from error
+
+    def put_into(self, head: FewShotHead) -> None:
+        """Start a head's teacher and decoder from these weights, whatever its number of classes.
+
+        Raises
+        ------
+        ModelFileError
+            If they are of another form than the head.
+        """
+        try:
+            head.teacher.load_state_dict(dict(self.tensors))
+        except RuntimeError as error:
+            raise ModelFileError(
+                f"{self.source}: it was trained on {self.backbone_name} with width {self.card['width']} "
+                f"and does not fit this head ({str(error).splitlines()[-1].strip()})"
+            ) from error
+
+
+def save_head(path: str | Path, teacher: DcamaTeacher, backbone: Backbone, card: Mapping[str, Any]) -> None:
+    """Write a teacher's weights in half precision, and those of its backbone if they were trained with it.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    tensors = {name: value.half() for name, value in teacher.state_dict().items()}
+    if backbone.trained:
+        tensors |= {f"backbone.{name}": value for name, value in halved(backbone.state()).items()}
+    write_card_file(path, HEAD_FILE, card, tensors, backbone=str(backbone.trained).lower())
+
+
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A backbone's kernels in half precision; vectors (biases, what BatchNorm knows) stay: they may be tiny or huge."""
+    return {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
+
+
+def load_head(path: str | Path) -> HeadWeights:
+    """Read a head.
+
+    Raises
+    ------
+    ModelFileError
+        If the file is missing, damaged, truncated, newer than this program or of another kind.
+    """
+    card, tensors, _ = read_card_file(path, HEAD_FILE)
+    backbone = {name: value.float() for name, value in tensors.items() if name.startswith("backbone.")}
+    head = {name: value.float() for name, value in tensors.items() if name not in backbone}
+    return HeadWeights(
+        card, head, {name.removeprefix("backbone."): value for name, value in backbone.items()}, Path(path).name
+    )
+
+
+def read_head_card(path: str | Path) -> dict[str, Any]:
+    """The card of a head file, its size and whether it holds a backbone, without its tensors.
+
+    Raises
+    ------
+    ModelFileError
+        As `load_head` does.
+    """
+    card, _, header = read_card_file(path, HEAD_FILE, tensors=False)
+    return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
+
+
+def packaged_head(backbone: str) -> HeadWeights | None:
+    """The head that comes with this package for a backbone, if there is one."""
+    if backbone not in PACKAGED:
+        return None
+    with as_file(files("distillfss_core") / "weights" / PACKAGED[backbone]) as path:
+        return load_head(path)
+
+
+def can_be_found_again(backbone: Backbone) -> bool:
+    """Whether a file may leave these weights out: all but those that were trained with a head of somebody's own."""
+    if not backbone.trained:
+        return True
+    told = packaged_head(backbone.spec.name)
+    return told is not None and told.backbone_digest == backbone.digest()
+
+
+def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone:
+    """The backbone that the file ``source`` names and does not hold: from ``weights``; auto: the packaged head's too.
+
+    Raises
+    ------
+    ModelFileError
+        If the weights found are others.
+    SettingsError, WeightsUnavailableError
+        As `load_backbone` does.
+    """
+    told = packaged_head(name) if weights == "auto" else None
+    if told is not None and told.backbone_digest == digest and (own := told.trained_backbone()):
+        return own
+    backbone = load_backbone(name, weights)
+    if backbone.digest() != digest:
+        raise ModelFileError(
+            f"{source}: it was made on other weights of {name} than those found ({weights}); "
+            f"give weights with digest {digest[:12]}..."
+        )
+    return backbone

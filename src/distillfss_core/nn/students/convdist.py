@@ -1,0 +1,99 @@
+"""ConvDist: what attention found in the support set, held in small convolutions.
+
+Source: DistillFSS, arXiv 2512.05613, section on the student (ConvDist).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid
+
+
+class Student(nn.Module):
+    """Coarse maps from the query alone."""
+
+    def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        raise NotImplementedError
+
+
+class CoarseExtractor(nn.Module):
+    """The published maps of one class: per stage Conv3x3, ReLU, Conv1x1, shared by all blocks of the stage."""
+
+    def __init__(self, channels: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.coarse_extractor = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, 1, 1)) for c in channels
+        )
+
+    def forward(self, query: FeaturePyramid) -> list[Float[Tensor, "b n h w"]]:
+        return [
+            torch.cat([extract(block) for block in blocks], 1)
+            for extract, blocks in zip(self.coarse_extractor, query.coarse, strict=True)
+        ]
+
+
+class ConvDist(Student):
+    """The published form: one `CoarseExtractor` a class; cost and size grow with the number of classes."""
+
+    def __init__(self, channels: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        self.classes = nn.ModuleList(CoarseExtractor(channels) for _ in range(classes))
+
+    def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        per_class = [extract(query) for extract in self.classes]
+        return CoarseMaps(*(torch.stack(stage, 1) for stage in zip(*per_class, strict=True)))
+
+
+class LightConvDist(Student):
+    """All classes share a trunk; a class more costs one 1x1 filter a block.
+
+    Per stage, the blocks are standardised per position and reduced together to ``width`` channels, looked at
+    through a 3x3 convolution, and read out by one 1x1 convolution for all classes and blocks::
+
+        blocks -- LayerNorm -- 1x1 -- ReLU -- 3x3 -- ReLU -- 1x1 --> K maps for each of the n blocks
+
+    Parameters
+    ----------
+    channels, blocks : (int, int, int)
+        Channels and number of blocks of the fine, mid and deep stage.
+    classes : int
+    width : int
+        Channels of the trunk.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, int, int],
+        blocks: tuple[int, int, int],
+        classes: int,
+        *,
+        width: int = 48,
+    ) -> None:
+        super().__init__()
+        self.classes = classes
+        self.reduce = nn.ModuleList(nn.Conv2d(c * n, width, 1) for c, n in zip(channels, blocks, strict=True))
+        self.look = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        self.read = nn.ModuleList(nn.Conv2d(width, classes * n, 1) for n in blocks)
+        for read in self.read:
+            assert isinstance(read, nn.Conv2d)
+            assert read.bias is not None
+            nn.init.constant_(read.bias, NEUTRAL)
+
+    def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        maps = []
+        for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
+            x = torch.cat([_normalise(block) for block in blocks], 1)
+            x = torch.relu(look(torch.relu(reduce(x))))
+            found = read(x)  # not unflatten: traced, it would hold for one size only
+            maps.append(found.reshape(-1, self.classes, len(blocks), found.shape[2], found.shape[3]))
+        return CoarseMaps(*maps)
+
+
+def _normalise(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """LayerNorm over the channels of each position."""
+    mean = block.mean(1, keepdim=True)
+    centred = block - mean
+    return centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5)

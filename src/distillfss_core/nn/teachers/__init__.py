@@ -1,0 +1,17 @@
+"""Few-shot teachers: what they need, two kinds of them, and voting."""
+
+from distillfss_core.nn.teachers.dcama import PUBLISHED, DcamaSettings, DcamaTeacher
+from distillfss_core.nn.teachers.protocol import SupportKeys, Teacher, vote
+from distillfss_core.nn.teachers.prototype import PrototypeTeacher
+from distillfss_core.nn.teachers.voting import VotingTeacher
+
+__all__ = [
+    "PUBLISHED",
+    "DcamaSettings",
+    "DcamaTeacher",
+    "PrototypeTeacher",
+    "SupportKeys",
+    "Teacher",
+    "VotingTeacher",
+    "vote",
+]

@@ -1,0 +1,57 @@
+"""Many shots by voting: the support in groups, each answering for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
+from distillfss_core.nn.teachers.protocol import SupportKeys, Teacher, vote
+
+
+@dataclass(frozen=True, eq=False)
+class VotingKeys(SupportKeys):
+    """The keys of every group."""
+
+    groups: tuple[SupportKeys, ...]
+
+
+class VotingTeacher:
+    """A teacher of teachers: `vote` decides between groups of shots, coarse maps are averaged over them.
+
+    Without it, shots are concatenated: all their tokens stand in one attention.
+
+    Parameters
+    ----------
+    teacher : Teacher
+    group : int
+        Shots a group.
+    """
+
+    def __init__(self, teacher: Teacher, group: int = 1) -> None:
+        self.teacher, self.group = teacher, group
+
+    @property
+    def local(self) -> bool:
+        return self.teacher.local
+
+    def encode(self, support: EncodedSupport) -> VotingKeys:
+        """Encode every group; groups in which nothing is annotated have no vote."""
+        starts = range(0, support.features.batch, self.group)
+        groups = [support[start : start + self.group] for start in starts]
+        return VotingKeys(tuple(self.teacher.encode(g) for g in groups if bool((g.valid > 0).any())))
+
+    def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        assert isinstance(keys, VotingKeys)
+        sums: list[Tensor] = []
+
+        def answers() -> Iterator[Tensor]:  # one group at a time: there may be many
+            for group in keys.groups:
+                found = self.teacher(query, group)
+                sums[:] = [a + b for a, b in zip(sums, found.coarse, strict=True)] if sums else list(found.coarse)
+                yield found.logits
+
+        logits = vote(answers())
+        return Prediction(CoarseMaps(*(s / len(keys.groups) for s in sums)), logits)

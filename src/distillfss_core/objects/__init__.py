@@ -1,0 +1,1 @@
+"""Objects in a labeled volume: numbered and measured."""

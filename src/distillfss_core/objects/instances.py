@@ -1,0 +1,431 @@
+"""The objects of a labelled volume get numbers that hold over the whole of it, block by block.
+
+::
+
+    labels --> pieces of objects, with ids  --> which ids are one object --> numbers
+               a block at a time                faces between blocks         a block at a time
+
+The id of a piece is the place, counted over the volume, of its first voxel (components) or of its seed (watershed). So
+no two objects meet in an id, numbers follow the order of the volume, and a block can be done again at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distillfss_core import __version__
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.io.writing import atomic_path
+from distillfss_core.labelstore.layout import Box, Index, plan_blocks, slices
+from distillfss_core.labelstore.metadata import About, image_of
+from distillfss_core.labelstore.store import RECORD, LabelStore, check_apart, finished_regions, remove_labels
+from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
+from distillfss_core.types import Array, drain
+from distillfss_core.volumes.volume import Volume
+
+log = logging.getLogger(__name__)
+
+METHODS = ("components", "watershed")
+CONNECTIVITIES = (6, 18, 26)
+BLOCK = (64, 256, 256)
+_CHUNK = (32, 128, 128)
+_WIDEST = 64  # voxels of surroundings at most: what does not fit into memory is refused
+
+
+@dataclass(frozen=True)
+class InstanceStep:
+    """A step of the work: ``stage`` is "pieces", "joining", "numbers" or "pyramid"; ``index`` of ``total`` in it."""
+
+    stage: str
+    index: int
+    total: int
+
+
+@dataclass(frozen=True)
+class InstanceReport:
+    """The labels' folder, objects in it, objects left out as too small, seconds."""
+
+    path: Path
+    objects: int
+    too_small: int
+    seconds: float
+
+
+def label_instances(labels: Volume, out: str | Path, **options: Any) -> InstanceReport:
+    """Give every object a number; `iter_instances` without the steps between."""
+    return drain(iter_instances(labels, out, **options))
+
+
+def iter_instances(
+    labels: Volume,
+    out: str | Path,
+    *,
+    table: str | Path | None = None,
+    image: Volume | None = None,
+    value: int | None = None,
+    method: str = "components",
+    connectivity: int = 6,
+    radius: float | None = None,
+    min_voxels: int = 1,
+    resume: bool = True,
+    overwrite: bool = False,
+    block: Index = BLOCK,
+) -> Generator[InstanceStep, None, InstanceReport]:
+    """Number the objects of a labelled volume, block by block; it can be stopped and resumed as `iter_segment` can.
+
+    Parameters
+    ----------
+    labels : Volume
+        Integers (z, y, x); 0 is background.
+    out : path
+        As for `iter_segment`: OME-Zarr 0.5 labels, uint32, objects being 1, 2, ... in the order of their first voxels
+        (components) or seeds (watershed).
+    table : path, optional
+        Where to write the measures of the objects, .csv or .parquet; the columns are those of `write_table`.
+    image : Volume, optional
+        Of the same size, one channel: its mean over each object is measured, too.
+    value : int, optional
+        The class whose objects are wanted; by default whatever is not 0 is one class.
+    method : {"components", "watershed"}
+        Whatever is connected is one object; or objects that touch are cut apart where they are narrow (Euclidean
+        distance, smoothed, its maxima as seeds).
+    connectivity : {6, 18, 26}
+        With how many neighbours a voxel is connected (components only).
+    radius : float
+        Of a typical object, in the unit of ``labels.scale`` (voxels where that is not known); for the watershed. A
+        block is looked at with four radii of its surroundings: objects up to about this size are cut alike wherever
+        blocks begin, much larger ones may be cut at the borders of blocks.
+    min_voxels : int
+        Smaller objects become background.
+    resume, overwrite : bool
+        As for `iter_segment`.
+    block : (z, y, x)
+        Voxels worked on at a time, even numbers.
+
+    Yields
+    ------
+    InstanceStep
+
+    Returns
+    -------
+    InstanceReport
+
+    Raises
+    ------
+    SettingsError
+        If a setting is not possible, a library is missing, or the output was begun with other settings.
+    ImageError
+        If labels are no integers, or the image has another size.
+    OutputError
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where labels or image do.
+    InputFileError
+        If a volume is damaged, or labels were written from here and nothing of them is finished. (Where a part of them
+        is, a warning is logged.)
+    """
+    start = time.monotonic()
+    out = Path(out)
+    cutter = _Cutter(labels, image, value, method, connectivity, radius)
+    cutter.check()
+    if min_voxels < 1:
+        raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
+    if table is not None:
+        check_table(Path(table))
+    _check_finished(labels)
+    check_apart(out, labels.path, image.path if image else None)
+    settings = {**cutter.settings(), "min_voxels": min_voxels}
+    about = About(
+        name=out.name.partition(".")[0],
+        scale=labels.scale,
+        origin=labels.origin,
+        unit=labels.unit,
+        classes=(),
+        provenance={"program": f"napari-distillfss {__version__}", "instances": settings},
+        image="../.." if image_of(out) else None,
+    )
+    chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
+    levels = len((image or labels).levels) if image_of(out) else None  # as many as the image: OME-Zarr asks so
+    layout = plan_blocks(
+        labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
+    )
+    if overwrite:
+        remove_labels(out)
+    store = LabelStore(out, layout, about, settings, resume=resume)
+    measures = (out / RECORD).with_name("objects.npy")
+    pieces = (out / RECORD).with_name("pieces")
+    try:
+        blocks = list(layout.shards(0, layout.whole(0)))
+        todo = [at for at in blocks if store.missing(0, at, layout.box(0, at))]
+        if todo or not measures.is_file():
+            once = replace(layout, shapes=layout.shapes[:1], factors=layout.factors[:1], dtype="uint64")
+            work = LabelStore(pieces, once, about, settings, resume=True)
+            try:
+                yield from _find_pieces(work, cutter, blocks)
+                pairs = yield from _find_pairs(work, cutter, blocks)
+                objects, ids, numbers = join_pieces(_all_pieces(work, blocks), pairs, min_voxels)
+                with atomic_path(measures) as temporary:
+                    _save(temporary, objects)
+                yield from _write_numbers(store, work, todo, ids, numbers)
+            finally:
+                work.close()
+        yield from _write_pyramid(store)
+        objects = np.load(measures, allow_pickle=False)
+        if table is not None:
+            write_table(Path(table), objects, labels.scale, labels.unit, measured=image is not None)
+        store.finish(layout.whole(0))
+        shutil.rmtree(pieces, ignore_errors=True)
+    finally:
+        store.close()
+    small = int((objects["id"] == 0).sum())
+    return InstanceReport(out, len(objects) - small, small, time.monotonic() - start)
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Finds the pieces of objects in a block."""
+
+    labels: Volume
+    image: Volume | None
+    value: int | None
+    method: str
+    connectivity: int
+    radius: float | None
+
+    def check(self) -> None:
+        labels, image = self.labels, self.image
+        if self.method not in METHODS:
+            raise SettingsError(f"there is no method {self.method!r}; choose one of: {', '.join(METHODS)}")
+        if self.connectivity not in CONNECTIVITIES:
+            raise SettingsError(f"connectivity {self.connectivity} is not possible; give 6, 18 or 26")
+        for module in ("cc3d", "scipy", "skimage"):
+            if find_spec(module) is None:
+                raise SettingsError(f"instances need {module}: pip install 'napari-distillfss[instances]'")
+        if labels.dtype.kind not in "bui" or labels.ndim != 3:
+            raise ImageError(f"{labels.name}: is {labels.dtype} with axes {labels.axes}; labels are integers (z, y, x)")
+        if image is not None and image.shape != labels.shape:
+            raise ImageError(
+                f"{image.name}: is {image.shape} but the labels are {labels.shape}; give the level and the channel "
+                "that they were made from"
+            )
+        if self.method == "watershed":
+            if self.radius is None or not 0 < self.radius < math.inf:
+                raise SettingsError(f"radius {self.radius} is not possible; give that of a typical object")
+            if max(self.halo) > _WIDEST:
+                raise SettingsError(
+                    f"radius {self.radius:g} is {max(self.halo) // 4} voxels, at most {_WIDEST // 4} can be had; "
+                    "segment a coarser level"
+                )
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "labels": _fingerprint(self.labels),
+            "image": _fingerprint(self.image) if self.image else None,
+            "value": self.value,
+            "method": self.method,
+            "connectivity": self.connectivity,
+            "radius": self.radius,
+        }
+
+    @property
+    def step(self) -> tuple[float, ...]:
+        """Size of a voxel, 1 where it is not known."""
+        known = all(s is not None for s in self.labels.scale)
+        return tuple(float(s) if known and s is not None else 1.0 for s in self.labels.scale)
+
+    @property
+    def halo(self) -> tuple[int, ...]:
+        """Voxels around a block that are looked at, too."""
+        if self.method == "components":
+            return (0, 0, 0)
+        return tuple(math.ceil(4 * (self.radius or 0) / s) for s in self.step)
+
+    @property
+    def reach(self) -> int:
+        """In how many axes connected voxels may differ; 0 where pieces of one object have one id anyway."""
+        return CONNECTIVITIES.index(self.connectivity) + 1 if self.method == "components" else 0
+
+    def cut(self, box: Box) -> tuple[npt.NDArray[np.uint64], Array]:
+        """Ids of the voxels of a box, and its pieces."""
+        shape = self.labels.shape
+        looked = [(max(0, a - h), min(n, b + h)) for (a, b), h, n in zip(box, self.halo, shape, strict=True)]
+        found = self.labels.read(*(slice(*span) for span in looked))
+        mask = found == self.value if self.value is not None else found != 0
+        local, seeds = self._components(mask) if self.method == "components" else self._watershed(mask)
+        origin = [a for a, _ in looked]
+        ids = _ids(seeds, origin, shape)
+        local = np.ascontiguousarray(local[tuple(slice(a - o, b - o) for (a, b), o in zip(box, origin, strict=True))])
+        image = self.image.read(*slices(box)) if self.image else None
+        return ids[local], measure_pieces(local, ids, [a for a, _ in box], image)
+
+    def _components(self, mask: Array) -> tuple[Array, Array]:
+        import cc3d
+
+        connectivity: Any = self.connectivity
+        local = cc3d.connected_components(mask, connectivity=connectivity, binary_image=True)
+        return local, local
+
+    def _watershed(self, mask: Array) -> tuple[Array, Array]:
+        """Objects and their seeds: maxima of the distance to the background, smoothed; at least one an object."""
+        import cc3d
+        from scipy import ndimage
+        from skimage.segmentation import watershed
+
+        radius = float(self.radius or 0)
+        distance = (
+            np.ones(mask.shape, np.float32)
+            if mask.all()
+            else ndimage.distance_transform_edt(mask, sampling=self.step).astype(np.float32)
+        )
+        smooth = ndimage.gaussian_filter(distance, [radius / 4 / s for s in self.step], truncate=2)
+        window = [2 * int(radius / 2 / s) + 1 for s in self.step]
+        peaks = mask & (ndimage.maximum_filter(smooth, window) == smooth)
+        whole, count = cc3d.connected_components(mask, connectivity=26, binary_image=True, return_N=True)
+        seen = np.zeros(count + 1, bool)
+        seen[whole[peaks]] = True
+        peaks |= mask & ~seen[whole]  # what lies beside something larger is an object all the same
+        seeds = cc3d.connected_components(peaks, connectivity=26, binary_image=True, out_dtype=np.uint32)
+        return watershed(-smooth, seeds.astype(np.int32), mask=mask), seeds
+
+
+def _check_finished(labels: Volume) -> None:
+    """Labels that were written from here say how far they are."""
+    regions = finished_regions(labels.path) if labels.path else None
+    if regions is None:
+        return
+    if not regions:
+        raise InputFileError(f"{labels.name}: nothing of it is finished; resume its segmentation first")
+    ends = [sorted({0, n, *(e for r in regions for e in r[k])}) for k, n in enumerate(labels.levels[0])]
+    done = np.zeros([len(e) - 1 for e in ends], bool)
+    for region in regions:
+        done[tuple(slice(e.index(a), e.index(b)) for e, (a, b) in zip(ends, region, strict=True))] = True
+    if not done.all():
+        z, y, x = (np.diff(e) for e in ends)
+        share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(labels.levels[0])
+        told = "; ".join(
+            ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
+        )
+        log.warning(
+            "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
+            "segmentation first to have all",
+            labels.name,
+            told,
+            100 * share,
+        )
+
+
+def _fingerprint(volume: Volume) -> dict[str, Any]:
+    """What tells a volume from another; of labels that were written from here also what they were made with."""
+    about = volume.path / "zarr.json" if volume.path else None
+    known = hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about and about.is_file() else None
+    return {**volume.identity, "metadata_file": known}
+
+
+def _ids(seeds: Array, origin: Sequence[int], shape: Sequence[int]) -> npt.NDArray[np.uint64]:
+    """For 0 and each number in ``seeds``: 0, or 1 + the place of its first voxel in the volume."""
+    inside = np.flatnonzero(seeds)[::-1]
+    numbers = seeds.reshape(-1)[inside]
+    first = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)
+    first[numbers] = inside  # of several the last is kept, that is the first in the volume
+    at = [axis + start for axis, start in zip(np.unravel_index(first, seeds.shape), origin, strict=True)]
+    ids = np.ravel_multi_index(at, tuple(shape)).astype(np.uint64) + np.uint64(1)
+    ids[0] = 0
+    return ids
+
+
+def _piece_file(work: LabelStore, at: Index) -> Path:
+    return (work.path / RECORD).with_name(f"{'.'.join(map(str, at))}.npy")
+
+
+def _save(path: Path, array: Array) -> None:
+    with open(path, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def _find_pieces(work: LabelStore, cutter: _Cutter, blocks: Sequence[Index]) -> Generator[InstanceStep, None, None]:
+    for index, at in enumerate(blocks, 1):
+        box = work.layout.box(0, at)
+        if work.missing(0, at, box):
+            ids, pieces = cutter.cut(box)
+            with atomic_path(_piece_file(work, at)) as temporary:
+                _save(temporary, pieces)
+            work.note(0, at, [box], work.write(0, box, ids))
+        yield InstanceStep("pieces", index, len(blocks))
+
+
+def _all_pieces(work: LabelStore, blocks: Sequence[Index]) -> Array:
+    files = [_piece_file(work, at) for at in blocks]
+    return np.concatenate([np.zeros(0, PIECE), *(np.load(file, allow_pickle=False) for file in files)])
+
+
+def _find_pairs(
+    work: LabelStore, cutter: _Cutter, blocks: Sequence[Index]
+) -> Generator[InstanceStep, None, npt.NDArray[np.uint64]]:
+    """Ids that touch one another across the faces between blocks."""
+    found = [np.zeros((0, 2), np.uint64)]
+    for index, at in enumerate(blocks if cutter.reach else (), 1):
+        box = work.layout.box(0, at)
+        found += [
+            _touching(work, box, axis, cutter.reach) for axis in range(3) if box[axis][1] < cutter.labels.shape[axis]
+        ]
+        yield InstanceStep("joining", index, len(blocks))
+    return np.concatenate(found)
+
+
+def _touching(work: LabelStore, box: Box, axis: int, reach: int) -> npt.NDArray[np.uint64]:
+    """Pairs of ids on both sides of the far face of a box along an axis.
+
+    The far side is looked at with one voxel more all around, for neighbours across edges and corners.
+    """
+    array, shape, stop = work.arrays[0], work.layout.shapes[0], box[axis][1]
+    near = list(slices(box))
+    near[axis] = slice(stop - 1, stop)
+    far = [slice(max(0, a - 1), min(n, b + 1)) for (a, b), n in zip(box, shape, strict=True)]
+    far[axis] = slice(stop, stop + 1)
+    here = np.asarray(array[tuple(near)]).squeeze(axis)
+    if not here.any():
+        return np.zeros((0, 2), np.uint64)
+    there = np.asarray(array[tuple(far)]).squeeze(axis)
+    others = [k for k in range(3) if k != axis]
+    missing = [(int(box[k][0] == 0), int(box[k][1] == shape[k])) for k in others]
+    there = np.pad(there, missing)  # outside the volume is background
+    rows, columns = here.shape
+    pairs = []
+    for dy, dx in product((-1, 0, 1), repeat=2):
+        if abs(dy) + abs(dx) < reach:
+            shifted = there[1 + dy : 1 + dy + rows, 1 + dx : 1 + dx + columns]
+            both = (here > 0) & (shifted > 0)
+            pairs.append(np.stack([here[both], shifted[both]], 1))
+    return np.unique(np.concatenate(pairs), axis=0)
+
+
+def _write_numbers(
+    store: LabelStore, work: LabelStore, todo: Sequence[Index], ids: Array, numbers: Array
+) -> Generator[InstanceStep, None, None]:
+    for index, at in enumerate(todo, 1):
+        box = store.layout.box(0, at)
+        found = np.asarray(work.arrays[0][slices(box)])
+        labels = np.zeros(found.shape, np.uint32)
+        inside = found > 0
+        labels[inside] = numbers[np.searchsorted(ids, found[inside])]
+        store.note(0, at, [box], store.write(0, box, labels))
+        yield InstanceStep("numbers", index, len(todo))
+
+
+def _write_pyramid(store: LabelStore) -> Generator[InstanceStep, None, None]:
+    layout = store.layout
+    coarser = [(k, at) for k in range(1, len(layout.shapes)) for at in layout.shards(k, layout.whole(k))]
+    for index, (level, at) in enumerate(coarser, 1):
+        store.coarsen(level, at)
+        yield InstanceStep("pyramid", index, len(coarser))

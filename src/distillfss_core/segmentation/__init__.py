@@ -1,0 +1,1 @@
+"""Volumes to labels: lazily, into OME-Zarr, in batches, on a cluster."""

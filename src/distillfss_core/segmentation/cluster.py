@@ -1,0 +1,224 @@
+"""Segmenting on many processes or machines by dask.distributed: one task is one whole shard of labels.
+
+::
+
+    this process                       workers
+    plan, record, pyramid   <-------   read, infer, write a shard, force it to disk, tell its digest
+
+Workers see the same files. A task that is lost with its worker is done again by another; it writes the same file.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import tempfile
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distillfss_core.errors import OutOfMemoryError, SettingsError
+from distillfss_core.labelstore.layout import Box, Index, Layout
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.device import choose_device
+from distillfss_core.segmentation.modes import PlaneLabels
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 3  # tasks that wait for each thread of the workers
+_RETRIES = 2  # of a task that ends in an error, e.g. of a file system that is away for a moment
+
+
+@dataclass(frozen=True)
+class Connection:
+    """A dask.distributed client, and what its workers compute on; it is made by `connect`."""
+
+    client: Any
+    device: str
+    precision: str
+
+    def worker_device(self) -> str:
+        """What the workers compute on, as "cpu float32".
+
+        Raises
+        ------
+        SettingsError
+            If there are none, they differ, or do not have this program.
+        """
+        try:
+            found = set(self.client.run(_describe_device, self.device, self.precision).values())
+        except ModuleNotFoundError as fault:
+            raise SettingsError(
+                f"the workers have no {fault.name}; install napari-distillfss where they run"
+            ) from fault
+        if not found:
+            raise SettingsError("the scheduler has no worker yet; start some by dask worker")
+        if len(found) > 1:
+            raise SettingsError(
+                f"the workers compute on different devices ({', '.join(sorted(found))}), so shards would differ; give "
+                "--device, or workers of one kind"
+            )
+        return str(found.pop())
+
+
+@contextmanager
+def connect(address: str, *, device: str = "auto", precision: str = "auto") -> Iterator[Connection]:
+    """Workers to compute on.
+
+    Parameters
+    ----------
+    address : str
+        "local" or "local:N" starts N processes here (by default one less than there are cores; one for each GPU where
+        dask-cuda is installed; a script then needs ``if __name__ == "__main__":``), "slurm:N" asks SLURM for N jobs as
+        dask-jobqueue's own configuration describes them, "tcp://HOST:PORT" is a scheduler that runs
+        ("tls://" likewise, with the certificates of dask's configuration).
+    device, precision : str
+        Of the workers, as for `StudentModel.load`.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such kind of cluster, a library is missing, or nobody answers.
+    """
+    kind, _, count = address.partition(":")
+    if not re.fullmatch(r"(local|slurm)(:\d*)?|(tcp|tls)://.+:\d+", address):
+        raise SettingsError(f"cluster {address!r} is not possible; give local, local:N, slurm:N or tcp://HOST:PORT")
+    if find_spec("distributed") is None:
+        raise SettingsError("a cluster needs distributed: pip install 'napari-distillfss[cluster]'")
+    from distributed import Client
+    from distributed.security import Security
+
+    if kind == "tls" and Security().get_connection_args("client")["ssl_context"] is None:
+        raise SettingsError(f"{address} needs certificates; name them in dask's configuration, distributed.comm.tls")
+    if kind in ("tcp", "tls"):
+        try:
+            client = Client(address, timeout="30s")
+        except OSError as fault:
+            raise SettingsError(f"no scheduler answers at {address}; start one by dask scheduler") from fault
+        with client:
+            yield Connection(client, device, precision)
+        return
+    with _start(kind, int(count or 0)) as cluster, Client(cluster) as client:
+        if kind == "slurm":
+            log.warning("waiting for SLURM to start a job")
+        client.wait_for_workers(1)
+        yield Connection(client, device, precision)
+
+
+def iter_shards(
+    connection: Connection,
+    model: StudentModel,
+    engine: str,
+    labeller: PlaneLabels,
+    path: Path,
+    layout: Layout,
+    todo: Mapping[Index, Sequence[Box]],
+    threads: int,
+) -> Generator[tuple[Index, Sequence[Box], str, frozenset[str]], None, None]:
+    """Have shards of labels written by the workers, whose networks are run by ``engine``.
+
+    Yields
+    ------
+    index, boxes : of a shard that is on disk
+    digest : of its file
+    missing : chunks of the volume without a file that were met
+
+    Raises
+    ------
+    OutOfMemoryError
+        If workers die of a shard again and again.
+    DistillFSSError
+        What went wrong on a worker.
+    """
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    from distillfss_core.segmentation.worker import Job, Spec, segment_shard
+
+    client, name = connection.client, f"distillfss-{secrets.token_hex(4)}"
+    spec = Spec(
+        _model_bytes(model),
+        labeller.volume,
+        labeller.mode,
+        labeller.tile,
+        path.absolute(),
+        layout,
+        connection.device,
+        connection.precision,
+        engine,
+        threads,
+    )
+    client.register_plugin(Job(spec), name=name)
+    ahead = iter(todo.items())
+    running: dict[Any, tuple[Index, Sequence[Box]]] = {}
+    finished = as_completed()
+    try:
+        while True:
+            room = _AHEAD * max(1, sum(client.nthreads().values()))
+            while len(running) < room and (following := next(ahead, None)):
+                future = client.submit(segment_shard, name, following[1], pure=False, retries=_RETRIES)
+                running[future] = following
+                finished.add(future)
+            if not running:
+                return
+            future = next(finished)
+            index, boxes = running.pop(future)
+            try:
+                digest, missing = future.result()
+            except KilledWorker as fault:
+                raise OutOfMemoryError(
+                    f"{path}: shard {index} ended one worker after another, most likely for want of memory; what is "
+                    "finished is kept, give workers more memory and resume"
+                ) from fault
+            yield index, boxes, digest, missing
+    finally:
+        client.cancel(list(running))
+        client.unregister_worker_plugin(name)
+
+
+def _describe_device(device: str, precision: str) -> str:
+    chosen = choose_device(device, precision)
+    return f"{chosen.kind} {chosen.precision}"
+
+
+def _model_bytes(model: StudentModel) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.safetensors"
+        model.save(file)
+        return file.read_bytes()
+
+
+def _start(kind: str, count: int) -> Any:
+    """A cluster of our own; it is closed by leaving it."""
+    if kind == "slurm":
+        if find_spec("dask_jobqueue") is None:
+            raise SettingsError("slurm needs dask-jobqueue: pip install 'napari-distillfss[cluster]'")
+        from dask_jobqueue import SLURMCluster
+
+        try:
+            cluster: Any = SLURMCluster()
+        except ValueError as fault:
+            raise SettingsError(
+                f"dask-jobqueue is not configured for SLURM ({' '.join(str(fault).split())[:120]}); see docs/volumes.md"
+            ) from fault
+        cluster.scale(jobs=count or 1)
+        return cluster
+    if torch.cuda.is_available() and find_spec("dask_cuda") is not None:
+        from dask_cuda import LocalCUDACluster
+
+        return LocalCUDACluster(n_workers=count or None, threads_per_worker=1, dashboard_address=None)
+    from distributed import LocalCluster
+
+    return LocalCluster(
+        n_workers=count or max(1, (os.cpu_count() or 2) - 1),
+        threads_per_worker=1,
+        dashboard_address=None,
+        host="127.0.0.1",
+    )

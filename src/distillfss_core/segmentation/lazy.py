@@ -1,0 +1,259 @@
+"""A model at work on a volume: any part of any plane, computed when it is looked at."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import dask.array as da
+import numpy as np
+
+from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.models.preprocess import Limits, sample_step
+from distillfss_core.models.segmenter import TILE, Region, Segmenter, Window
+from distillfss_core.types import Array, Segmentation, check_image
+from distillfss_core.volumes.volume import Volume, split_index
+
+KINDS = ("labels", "probabilities", "uncertainty")
+_BAND = 1 << 22  # voxels read at a time while intensities are sampled
+_SAMPLES = 1 << 24  # voxels sampled of some planes at a time
+
+
+class VolumeSegmenter:
+    """A model and a volume; knows the intensity limits of every plane that it has seen.
+
+    Parameters
+    ----------
+    volume : Volume
+    model : Segmenter
+    tile : int
+        Inner side of a tile in pixels after zooming. The grid of tiles hangs on the volume, so whatever part is asked
+        for has the labels of the whole.
+    limits : Limits, optional
+        Intensities that become 0 and 1, the same for all planes; by default those of each plane, or of the training.
+
+    Raises
+    ------
+    ImageError
+        If the volume has other channels than the model.
+    """
+
+    def __init__(self, volume: Volume, model: Segmenter, *, tile: int = TILE, limits: Limits | None = None) -> None:
+        channels = volume.shape[3] if volume.ndim == 4 else 1
+        wanted = model.preprocess.channels
+        if channels != wanted and {channels, wanted} != {1, 3}:
+            raise ImageError(
+                f"{volume.name}: has {channels} channel(s), the model was made for {wanted}; "
+                "give the channels it was distilled from"
+            )
+        self.volume, self.model, self.tile = volume, model, tile
+        self._fixed = model.preprocess.fitted if model.preprocess.scope == "volume" else limits
+        self._limits: dict[int, Limits] = {}
+        self._inference = threading.Lock()  # two inferences at a time only take each other's cores
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of a plane (y, x)."""
+        return self.volume.shape[1], self.volume.shape[2]
+
+    def limits(self, z: int) -> Limits:
+        """Intensities of plane ``z`` that become 0 and 1: those that the whole plane in memory would have."""
+        if self._fixed is not None:
+            return self._fixed
+        self._look_up(z, z + 1)
+        return self._limits[z]
+
+    def limits_of(self, planes: Sequence[int]) -> Limits:
+        """Intensities that become 0 and 1, judged by some planes together."""
+        if self._fixed is not None:
+            return self._fixed
+        return self._judge(planes, [self._samples(z, z + 1)[0] for z in planes])
+
+    def read(self, z: slice, region: Region) -> Array:
+        """Voxels (z, y, x[, c]) that are needed to answer for a region of planes, whose limits are looked up first."""
+        if self._fixed is None:
+            self._look_up(z.start, z.stop)
+        (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
+        return self.volume.read(z, slice(y0, y1), slice(x0, x1))
+
+    def labels(self, z: int, region: Region, pixels: Array | None = None) -> Array:
+        """Labels of a region of plane ``z``, shape (y, x), uint8.
+
+        Parameters
+        ----------
+        pixels : array, optional
+            What `read` gave for this plane; read now if left out.
+
+        Raises
+        ------
+        ImageError
+            If pixels are not finite.
+        InputFileError
+            If the volume is damaged here.
+        """
+        return self._answer(z, region, pixels, "labels")
+
+    def stack_labels(self, planes: range, region: Region, pixels: Array) -> Array:
+        """Labels of a region of several planes, shape (z, y, x), from what `read` gave for them; as `labels` otherwise,
+        but that a GPU computes many planes at once."""
+        if not self.model.batched:
+            labels = np.empty((len(planes), *(stop - start for start, stop in region)), np.uint8)
+            for i, z in enumerate(planes):
+                labels[i] = self.labels(z, region, pixels[i])
+            return labels
+        limits = [self.limits(z) for z in planes]
+        for z, plane in zip(planes, pixels, strict=True):
+            with self._naming(z):
+                check_image(plane)
+        with self._inference:
+            return self.model.stack_labels(self._within(region, pixels), self.shape, region, limits, tile=self.tile)
+
+    def probabilities(self, z: int, region: Region, pixels: Array | None = None) -> Array:
+        """Probabilities of a region of plane ``z``, shape (k + 1, y, x), float32; as `labels` otherwise."""
+        return self._answer(z, region, pixels, "probabilities")
+
+    def _answer(self, z: int, region: Region, pixels: Array | None, what: str) -> Array:
+        limits = self.limits(z)
+        if pixels is None:
+            pixels = self.read(slice(z, z + 1), region)[0]
+        window = self._within(region, pixels[None])
+        predict = self.model.region_labels if what == "labels" else self.model.predict_region
+        with self._naming(z), self._inference:
+            return predict(lambda y, x: window(y, x)[0], self.shape, region, limits, tile=self.tile)
+
+    def _within(self, region: Region, pixels: Array) -> Window:
+        """Windows of planes "z y x [c]" of which `read` gave what the region needs."""
+        (top, _), (left, _) = self.model.reach(self.shape, region, tile=self.tile)
+        return lambda y, x: pixels[:, y.start - top : y.stop - top, x.start - left : x.stop - left]
+
+    @contextmanager
+    def _naming(self, z: int) -> Iterator[None]:
+        """Errors about pixels name the volume and the plane."""
+        try:
+            yield
+        except ImageError as fault:
+            text = str(fault).removeprefix("image: ")
+            raise ImageError(f"{self.volume.name} plane {z}: {text}") from fault
+
+    def _look_up(self, start: int, stop: int) -> None:
+        """Limits of those planes that are not known yet; each chunk is decoded once for all planes that it holds."""
+        rows, columns = self._sampled()
+        depth = min(self.volume.chunks[0], max(1, _SAMPLES // (rows * columns)))
+        for first in range(start - start % depth, stop, depth):
+            todo = [z for z in range(max(first, start), min(first + depth, stop)) if z not in self._limits]
+            if todo:
+                samples = self._samples(todo[0], todo[-1] + 1)
+                for z in todo:
+                    self._limits[z] = self._judge([z], [samples[z - todo[0]]])
+
+    def _judge(self, planes: Sequence[int], samples: Sequence[Array]) -> Limits:
+        for z, sample in zip(planes, samples, strict=True):
+            check_image(sample, f"{self.volume.name} plane {z}")
+        return self.model.preprocess.sample_limits(np.concatenate(samples))
+
+    def _sampled(self) -> tuple[int, int]:
+        """Rows and columns that are sampled of a plane."""
+        step = sample_step(self.shape)
+        return -(-self.shape[0] // step), -(-self.shape[1] // step)
+
+    def _samples(self, start: int, stop: int) -> Array:
+        """Every so manieth row and column of some planes "z y x [c]", read a few whole chunks at a time."""
+        rows, columns = self.shape
+        step = sample_step(self.shape)
+        _, high, wide = self.volume.chunks
+        width = max(1, _BAND // ((stop - start) * high) // wide) * wide
+        height = max(1, _BAND // ((stop - start) * min(width, columns)) // high) * high
+        found = np.empty((stop - start, *self._sampled(), *self.volume.shape[3:]), self.volume.dtype)
+        for y in range(0, rows, height):
+            for x in range(0, columns, width):
+                box = slice(start, stop), slice(y, min(y + height, rows)), slice(x, min(x + width, columns))
+                part = self.volume.read(*box)[:, -y % step :: step, -x % step :: step]
+                top, left = -(-y // step), -(-x // step)
+                found[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_inference"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _inference=threading.Lock())
+
+
+class _Answers:
+    """What a model says of a volume, as an array that computes what is taken from it."""
+
+    def __init__(self, segmenter: VolumeSegmenter, what: str) -> None:
+        self.segmenter, self.what = segmenter, what
+        volume = segmenter.volume
+        self.dtype = np.dtype(np.uint8 if what == "labels" else np.float32)
+        head = (len(segmenter.model.class_names) + 1,) if what == "probabilities" else ()
+        self.shape = (*head, *volume.shape[:3])
+        self.ndim = len(self.shape)
+
+    def __getitem__(self, key: Any) -> Array:
+        box, rest = split_index(key, self.shape)
+        z, y, x = box[-3:]
+        size = tuple(s.stop - s.start for s in box)
+        found = np.empty(size, self.dtype)
+        if found.size:
+            region = ((y.start, y.stop), (x.start, x.stop))
+            for at, pixels in enumerate(self.segmenter.read(z, region)):
+                found[..., at, :, :] = self._plane(z.start + at, region, pixels)[box[:-3]]
+        return found[rest]
+
+    def _plane(self, z: int, region: Region, pixels: Array) -> Array:
+        if self.what == "labels":
+            return self.segmenter.labels(z, region, pixels)
+        chances = self.segmenter.probabilities(z, region, pixels)
+        if self.what == "probabilities":
+            return chances
+        return Segmentation.of(chances).uncertainty
+
+
+def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int = TILE) -> da.Array:
+    """What a model says of a volume, as a dask array that computes a tile of a plane when it is looked at.
+
+    Whatever region is taken from it has the values of the whole, bit for bit.
+
+    Parameters
+    ----------
+    volume : Volume
+    model : Segmenter
+    what : {"labels", "probabilities", "uncertainty"}
+    tile : int
+        Inner side of a tile in pixels after zooming.
+
+    Returns
+    -------
+    dask array
+        labels: uint8 (z, y, x); probabilities: float32 (k + 1, z, y, x); uncertainty: float32 (z, y, x). A chunk is a
+        tile of one plane. The graph is made when something is computed, and of what is computed only.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such kind of answer.
+    ImageError
+        If the volume has other channels than the model.
+    """
+    if what not in KINDS:
+        raise SettingsError(f"there is no answer {what!r}; choose one of: {', '.join(KINDS)}")
+    segmenter = VolumeSegmenter(volume, model, tile=tile)
+    answers = _Answers(segmenter, what)
+    grid = model.tiles(segmenter.shape, tile=tile)
+    rows = tuple(t.y.inner[1] - t.y.inner[0] for t in grid if t.x.inner[0] == 0)
+    columns = tuple(t.x.inner[1] - t.x.inner[0] for t in grid if t.y.inner[0] == 0)
+    chunks = ((1,) * volume.shape[0], rows, columns)
+    result: da.Array = da.from_array(
+        answers,
+        chunks=((answers.shape[0],), *chunks) if what == "probabilities" else chunks,
+        name=f"segment-{uuid.uuid4().hex}",  # a hash of model and volume would read them
+        meta=np.empty((0,) * answers.ndim, answers.dtype),
+        asarray=False,
+        fancy=False,
+        lock=False,
+    )
+    return result

@@ -1,0 +1,413 @@
+"""Segmenting a volume into OME-Zarr: readers, inference and a writer at the same time, resumable at any moment.
+
+::
+
+    reader threads          this thread            writer threads
+    read block n + 2        infer block n          write shard n - 1, force to disk, note in the record
+
+A block is what a shard of labels needs: its voxels and their surroundings, of all its planes. A shard that the record
+does not know is computed again, so whatever happens, what the record knows is whole.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from distillfss_core import __version__
+from distillfss_core.errors import SettingsError
+from distillfss_core.labelstore.layout import Box, Index, Part, overlap
+from distillfss_core.labelstore.metadata import About, image_of
+from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
+from distillfss_core.models.engines import describe_engine
+from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.device import Device
+from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
+from distillfss_core.segmentation.modes import PlaneLabels, make_labeller
+from distillfss_core.types import Array, drain
+from distillfss_core.volumes.volume import Volume
+
+log = logging.getLogger(__name__)
+
+READERS, WRITERS = 2, 1
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+"""Threads beside the one that computes: on a CPU no more, since they take its cores."""
+
+
+@dataclass(frozen=True)
+class ShardDone:
+    """A step of the work, as its generator yields it.
+
+    Parameters
+    ----------
+    index, total : int
+        Shards done (1..total), those found finished included, and shards in all, coarser levels included.
+    level : int
+        0 is segmenting, 1.. is the pyramid.
+    computed : bool
+        False for the first step of a run that goes on: so much was there already.
+    seconds : float
+        Since the start of this run.
+    eta : float
+        Seconds left, judged by those shards that this run computed; NaN before there is one.
+    """
+
+    index: int
+    total: int
+    level: int
+    computed: bool
+    seconds: float
+    eta: float
+
+
+@dataclass(frozen=True)
+class VolumeReport:
+    """What a run did: the labels' folder, shards computed and found finished, missing chunks met, seconds."""
+
+    path: Path
+    computed: int
+    found: int
+    missing_chunks: int
+    seconds: float
+
+
+def segment_to_zarr(volume: Volume, model: StudentModel, out: str | Path, **options: Any) -> VolumeReport:
+    """Segment a volume into OME-Zarr 0.5 labels; `iter_segment` without the steps between."""
+    return drain(iter_segment(volume, model, out, **options))
+
+
+def iter_segment(
+    volume: Volume,
+    model: StudentModel,
+    out: str | Path,
+    *,
+    region: Part | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    mode: str = "planes",
+    tile: int | None = None,
+    cluster: str | Connection | None = None,
+) -> Generator[ShardDone, None, VolumeReport]:
+    """Segment a volume into OME-Zarr 0.5 labels, shard by shard.
+
+    Leave it, close it, kill the process, cut the power: started again with the same arguments it goes on where it was,
+    and the result is bit for bit that of a run that was never stopped (on the same machine: its processor's and
+    libraries' rounding is not recorded; the number of threads and the engine are, and are taken again).
+
+    Parameters
+    ----------
+    volume : Volume
+    model : StudentModel
+    out : path
+        A folder of its own ("labels.ome.zarr"), or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
+    region : ((z0, z1), (y0, y1), (x0, x1)), optional
+        Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the
+        volume's size: what was not asked for stays 0, and can be segmented later by another run.
+    resume : bool
+        False refuses to go on with what another run began.
+    overwrite : bool
+        Begin anew in place of labels that were written from here.
+    mode : {"planes", "smooth", "consensus"}
+        Each plane on its own; with its neighbours along z; or the mean of what planes in three directions say, where
+        voxels are about as long as wide (some ten times slower). See `labellers`.
+    tile : int, optional
+        Inner side of a tile in pixels after zooming.
+    cluster : str or Connection, optional
+        Workers that segment the shards, as for `cluster.connect`; they load the model anew, on what devices they have.
+        By default this process does it, on the device of ``model``.
+
+    Yields
+    ------
+    ShardDone
+
+    Returns
+    -------
+    VolumeReport
+
+    Raises
+    ------
+    SettingsError
+        If the region is not in the volume, or the output was begun with another model, volume or settings, or by an
+        engine that is not installed.
+    OutputError
+        If it cannot be written (disk full, ...): what is finished is kept. If it would lie where the volume does.
+    InputFileError, ImageError
+        If the volume is damaged, has other channels than the model, or is not finite somewhere.
+    """
+    start = time.monotonic()
+    _return_memory()
+    wanted = check_region(volume, region)
+    labeller = make_labeller(mode, volume, model, tile)
+    out, missing = Path(out), set[str]()
+    check_apart(out, volume.path)
+    with ExitStack() as stack:
+        workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
+        if workers and volume.path is None:
+            raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
+        device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
+        engine = model.engine if device.startswith("cpu") or model.engine == "torch-compiled" else "torch"
+        notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
+        if overwrite:
+            remove_labels(out)
+        store = open_store(labeller, model, out, device=device, notes=notes, resume=resume)
+        stack.callback(store.close)
+        if (begun_with := _engine_of(store, engine)) != engine:
+            engine, model = begun_with, _run_by(begun_with, model, store)
+            labeller = make_labeller(mode, volume, model, tile)
+        plan = plan_work(store, wanted)
+        clock = _Clock(start, plan.total, plan.found)
+        if plan.found:
+            yield clock.step(0, computed=False, count=0)
+        if workers:
+            run = _segmented_by(workers, model, engine, labeller, store, plan.todo, missing)
+        else:
+            run = _segmented(labeller, store, plan.todo)
+            stack.enter_context(_threads(model, store.notes["threads"]))
+        with closing(run):
+            for _ in run:
+                yield clock.step(0)
+        for level, index in plan.coarser:
+            yield clock.step(level, computed=store.coarsen(level, index))
+        store.finish(wanted)
+    return VolumeReport(out, clock.computed, plan.found, len(volume.missing | missing), time.monotonic() - start)
+
+
+def check_region(volume: Volume, region: Part | None) -> Box:
+    """The region with all its ends; without one, all of the volume.
+
+    Raises
+    ------
+    SettingsError
+        If it is empty or not within the volume.
+    """
+    box = []
+    for name, (start, stop), length in zip("zyx", region or [(None, None)] * 3, volume.shape, strict=False):
+        first, last = start or 0, length if stop is None else stop
+        if not 0 <= first < last <= length:
+            raise SettingsError(f"region {name} {first}:{last} is empty or outside {volume.name}, 0:{length}")
+        box.append((first, last))
+    z, y, x = box
+    return z, y, x
+
+
+def open_store(
+    labeller: PlaneLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
+) -> LabelStore:
+    """The labels to be written, new or begun; errors are those of `LabelStore`."""
+    volume = labeller.volume
+    layout = labeller.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
+    digest = model.digest()
+    about = About(
+        name=out.name.partition(".")[0],
+        scale=volume.scale,
+        origin=volume.origin,
+        unit=volume.unit,
+        classes=model.class_names,
+        provenance={
+            "program": f"napari-distillfss {__version__}",
+            "model": {"digest": digest, "card": model.card},
+            "volume": {"path": str(volume.path) if volume.path else None, **volume.identity},
+            "device": device,
+        },
+        image=_path_to_image(volume, out),
+    )
+    settings = {
+        "volume": volume.identity,
+        "model": digest,
+        "mode": labeller.mode,
+        "tile": labeller.tile,
+        "device": device,
+    }
+    return LabelStore(out, layout, about, settings, resume=resume, notes=notes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: parts of shards of the finest level, then shards of the coarser ones, in this order.
+
+    ``found`` shards of the finest level are finished already.
+    """
+
+    todo: dict[Index, list[Box]]
+    coarser: list[tuple[int, Index]]
+    found: int
+
+    @property
+    def total(self) -> int:
+        return len(self.todo) + len(self.coarser) + self.found
+
+
+def plan_work(store: LabelStore, wanted: Box) -> Plan:
+    """Look up what the store has of a region."""
+    layout, todo, found = store.layout, {}, 0
+    for at in layout.shards(0, wanted):
+        missing = store.missing(0, at, overlap(layout.box(0, at), wanted))
+        if missing:
+            todo[at] = missing
+        else:
+            found += 1
+    touched = [layout.box(0, at) for at in layout.shards(0, wanted)]
+    first, last = touched[0], touched[-1]
+    grown: Box = tuple((a[0], b[1]) for a, b in zip(first, last, strict=True))  # type: ignore[assignment]
+    coarser = [
+        (level, at)
+        for level in range(1, len(layout.shapes))
+        for at in layout.shards(level, layout.coarser(level, grown))
+    ]
+    return Plan(todo, coarser, found)
+
+
+def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]) -> Generator[Index, None, None]:
+    """Read, infer and write at the same time; gives each shard when it is in the record.
+
+    Left early, what is being written is still written and noted.
+    """
+
+    def read(boxes: list[Box]) -> list[Array]:
+        return [labeller.read(box) for box in boxes]
+
+    def write(index: Index, boxes: list[Box], labels: list[Array]) -> Index:
+        digests = [store.write(0, box, part) for box, part in zip(boxes, labels, strict=True)]
+        with noting:
+            store.note(0, index, boxes, digests[-1])
+        return index
+
+    threads = _io_threads(labeller.model.device)
+    noting = threading.Lock()
+    readers, writers = ThreadPoolExecutor(threads.readers), ThreadPoolExecutor(threads.writers)
+    ahead = iter(todo.items())
+    reading: deque[tuple[Index, list[Box], Future[list[Array]]]] = deque()
+    writing: deque[Future[Index]] = deque()
+    try:
+        while True:
+            while len(reading) < threads.readers and (following := next(ahead, None)):
+                reading.append((*following, readers.submit(read, following[1])))
+            if not reading:
+                break
+            index, boxes, coming = reading.popleft()
+            blocks = coming.result()
+            labels = [labeller.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
+            del blocks, coming
+            writing.append(writers.submit(write, index, boxes, labels))
+            while writing and (writing[0].done() or len(writing) > threads.writers):
+                yield writing.popleft().result()
+        while writing:
+            yield writing.popleft().result()
+    finally:
+        readers.shutdown(cancel_futures=True)
+        writers.shutdown()
+
+
+class _IoThreads(NamedTuple):
+    readers: int
+    """As many blocks wait to be segmented at most."""
+    writers: int
+    """As many shards wait to be written at most, beside those that are being written."""
+
+
+def _io_threads(device: Device) -> _IoThreads:
+    """A GPU outruns two readers and a writer, and leaves the cores to more of them."""
+    if device.kind == "cpu":
+        return _IoThreads(READERS, WRITERS)
+    cores = os.cpu_count() or 1
+    return _IoThreads(min(8, max(READERS, cores // 2)), min(4, max(WRITERS, cores // 4)))
+
+
+def _segmented_by(
+    workers: Connection,
+    model: StudentModel,
+    engine: str,
+    labeller: PlaneLabels,
+    store: LabelStore,
+    todo: dict[Index, list[Box]],
+    missing: set[str],
+) -> Generator[Index, None, None]:
+    """Have the workers do it; gives each shard when it is in the record, and adds to the chunks that have no file."""
+    threads = store.notes["threads"]
+    with closing(iter_shards(workers, model, engine, labeller, store.path, store.layout, todo, threads)) as shards:
+        for index, boxes, digest, gone in shards:
+            store.note(0, index, list(boxes), digest)
+            missing |= gone
+            yield index
+
+
+class _Clock:
+    """Counts steps and judges how long the rest takes."""
+
+    def __init__(self, start: float, total: int, found: int) -> None:
+        self.start, self.total, self.index, self.computed = start, total, found, 0
+        self._begun = time.monotonic()
+
+    def step(self, level: int, *, computed: bool = True, count: int = 1) -> ShardDone:
+        self.index += count
+        self.computed += computed
+        now = time.monotonic()
+        pace = (now - self._begun) / self.computed if self.computed else math.nan
+        return ShardDone(self.index, self.total, level, computed, now - self.start, pace * (self.total - self.index))
+
+
+def _path_to_image(volume: Volume, out: Path) -> str | None:
+    """From the labels to the image they are of, as OME-Zarr has it."""
+    if volume.path is None or volume.identity.get("kind") != "ome-zarr":
+        return None
+    return Path(os.path.relpath(volume.path, out)).as_posix()
+
+
+def _engine_of(store: LabelStore, engine: str) -> str:
+    """The engine that labels were begun with: another rounds otherwise."""
+    begun_with = str(store.notes.get("engine", describe_engine("torch")))  # before there was a choice it was torch
+    name = begun_with.split()[0]
+    if name == engine and begun_with != describe_engine(name):
+        log.warning("%s: was begun with %s; labels may round otherwise here and there", store.path, begun_with)
+    return name
+
+
+def _run_by(engine: str, model: StudentModel, store: LabelStore) -> StudentModel:
+    try:
+        other = model.with_engine(engine)
+    except SettingsError as fault:
+        raise SettingsError(
+            f"{store.path}: was begun with engine {engine}, and goes on with it only: {fault}"
+        ) from fault
+    log.warning("going on with engine %s, as the run was begun with, not %s", engine, model.engine)
+    return other
+
+
+def _return_memory() -> None:
+    """Large buffers go back to the system when they are freed, for the rest of the process.
+
+    glibc raises the size from which they do with every one that is freed, and each thread's heap then keeps the most
+    that it ever needed: 0.2 GB with readers, writer and an engine. Elsewhere nothing is done.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, 1 << 23)
+
+
+@contextmanager
+def _threads(model: Segmenter, count: int) -> Iterator[None]:
+    """Compute with as many threads as the run was begun with: with others, sums differ in the last bit."""
+    before = torch.get_num_threads()
+    if model.device.kind != "cpu" or before == count:
+        yield
+        return
+    log.warning("going on with %d CPU threads, as the run was begun with, not %d", count, before)
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

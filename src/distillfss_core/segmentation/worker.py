@@ -1,0 +1,83 @@
+"""What runs on a worker of a cluster: the model and the volume of a run, made ready once, and a shard at a time."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import zarr
+from distributed import WorkerPlugin, get_worker
+
+from distillfss_core.labelstore.layout import Box, Layout
+from distillfss_core.labelstore.store import write_shard
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.device import choose_device
+from distillfss_core.segmentation.modes import PlaneLabels, make_labeller
+from distillfss_core.volumes.volume import Volume
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a worker has to know; it travels once to each. ``model`` is the content of a student file."""
+
+    model: bytes
+    volume: Volume
+    mode: str
+    tile: int
+    path: Path
+    layout: Layout
+    device: str
+    precision: str
+    engine: str
+    threads: int
+
+
+class Job(WorkerPlugin):
+    """A run, as a worker knows it; it is made ready when its first task comes."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def setup(self, worker: Any) -> None:
+        self._lock = threading.Lock()
+        self._labeller: PlaneLabels | None = None
+
+    def teardown(self, worker: Any) -> None:
+        if self._labeller is not None:
+            self._labeller.volume.close()
+
+    def segment(self, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
+        """Write (parts of) a shard; gives the digest of its file, and the volume's chunks that had no file."""
+        labeller, spec = self._ready(), self.spec
+        array = zarr.open_array(spec.path / "0", mode="r+")
+        before = labeller.volume.missing
+        digest = ""
+        for box in boxes:
+            labels = labeller.labels(box, labeller.read(box))
+            digest = write_shard(spec.path, array, spec.layout, 0, box, labels)
+        return digest, labeller.volume.missing - before
+
+    def _ready(self) -> PlaneLabels:
+        with self._lock:
+            if self._labeller is None:
+                spec = self.spec
+                torch.set_num_threads(spec.threads)
+                with tempfile.TemporaryDirectory() as folder:
+                    file = Path(folder) / "model.safetensors"
+                    file.write_bytes(spec.model)
+                    device = choose_device(spec.device, spec.precision)  # "auto" is the same for all CPUs here
+                    model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
+                self._labeller = make_labeller(spec.mode, spec.volume, model, spec.tile)
+            return self._labeller
+
+
+def segment_shard(name: str, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
+    """A task: the worker's plugin ``name`` does it."""
+    job: Any = get_worker().plugins[name]
+    found: tuple[str, frozenset[str]] = job.segment(boxes)
+    return found

@@ -1,5 +1,0 @@
-"""Students: coarse maps without a support."""
-
-from distillfss_core.students.convdist import CoarseExtractor, ConvDist, LightConvDist, Student
-
-__all__ = ["CoarseExtractor", "ConvDist", "LightConvDist", "Student"]

@@ -1,0 +1,1 @@
+"""Annotated slices: checked, and which planes to annotate."""

@@ -1,0 +1,140 @@
+"""The annotated slices, checked when they are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distillfss_core.errors import SupportSetError
+from distillfss_core.types import IGNORE, MAX_CLASSES, Array, LabelledSlice
+
+
+@dataclass(frozen=True, eq=False)
+class SupportSet:
+    """Annotated slices of one task; one that exists is a good one.
+
+    Parameters
+    ----------
+    slices : sequence of LabelledSlice
+        At least one. Labels: 0 background, 1..K classes, IGNORE not annotated.
+    class_names : sequence of str
+        Names of classes 1..K.
+    pixel_size : (float, float), optional
+        Size of a pixel (y, x) in micrometres, kept on the model's card.
+    planes_of_one_volume : bool
+        Whether the slices are planes of one acquisition: intensity limits are then shared.
+
+    Raises
+    ------
+    SupportSetError
+        Without slices; if a class has no pixel in any slice; if a label is beyond the classes; if a slice has
+        nothing annotated; if nothing but objects is annotated anywhere.
+    """
+
+    slices: Sequence[LabelledSlice]
+    class_names: Sequence[str] = ("object",)
+    pixel_size: tuple[float, float] | None = None
+    planes_of_one_volume: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "slices", tuple(self.slices))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        self._check_names()
+        if not self.slices:
+            raise SupportSetError("the support set is empty; annotate at least one slice")
+        counts = np.stack([_count_labels(s.labels) for s in self.slices])
+        known = len(self.class_names) + 1
+        for labelled, row in zip(self.slices, counts, strict=True):
+            beyond = np.flatnonzero(row[known:IGNORE]) + known
+            if len(beyond):
+                raise SupportSetError(
+                    f"{labelled.source}: label {beyond[0]} has no class name; there are {known - 1} classes "
+                    f"({', '.join(self.class_names)})"
+                )
+            if not row[:known].sum():
+                raise SupportSetError(f"{labelled.source}: nothing is annotated; paint something or leave it out")
+        totals = counts[:, :known].sum(0)
+        for name, total in zip(self.class_names, totals[1:], strict=True):
+            if not total:
+                raise SupportSetError(
+                    f"no slice has a pixel of class {name!r}; paint some, or leave the class out "
+                    f"({len(self.slices)} slices looked at)"
+                )
+        if not totals[0]:
+            raise SupportSetError("no pixel is labelled background; paint some background too, or scribble it")
+
+    def _check_names(self) -> None:
+        if not 1 <= len(self.class_names) <= MAX_CLASSES:
+            raise SupportSetError(f"a support set has 1 to {MAX_CLASSES} classes, this one {len(self.class_names)}")
+        if len(set(self.class_names)) < len(self.class_names) or not all(n.strip() for n in self.class_names):
+            raise SupportSetError(f"class names must differ and not be empty, got {list(self.class_names)}")
+
+    @property
+    def classes(self) -> int:
+        """K, without background."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def shown_once(self) -> np.ndarray:
+        """Whether a slice is the only one with a class (background first). Shape (n, k + 1), bool."""
+        shown = np.stack([_count_labels(s.labels)[: self.classes + 1] for s in self.slices]) > 0
+        return np.asarray(shown & (shown.sum(0) == 1))
+
+    def shares(self) -> np.ndarray:
+        """Share of the annotated pixels that each class (background first) has, over all slices. Shape (k + 1,)."""
+        counts = np.sum([_count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)
+        return np.asarray(counts / counts.sum())
+
+
+def _count_labels(labels: Array) -> Array:
+    """Pixels of each of the 256 labels; block by block, since bincount works on eight-byte copies."""
+    flat = labels.reshape(-1)
+    blocks = (flat[i : i + (1 << 20)] for i in range(0, flat.size, 1 << 20))
+    result: Array = np.sum([np.bincount(block, minlength=IGNORE + 1) for block in blocks], axis=0)
+    return result
+
+
+def load_support(
+    images: str | Path,
+    labels: str | Path,
+    *,
+    planes: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
+    scribbles: bool = False,
+    pixel_size: tuple[float, float] | None = None,
+    one_volume: bool = False,
+) -> SupportSet:
+    """Read annotated slices from files.
+
+    Parameters
+    ----------
+    images, labels : path
+        Two folders paired by file stem, two single files, or two stacks (z y x).
+    planes : sequence of int, optional
+        Which planes of the stacks; by default those with any label.
+    classes : sequence of str, optional
+        Names of label values 1, 2, ...; by default every value but 0 is the one class "object".
+    scribbles : bool
+        Label values mean: 0 not annotated, 1 background, 2, 3, ... the classes.
+    pixel_size : (float, float), optional
+        Size of a pixel (y, x) in micrometres.
+    one_volume : bool
+        The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
+        more steps.
+
+    Raises
+    ------
+    InputFileError, ImageError, SupportSetError
+        Each with one line that names the file and the value.
+    """
+    from distillfss_core.io.labels import load_support_arrays
+
+    names = tuple(classes) if classes else ("object",)
+    mode = "scribbles" if scribbles else "classes" if classes else "binary"
+    slices, of_stack = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
+    return SupportSet(tuple(slices), names, pixel_size, one_volume or of_stack)

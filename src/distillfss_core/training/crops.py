@@ -1,0 +1,299 @@
+"""Augmented crops of the support slices, and a bounded store of their features.
+
+The backbone is frozen, so a view goes through it once; training steps then read the stored features.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from distillfss_core.models.preprocess import Preprocess, resize
+from distillfss_core.nn.backbones import Backbone
+from distillfss_core.nn.device import Device
+from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.types import IGNORE, Array
+
+STEP = 32  # pixels that sides of views are multiples of
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly views differ from the slice they are cut from; everything at zero gives plain crops.
+
+    Parameters
+    ----------
+    scale : float
+        Zoom is drawn log-uniformly from 1 / (1 + scale) to 1 + scale.
+    gamma, contrast, brightness : float
+        Largest change of each (gamma in octaves).
+    noise : float
+        Largest deviation of Gaussian noise, in units of the intensity range.
+    polarity : float
+        Probability of inverting the intensities.
+    turn : bool
+        Quarter turns and mirror images.
+    """
+
+    scale: float = 0.25
+    gamma: float = 0.5
+    contrast: float = 0.2
+    brightness: float = 0.1
+    noise: float = 0.03
+    polarity: float = 0.0
+    turn: bool = True
+
+
+PLAIN = Augmentation(scale=0, gamma=0, contrast=0, brightness=0, noise=0, polarity=0, turn=False)
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One augmented crop.
+
+    ``image`` "3 s s" in [0, 1]; ``labels`` "s s" uint8 with IGNORE outside the slice; ``slice`` is the index in
+    the support set; ``box`` is where it was cut, (y0, x0, y1, x1) in pixels of the slice.
+    """
+
+    image: Float[Tensor, "3 s s"]
+    labels: UInt8[Tensor, "s s"]
+    slice: int
+    box: tuple[int, int, int, int]
+
+    def without_pixels(self) -> View:
+        """Only where it came from."""
+        return View(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box)
+
+
+class ViewCutter:
+    """Cuts views out of a support set, at native resolution times the model's zoom.
+
+    Three views out of four are centred on an annotated object (each class as often as another), the others
+    lie anywhere that something is annotated: rare classes are seen in most steps.
+
+    Parameters
+    ----------
+    size : int
+        Side of a view in pixels, after zooming; no more than the longest slice needs.
+    """
+
+    def __init__(self, support: SupportSet, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
+        self.augmentation, self.preprocess = augmentation, preprocess
+        longest = max(max(s.labels.shape) for s in support.slices) * preprocess.zoom_factor
+        self.size = min(size, STEP * math.ceil(longest / STEP))
+        self._images = [preprocess.as_channels(s.image, s.source) for s in support.slices]
+        self._labels = [s.labels for s in support.slices]
+        self._limits = [preprocess.limits(image) for image in self._images]
+        self._anchors = [_anchors(labels, support.classes) for labels in self._labels]
+
+    def with_size(self, size: int) -> ViewCutter:
+        """The same cutter for smaller views, if these are larger."""
+        other = copy.copy(self)
+        other.size = min(size, self.size)
+        return other
+
+    def cut(self, slice_index: int, rng: np.random.Generator) -> View:
+        """A random view of one slice."""
+        aug = self.augmentation
+        scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(aug.scale)))
+        side = max(2, round(self.size / (float(self.preprocess.zoom_factor) * scale)))
+        labels = self._labels[slice_index]
+        y, x = self._centre(slice_index, rng)
+        y0, x0 = (
+            _place(int(c + rng.integers(-side // 4, side // 4 + 1)) - side // 2, side, n)
+            for c, n in zip((y, x), labels.shape, strict=True)
+        )
+        return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), aug, rng)
+
+    def grid(self, slice_index: int, most: int) -> list[View]:
+        """Plain views that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
+        side = max(2, round(self.size / float(self.preprocess.zoom_factor)))
+        h, w = self._labels[slice_index].shape
+        corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
+        labels = self._labels[slice_index]
+        corners = [(y, x) for y, x in corners if (labels[max(y, 0) : y + side, max(x, 0) : x + side] != IGNORE).any()]
+        if len(corners) > most:
+            corners = self._spread(slice_index, corners, side, most)
+        rng = np.random.default_rng(0)
+        return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners]
+
+    def _spread(self, slice_index: int, corners: list[tuple[int, int]], side: int, most: int) -> list[tuple[int, int]]:
+        """``most`` of the corners, drawn evenly, but one for each class first."""
+        labels = self._labels[slice_index]
+        drawn = [corners[i] for i in np.random.default_rng(0).permutation(len(corners))]
+        held = [set(np.unique(labels[max(y, 0) : y + side, max(x, 0) : x + side]).tolist()) for y, x in drawn]
+        values = [value for value in range(len(self._anchors[slice_index])) if any(value in h for h in held)]
+        first = {next(i for i, h in enumerate(held) if value in h) for value in values}
+        chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:most]
+        return sorted(drawn[i] for i in chosen)
+
+    def _centre(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
+        anchors = self._anchors[slice_index]
+        objects = [a for a in anchors[1:] if len(a)]
+        if objects and (rng.random() < 0.75 or not len(anchors[0])):
+            points = objects[rng.integers(len(objects))]
+        else:
+            points = anchors[0]
+        y, x = points[rng.integers(len(points))]
+        return int(y), int(x)
+
+    def _finish(
+        self, index: int, box: tuple[int, int, int, int], augmentation: Augmentation, rng: np.random.Generator
+    ) -> View:
+        """Cut a box, which may reach beyond the slice (mirrored there, and not annotated), and augment it."""
+        image, labels = self._images[index], self._labels[index]
+        y0, x0, y1, x1 = box
+        inside = (slice(max(y0, 0), min(y1, labels.shape[0])), slice(max(x0, 0), min(x1, labels.shape[1])))
+        x = self.preprocess.to_tensor(image[inside], self._limits[index])[None]
+        margins = (
+            (inside[0].start - y0, y1 - inside[0].stop),
+            (inside[1].start - x0, x1 - inside[1].stop),
+        )
+        y = np.pad(labels[inside], margins, constant_values=IGNORE)
+        if any(any(m) for m in margins):
+            x = torch.from_numpy(np.pad(x[0].numpy(), ((0, 0), *margins), mode="symmetric"))[None]
+        size = (self.size, self.size)
+        x = resize(x, size)[0]
+        target = torch.from_numpy(resize_labels(y, self.size))
+        if augmentation.turn:
+            turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
+            x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
+            if mirror:
+                x, target = x.flip(2), target.flip(1)
+        return View(_recolour(x, augmentation, rng), target.contiguous(), index, box)
+
+
+def _recolour(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
+    if aug.polarity and rng.random() < aug.polarity:
+        x = 1 - x
+    if aug.gamma:
+        x = x.clamp_min(0) ** float(2 ** rng.uniform(-aug.gamma, aug.gamma))
+    if aug.contrast or aug.brightness:
+        gain = 1 + rng.uniform(-aug.contrast, aug.contrast)
+        x = (x - 0.5) * gain + 0.5 + rng.uniform(-aug.brightness, aug.brightness)
+    if aug.noise:
+        spread = rng.uniform(0, aug.noise)
+        x = x + torch.from_numpy(rng.standard_normal((1, *x.shape[1:]), dtype=np.float32)) * spread
+    return x.clamp(0, 1).contiguous()
+
+
+def _anchors(labels: Array, classes: int, most: int = 4096) -> list[Array]:
+    """For each class, background first, up to ``most`` of its pixels (y, x), evenly spaced."""
+    step = max(1, labels.shape[0] * labels.shape[1] >> 22)  # of a huge slice, every so many-th row is looked at first
+    found = []
+    for value in range(classes + 1):
+        points = np.argwhere(labels[::step] == value) * (step, 1)
+        if not len(points) and step > 1:
+            points = np.argwhere(labels == value)
+        found.append(points[:: max(1, -(-len(points) // most))])
+    return found
+
+
+def _place(start: int, side: int, length: int) -> int:
+    """Keep a crop inside the slice; centre it where the slice is smaller than the crop."""
+    if side >= length:
+        return -((side - length) // 2)
+    return min(max(start, 0), length - side)
+
+
+def _starts(length: int, side: int) -> list[int]:
+    if side >= length:
+        return [_place(0, side, length)]
+    count = -(-length // side)
+    return [round(i * (length - side) / (count - 1)) for i in range(count)]
+
+
+def resize_labels(labels: Array, size: int) -> Array:
+    """Labels "y x" brought to "size size" by the nearest pixel; where they shrink, no annotated pixel gets lost among
+    unannotated ones (a scribble is often one pixel wide)."""
+    rows, columns = (np.minimum(((np.arange(size) + 0.5) * n / size).astype(int), n - 1) for n in labels.shape)
+    small = np.ascontiguousarray(labels[rows][:, columns])
+    if size < max(labels.shape) and (labels == IGNORE).any():
+        y, x = np.nonzero(labels != IGNORE)
+        at = (y * size // labels.shape[0], x * size // labels.shape[1])
+        scattered = np.full_like(small, IGNORE)
+        scattered[at] = labels[y, x]
+        small = np.where(small == IGNORE, scattered, small)
+    return small
+
+
+class ViewBank:
+    """Features and labels of many views, in half precision and within a memory limit.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes for stored features at most.
+    most : int
+        Views stored at most. At least two a slice are kept whatever the limit.
+    """
+
+    def __init__(self, backbone: Backbone, device: Device, *, memory: int, most: int) -> None:
+        self.backbone, self.device = backbone, device
+        self.memory, self.most = memory, most
+        self.views: list[View] = []
+        self.features: list[FeaturePyramid] = []
+        self._labels: list[Tensor] = []
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def encode(self, views: Sequence[View]) -> FeaturePyramid:
+        """Features of views, straight from the backbone, in single precision."""
+        batch = self.device.upload(torch.stack([v.image for v in views]))
+        with torch.no_grad(), self.device.autocast():
+            features = self.backbone(batch).lean()
+        result: FeaturePyramid = features.map(Tensor.float)
+        return result
+
+    def fill(self, cutter: ViewCutter, slices: Sequence[int], rng: np.random.Generator) -> None:
+        """Cut and store views of the slices in turn until the limits are reached."""
+        while True:
+            for index in slices:
+                self.add(cutter.cut(index, rng))
+            each = self.features[0].nbytes
+            room = min(self.most, self.memory // each)
+            if len(self) + len(slices) > max(room, 2 * len(slices)):
+                return
+
+    def add(self, view: View) -> None:
+        """Encode and store a view."""
+        self.features.append(self._stored(view))
+        self._labels.append(view.labels.to(self.device.torch))
+        self.views.append(view.without_pixels())
+
+    def replace(self, index: int, view: View) -> None:
+        """Put a view in the place of a stored one."""
+        self.features[index] = self._stored(view)
+        self._labels[index] = view.labels.to(self.device.torch)
+        self.views[index] = view.without_pixels()
+
+    def _stored(self, view: View) -> FeaturePyramid:
+        return self.encode([view]).map(lambda block: block.half())
+
+    def pyramid(self, indices: Sequence[int]) -> FeaturePyramid:
+        return cat_pyramids([self.features[i].map(_as_float) for i in indices])
+
+    def labels(self, indices: Sequence[int]) -> UInt8[Tensor, "b h w"]:
+        return torch.stack([self._labels[i] for i in indices])
+
+    def support(self, indices: Sequence[int], classes: int) -> EncodedSupport:
+        return EncodedSupport.of(self.pyramid(indices), self.labels(indices), classes)
+
+    def slices(self) -> Array:
+        """Slice index of every stored view."""
+        return np.array([v.slice for v in self.views])
+
+
+def _as_float(block: Tensor) -> Tensor:
+    if block.device.type == "cpu":
+        return block.float().contiguous(memory_format=torch.channels_last)
+    return block.float()

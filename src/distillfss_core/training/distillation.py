@@ -1,0 +1,422 @@
+"""From a support set to a student: DistillFSS (joint), two-stage, direct; and TransferFSS (refine).
+
+Source: DistillFSS, arXiv 2512.05613.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, replace
+from itertools import product
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
+from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
+from distillfss_core.models.card import thumbnails
+from distillfss_core.models.fewshot import FewShotModel
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess, parse_zoom
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import Backbone, load_backbone
+from distillfss_core.nn.decoder import SlimDecoder
+from distillfss_core.nn.device import Device, choose_device, seeded
+from distillfss_core.nn.features import EncodedSupport, cat_pyramids
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head
+from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training.crops import PLAIN, Augmentation, View, ViewBank, ViewCutter
+from distillfss_core.training.loop import Best, LeftOut, iter_fit
+from distillfss_core.training.student_init import start_from_attention
+from distillfss_core.training.zoom import choose_zoom
+from distillfss_core.types import IGNORE, Array, TrainStep, evenly
+
+AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
+AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
+FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
+AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
+AGAIN = 5  # a warm start takes a fifth of the steps
+START_VIEWS = 24  # stored views that tell a student what its teacher attends to
+SAMPLES, SAMPLE_SIDE = 8, 96  # parts of the support that a student keeps, and their side in pixels after zooming
+SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
+
+
+class DistillRun(Iterator[TrainStep]):
+    """A training under way: iterate it for progress, ask `result` for the best student so far.
+
+    Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
+
+    Parameters
+    ----------
+    support : SupportSet
+    settings : DistillSettings
+    start : StudentModel, optional
+        Warm start: go on from this student's weights, in its form, on its backbone, with its zoom and intensity
+        ("refine again"). Its classes must be the support's.
+    teacher_only : bool
+        TransferFSS: refine the teacher and distil nothing.
+    """
+
+    def __init__(
+        self,
+        support: SupportSet,
+        settings: DistillSettings,
+        start: StudentModel | None = None,
+        *,
+        teacher_only: bool = False,
+    ) -> None:
+        if start is not None:
+            start, settings = _prepare_start(start, support, settings)
+        self.support, self.settings = support, settings
+        self.device = choose_device(settings.device, settings.precision)
+        self._began = time.perf_counter()
+        self._left_out_index = None if teacher_only else _left_out_index(settings, support)
+        self._told: HeadWeights | None = None
+        if start:
+            self.backbone = copy.deepcopy(start.backbone)
+        else:
+            self.backbone, self._told = _load_start(settings)
+        self.backbone.to(self.device.torch)
+        self._slices = [i for i in range(len(support)) if i != self._left_out_index]
+        skilled = start is not None or (self._told is not None and settings.method != "direct")
+        few = skilled and not support.planes_of_one_volume
+        self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=start is not None)
+        views = min(settings.views, self._steps * settings.queries)
+        self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
+        head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
+        self.head = head.requires_grad_(True).eval()
+        self.head.to(self.device.torch)
+        judge = self.head.teacher if self._told else None
+        self.preprocess, self.zoom_scores = (
+            (start.preprocess, {}) if start else _fit_preprocess(support, settings, self._bank, judge)
+        )
+        self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
+        self._best = Best(self.head)
+        self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
+        self._refined: FewShotHead | None = None
+        self._stage_began, self._steps_done, self._finished = 0, 0, False
+        self._has_student = not teacher_only and settings.method != "two-stage"
+        self._generator = self._run(start, teacher_only)
+
+    def __iter__(self) -> DistillRun:
+        return self
+
+    def __next__(self) -> TrainStep:
+        step = next(self._generator)
+        self._steps_done += 1
+        return step
+
+    def close(self) -> None:
+        """Stop training; `result` keeps its answer."""
+        self._generator.close()
+
+    def _run(self, start: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
+        left_out = self._left_out()
+        self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
+        if isinstance(self.head.decoder, SlimDecoder) and start is None and self._told is None:
+            self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
+        stages = (
+            ["refine"]
+            if teacher_only
+            else {"two-stage": ["refine", "distil"]}.get(self.settings.method, [self.settings.method])
+        )
+        fixed = None
+        for stage in stages:
+            if stage == "distil":
+                self._refined, self._has_student = self._best_head(), True
+                self._stage_began = self._steps_done
+                fixed = self._refined.decoder
+            if stage in ("joint", "distil") and start is None:
+                views = evenly(len(self._bank), START_VIEWS)
+                start_from_attention(self.head, self._bank.support(views, self.support.classes))
+            self._best = Best(self.head)
+            judge = left_out if stage != "refine" else None
+            yield from iter_fit(
+                self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
+            )
+        self._finished = True
+
+    def _left_out(self) -> LeftOut | None:
+        if self._left_out_index is None:
+            return None
+        views = self._cutter.grid(self._left_out_index, 8)
+        features = [self._bank.encode([v]) for v in views]
+        return LeftOut(features, [v.labels[None].long().to(self.device.torch) for v in views])
+
+    def _best_head(self) -> FewShotHead:
+        head = copy.deepcopy(self._best.average)
+        self._best.restore(head)
+        return head.eval()
+
+    def result(self) -> StudentModel:
+        """The best student so far, with its card. Its halo is measured once the training has ended, and wide before.
+
+        Raises
+        ------
+        NoStudentYetError
+            While the teacher is still being refined (two-stage), or if nothing but a teacher was asked for.
+        """
+        if not self._has_student:
+            raise NoStudentYetError(
+                f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
+                "let it go on, or use method joint, which has a student from the first step"
+            )
+        record = {
+            "method": self.settings.method,
+            "head": self._told.name if self._told else None,
+            "steps": self._steps_done,
+            "best_step": self._stage_began + (self._best.best_step or self._best.steps),
+            "left_out_slice": self._left_out_index,
+            "left_out_iou": self._best.score,
+            "zoom_scores": self.zoom_scores,
+            "seconds": round(time.perf_counter() - self._began, 1),
+            "device": str(self.device),
+            "settings": asdict(self.settings),
+            "support": [s.source for s in self.support.slices],
+            "support_shares": [round(float(s), 6) for s in self.support.shares()],
+        }
+        model = StudentModel(
+            self.backbone,
+            self._best_head(),
+            self.preprocess,
+            self.support.class_names,
+            pixel_size=self._pixel_size,
+            training=record,
+            thumbnails=thumbnails(self.support),
+            samples=_samples(self._cutter, len(self.support)),
+            device=self.device,
+        )
+        if self._finished:
+            model.fit_halo(_busiest_part(self.support, model.halo_side))
+        return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
+
+    def teacher(self) -> FewShotModel:
+        """The teacher with its best weights so far, told by the whole support set."""
+        head = self._refined or self._best_head()
+        return _tell(head.teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
+
+
+def iter_distill(
+    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+) -> DistillRun:
+    """Distil, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
+    return DistillRun(support, settings or DistillSettings(), start)
+
+
+def distill(
+    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+) -> StudentModel:
+    """Make a student from a support set.
+
+    Parameters
+    ----------
+    support : SupportSet
+    settings : DistillSettings, optional
+    start : StudentModel, optional
+        Warm start from an existing student, with new or corrected slices.
+
+    Returns
+    -------
+    StudentModel
+        It needs no support images.
+
+    Raises
+    ------
+    SettingsError, WeightsUnavailableError
+    """
+    run = iter_distill(support, settings, start=start)
+    for _ in run:
+        pass
+    return run.result()
+
+
+def iter_refine(support: SupportSet, settings: DistillSettings | None = None) -> DistillRun:
+    """TransferFSS, step by step: refine the teacher on the support set; ask the run for its ``teacher()``."""
+    return DistillRun(support, settings or DistillSettings(), teacher_only=True)
+
+
+def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewShotModel:
+    """TransferFSS: a teacher refined on the support set, ready to predict."""
+    run = iter_refine(support, settings)
+    for _ in run:
+        pass
+    return run.teacher()
+
+
+def unrefined_teacher(
+    support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
+) -> FewShotModel:
+    """A teacher that answers at once: DCAMA as its weights come, or prototypes (kind "prototype").
+
+    With ``voting`` every support view answers for itself and the surest one counts; otherwise all views stand in one
+    attention.
+    """
+    settings = settings or DistillSettings()
+    device = choose_device(settings.device, settings.precision)
+    backbone, told = _load_start(settings)
+    bank = ViewBank(backbone.to(device.torch), device, memory=1, most=1)
+    ours = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
+    preprocess, _ = _fit_preprocess(support, settings, bank, ours if told else None)
+    teacher: Teacher = ours if kind == "dcama" else PrototypeTeacher()
+    if voting:
+        teacher = VotingTeacher(teacher)
+    return _tell(teacher, backbone, preprocess, support, settings, device)
+
+
+def _tell(
+    teacher: Teacher,
+    backbone: Backbone,
+    preprocess: Preprocess,
+    support: SupportSet,
+    settings: DistillSettings,
+    device: Device,
+) -> FewShotModel:
+    cutter = ViewCutter(support, preprocess, settings.crop, PLAIN)
+    bank = ViewBank(backbone, device, memory=1, most=1)
+    views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS // len(support)))]
+    with torch.no_grad(), device.autocast():
+        keys = teacher.encode(_encode(views, bank, support.classes))
+    return FewShotModel(backbone, teacher, keys, preprocess, support.class_names, device=device)
+
+
+def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
+    labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
+    features = cat_pyramids([bank.encode([view]) for view in views])
+    return EncodedSupport.of(features, labels, classes)
+
+
+def _samples(cutter: ViewCutter, slices: int) -> UInt8[Array, "n 3 s s"]:
+    """Small parts of the slices as the network is shown them, 255 for 1.0."""
+    small = cutter.with_size(SAMPLE_SIDE)
+    chosen = evenly(slices, SAMPLES)
+    views = [v for i in chosen for v in small.grid(i, SAMPLES // len(chosen))]
+    return (torch.stack([v.image for v in views]) * 255).round().to(torch.uint8).numpy()
+
+
+def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
+    """The slice kept apart; of its own accord none that alone shows a class, or the background."""
+    if settings.left_out == "none" or (settings.left_out == "auto" and len(support) < AUTO_LEAVE_OUT):
+        return None
+    alone = support.shown_once()
+    if settings.left_out == "auto":
+        from_the_middle = sorted(range(len(support)), key=lambda i: abs(i - len(support) // 2))
+        return next((i for i in from_the_middle if not alone[i].any()), None)
+    index = int(settings.left_out)
+    if not index < len(support) or len(support) == 1:
+        raise SettingsError(f"left_out is {index}, but there are {len(support)} slices; at least one must remain")
+    if alone[index].any():
+        what = ("background", *map(repr, support.class_names))[int(alone[index].argmax())]
+        raise SettingsError(
+            f"left_out is {index}, but no other slice shows {what} ({support.slices[index].source}); give another, or "
+            "none"
+        )
+    return index
+
+
+def _fit_preprocess(
+    support: SupportSet, settings: DistillSettings, bank: ViewBank, judge: Teacher | None
+) -> tuple[Preprocess, dict[str, float]]:
+    scope = settings.intensity
+    if scope == "auto":
+        scope = "volume" if support.planes_of_one_volume else "image"
+    images = [s.image for s in support.slices]
+    if settings.zoom != "auto":
+        return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
+    preprocess = fit_preprocess(images, scope=scope)
+    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed, judge)
+    return replace(preprocess, zoom=str(zoom)), scores
+
+
+def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+    """How views of a support set are varied where the settings leave it open."""
+    if settings.polarity != "auto":
+        return Augmentation(polarity=float(settings.polarity))
+    one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
+    return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
+
+
+def auto_steps(slices: int, *, few: bool = False, again: bool = False) -> int:
+    """Steps of a stage for so many slices, fewer for a warm start.
+
+    With ``few`` a meta-trained head unlearns less of what the slices do not show: right for separate pictures, while
+    planes of one volume show what is to come.
+    """
+    first, each = FEWER_STEPS if few else AUTO_STEPS
+    steps = first + each * max(0, slices - 5)
+    return steps // AGAIN if again else steps
+
+
+def _new_head(
+    settings: DistillSettings, backbone: Backbone, support: SupportSet, told: HeadWeights | None
+) -> FewShotHead:
+    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+    with seeded(settings.seed):
+        head = FewShotHead(backbone.spec, support.classes, form)
+    if told is not None:
+        told.put_into(head)
+    return head
+
+
+def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
+    """The backbone and the meta-trained weights to start from.
+
+    Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained
+    with.
+    """
+    if settings.head not in ("auto", "none"):
+        told = load_head(settings.head)
+        return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
+    ours = settings.head == "auto" and (settings.decoder, settings.teacher) == ("slim", "ours")
+    found = packaged_head(settings.backbone) if ours else None
+    if found is None or found.width != settings.width:
+        return load_backbone(settings.backbone, settings.weights), None
+    own = found.trained_backbone() if settings.weights == "auto" else None
+    backbone = own or load_backbone(settings.backbone, settings.weights)
+    return backbone, found if found.backbone_digest == backbone.digest() else None
+
+
+def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | None:
+    """The backbone that was trained with the head, if any; other settings must not ask for another one."""
+    backbone = told.trained_backbone()
+    if backbone is not None:
+        for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
+            given = getattr(settings, name)
+            if given != own:
+                raise SettingsError(
+                    f"{name} is {given!r}, but head {told.source} brings its own backbone; give {own!r}"
+                )
+    return backbone
+
+
+def _prepare_start(
+    start: StudentModel, support: SupportSet, settings: DistillSettings
+) -> tuple[StudentModel, DistillSettings]:
+    """The student to go on from at the support's pixel size, and the settings as the student decides them."""
+    if start.class_names != tuple(support.class_names):
+        raise SupportSetError(
+            f"the student to start from knows the classes {list(start.class_names)}, the support set has "
+            f"{list(support.class_names)}; give the same classes, or start afresh"
+        )
+    if start.pixel_size and support.pixel_size:
+        start = start.at_pixel_size(support.pixel_size)
+    preprocess, form = start.preprocess, start.head.form
+    settings = replace(settings, backbone=start.backbone.spec.name, zoom=preprocess.zoom, intensity=preprocess.scope)
+    return start, replace(settings, **form.to_json())
+
+
+def _busiest_part(support: SupportSet, side: int) -> Array:
+    """Of all slices the part of that side, or less, that holds most foreground: where the halo is measured."""
+
+    def parts() -> Iterator[tuple[int, Array]]:
+        for labelled in support.slices:
+            found = (labelled.labels > 0) & (labelled.labels < IGNORE)
+            rows, columns = (sorted({min(start, max(0, n - side)) for start in range(0, n, side)}) for n in found.shape)
+            for y, x in product(rows, columns):
+                window = slice(y, y + side), slice(x, x + side)
+                yield int(found[window].sum()), labelled.image[window]
+
+    return max(parts(), key=lambda part: part[0])[1]

@@ -1,0 +1,316 @@
+"""The one training loop: episodes of stored views, AdamW, a moving average of the weights, the best kept."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from distillfss_core.nn.device import seeded
+from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, merge_classes
+from distillfss_core.nn.head import FewShotHead
+from distillfss_core.nn.losses import (
+    coarse_loss,
+    distillation_loss,
+    focal_loss,
+    joint_loss,
+    map_loss,
+    segmentation_loss,
+)
+from distillfss_core.nn.teachers.protocol import hide_absent
+from distillfss_core.settings import DistillSettings
+from distillfss_core.training.crops import ViewBank, ViewCutter
+from distillfss_core.training.episodes import Episode, draw_episode
+from distillfss_core.types import IGNORE, TrainStep
+
+PATIENCE = 5  # looks at the left-out slice that found it worse than the best, then training stops
+NOISE = 0.02  # by how much IoU on a single slice must fall to say that more training harms
+REFRESH = 4  # steps between two fresh views
+TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What learns in a stage: "refine" the teacher alone, "joint" both, "distil" the student from a fixed teacher
+    (the published loss then sees no labels, ours sees them too), "direct" the student from the labels."""
+
+    teacher: bool
+    student: bool
+    truth: bool = True
+
+    @property
+    def uses_teacher(self) -> bool:
+        return self.teacher or not self.truth
+
+
+STAGES = {
+    "refine": Roles(teacher=True, student=False),
+    "joint": Roles(teacher=True, student=True),
+    "distil": Roles(teacher=False, student=True, truth=False),
+    "direct": Roles(teacher=False, student=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LeftOut:
+    """Plain views of the slice that is kept apart: features and labels of each."""
+
+    features: list[FeaturePyramid]
+    labels: list[Int[Tensor, "b h w"]]
+
+
+def iter_fit(
+    head: FewShotHead,
+    stage: str,
+    bank: ViewBank,
+    cutter: ViewCutter,
+    settings: DistillSettings,
+    steps: int,
+    left_out: LeftOut | None,
+    best: Best,
+    fixed_decoder: nn.Module | None = None,
+) -> Iterator[TrainStep]:
+    """Train ``head`` in place for ``steps`` steps; ``best`` always holds the best weights so far.
+
+    Parameters
+    ----------
+    fixed_decoder : module, optional
+        Decoder of the fixed teacher in the stage "distil".
+    """
+    roles = STAGES[stage]
+    rng = np.random.default_rng([settings.seed, list(STAGES).index(stage)])
+    trained = [p for p in _trained(head, roles) if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, steps))
+    every = max(10, steps // 12)
+    head.train()
+    if not roles.teacher:
+        head.teacher.DCAMA_blocks.eval()  # a fixed teacher has no dropout
+    for step in range(steps):
+        _refresh(bank, cutter, rng, step)
+        episode = draw_episode(
+            bank.slices(),
+            [v.box for v in bank.views],
+            rng,
+            queries=settings.queries,
+            shots=settings.shots,
+            walk=step,
+        )
+        optimiser.zero_grad(set_to_none=True)
+        with bank.device.reproducible():
+            with seeded(int(rng.integers(2**31))), bank.device.autocast():
+                losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
+            torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimiser.step()
+        schedule.step()
+        best.follow(head)
+        metrics: dict[str, float] = {}
+        last = step + 1 == steps
+        if left_out is not None and ((step + 1) % every == 0 or last):
+            metrics["iou"] = best.judge(left_out, bank)
+        yield TrainStep(
+            step + 1, steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
+        )
+        if left_out is not None and best.waited >= PATIENCE:
+            break
+    best.restore(head)
+    head.eval()
+
+
+def episode_losses(
+    head: FewShotHead,
+    roles: Roles,
+    bank: ViewBank,
+    episode: Episode,
+    settings: DistillSettings,
+    fixed_decoder: nn.Module | None = None,
+    offset: float = 0.0,
+) -> dict[str, Float[Tensor, ""]]:
+    """Loss terms of one episode; their sum is what is minimised.
+
+    ``offset`` (0..1) says which of the support's keys are kept where there are more than `TRAIN_KEYS`.
+
+    Teacher and student ride through the shared decoder together, as if they were twice as many classes: what the
+    decoder computes from the query alone is computed once.
+    """
+    query, labels = bank.pyramid(episode.query), bank.labels(episode.query).long()
+    k = head.classes
+    teacher_maps = student_maps = None
+    present = torch.ones(k, dtype=torch.bool, device=labels.device)
+    if roles.uses_teacher:
+        with torch.set_grad_enabled(roles.teacher):
+            support = bank.support(episode.support, k)
+            budget = None if head.teacher.settings.max_keys is None else TRAIN_KEYS
+            keys = head.teacher.encode(support, max_keys=budget, offset=offset)
+            teacher_maps, present = head.teacher.coarse(query, keys), keys.present
+    if roles.student:
+        student_maps = head.student(query)
+
+    if roles.teacher and teacher_maps is not None and student_maps is not None:
+        both = CoarseMaps(*(torch.cat([t, s], 1) for t, s in zip(teacher_maps, student_maps, strict=True)))
+        decoded = head.decoder(both, query)
+        teacher_logits, student_logits = decoded[:, :k], decoded[:, k:]
+    else:
+        teacher_logits = student_logits = None
+        if teacher_maps is not None:
+            with torch.set_grad_enabled(roles.teacher):
+                teacher_logits = (fixed_decoder or head.decoder)(teacher_maps, query)
+        if student_maps is not None:
+            student_logits = head.decoder(student_maps, query)
+
+    visible = _hide_labels(labels, present)
+    if teacher_logits is not None:
+        teacher_logits = merge_classes(hide_absent(teacher_logits, present)).float()
+    if student_logits is not None:
+        student_logits = merge_classes(student_logits).float()
+    out = _Outputs(teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present)
+    return (_published_terms if settings.loss == "published" else _balanced_terms)(roles, out)
+
+
+@dataclass(frozen=True, eq=False)
+class _Outputs:
+    """What teacher and student made of the queries of an episode; None of what does not take part.
+
+    ``visible`` are the labels without the classes that the support does not show; ``present`` says which it shows.
+    """
+
+    teacher_logits: Float[Tensor, "b k+1 h w"] | None
+    student_logits: Float[Tensor, "b k+1 h w"] | None
+    teacher_maps: CoarseMaps | None
+    student_maps: CoarseMaps | None
+    labels: Int[Tensor, "b h w"]
+    visible: Int[Tensor, "b h w"]
+    present: Bool[Tensor, " k"]
+
+    def coarse_loss(self) -> Float[Tensor, ""] | None:
+        """Between the maps of both, for the classes that the support shows."""
+        if self.teacher_maps is None or self.student_maps is None or not bool(self.present.any()):
+            return None
+        fixed = CoarseMaps(*(m.detach()[:, self.present] for m in self.teacher_maps))
+        return coarse_loss(CoarseMaps(*(m[:, self.present] for m in self.student_maps)), fixed)
+
+
+def _published_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]:
+    """The loss of the paper: one term."""
+    if out.teacher_logits is not None and out.student_logits is not None:
+        coarse = out.coarse_loss()
+        zero = out.teacher_logits.new_zeros(()) if coarse is None else coarse
+        if roles.truth:
+            return {"joint": joint_loss(out.teacher_logits, out.student_logits, zero, out.visible)}
+        return {"distil": distillation_loss(out.teacher_logits, out.student_logits, zero)}
+    if out.teacher_logits is not None:
+        return {"teacher": focal_loss(out.teacher_logits, out.visible)}
+    assert out.student_logits is not None
+    return {"student": focal_loss(out.student_logits, out.labels)}
+
+
+def _balanced_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]:
+    """Cross-entropy and Dice of both, the teacher's attention, and what the student learns from the teacher."""
+    terms: dict[str, Tensor] = {}
+    if roles.teacher and out.teacher_logits is not None:
+        terms["teacher"] = segmentation_loss(out.teacher_logits, out.visible)
+        assert out.teacher_maps is not None
+        terms["attention"] = 0.3 * map_loss(out.teacher_maps, out.visible, out.present)
+    if out.student_logits is not None:
+        terms["student"] = segmentation_loss(out.student_logits, out.labels)
+        if not roles.truth:
+            assert out.teacher_logits is not None
+            ce = F.cross_entropy(out.student_logits, out.teacher_logits.softmax(1), reduction="none")
+            answered = (out.visible != IGNORE) | (out.labels == IGNORE)  # where the support shows what the truth holds
+            terms["answer"] = (ce * answered).sum() / answered.sum().clamp_min(1)
+    coarse = out.coarse_loss()
+    if coarse is not None:
+        terms["coarse"] = coarse
+    return terms
+
+
+class Best:
+    """A moving average of the trained weights, and the latest average that did well on the left-out slice.
+
+    Well is within `NOISE` of the best: one slice says little of the others, and of states that it cannot tell apart the
+    one that has learnt longer is better. Without a left-out slice the latest average is the best.
+    """
+
+    def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:
+        self.decay, self.steps = decay, 0
+        self.average = copy.deepcopy(head).eval().requires_grad_(False)
+        self.state: dict[str, Tensor] | None = None
+        self.iou = -math.inf  # the best so far
+        self.score: float | None = None  # of the state that is kept
+        self.waited = 0
+        self.best_step = 0
+
+    @torch.no_grad()
+    def follow(self, head: FewShotHead) -> None:
+        self.steps += 1
+        keep = min(self.decay, self.steps / (self.steps + 9))
+        new = dict(head.named_parameters())
+        for name, old in self.average.named_parameters():
+            old.lerp_(new[name], 1 - keep)
+
+    def judge(self, left_out: LeftOut, bank: ViewBank) -> float:
+        """IoU of the average on the left-out views; remembers the latest that did well."""
+        iou = left_out_iou(self.average, left_out, bank)
+        self.waited += 1
+        if iou > self.iou - NOISE:
+            self.iou, self.score, self.waited, self.best_step = max(self.iou, iou), iou, 0, self.steps
+            self.state = {name: value.clone() for name, value in self.average.state_dict().items()}
+        return iou
+
+    def restore(self, head: FewShotHead) -> None:
+        """Put the best weights so far into ``head``."""
+        head.load_state_dict(self.state if self.state is not None else self.average.state_dict())
+
+
+@torch.no_grad()
+def left_out_iou(head: FewShotHead, left_out: LeftOut, bank: ViewBank) -> float:
+    """Foreground IoU of the student, pooled over the left-out views, mean over the classes they hold."""
+    k = head.classes
+    overlap, union = torch.zeros(k), torch.zeros(k)
+    for features, labels in zip(left_out.features, left_out.labels, strict=True):
+        with bank.device.autocast():
+            found = merge_classes(head.student_logits(features)).argmax(1)
+        known = labels != IGNORE
+        for c in range(1, k + 1):
+            a, b = (found == c) & known, (labels == c) & known
+            overlap[c - 1] += float((a & b).sum())
+            union[c - 1] += float((a | b).sum())
+    held = union > 0
+    return float((overlap[held] / union[held]).mean()) if bool(held.any()) else 1.0
+
+
+def _trained(head: FewShotHead, roles: Roles) -> list[nn.Parameter]:
+    parts: list[nn.Module] = [head.decoder]
+    if roles.teacher:
+        parts.append(head.teacher.DCAMA_blocks)
+    if roles.student:
+        parts.append(head.student)
+    return [p for part in parts for p in part.parameters()]
+
+
+def _refresh(bank: ViewBank, cutter: ViewCutter, rng: np.random.Generator, step: int) -> None:
+    """Put a fresh view in place of an old one now and then."""
+    if step % REFRESH == 0:
+        index = int(rng.integers(len(bank)))
+        bank.replace(index, cutter.cut(bank.views[index].slice, rng))
+
+
+def _hide_labels(labels: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]) -> Int[Tensor, "b h w"]:
+    """Pixels of classes that the support does not show teach the teacher nothing."""
+    for missing in torch.nonzero(~present).flatten().tolist():
+        labels = labels.where(labels != missing + 1, IGNORE)
+    return labels
+
+
+def _rate(step: int, total: int) -> float:
+    """Ten steps of warm-up, then a cosine to a hundredth."""
+    warm = min(1.0, (step + 1) / 10)
+    return warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(step / max(total, 1), 1.0))))

@@ -1,0 +1,1 @@
+"""Stacks of any size, opened and read piece by piece."""

@@ -1,0 +1,74 @@
+"""Folders of planes as volumes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillfss_core.errors import InputFileError
+from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
+from distillfss_core.types import Array
+from distillfss_core.volumes.source import ArraySource, Found, Source, files_digest, letters_of
+from distillfss_core.volumes.tiff import open_tiff
+
+# a folder of planes
+
+
+class _FolderSource:
+    """Files of one plane each, in natural order of their names."""
+
+    def __init__(self, files: Sequence[Path], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.files, self.shape, self.dtype = files, (len(files), *shape), dtype
+        self.axes = "zyxc"[: len(self.shape)]
+        self.chunks = (1, *shape)
+        self._decode = lru_cache(maxsize=4)(read_image)
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return np.stack([self._cut(self.files[z], box[1:]) for z in range(box[0].start, box[0].stop)])
+
+    def _cut(self, path: Path, box: tuple[slice, ...]) -> Array:
+        with _plane_of(path, self._decode) as plane:
+            if plane.shape != self.shape[1:] or plane.dtype != self.dtype:
+                raise InputFileError(
+                    f"{path}: is {plane.shape} {plane.dtype}, but {self.files[0].name} is {self.shape[1:]} "
+                    f"{self.dtype}; the planes of a folder must be alike"
+                )
+            return plane.get(box)
+
+    def close(self) -> None:
+        self._decode.cache_clear()
+
+
+@contextmanager
+def _plane_of(path: Path, decode: Callable[[Path], Array]) -> Iterator[Source]:
+    """The plane "y x [c]" in a file; TIFF is read by windows, other kinds are decoded whole."""
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        image = decode(path)
+        yield ArraySource(image, "yxc"[: image.ndim])
+        return
+    source = open_tiff(path, 0, None, 0).source
+    try:
+        if source.axes not in ("yx", "yxc"):
+            raise InputFileError(f"{path}: has axes {source.axes}; a folder of planes holds one plane a file")
+        yield source
+    finally:
+        source.close()
+
+
+def open_folder(path: Path, axes: str | None) -> Found:
+    files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in READABLE and not f.name.startswith(".")]
+    if not files:
+        raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")
+    files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name.lower())])
+    with _plane_of(files[0], read_image) as first:
+        shape, dtype = first.shape, first.dtype
+    source = _FolderSource(files, shape, dtype)
+    if axes is not None:
+        source.axes = letters_of(axes, source.shape, str(path))
+    return Found(source, {"kind": "folder", "files": files_digest(files)}, colour=len(shape) == 3)

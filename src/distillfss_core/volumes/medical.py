@@ -1,0 +1,252 @@
+"""MRC, NIfTI and DICOM as volumes, through their own libraries."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.types import Array
+from distillfss_core.volumes.source import (
+    MICROMETRE,
+    UNITS,
+    ArraySource,
+    Found,
+    file_identity,
+    files_digest,
+    letters_of,
+)
+
+log = logging.getLogger(__name__)
+
+MRC = (".mrc", ".rec", ".st", ".map")
+NIFTI = (".nii", ".nii.gz")
+DICOM = (".dcm", ".dicom", ".ima")
+_UNEVEN = 0.01  # of the step between planes
+_NIFTI_UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
+
+
+def _library(module: str, path: Path) -> Any:
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as fault:
+        raise SettingsError(
+            f"{path}: reading it needs {module.partition('.')[0]}: pip install 'napari-distillfss[formats]'"
+        ) from fault
+
+
+# MRC
+
+
+def open_mrc(path: Path, axes: str | None, series: int | None) -> Found:
+    mrcfile = _library("mrcfile", path)
+    with mrcfile.mmap(path, mode="r") as file:
+        data, size, header = file.data, file.voxel_size, file.header
+        order = "".join("?xyz"[int(header[name])] for name in ("maps", "mapr", "mapc"))
+    if axes is None and data.ndim == 3 and sorted(order) == ["x", "y", "z"]:
+        axes = order
+    factor = UNITS["angstrom"]
+    step = {a: float(size[a]) * factor for a in "zyx" if size[a] > 0}
+    return Found(
+        ArraySource(data, letters_of(axes, data.shape, str(path))),
+        file_identity("mrc", path.stat()),
+        step=step,
+        unit=MICROMETRE if step else None,
+    )
+
+
+# NIfTI
+
+
+class _NiftiSource(ArraySource):
+    """nibabel's view of a file; the first axis of the array is the fastest on disk."""
+
+    def __init__(self, proxy: Any, axes: str, dtype: np.dtype[Any]) -> None:
+        super().__init__(proxy, axes)
+        self.dtype = dtype
+        self.chunks = tuple(1 if a in "tz" else n for a, n in zip(axes, self.shape, strict=True))
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return np.asarray(self.array[box]).astype(self.dtype, copy=False)
+
+
+def open_nifti(path: Path, axes: str | None, series: int | None) -> Found:
+    nibabel = _library("nibabel", path)
+    try:
+        image: Any = nibabel.load(path)
+    except nibabel.filebasedimages.ImageFileError as fault:
+        raise InputFileError(f"{path}: is no NIfTI file, or damaged; copy it again") from fault
+    proxy, header = image.dataobj, image.header
+    shape = tuple(int(n) for n in proxy.shape)
+    if axes is None and 2 <= len(shape) <= 4:
+        axes = "xyzt"[: len(shape)]
+    letters = letters_of(axes, shape, str(path))
+    plain = proxy.slope == 1 and proxy.inter == 0
+    stored = np.dtype(header.get_data_dtype())
+    needed = int(proxy.offset) + stored.itemsize * int(np.prod(shape))
+    size = path.stat().st_size
+    if path.suffix.lower() == ".nii" and size < needed:
+        raise InputFileError(f"{path}: is cut short ({size} bytes, {needed} needed); copy it again")
+    unit = _NIFTI_UNITS.get(header.get_xyzt_units()[0])
+    step = {a: float(s) * UNITS[unit or "um"] for a, s in zip("xyz", header.get_zooms(), strict=False) if s > 0}
+    return Found(
+        _NiftiSource(proxy, letters, stored if plain else np.dtype(np.float32)),
+        file_identity("nifti", path.stat()),
+        step=step,
+        unit=MICROMETRE if unit else None,
+    )
+
+
+# DICOM
+
+
+class _DicomSource:
+    """A series of files of one plane each, or one file of many frames; values are rescaled (CT: Hounsfield units)."""
+
+    axes = "zyx"
+
+    def __init__(self, files: Sequence[Path], headers: Sequence[Any], dtype: np.dtype[Any]) -> None:
+        first = headers[0]
+        frames = int(first.get("NumberOfFrames", 1)) if len(files) == 1 else 1
+        self.files, self.headers, self.dtype = files, headers, dtype
+        self.shape: tuple[int, ...] = (max(len(files), frames), int(first.Rows), int(first.Columns))
+        self.chunks: tuple[int, ...] = (1, *self.shape[1:])
+        self._decode = lru_cache(maxsize=4)(self._plane)
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return np.stack([self._decode(z)[box[1:]] for z in range(box[0].start, box[0].stop)])
+
+    def _plane(self, z: int) -> Array:
+        pydicom = import_module("pydicom")
+        series = len(self.files) > 1
+        file, header = (self.files[z], self.headers[z]) if series else (self.files[0], self.headers[0])
+        try:
+            stored = import_module("pydicom.pixels").pixel_array(file, index=0 if series else z)
+        except pydicom.errors.InvalidDicomError as fault:
+            raise InputFileError(f"{file}: is no DICOM file any more; copy it again") from fault
+        if stored.shape != self.shape[1:]:
+            raise InputFileError(f"{file}: is {stored.shape}, but {self.files[0].name} is {self.shape[1:]}")
+        slope, intercept = _rescale(header)
+        result: Array = (stored * slope + intercept).astype(self.dtype)
+        return result
+
+    def close(self) -> None:
+        self._decode.cache_clear()
+
+
+_TAGS = [
+    "SeriesInstanceUID",
+    "SeriesNumber",
+    "SeriesDescription",
+    "InstanceNumber",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "SpacingBetweenSlices",
+    "SliceThickness",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "SamplesPerPixel",
+    "BitsAllocated",
+    "PixelRepresentation",
+    "RescaleSlope",
+    "RescaleIntercept",
+]
+
+
+def dicom_files(folder: Path) -> list[Path]:
+    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name != "DICOMDIR")
+    return [f for f in files if f.suffix.lower() in DICOM or (not f.suffix.strip(".0123456789") and _has_mark(f))]
+
+
+def _has_mark(file: Path) -> bool:
+    """DICOM files often have no suffix; this is what they begin with."""
+    with open(file, "rb") as data:
+        return data.read(132)[128:] == b"DICM"
+
+
+def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
+    pydicom = _library("pydicom", path)
+    if axes not in (None, "zyx"):
+        raise SettingsError(f"{path}: a DICOM series has axes zyx, not {axes}; leave axes out")
+    files = dicom_files(path) if path.is_dir() else [path]
+    headers = []
+    for file in files:
+        try:
+            headers.append(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS))
+        except pydicom.errors.InvalidDicomError as fault:
+            raise InputFileError(f"{file}: is no DICOM file; remove it from the series, or copy it again") from fault
+    pairs = _one_series(path, list(zip(files, headers, strict=True)), series)
+    for file, header in pairs:
+        if "Rows" not in header or "Columns" not in header:
+            raise InputFileError(f"{file}: holds no image; remove it from the series")
+        if header.get("SamplesPerPixel", 1) != 1:
+            raise ImageError(f"{file}: is a colour picture; give a series of grey values")
+    pairs, gap = _in_order(path, pairs)
+    header = pairs[0][1]
+    step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
+    step |= dict(zip("yx", header.get("PixelSpacing", ()), strict=False))
+    known = {a: float(s) * UNITS["mm"] for a, s in step.items() if s and float(s) > 0}
+    return Found(
+        _DicomSource([f for f, _ in pairs], [h for _, h in pairs], _dicom_dtype([h for _, h in pairs])),
+        {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
+        step=known,
+        unit=MICROMETRE if known else None,
+    )
+
+
+def _one_series(path: Path, pairs: list[tuple[Path, Any]], series: int | None) -> list[tuple[Path, Any]]:
+    """The files of one series; which of several has to be said."""
+    groups: dict[str, list[tuple[Path, Any]]] = {}
+    for file, header in pairs:
+        groups.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
+    ordered = sorted(groups.values(), key=lambda g: (int(g[0][1].get("SeriesNumber") or 0), g[0][0].name))
+    if series is None and len(ordered) > 1:
+        told = ", ".join(f"{i}: {g[0][1].get('SeriesDescription', '')} {len(g)}" for i, g in enumerate(ordered[:6]))
+        raise SettingsError(f"{path}: holds {len(ordered)} series ({told}); choose one, series 0 to {len(ordered) - 1}")
+    if not 0 <= (series or 0) < len(ordered):
+        raise SettingsError(f"{path}: has no series {series}; it has {len(ordered)}")
+    return ordered[series or 0]
+
+
+def _in_order(path: Path, pairs: list[tuple[Path, Any]]) -> tuple[list[tuple[Path, Any]], float | None]:
+    """Files by their place along the normal of their planes (else by number), and the step between them in mm."""
+    if len(pairs) == 1:
+        return pairs, None
+    if not all("ImagePositionPatient" in h and "ImageOrientationPatient" in h for _, h in pairs):
+        return sorted(pairs, key=lambda p: int(p[1].get("InstanceNumber") or 0)), None
+    orientation = np.array(pairs[0][1].ImageOrientationPatient, float)
+    normal = np.cross(orientation[:3], orientation[3:])
+    places = np.array([normal @ np.array(h.ImagePositionPatient, float) for _, h in pairs])
+    order = np.argsort(places, kind="stable")
+    gaps = np.diff(places[order])
+    gap = float(np.median(gaps))
+    if gaps.min() < _UNEVEN * max(gap, 1e-6):
+        first = pairs[order[int(gaps.argmin())]][0].name
+        raise InputFileError(
+            f"{path}: {first} and another file lie at the same place; a series has one file a plane (one time point)"
+        )
+    if gaps.max() - gaps.min() > _UNEVEN * gap:
+        log.warning("%s: planes are %g to %g mm apart; some may be missing", path, gaps.min(), gaps.max())
+    return [pairs[k] for k in order], gap
+
+
+def _rescale(header: Mapping[str, Any] | Any) -> tuple[float, float]:
+    slope, intercept = float(header.get("RescaleSlope") or 1), float(header.get("RescaleIntercept") or 0)
+    return slope, intercept
+
+
+def _dicom_dtype(headers: Sequence[Any]) -> np.dtype[Any]:
+    """The type that holds every value: integers where the rescaling leaves them whole."""
+    scales = {_rescale(h) for h in headers}
+    if scales == {(1.0, 0.0)}:
+        first = headers[0]
+        return np.dtype(f"{'i' if first.get('PixelRepresentation') else 'u'}{int(first.get('BitsAllocated', 16)) // 8}")
+    return np.dtype(np.int32 if all(value.is_integer() for pair in scales for value in pair) else np.float32)

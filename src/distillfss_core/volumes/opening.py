@@ -1,0 +1,90 @@
+"""Which reader opens a path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from distillfss_core.errors import InputFileError, SettingsError
+from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
+from distillfss_core.volumes.folder import open_folder
+from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
+from distillfss_core.volumes.source import (
+    ArraySource,
+    Found,
+    file_identity,
+    letters_of,
+)
+from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
+from distillfss_core.volumes.zarr import ZARR_FILES, is_zarr, open_zarr
+
+LARGE_FILES = (*LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
+
+
+def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+    if not path.exists():
+        raise InputFileError(f"{path}: no such file or folder; check the name")
+    if path.is_dir():
+        if is_zarr(path):
+            return open_zarr(path, level, axes, series)
+        if ".zarr" in path.suffixes:
+            raise InputFileError(
+                f"{path}: has no zarr metadata ({', '.join(ZARR_FILES)}); the copy is not whole, or it is no zarr"
+            )
+        found = open_folder(path, axes)
+    elif path.suffix.lower() == ".zip":
+        return open_zarr(path, level, axes, series)
+    elif path.suffix.lower() in (*TIFF_SUFFIXES, *LARGE_TIFFS):
+        return open_tiff(path, level, axes, series)
+    elif path.suffix.lower() == ".npy":
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise InputFileError(f"{path}: is no single .npy array; save it with numpy.save")
+        stat = path.stat()
+        found = Found(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
+    elif path.suffix.lower() in READABLE:
+        image = read_image(path)
+        source = ArraySource(image, letters_of(axes or "yxc"[: image.ndim], image.shape, str(path)))
+        found = Found(source, file_identity("image", path.stat()), colour=image.ndim == 3)
+    else:
+        raise InputFileError(
+            f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; give OME-Zarr, zarr, TIFF, MRC, NIfTI, "
+            "DICOM, .npy or a folder of planes"
+        )
+    if level:
+        raise SettingsError(f"{path}: has no level {level}; it has only level 0")
+    return found
+
+
+def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+    """Open a path; as `sources.open_path`, and for the formats of this module."""
+    opener: Callable[[Path, str | None, int | None], Found] | None = None
+    if path.is_file():
+        name = path.name.lower()
+        opener = next(
+            (o for ends, o in ((MRC, open_mrc), (NIFTI, open_nifti), (DICOM, open_dicom)) if name.endswith(ends)),
+            None,
+        )
+    elif path.is_dir() and not is_zarr(path) and dicom_files(path):
+        opener = open_dicom
+    if opener is None:
+        return open_path(path, level, axes, series)
+    if level:
+        raise SettingsError(f"{path}: has no level {level}; it has only level 0")
+    return opener(path, axes, series)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether a path looks like one volume, by its name and, of a folder, by the names in it."""
+    if path.is_dir():
+        inside = [f.name.lower() for f in path.iterdir()]
+        return any(f in ZARR_FILES or f.endswith((*READABLE, *DICOM)) for f in inside)
+    return path.name.lower().endswith((*READABLE, *LARGE_FILES, *MRC, *NIFTI, *DICOM))
+
+
+def stem_of(path: Path) -> str:
+    """The name without its endings: "a.ome.zarr", "a.ome.tif" and "a.nii.gz" are "a"."""
+    stem = path.name if path.is_dir() and ".zarr" not in path.suffixes else path.stem
+    return stem.removesuffix(".ome").removesuffix(".nii")

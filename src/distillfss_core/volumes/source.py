@@ -1,0 +1,183 @@
+"""Where voxels lie: arrays of any kind behind one protocol; opened, not read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import zarr
+import zarr.errors
+import zarr.storage
+
+from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.io.images import DECODER_FAULTS
+from distillfss_core.types import Array
+from distillfss_core.volumes.zarr import from_zarr_array
+
+MICROMETRE = "micrometer"
+UNITS = {  # of one of them in micrometres
+    "angstrom": 1e-4,
+    "å": 1e-4,
+    "nanometer": 1e-3,
+    "nm": 1e-3,
+    "micrometer": 1.0,
+    "micron": 1.0,
+    "microns": 1.0,
+    "um": 1.0,
+    "µm": 1.0,
+    "μm": 1.0,
+    "\\u00b5m": 1.0,
+    "millimeter": 1e3,
+    "mm": 1e3,
+    "centimeter": 1e4,
+    "cm": 1e4,
+    "meter": 1e6,
+    "m": 1e6,
+    "inch": 25400.0,
+}
+_HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
+_SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
+_TILES = 8  # of an array that lies elsewhere: each may cost a chunk of it
+FAULTS = (*DECODER_FAULTS, AssertionError, AttributeError, NotImplementedError)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """An array of any axes somewhere; ``get`` reads a box of it, one slice an axis, as numpy."""
+
+    axes: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]
+
+    def get(self, box: tuple[slice, ...]) -> Array: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """What opening found: the array, and what is known about it.
+
+    ``identity`` is what tells it from others without a look at its voxels; where that is not enough ``content`` gives
+    a digest of some of them.
+    """
+
+    source: Source
+    identity: Mapping[str, Any]
+    content: Callable[[], str] | None = None
+    step: Mapping[str, float] = field(default_factory=dict)  # size of a voxel along "z", "y", "x", as far as known
+    unit: str | None = None
+    origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
+    levels: tuple[tuple[int, ...], ...] = ()
+    channel_names: tuple[str, ...] = ()
+    colour: bool = False  # whether the channels are samples of a colour picture
+
+
+def file_identity(kind: str, stat: Any) -> dict[str, Any]:
+    """What tells a file from another, without reading it."""
+    return {"kind": kind, "bytes": stat.st_size, "modified": stat.st_mtime_ns}
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """The same of several files."""
+    stats = [(file.name, file.stat()) for file in files]
+    text = "\n".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def spread(shape: Sequence[int], count: int) -> Iterator[tuple[int, ...]]:
+    """At most so many places in a grid of up to five axes, the same ones each time, evenly along every axis.
+
+    They are those of Halton (1960), so no two axes are in step and what lies in the corners is not all that is seen.
+    """
+    if math.prod(shape) <= count:
+        yield from product(*map(range, shape))
+        return
+    for i in range(1, count + 1):
+        yield tuple(int(_mirrored(i, base) * n) for base, n in zip((2, 3, 5, 7, 11), shape, strict=False))
+
+
+def _mirrored(number: int, base: int) -> float:
+    """Its digits in a base, mirrored at the point: 6 in base 2 is 110, then 0.011."""
+    found, unit = 0.0, 1.0
+    while number:
+        number, digit = divmod(number, base)
+        unit /= base
+        found += digit * unit
+    return found
+
+
+def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
+    """The axes given, checked; or those that an array of so many dimensions has."""
+    if axes is None:
+        if len(shape) not in (2, 3):
+            raise SettingsError(
+                f"{name}: has {len(shape)} axes {tuple(shape)}, and nothing says which; give axes, one letter of tczyx "
+                "each, e.g. zyxc"
+            )
+        return "zyx"[-len(shape) :]
+    axes = axes.lower()
+    if set(axes) - set("tczyx") or len(set(axes)) < len(axes) or not {"y", "x"} <= set(axes):
+        raise SettingsError(f"axes {axes!r} are not possible; give one letter of tczyx a dimension, y and x among them")
+    if len(axes) != len(shape):
+        raise SettingsError(f"{name}: axes {axes!r} are {len(axes)}, but it has {len(shape)} dimensions {tuple(shape)}")
+    return axes
+
+
+def reason(fault: BaseException) -> str:
+    return " ".join(str(fault).split())[:160] or type(fault).__name__
+
+
+# arrays
+
+
+class ArraySource:
+    """Anything with shape, dtype and numpy's basic indexing."""
+
+    def __init__(self, array: Any, axes: str) -> None:
+        self.array, self.axes = array, axes
+        self.shape, self.dtype = tuple(int(n) for n in array.shape), np.dtype(array.dtype)
+        chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", None)
+        if not chunks or not all(isinstance(n, int) for n in chunks):
+            chunks = [1 if a in "tz" else n for a, n in zip(axes, self.shape, strict=True)]
+        self.chunks = tuple(chunks)
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return np.asarray(self.array[box])
+
+    def close(self) -> None:
+        pass
+
+
+def open_array(array: Any, axes: str | None) -> Found:
+    if isinstance(array, zarr.Array):
+        return from_zarr_array(array, axes, "zarr array")
+    if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
+        raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
+    source = ArraySource(array, letters_of(axes, array.shape, "array"))
+    return Found(source, {"kind": "array"}, partial(_array_content, source))
+
+
+def _array_content(source: ArraySource) -> str:
+    """A digest of the voxels: of all where they are few and in memory, else of tiles of some planes."""
+    digest, array = hashlib.sha256(), source.array
+    in_memory = isinstance(array, np.ndarray)
+    if in_memory and array.nbytes <= _HASHED:
+        for part in array:
+            digest.update(np.ascontiguousarray(part).data)
+        return digest.hexdigest()[:16]
+    sides = [min(n, _SIDE) if a in "yx" else 1 for a, n in zip(source.axes, source.shape, strict=True)]
+    count = _HASHED // (_SIDE * _SIDE * source.dtype.itemsize) if in_memory else _TILES
+    for at in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], count):
+        starts = [min(i * side, n - side) for i, side, n in zip(at, sides, source.shape, strict=True)]
+        tile = source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+        digest.update(np.ascontiguousarray(tile).data)
+    return digest.hexdigest()[:16]

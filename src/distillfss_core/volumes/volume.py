@@ -1,0 +1,384 @@
+"""Volumes that stay where they are: axes, scale and planes of files and arrays of any size; nothing is read unasked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.types import Array
+from distillfss_core.volumes.opening import open_any
+from distillfss_core.volumes.source import FAULTS, Found, Source, open_array, reason
+
+Scale = tuple[float | None, float | None, float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """A stack of planes, read piece by piece. It is made by `open_volume`.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    shape : (z, y, x) or (z, y, x, c)
+    dtype : numpy dtype
+    scale : (float or None,) * 3
+        Size of a voxel along z, y, x, in ``unit``; None where not known.
+    unit : str or None
+        "micrometer", or None where the file gives numbers without a known unit.
+    origin : (float,) * 3
+        Place of the first voxel along z, y, x, in ``unit``; 0 where not known.
+    level, levels : int, tuple of shapes
+        Which resolution this is, and the sizes (z, y, x) of all there are (0 is the finest).
+    chunks : (z, y, x)
+        Pieces in which it is stored: reading less than one costs as much as one.
+    path : Path or None
+        Where it lies, unless it is an array.
+    identity : mapping
+        JSON-able; two volumes that differ in it are not the same. Files are told apart by size and time, zarr by a few
+        megabytes of its chunks, an array in memory by its voxels (above 256 MB by a sample), any other by a few tiles;
+        they are read when it is first asked for.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    scale: Scale
+    unit: str | None
+    origin: tuple[float, float, float]
+    level: int
+    levels: tuple[tuple[int, int, int], ...]
+    chunks: tuple[int, int, int]
+    path: Path | None
+    _identify: Callable[[], Mapping[str, Any]] = field(repr=False)
+    _source: Source = field(repr=False)
+    _fixed: Mapping[str, slice] = field(repr=False)
+    _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
+    _across: str = field(default="z", repr=False)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        return self._identify()
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def axes(self) -> str:
+        return "zyxc"[: len(self.shape)]
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Names of the chunks asked for so far that have no file, so that they read as the fill value."""
+        return frozenset(getattr(self._source, "missing", ()))
+
+    def read(self, z: slice = slice(None), y: slice = slice(None), x: slice = slice(None)) -> Array:
+        """A box of voxels, shape (z, y, x) or (z, y, x, c); slices as for numpy, without steps.
+
+        Raises
+        ------
+        InputFileError
+            If what is asked for is damaged or cannot be read.
+        """
+        spans = {a: slice(*s.indices(n)[:2]) for a, s, n in zip("zyx", (z, y, x), self.shape, strict=False)}
+        if any(s.step not in (None, 1) for s in (z, y, x)):
+            raise SettingsError(f"{self.name}: a volume is read without steps")
+        if any(s.stop <= s.start for s in spans.values()):
+            return np.empty((*(max(0, s.stop - s.start) for s in spans.values()), *self.shape[3:]), self.dtype)
+        where = {**spans, **self._fixed}
+        box = tuple(where[a] for a in self._source.axes)
+        try:
+            found = np.asarray(self._source.get(box))
+        except (ImageError, InputFileError):
+            raise
+        except FAULTS as fault:
+            at = ", ".join(f"{a} {s.start}:{s.stop}" for a, s in spans.items())
+            raise InputFileError(
+                f"{self.name}: cannot be read at {at} ({reason(fault)}); check that the file is whole"
+            ) from fault
+        return self._ordered(found)
+
+    def plane(self, z: int) -> Array:
+        """Plane ``z``, shape (y, x) or (y, x, c).
+
+        Raises
+        ------
+        SettingsError
+            If there is no such plane.
+        InputFileError
+            As `read` does.
+        """
+        if not 0 <= z < self.shape[0]:
+            raise SettingsError(f"{self.name}: has no plane {z}; its planes are 0 to {self.shape[0] - 1}")
+        result: Array = self.read(slice(z, z + 1))[0]
+        return result
+
+    def along(self, axis: str) -> Volume:
+        """The same voxels with planes across another axis: planes (z, x) along "y", planes (z, y) along "x".
+
+        Shape, scale, origin and chunks are in the new order; ``levels`` stay as they are.
+        """
+        order = {"y": (1, 0, 2), "x": (2, 0, 1)}[axis]
+        letters = str.maketrans({"zyx"[old]: new for new, old in zip("zyx", order, strict=True)})
+        z, y, x = order
+        return replace(
+            self,
+            shape=(*(self.shape[k] for k in order), *self.shape[3:]),
+            scale=(self.scale[z], self.scale[y], self.scale[x]),
+            origin=(self.origin[z], self.origin[y], self.origin[x]),
+            chunks=(self.chunks[z], self.chunks[y], self.chunks[x]),
+            _source=_Renamed(self._source, letters),
+            _across=axis,
+        )
+
+    def __getitem__(self, key: Any) -> Array:
+        """Basic indexing with numbers and slices, as dask and napari do."""
+        spans, rest = split_index(key, self.shape)
+        found = self.read(*spans[:3])
+        if self.ndim == 4:
+            found = found[..., spans[3]]
+        return found[rest]
+
+    def close(self) -> None:
+        """Let go of open files; reading is over then."""
+        self._source.close()
+
+    def __enter__(self) -> Volume:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open_again, (*self._reopen, self._across)
+
+    def __dask_tokenize__(self) -> str:
+        return json.dumps([str(self.path), self.identity], sort_keys=True, default=str)
+
+    def _ordered(self, found: Array) -> Array:
+        """Axes of the source brought to z, y, x[, c]; those that are not wanted have length 1 here."""
+        axes = self._source.axes
+        names = [a for a in self.axes if a in axes]
+        others = [a for a in axes if a not in names]
+        found = found.transpose([axes.index(a) for a in (*names, *others)])
+        found = found.reshape(found.shape[: len(names)])
+        return found if "z" in names else found[None]
+
+
+def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice | int, ...]]:
+    """Basic indexing as a box to be read (slices without steps) and what to take from that box.
+
+    Raises
+    ------
+    IndexError
+        As numpy does; also for steps backwards.
+    """
+    key = key if isinstance(key, tuple) else (key,)
+    if Ellipsis in key:
+        at = key.index(Ellipsis)
+        key = (*key[:at], *(slice(None),) * (len(shape) - len(key) + 1), *key[at + 1 :])
+    key = (*key, *(slice(None),) * (len(shape) - len(key)))
+    if len(key) > len(shape):
+        raise IndexError(f"{len(key)} indices for {len(shape)} axes")
+    spans: list[slice] = []
+    rest: list[slice | int] = []
+    for part, n in zip(key, shape, strict=True):
+        if isinstance(part, slice):
+            start, stop, step = part.indices(n)
+            if step < 1:
+                raise IndexError("a volume is not read backwards")
+            spans.append(slice(start, max(start, stop)))
+            rest.append(slice(None, None, step))
+        else:
+            at = int(part) + (n if part < 0 else 0)
+            if not 0 <= at < n:
+                raise IndexError(f"index {part} is out of range for an axis of {n}")
+            spans.append(slice(at, at + 1))
+            rest.append(0)
+    return tuple(spans), tuple(rest)
+
+
+def open_volume(
+    source: Any,
+    *,
+    axes: str | None = None,
+    level: int = 0,
+    channel: int | str | None = None,
+    time: int | None = None,
+    series: int | None = None,
+) -> Volume:
+    """Open a volume without reading its voxels.
+
+    Parameters
+    ----------
+    source : path or array
+        OME-Zarr (0.1 to 0.5; zarr format 2 or 3, sharded or not, also zipped), any zarr array, TIFF (OME also of
+        several files, ImageJ, BigTIFF, pyramids), MRC, NIfTI, a DICOM series (a folder, or one file), a folder of
+        planes, a .npy file, another image file; or an array with shape, dtype and indexing (numpy, dask, zarr).
+    axes : str, optional
+        One letter of "tczyx" a dimension, where the source does not say (or says wrong) what its dimensions are.
+        Without it, arrays of two and three dimensions are "yx" and "zyx".
+    level : int
+        Resolution; 0 is the finest.
+    channel : int or "all", optional
+        Needed where there are several, unless they are the samples of a colour picture, which stay together.
+    time : int, optional
+        Needed where there are several time points.
+    series : int, optional
+        Which image of a file that holds several.
+
+    Returns
+    -------
+    Volume
+
+    Raises
+    ------
+    InputFileError
+        If it is missing, damaged, cut short, or of an unknown kind.
+    SettingsError
+        If there is no such level, channel, time point or series, or one has to be chosen, or the axes are not known.
+    ImageError
+        If the array cannot be an image (axes, dtype, empty).
+    """
+    if not isinstance(level, int) or level < 0:
+        raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")
+    how = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series}
+    if isinstance(source, Volume):
+        return source
+    path = Path(source) if isinstance(source, (str, Path)) else None
+    name = str(source) if path is not None else "array"
+    found = _find(source, name, level, axes, series)
+    if path is None and level:
+        raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
+    return _choose(name, path, found, how, source)
+
+
+def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Found:
+    try:
+        return (
+            open_any(Path(source), level, axes, series) if isinstance(source, (str, Path)) else open_array(source, axes)
+        )
+    except (SettingsError, ImageError, InputFileError):
+        raise
+    except FAULTS as fault:
+        raise InputFileError(f"{name}: cannot be opened ({reason(fault)}); check that it is whole") from fault
+
+
+def count_choices(path: str | Path, *, axes: str | None = None, series: int | None = None) -> dict[str, int]:
+    """How many time points ("t") and channels ("c") a file has of which `open_volume` wants one; {} without a choice.
+
+    Raises
+    ------
+    InputFileError, SettingsError, ImageError
+        As `open_volume` does.
+    """
+    found = _find(path, str(path), 0, axes, series)
+    found.source.close()
+    size = dict(zip(found.source.axes, found.source.shape, strict=True))
+    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and found.colour)}
+
+
+def _open_again(source: Any, how: dict[str, Any], across: str) -> Volume:
+    volume = open_volume(source, **how)
+    return volume if across == "z" else volume.along(across)
+
+
+class _Renamed:
+    """A source whose axes go by other letters."""
+
+    def __init__(self, source: Source, letters: dict[int, str]) -> None:
+        self.source, self.axes = source, source.axes.translate(letters)
+        self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        return self.source.get(box)
+
+    def close(self) -> None:
+        self.source.close()
+
+
+def _identity(found: Found, about: Mapping[str, Any], name: str) -> dict[str, Any]:
+    identity = {**found.identity, **about}
+    if found.content is not None:
+        try:
+            identity["content"] = found.content()
+        except FAULTS as fault:
+            raise InputFileError(f"{name}: cannot be read ({reason(fault)}); check that it is whole") from fault
+    return identity
+
+
+def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], original: Any) -> Volume:
+    """Settle time and channel; what is left is z, y, x and perhaps c."""
+    source = found.source
+    axes, shape = source.axes, source.shape
+    if 0 in shape:
+        raise ImageError(f"{name}: is empty (shape {shape})")
+    if source.dtype.kind not in "buif":
+        raise ImageError(f"{name}: cannot use voxels of type {source.dtype}; give integers, floats or bool")
+    size = dict(zip(axes, shape, strict=True))
+    points, count = size.get("t", 1), size.get("c", 1)
+    time = _time_point(name, how["time"], points)
+    channel = _channel(name, how["channel"], count, found)
+    kept = {"t": slice(time, time + 1), "c": slice(0, count) if channel == "all" else slice(channel, channel + 1)}
+    spatial = tuple(size.get(a, 1) for a in "zyx")
+    chunk = dict(zip(axes, source.chunks, strict=True))
+    levels = [dict(zip(axes, s, strict=False)) for s in found.levels or (shape,)]
+    about = {
+        "axes": axes,
+        "shape": list(shape),
+        "dtype": str(source.dtype),
+        "level": how["level"],
+        "time": how["time"],
+        "channel": "all" if channel == "all" else None if how["channel"] is None else channel,
+    }
+    return Volume(
+        name=name,
+        shape=(*spatial, count) if channel == "all" and count > 1 else spatial,
+        dtype=source.dtype,
+        scale=(found.step.get("z"), found.step.get("y"), found.step.get("x")),
+        unit=found.unit,
+        origin=(found.origin.get("z", 0.0), found.origin.get("y", 0.0), found.origin.get("x", 0.0)),
+        level=how["level"],
+        levels=tuple((s.get("z", 1), s.get("y", 1), s.get("x", 1)) for s in levels),
+        chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),
+        path=path,
+        _identify=cache(partial(_identity, found, about, name)),
+        _source=source,
+        _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
+        _reopen=(original if path is None else path.absolute(), how),
+    )
+
+
+def _time_point(name: str, time: int | None, points: int) -> int:
+    """The time point that is meant; it must be given where there are several."""
+    if time is None and points > 1:
+        raise SettingsError(f"{name}: has {points} time points; choose one, time 0 to {points - 1}")
+    if time is not None and not 0 <= time < points:
+        raise SettingsError(f"{name}: has no time point {time}; choose 0 to {points - 1}")
+    return time or 0
+
+
+def _channel(name: str, channel: int | str | None, count: int, found: Found) -> Any:
+    """The number of the channel that is meant, or "all"; it must be given where there are several, but of a picture."""
+    known = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
+    if channel == "all" or (channel is None and found.colour):
+        return "all"
+    if channel is None:
+        if count > 1:
+            raise SettingsError(f"{name}: has {count} channels{known}; choose one, channel 0 to {count - 1}, or all")
+        return 0
+    if isinstance(channel, str):
+        if channel not in found.channel_names:
+            raise SettingsError(f"{name}: has no channel {channel!r}{known}; give its number from 0, or all")
+        return found.channel_names.index(channel)
+    if not 0 <= channel < count:
+        raise SettingsError(f"{name}: has no channel {channel}; choose 0 to {count - 1}")
+    return channel

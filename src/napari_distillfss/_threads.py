@@ -1,0 +1,210 @@
+"""Work in another thread: progress out, a wish to stop in; expected faults come out as one sentence."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from threading import Event, Lock, Thread
+from typing import Any
+
+from qtpy.QtCore import QObject, Signal
+
+import distillfss_core as core
+from napari_distillfss._session import Session
+from napari_distillfss._tasks import Work, keep_triton_out
+
+_SWITCH = 0.001  # seconds
+_RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
+
+
+class _Out(QObject):
+    """What comes out of a thread; without a parent, so that it lives as long as the thread."""
+
+    step = Signal(object)
+    end = Signal(object)
+
+
+class Job(QObject):
+    """Work out of the way of the window; of the jobs of a session one at a time.
+
+    ``stepped`` gives what the work yields, ``done`` what it returns, ``failed`` a sentence; ``ended`` comes last in
+    any case. (superqt's workers redirect the warnings of the whole process while they run, which breaks where two
+    overlap; so this has its own thread.)
+
+    Parameters
+    ----------
+    session : Session, optional
+        Whose other jobs have to wait; without one this job minds no other.
+    name : str
+        What is going on while it runs: "distilling".
+    """
+
+    started = Signal()
+    stepped = Signal(object)
+    done = Signal(object)
+    failed = Signal(str)
+    ended = Signal()
+
+    def __init__(self, session: Session | None = None, name: str = "busy", parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._session, self._name = session, name
+        self._stop: Event | None = None
+        if session is not None:
+            session.closed.connect(self.cancel)
+
+    @property
+    def running(self) -> bool:
+        return self._stop is not None
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop is not None and self._stop.is_set()
+
+    def check_free(self) -> None:
+        """See to it that work can begin.
+
+        Raises
+        ------
+        core.DistillFSSError
+            If some work is going on already.
+        """
+        busy = self._session.busy if self._session else self._name if self.running else ""
+        if busy:
+            raise core.DistillFSSError(f"already {busy}; cancel that, or wait until it has ended")
+
+    def start(self, work: Work) -> None:
+        """Begin some work.
+
+        Raises
+        ------
+        core.DistillFSSError
+            If some work is going on already.
+        """
+        self.check_free()
+        stop, out = Event(), _Out()
+        self._stop = stop
+        out.step.connect(self._on_step)
+        out.end.connect(self._on_end)
+        if self._session is not None:
+            self._session.busy = self._name
+        self.started.emit()
+        # no daemon: a program that ends waits for the step under way, and writes what it is writing
+        Thread(target=_run, args=(work, stop, out), name=f"distillfss {self._name}").start()
+
+    def cancel(self) -> None:
+        """Ask the work to stop at its next step."""
+        if self._stop is not None:
+            self._stop.set()
+
+    def _on_step(self, step: object) -> None:
+        self.stepped.emit(step)
+
+    def _on_end(self, found: object) -> None:
+        self._stop = None
+        if self._session is not None:
+            self._session.busy = ""
+        if isinstance(found, core.DistillFSSError):
+            self.failed.emit(str(found))
+        elif isinstance(found, MemoryError):
+            self.failed.emit("this machine has no memory left for it; close what you do not need, or choose less")
+        elif not isinstance(found, BaseException):
+            self.done.emit(found)
+        self.ended.emit()
+        if isinstance(found, BaseException) and not isinstance(found, (core.DistillFSSError, MemoryError)):
+            raise found  # a bug: seen as every other in napari
+
+
+class LatestJob(QObject):
+    """Answers the latest question only: a new one stops the work on the one before, whose answers are dropped."""
+
+    answered = Signal(object)
+    failed = Signal(str)
+    idle = Signal()
+
+    def __init__(self, parent: QObject | None = None) -> None:
+        super().__init__(parent)
+        self._job, self._next = Job(parent=self), None
+        self._job.stepped.connect(self._on_job_stepped)
+        self._job.failed.connect(self._on_job_failed)
+        self._job.ended.connect(self._on_job_ended)
+
+    _next: Work | None
+
+    @property
+    def busy(self) -> bool:
+        return self._job.running
+
+    def ask(self, work: Work) -> None:
+        if self._job.running:
+            self._next = work
+            self._job.cancel()
+        else:
+            self._job.start(work)
+
+    def cancel(self) -> None:
+        self._next = None
+        self._job.cancel()
+
+    def _on_job_stepped(self, step: object) -> None:
+        if not self._job.stopping:
+            self.answered.emit(step)
+
+    def _on_job_failed(self, message: str) -> None:
+        if not self._next:
+            self.failed.emit(message)
+
+    def _on_job_ended(self) -> None:
+        work, self._next = self._next, None
+        if work is not None:
+            self._job.start(work)
+        else:
+            self.idle.emit()
+
+
+class _Considerate:
+    """While any work goes on, the window's thread gets its turn at once; collections of all objects become rare.
+
+    Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
+    A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
+    for several. Garbage that is new is collected as before.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._working, self._interval = Lock(), 0, sys.getswitchinterval()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._working += 1
+            if self._working == 1:
+                self._interval = sys.getswitchinterval()
+                sys.setswitchinterval(min(_SWITCH, self._interval))
+                young, middle, old = gc.get_threshold()
+                gc.set_threshold(young, middle, max(_RARELY, old))
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._working -= 1
+            if self._working == 0:
+                sys.setswitchinterval(self._interval)
+
+
+_considerate = _Considerate()
+
+
+def _run(work: Work, stop: Event, out: _Out) -> None:
+    """Do the work; whatever it ends with goes to the window's thread, bugs too."""
+    with _considerate:
+        found = _outcome(work, stop, out)
+    out.end.emit(found)
+
+
+def _outcome(work: Work, stop: Event, out: _Out) -> Any:
+    try:
+        keep_triton_out()
+        run = work(stop)
+        while True:
+            out.step.emit(next(run))
+    except StopIteration as end:
+        return end.value
+    except BaseException as fault:  # noqa: BLE001  (raised again in the window's thread)
+        return fault

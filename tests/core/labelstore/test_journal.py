@@ -1,0 +1,133 @@
+"""A record of finished work survives whatever happens while a line is written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from threading import Barrier
+
+import pytest
+
+from distillfss_core.errors import InputFileError, OutputError
+from distillfss_core.labelstore import journal as record_module
+from distillfss_core.labelstore.journal import Record
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "record"
+
+
+def write(path, count: int) -> bytes:
+    record = Record(path, {"run": "a"})
+    for at in range(count):
+        record.add({"at": at})
+    record.close()
+    return path.read_bytes()
+
+
+def test_what_is_added_is_there_again(path):
+    write(path, 3)
+    record = Record(path, {"run": "another"})
+    assert record.header["run"] == "a"
+    assert record.entries == [{"at": 0}, {"at": 1}, {"at": 2}]
+    record.add({"at": 3})
+    record.close()
+    assert [e["at"] for e in Record(path).entries] == [0, 1, 2, 3]
+
+
+def test_a_record_cut_anywhere_keeps_its_whole_lines_and_goes_on(path):
+    whole = write(path, 2)
+    lines = whole.splitlines(keepends=True)
+    for size in range(len(lines[0]), len(whole)):
+        path.write_bytes(whole[:size])
+        record = Record(path)
+        kept = sum(size >= len(b"".join(lines[: n + 2])) for n in range(2))
+        assert len(record.entries) == kept
+        record.add({"at": "new"})
+        record.close()
+        again = Record(path)
+        assert again.entries[-1] == {"at": "new"}
+        assert len(again.entries) == kept + 1
+        again.close()
+
+
+def test_a_changed_line_is_not_believed(path):
+    whole = write(path, 2)
+    path.write_bytes(whole.replace(b'"at":1', b'"at":7'))
+    assert Record(path).entries == [{"at": 0}]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n", b"00000000 {}\n"])
+def test_what_is_no_record_is_refused(path, content):
+    path.write_bytes(content)
+    with pytest.raises(InputFileError, match="no record"):
+        Record(path)
+
+
+def test_two_runs_cannot_have_it_open(path):
+    first = Record(path, {})
+    with pytest.raises(OutputError, match="another run"):
+        Record(path)
+    first.close()
+    Record(path).close()
+
+
+def test_of_runs_that_start_at_once_one_has_it(tmp_path):
+    for attempt in range(40):
+        path, gate = tmp_path / str(attempt), Barrier(4)
+
+        def start(path=path, gate=gate):
+            gate.wait()
+            with suppress(OutputError):
+                return Record(path, {"run": "a"})
+
+        with ThreadPoolExecutor(4) as pool:
+            opened = [future.result() for future in [pool.submit(start) for _ in range(4)]]
+        (record,) = [r for r in opened if r]
+        record.add({"at": 0})
+        record.close()
+        assert Record(path).entries == [{"at": 0}]
+
+
+def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
+    write(path, 2)
+    original, removed = record_module._lock, []
+
+    def late(file, name):
+        if not removed:
+            removed.append(path.rename(path.with_name("removed")))
+        original(file, name)
+
+    monkeypatch.setattr(record_module, "_lock", late)
+    record = Record(path, {"run": "b"})
+    record.add({"at": 7})
+    record.close()
+    assert Record(path).header["run"] == "b"
+    assert Record(path).entries == [{"at": 7}]
+    assert len(Record(removed[0]).entries) == 2
+
+
+def test_a_header_that_was_cut_is_written_again(path):
+    whole = write(path, 0)
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert write(path, 0) == whole
+
+
+def test_a_full_disk_leaves_it_good(path, monkeypatch):
+    record = Record(path, {})
+    record.add({"at": 0})
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match="No space left"):
+            record.add({"at": 1})
+    record.add({"at": 2})
+    record.close()
+    assert [e["at"] for e in Record(path).entries] == [0, 2]

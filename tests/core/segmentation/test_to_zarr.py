@@ -1,0 +1,335 @@
+"""A volume's labels on disk are those in memory, whatever stopped the run on the way."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from distillfss_core import labelstore
+from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
+from distillfss_core.labelstore.pyramid import coarsen_labels
+from distillfss_core.labelstore.store import RECORD
+from distillfss_core.segmentation.cluster import Connection
+from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
+from distillfss_core.volumes.volume import open_volume
+from pictures import blobs
+from volumes import write_ome_zarr
+
+TILE = 96
+STACK = np.stack([blobs(seed, 200).image for seed in range(5)])
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Shards of two planes and one tile, and a pyramid of a few levels."""
+    monkeypatch.setattr(labelstore, "_SIDE", 96)
+    monkeypatch.setattr(labelstore, "_SHARD", 2 * 96 * 96)
+    monkeypatch.setattr(labelstore, "_SMALLEST", 60)
+
+
+@pytest.fixture(scope="module")
+def expected(plain_student) -> np.ndarray:
+    return np.stack([plain_student.predict_labels(plane, tile=TILE) for plane in STACK])
+
+
+@pytest.fixture
+def volume(tmp_path):
+    return open_volume(write_ome_zarr(tmp_path / "image.ome.zarr", STACK, scale=(2.0, 0.5, 0.5), levels=1))
+
+
+def labels_of(path: Path, level: int = 0) -> np.ndarray:
+    return zarr.open_array(path / str(level), mode="r")[...]
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != RECORD.name}
+
+
+def test_labels_on_disk_are_those_in_memory(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    steps = list(iter_segment(volume, plain_student, out, tile=TILE))
+    assert expected.any()
+    assert np.array_equal(labels_of(out), expected)
+    assert [s.index for s in steps] == list(range(1, steps[-1].total + 1))
+    assert steps[-1].eta == 0
+    assert steps[0].eta > 0
+    report = segment_to_zarr(volume, plain_student, out, tile=TILE)  # all is there
+    assert report.computed == 0
+    assert report.found == 3 * 3 * 3
+
+
+def test_the_pyramid_holds_what_most_voxels_have(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    group = zarr.open_group(out, mode="r")
+    about = group.attrs["ome"]["multiscales"][0]
+    assert [d["coordinateTransformations"][0]["scale"] for d in about["datasets"]] == [
+        [2.0, 0.5, 0.5],
+        [2.0, 1.0, 1.0],
+        [2.0, 2.0, 2.0],
+    ]
+    first = labels_of(out, 1)
+    assert first.shape == (5, 100, 100)
+    blocks = expected.reshape(5, 100, 2, 100, 2).sum((2, 4))
+    assert np.array_equal(first, blocks >= 2)
+    assert np.array_equal(labels_of(out, 2), coarsen_labels(first, (1, 2, 2)))
+
+
+def test_labels_inside_an_image_are_listed_and_know_it(volume, plain_student, tmp_path):
+    image = tmp_path / "image.ome.zarr"
+    segment_to_zarr(volume, plain_student, image / "labels" / "blob", tile=TILE)
+    labels = zarr.open_group(image / "labels", mode="r")
+    assert labels.attrs["ome"]["labels"] == ["blob"]
+    about = labels["blob"].attrs["ome"]["image-label"]
+    assert about["source"] == {"image": "../.."}
+    assert about["properties"][1] == {"label-value": 1, "class": "blob"}
+    assert labels["blob"].attrs["distillfss"]["model"]["digest"] == plain_student.digest()
+
+
+def test_labels_of_a_coarser_level_lie_where_that_level_lies(plain_student, tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", STACK, scale=(2.0, 0.5, 0.5), levels=2)
+    group = zarr.open_group(path, mode="r+")
+    about = group.attrs["ome"]
+    about["multiscales"][0]["coordinateTransformations"] = [
+        {"type": "scale", "scale": [1.0, 2.0, 2.0]},
+        {"type": "translation", "translation": [10.0, 20.0, 30.0]},
+    ]
+    shift = {"type": "translation", "translation": [0.0, 0.25, 0.25]}
+    about["multiscales"][0]["datasets"][1]["coordinateTransformations"].append(shift)
+    group.attrs["ome"] = about
+    volume = open_volume(path, level=1)
+    assert volume.scale == (2.0, 2.0, 2.0)
+    assert volume.origin == (10.0, 20.5, 30.5)
+    segment_to_zarr(volume, plain_student, tmp_path / "out.zarr", tile=TILE)
+    assert open_volume(tmp_path / "out.zarr").origin == (10.0, 20.5, 30.5)
+    assert open_volume(tmp_path / "out.zarr").scale == (2.0, 2.0, 2.0)
+
+
+def test_a_region_is_that_of_the_whole_and_can_be_extended(volume, plain_student, expected, tmp_path):
+    out, once = tmp_path / "parts" / "out.ome.zarr", tmp_path / "once" / "out.ome.zarr"
+    once.parent.mkdir()
+    out.parent.mkdir()
+    segment_to_zarr(volume, plain_student, once, tile=TILE)
+    region = ((1, 4), (50, 130), (100, 200))
+    segment_to_zarr(volume, plain_student, out, region=region, tile=TILE)
+    inside = np.zeros_like(expected)
+    box = tuple(slice(*span) for span in region)
+    inside[box] = expected[box]
+    assert np.array_equal(labels_of(out), inside)
+    assert zarr.open_group(out, mode="r").attrs["distillfss"]["finished"] == [[list(span) for span in region]]
+    assert segment_to_zarr(volume, plain_student, out, region=((2, 3), (60, 90), (120, 130)), tile=TILE).computed == 0
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert files_of(out) == files_of(once)
+    for wrong in (((0, 6), (0, 9), (0, 9)), ((2, 2), (0, 9), (0, 9)), ((0, 1), (-1, 9), (0, 9))):
+        with pytest.raises(SettingsError, match="region"):
+            segment_to_zarr(volume, plain_student, out, region=wrong, tile=TILE)
+
+
+def test_a_cancelled_run_goes_on_without_computing_again(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    run = iter_segment(volume, plain_student, out, tile=TILE)
+    for _ in range(4):
+        next(run)
+    run.close()
+    seen = []
+    original = plain_student.region_labels
+    spied = pickle.loads(pickle.dumps(plain_student))
+    spied.region_labels = lambda *a, **k: seen.append(1) or original(*a, **k)
+    report = segment_to_zarr(volume, spied, out, tile=TILE)
+    assert report.found >= 4
+    assert len(seen) < 5 * 9 - 3 * 2
+    assert np.array_equal(labels_of(out), expected)
+
+
+def test_a_half_written_shard_is_never_taken_for_whole(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    before = files_of(out)
+    shards = sorted((out / "0" / "c").rglob("[0-9]"))
+    shards = [s for s in shards if s.is_file()]
+    shards[0].write_bytes(shards[0].read_bytes()[:-7])
+    shards[1].unlink()
+    shards[2].write_bytes(b"")
+    (shards[0].parent / "x.partial").write_bytes(b"left over")
+    coarse = next(f for f in sorted((out / "1" / "c").rglob("[0-9]")) if f.is_file())
+    coarse.write_bytes(coarse.read_bytes() + b"!")
+    (out / "zarr.json").write_bytes(b"{")
+    report = segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert report.found == 27 - 3
+    before.pop("zarr.json")
+    after = files_of(out)
+    assert json.loads(after.pop("zarr.json"))["attributes"]["ome"]
+    assert after == before
+
+
+def test_a_lost_shard_gets_back_what_an_earlier_region_had(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, region=((0, 1), (0, 200), (0, 200)), tile=TILE)
+    for shard in [f for f in (out / "0" / "c").rglob("*") if f.is_file()]:
+        shard.write_bytes(b"harmed")
+    segment_to_zarr(volume, plain_student, out, region=((1, 2), (0, 200), (0, 200)), tile=TILE)
+    assert np.array_equal(labels_of(out)[:2], expected[:2])
+
+
+def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    first = iter_segment(volume, plain_student, out, tile=TILE)
+    next(first)
+    with pytest.raises(OutputError, match="another run is writing"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE)
+    first.close()
+    with pytest.raises(OutputError, match="is there already"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE, resume=False)
+    with pytest.raises(SettingsError, match="another volume"):
+        segment_to_zarr(open_volume(STACK[:, ::-1]), plain_student, out, tile=TILE)
+    other = pickle.loads(pickle.dumps(plain_student))
+    other.preprocess = replace(other.preprocess, scope="volume" if other.preprocess.scope == "image" else "image")
+    with pytest.raises(SettingsError, match="another model"):
+        segment_to_zarr(volume, other, out, tile=TILE)
+    with pytest.raises(SettingsError, match="another layout, tile"):
+        segment_to_zarr(volume, plain_student, out, tile=192)
+    for path in (volume.path, volume.path / "out.zarr", tmp_path):
+        with pytest.raises(OutputError, match="is read"):
+            segment_to_zarr(volume, plain_student, path, tile=TILE, overwrite=True)
+    with pytest.raises(OutputError, match="not from here"):
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE)
+    with pytest.raises(OutputError, match="not from here"):
+        segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "image.ome.zarr", tile=TILE, overwrite=True)
+    with pytest.raises(OutputError, match="no folder"):
+        segment_to_zarr(volume, plain_student, tmp_path / "no" / "out.zarr", tile=TILE)
+    segment_to_zarr(volume, other, out, tile=TILE, overwrite=True)
+    old = write_ome_zarr(tmp_path / "old.zarr", STACK, version="0.4")
+    with pytest.raises(OutputError, match=r"no OME-Zarr 0\.5 image"):
+        segment_to_zarr(open_volume(old), plain_student, old / "labels" / "blob", tile=TILE)
+
+
+def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    part = ((0, 1), (None, None), (None, None))
+    segment_to_zarr(volume, plain_student, out, region=part, tile=TILE)
+    before = zarr.open_group(out, mode="r").attrs["distillfss"]
+    other = write_ome_zarr(tmp_path / "other.ome.zarr", 255 - STACK, scale=(2.0, 0.5, 0.5), levels=1)
+    with pytest.raises(SettingsError, match="another volume"):
+        segment_to_zarr(open_volume(other), plain_student, out, tile=TILE)
+    copy = shutil.copytree(volume.path, tmp_path / "copy.ome.zarr")
+    segment_to_zarr(open_volume(copy), plain_student, out, region=part, tile=TILE)  # the same, elsewhere
+    assert zarr.open_group(out, mode="r").attrs["distillfss"] == before
+
+
+def test_labels_are_deleted_only_when_their_successor_can_begin(volume, plain_student, tmp_path, monkeypatch):
+    out = tmp_path / "out.ome.zarr"
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    before = files_of(out)
+    with pytest.raises(SettingsError, match="no scheduler answers"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True, cluster="tcp://127.0.0.1:9")
+    dead = Connection(type("Client", (), {"run": lambda *_: {"a": "cpu float32"}})(), "auto", "auto")
+    with pytest.raises(SettingsError, match="array in memory"):
+        segment_to_zarr(open_volume(STACK), plain_student, out, tile=TILE, overwrite=True, cluster=dead)
+    assert files_of(out) == before
+
+    def killed(path, **_):
+        next(f for f in path.rglob("*") if f.is_file()).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labelstore.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True)
+    assert not out.exists()
+    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert files_of(out) == before
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["image.ome.zarr", "out.ome.zarr"]
+
+
+def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, expected, tmp_path, monkeypatch):
+    out = tmp_path / "out.ome.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.storage.LocalStore, "set", _full_after(7, zarr.storage.LocalStore.set))
+        with pytest.raises(OutputError, match=r"No space left on device.*kept"):
+            segment_to_zarr(volume, plain_student, out, tile=TILE)
+    report = segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert report.found > 0
+    assert np.array_equal(labels_of(out), expected)
+
+
+def _full_after(count: int, original):
+    """A disk that takes ``count`` shards, then no more."""
+    taken = []
+
+    async def put(self, key, value, *rest):
+        if "/c/" in f"/{key}" or key.startswith("c/"):
+            taken.append(key)
+            if len(taken) > count:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return await original(self, key, value, *rest)
+
+    return put
+
+
+def test_damage_met_on_the_way_is_named_and_the_rest_is_kept(plain_student, tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", STACK, chunks=(1, 200, 200), levels=1)
+    (path / "0" / "c" / "4" / "0" / "0").write_bytes(b"nothing of the kind")
+    with pytest.raises(InputFileError, match=r"a\.zarr.*z 4:5"):
+        segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", tile=TILE)
+    broken = STACK.astype(np.float32)
+    broken[3, 5, 5] = np.nan
+    with pytest.raises(ImageError, match="plane 3"):
+        segment_to_zarr(open_volume(broken), plain_student, tmp_path / "nan.zarr", tile=TILE)
+
+
+@pytest.fixture(scope="module")
+def saved_model(plain_student, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    plain_student.save(path)
+    return path
+
+
+def test_killed_at_any_moment_the_result_is_that_of_a_run_never_stopped(saved_model, tmp_path, root):
+    image = write_ome_zarr(tmp_path / "image.ome.zarr", np.concatenate([STACK] * 2), levels=1)
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}", "OMP_NUM_THREADS": "1"}
+    code = root / "tests" / "helpers" / "segment_worker.py"
+
+    def start(out: Path) -> subprocess.Popen:
+        command = [sys.executable, str(code), str(image), str(saved_model), str(out), "64"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for folder in ("once", "parts"):
+        (tmp_path / folder).mkdir()
+    once = start(tmp_path / "once" / "out.zarr")
+    text, errors = once.communicate()
+    assert once.returncode == 0, errors
+    rng, out, kills = random.Random(0), tmp_path / "parts" / "out.zarr", 0
+    record = out / RECORD
+    while True:
+        process = start(out)
+        lines = len(record.read_bytes().splitlines()) if record.exists() else 0
+        more = rng.randint(0, 20)  # killed after so many further shards, or a little later
+        while process.poll() is None and kills < 2:
+            now = len(record.read_bytes().splitlines()) if record.exists() else 0
+            if now > lines + more:
+                time.sleep(rng.random() * 0.05)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.002)
+        text, errors = process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, errors
+    assert kills == 2
+    assert int(text.split()[-1]) > 0  # found finished
+    assert files_of(out) == files_of(tmp_path / "once" / "out.zarr")

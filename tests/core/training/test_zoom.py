@@ -1,0 +1,86 @@
+"""Which zoom is chosen, and on what grounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from distillfss_core.models.preprocess import fit_preprocess
+from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.nn.device import choose_device
+from distillfss_core.nn.teachers import Teacher
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training import unrefined_teacher, zoom
+from distillfss_core.training.crops import ViewBank
+from distillfss_core.types import LabelledSlice
+
+Choose = Callable[..., tuple[Fraction, dict[str, float]]]
+
+
+def discs(radius: int, *, foreign: bool = False) -> SupportSet:
+    """Three slices of 384 px with bright discs on noise; foreign masks belong to other discs."""
+    rng = np.random.default_rng(radius)
+    y, x = np.indices((384, 384))
+    slices = []
+    for _ in range(3):
+        image = rng.normal(90, 12, (384, 384))
+        masks = np.zeros((2, 384, 384), np.uint8)
+        for mask in masks:
+            for cy, cx in rng.integers(radius, 384 - radius, (max(3, 400 // radius**2), 2)):
+                mask[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 1
+        image[masks[0] > 0] += 60
+        slices.append(LabelledSlice(np.clip(image, 0, 255).astype(np.uint8), masks[1 if foreign else 0]))
+    return SupportSet(tuple(slices), planes_of_one_volume=True)
+
+
+@pytest.fixture(scope="module")
+def choose() -> Choose:
+    bank = ViewBank(load_backbone(), choose_device("cpu", "float32"), memory=1, most=1)
+
+    def run(support: SupportSet, teacher: Teacher | None = None) -> tuple[Fraction, dict[str, float]]:
+        return zoom.choose_zoom(support, fit_preprocess([s.image for s in support.slices]), bank, 0, teacher)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return unrefined_teacher(discs(12), DistillSettings(zoom="1", device="cpu")).teacher
+
+
+def test_meta_trained_teacher_enlarges_small_objects_only(choose: Choose, teacher: Teacher) -> None:
+    small, large = choose(discs(3), teacher)[0], choose(discs(40), teacher)[0]
+    assert small > large == Fraction(1, 2)
+
+
+@pytest.mark.parametrize("judge", ["teacher", "probe"])
+def test_left_out_slices_are_judged_by_what_the_others_show(choose: Choose, teacher: Teacher, judge: str) -> None:
+    who = teacher if judge == "teacher" else None
+    _, told = choose(discs(20), who)
+    _, misled = choose(discs(20, foreign=True), who)
+    assert max(told.values()) > 0.8
+    assert max(misled.values()) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ((0.70, 0.73, 0.74), "1"),
+        ((0.73, 0.73, 0.74), "1/2"),
+        ((0.5, 0.6, 0.7), "2"),
+        ((1.0, 1.0, 1.0), "1"),
+        ((0.02, 0.021, 0.02), "1"),
+        ((0.443, 0.439, 0.450), "1"),
+        ((0.30, 0.25, 0.24), "1/2"),
+    ],
+)
+def test_smallest_zoom_close_to_the_best(
+    choose: Choose, monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...], wanted: str
+) -> None:
+    answers = iter(scores)
+    monkeypatch.setattr(zoom, "_probe", lambda *_: next(answers))
+    assert choose(discs(20))[0] == Fraction(wanted)

@@ -1,0 +1,417 @@
+"""Volumes of every kind open lazily, know their axes and scale, and say in one line what is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import random
+import shutil
+from pathlib import Path
+
+import dask.array as da
+import numpy as np
+import pytest
+import tifffile
+import zarr
+
+from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
+from distillfss_core.io.writing import write_labels
+from distillfss_core.volumes.source import spread
+from distillfss_core.volumes.volume import open_volume
+from volumes import noise, write_ome_zarr
+
+ZYX = (6, 40, 50)
+
+
+def equal(volume, array: np.ndarray) -> bool:
+    """The whole, a box and a plane are those of ``array``."""
+    box = (slice(1, 4), slice(7, 33), slice(20, 50))
+    return (
+        volume.shape == array.shape
+        and volume.dtype == array.dtype
+        and np.array_equal(volume.read(), array)
+        and np.array_equal(volume.read(*box), array[box])
+        and np.array_equal(volume.plane(2), array[2])
+        and np.array_equal(volume[-1, ::2, 3:9], array[-1, ::2, 3:9])
+    )
+
+
+@pytest.mark.parametrize(("version", "shards"), [("0.4", None), ("0.5", None), ("0.5", (16, 32, 32))])
+def test_ome_zarr_of_both_versions_and_sharded(tmp_path, version, shards):
+    data = noise(ZYX)
+    path = write_ome_zarr(
+        tmp_path / "a.ome.zarr",
+        data,
+        version=version,
+        shards=shards,
+        chunks=(4, 16, 16),
+        scale=(2.0, 0.5, 0.25),
+    )
+    volume = open_volume(path)
+    assert equal(volume, data)
+    assert (volume.scale, volume.unit, volume.axes) == ((2.0, 0.5, 0.25), "micrometer", "zyx")
+    assert volume.levels == ((6, 40, 50), (6, 20, 25))
+    coarse = open_volume(path, level=1)
+    assert equal_small(coarse, data[:, ::2, ::2])
+    assert coarse.scale == (2.0, 1.0, 0.5)
+
+
+def equal_small(volume, array: np.ndarray) -> bool:
+    return volume.shape == array.shape and np.array_equal(volume.read(), array)
+
+
+def test_a_library_that_is_not_ours_reads_what_our_test_files_hold(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+    data = noise(ZYX)
+    path = write_ome_zarr(tmp_path / "a.ome.zarr", data, shards=(16, 32, 32), chunks=(4, 16, 16))
+    theirs = tensorstore.open({"driver": "zarr3", "kvstore": f"file://{path}/0"}).result().read().result()
+    assert np.array_equal(theirs, open_volume(path).read())
+
+
+def test_channels_and_times_are_chosen_by_number_or_name_or_asked_for(tmp_path):
+    data = noise((2, 3, *ZYX))
+    path = write_ome_zarr(tmp_path / "a.zarr", data, axes="tczyx", channels=("DAPI", "GFP", "RFP"))
+    with pytest.raises(SettingsError, match="2 time points; choose one, time 0 to 1"):
+        open_volume(path)
+    with pytest.raises(SettingsError, match=r"3 channels \(DAPI, GFP, RFP\)"):
+        open_volume(path, time=1)
+    assert equal(open_volume(path, time=1, channel="GFP"), data[1, 1])
+    assert equal(open_volume(path, time=0, channel=2), data[0, 2])
+    assert np.array_equal(open_volume(path, time=0, channel="all").read(), np.moveaxis(data[0], 0, -1))
+    for wrong in ({"channel": 3}, {"channel": "Cy5"}, {"time": 2, "channel": 0}, {"time": -1, "channel": 0}):
+        with pytest.raises(SettingsError):
+            open_volume(path, **({"time": 0} | wrong))
+
+
+def test_units_become_micrometres_and_unknown_ones_stay_unknown(tmp_path):
+    data = noise(ZYX)
+    nano = open_volume(write_ome_zarr(tmp_path / "a.zarr", data, scale=(40.0, 8.0, 8.0), unit="nanometer"))
+    assert nano.scale == pytest.approx((0.04, 0.008, 0.008))
+    assert nano.unit == "micrometer"
+    bare = open_volume(write_ome_zarr(tmp_path / "b.zarr", data, scale=(5.0, 1.0, 1.0), unit=None))
+    assert (bare.scale, bare.unit) == ((5.0, 1.0, 1.0), None)
+
+
+def test_plain_zarr_numpy_dask_and_npy(tmp_path):
+    data = noise(ZYX)
+    zarr.save_array(tmp_path / "plain.zarr", data, zarr_format=2)
+    np.save(tmp_path / "a.npy", data)
+    for source in (tmp_path / "plain.zarr", tmp_path / "a.npy", data, da.from_array(data, chunks=16)):
+        volume = open_volume(source)
+        assert equal(volume, data)
+        assert volume.scale == (None, None, None)
+    swapped = open_volume(np.moveaxis(data, 0, 2), axes="yxz")
+    assert equal(swapped, data)
+    assert equal_small(open_volume(data[0]), data[:1])
+    with pytest.raises(SettingsError, match="give axes"):
+        open_volume(data[None])
+    with pytest.raises(SettingsError, match="axes 'zyx' are 3"):
+        open_volume(data[None], axes="zyx")
+    with pytest.raises(ImageError, match="empty"):
+        open_volume(data[:0])
+    with pytest.raises(ImageError, match="complex"):
+        open_volume(data.astype(complex))
+
+
+def test_nothing_is_read_but_what_is_asked():
+    class Spy:
+        shape, dtype, asked = (100, 64, 64), np.dtype("u1"), []
+
+        def __getitem__(self, box):
+            self.asked.append(box)
+            return np.zeros([s.stop - s.start for s in box], "u1")
+
+    spy = Spy()
+    volume = open_volume(spy)
+    assert spy.asked == []
+    volume.read(slice(3, 5), slice(0, 8))
+    assert spy.asked == [(slice(3, 5), slice(0, 8), slice(0, 64))]
+
+
+def write_tiffs(folder: Path, data: np.ndarray) -> dict[str, Path]:
+    """The same stack in many kinds of TIFF."""
+    kinds = {
+        "plain": {},
+        "big": {"bigtiff": True},
+        "zlib": {"compression": "zlib", "predictor": True},
+        "tiles": {"tile": (16, 16), "compression": "zstd"},
+        "strips": {"rowsperstrip": 7, "compression": "lzw"},
+        "imagej": {"imagej": True, "resolution": (4.0, 2.0), "metadata": {"spacing": 3.0, "unit": "um", "axes": "ZYX"}},
+        "ome": {
+            "ome": True,
+            "metadata": {
+                "axes": "ZYX",
+                "PhysicalSizeX": 250,
+                "PhysicalSizeXUnit": "nm",
+                "PhysicalSizeY": 0.5,
+                "PhysicalSizeZ": 3.0,
+            },
+        },
+    }
+    paths = {}
+    for name, options in kinds.items():
+        paths[name] = folder / f"{name}{'.ome' if name == 'ome' else ''}.tif"
+        tifffile.imwrite(paths[name], data, photometric="minisblack", **options)
+    return paths
+
+
+def test_every_kind_of_tiff(tmp_path):
+    data = noise(ZYX)
+    for name, path in write_tiffs(tmp_path, data).items():
+        with open_volume(path) as volume:
+            assert equal(volume, data), name
+            known = name in ("imagej", "ome")
+            assert volume.scale == (pytest.approx((3.0, 0.5, 0.25)) if known else (None, None, None)), name
+            assert volume.unit == ("micrometer" if known else None)
+
+
+def test_an_imagej_hyperstack_and_a_colour_tiff(tmp_path):
+    data = noise((2, 4, 3, 20, 24))
+    tifffile.imwrite(tmp_path / "h.tif", data, imagej=True, metadata={"axes": "TZCYX"})
+    with open_volume(tmp_path / "h.tif", time=1, channel=2) as volume:
+        assert np.array_equal(volume.read(), data[1, :, 2])
+    rgb = noise((5, 20, 24, 3), "u1")
+    tifffile.imwrite(tmp_path / "rgb.tif", rgb, photometric="rgb")
+    with open_volume(tmp_path / "rgb.tif") as volume:
+        assert np.array_equal(volume.read(), rgb)
+        assert volume.axes == "zyxc"
+
+
+def test_a_tiff_pyramid_has_levels(tmp_path):
+    data = noise((4, 64, 64))
+    with tifffile.TiffWriter(tmp_path / "p.ome.tif", ome=True) as file:
+        file.write(data, subifds=1, metadata={"axes": "ZYX", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5})
+        file.write(data[:, ::2, ::2], subfiletype=1)
+    with open_volume(tmp_path / "p.ome.tif", level=1) as volume:
+        assert np.array_equal(volume.read(), data[:, ::2, ::2])
+        assert volume.levels == ((4, 64, 64), (4, 32, 32))
+        assert volume.scale == (None, 1.0, 1.0)
+    with pytest.raises(SettingsError, match="no level 2; its levels are 0 to 1"):
+        open_volume(tmp_path / "p.ome.tif", level=2)
+
+
+def test_a_folder_of_planes_in_natural_order(tmp_path):
+    data = noise((11, 20, 24), "u1")
+    for kind in (".tif", ".png"):
+        folder = tmp_path / kind[1:]
+        folder.mkdir()
+        for z, plane in enumerate(data):
+            write_labels(folder / f"plane_{z}{kind}", plane)
+        assert equal_small(open_volume(folder), data)
+        write_labels(folder / f"plane_5{kind}", data[5, :9])
+        with pytest.raises(InputFileError, match="must be alike"):
+            open_volume(folder).plane(5)
+
+
+def test_a_volume_travels_to_another_process(tmp_path):
+    data = noise(ZYX)
+    path = write_ome_zarr(tmp_path / "a.zarr", data)
+    again = pickle.loads(pickle.dumps(open_volume(path, level=1)))
+    assert np.array_equal(again.read(), data[:, ::2, ::2])
+    assert again.identity == open_volume(path, level=1).identity
+    assert equal(pickle.loads(pickle.dumps(open_volume(data))), data)
+
+
+def test_two_volumes_that_differ_have_other_identities(tmp_path):
+    data, other = noise(ZYX), noise(ZYX, seed=1)
+    a = open_volume(write_ome_zarr(tmp_path / "a.zarr", data))
+    assert a.identity != open_volume(tmp_path / "a.zarr", level=1).identity
+    json.dumps(a.identity)
+    folders = []
+    for name, array in (("a", data), ("b", other)):
+        (tmp_path / name).mkdir()
+        folders.append(tmp_path / name)
+        for z, plane in enumerate(array):
+            write_labels(tmp_path / name / f"{z}.tif", plane.astype(np.uint8))
+    spot = data.copy()
+    spot[-1, -1, -1] += 1
+    pairs = {
+        "zarr": (a, open_volume(write_ome_zarr(tmp_path / "b.zarr", other))),
+        "array": (open_volume(zarr.open_array(tmp_path / f"{name}.zarr" / "0")) for name in "ab"),
+        "memory": (open_volume(zarr.array(array)) for array in (data, other)),
+        "dask": (open_volume(da.from_array(array)) for array in (data, other)),
+        "folder": map(open_volume, folders),
+        "numpy": map(open_volume, (data, other)),
+        "voxel": map(open_volume, (data, spot)),
+    }
+    for kind, (one, two) in pairs.items():
+        assert one.identity != two.identity, kind
+        assert {**one.identity, "content": 0, "files": 0} == {**two.identity, "content": 0, "files": 0}, kind
+
+
+def test_an_unchanged_volume_keeps_its_identity_wherever_a_zarr_lies(tmp_path):
+    data = noise(ZYX)
+    path = write_ome_zarr(tmp_path / "a.zarr", data)
+    before = dict(open_volume(path).identity)
+    write_ome_zarr(path / "labels" / "cells", data)  # what is put beside the voxels does not change them
+    shutil.copytree(path, tmp_path / "elsewhere.zarr")
+    assert open_volume(path).identity == open_volume(tmp_path / "elsewhere.zarr").identity == before
+    for array in (data, da.from_array(data)):
+        assert open_volume(array).identity == open_volume(array.copy()).identity
+    assert open_volume(data).along("y").identity == open_volume(data).identity
+
+
+def test_little_is_read_to_tell_a_large_volume_from_another():
+    class Spy:
+        shape, dtype, asked = (4000, 30000, 20000), np.dtype("u2"), []
+
+        def __getitem__(self, box):
+            self.asked.append(box)
+            return np.zeros([s.stop - s.start for s in box], "u2")
+
+    spy = Spy()
+    volume = open_volume(spy)
+    assert volume.identity == volume.identity
+    assert sum(np.prod([s.stop - s.start for s in box]) for box in spy.asked) * 2 <= 4e6
+    for axis, length in enumerate(spy.shape):  # in every quarter of every axis
+        assert {box[axis].start * 4 // length for box in spy.asked} == {0, 1, 2, 3}
+    assert len(set(spread((50, 60, 70), 64))) == 64
+    assert list(spread((2, 3), 64)) == [(y, x) for y in range(2) for x in range(3)]
+
+
+def test_a_missing_chunk_is_the_fill_value_and_the_log_says_so_once(tmp_path, caplog):
+    data = noise((16, 32, 32)) + 1
+    path = write_ome_zarr(tmp_path / "a.zarr", data, levels=1)
+    (path / "0" / "c" / "0" / "1" / "0").unlink()
+    volume = open_volume(path)
+    with caplog.at_level(logging.WARNING, "distillfss_core"):
+        found = volume.read()
+        volume.read()
+    assert len(caplog.records) == 1
+    assert "1 of 4 chunks" in caplog.text
+    assert "fill value 0" in caplog.text
+    assert len(volume.missing) == 1
+    assert not found[:, 16:, :16].any()
+    assert np.array_equal(found[:, :16], data[:, :16])
+
+
+def test_what_is_not_there_is_said_plainly(tmp_path):
+    with pytest.raises(InputFileError, match="no such file"):
+        open_volume(tmp_path / "nothing.zarr")
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(InputFileError, match="no zarr metadata"):
+        open_volume(tmp_path / "empty.zarr")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputFileError, match="holds no plane"):
+        open_volume(tmp_path / "folder")
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(InputFileError, match=r"cannot read '\.txt'"):
+        open_volume(tmp_path / "a.txt")
+    path = write_ome_zarr(tmp_path / "a.zarr", noise(ZYX))
+    with pytest.raises(SettingsError, match="no level 2; its levels are 0 to 1"):
+        open_volume(path, level=2)
+    shutil.rmtree(path / "1")
+    assert open_volume(path).levels == (ZYX,)
+    with pytest.raises(InputFileError, match="level 1 is named '1'"):
+        open_volume(path, level=1)
+    with pytest.raises(SettingsError, match="no plane 6; its planes are 0 to 5"):
+        open_volume(path).plane(6)
+
+
+def test_a_file_missing_from_an_ome_set_is_an_error_and_no_zeros(tmp_path):
+    data = noise((2, 3, 20, 24)) + 1
+    uid = "urn:uuid:{}".format
+    names = ["s0.ome.tif", "s1.ome.tif"]
+    ids = [uid(f"0000000{i}-0000-0000-0000-000000000000") for i in range(2)]
+    blocks = "".join(
+        f'<TiffData FirstC="{c}" FirstZ="{z}" IFD="{z}"><UUID FileName="{names[c]}">{ids[c]}</UUID></TiffData>'
+        for c in range(2)
+        for z in range(3)
+    )
+    for c in range(2):
+        text = (
+            '<?xml version="1.0"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="{ids[c]}"><Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYZCT" Type="uint16" '
+            f'SizeX="24" SizeY="20" SizeZ="3" SizeC="2" SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>'
+            f'<Channel ID="Channel:0:1" SamplesPerPixel="1"/>{blocks}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(tmp_path / names[c], data[c], description=text, metadata=None, photometric="minisblack")
+    with open_volume(tmp_path / names[0], channel=1) as volume:
+        assert np.array_equal(volume.read(), data[1])
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(InputFileError, match="missing"), open_volume(tmp_path / names[0], channel=1) as volume:
+        volume.read()
+
+
+# damage
+
+
+def _edit(path: Path, change) -> None:
+    about = json.loads(path.read_text())
+    change(about)
+    path.write_text(json.dumps(about))
+
+
+def damages(rng: random.Random):
+    """Ways to harm a copy of a sound volume: (kind of source, function of its path)."""
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[: rng.randrange(1, path.stat().st_size - 1)])
+
+    def cut_chunk(path: Path) -> None:
+        chunks = sorted(f for f in (path / "0" / "c").rglob("*") if f.is_file())
+        cut(rng.choice(chunks))
+
+    def scramble_chunk(path: Path) -> None:
+        chunk = rng.choice(sorted(f for f in (path / "0" / "c").rglob("*") if f.is_file()))
+        chunk.write_bytes(rng.randbytes(chunk.stat().st_size))
+
+    def metadata(change):
+        return lambda path: _edit(path / "zarr.json", change)
+
+    image = lambda a: a["attributes"]["ome"]["multiscales"][0]  # noqa: E731
+    return [
+        ("tiff", cut),
+        ("ome-tiff", cut),
+        ("pages", cut),
+        ("zarr", cut_chunk),
+        ("shards", cut_chunk),
+        ("zarr", scramble_chunk),
+        ("zarr", lambda path: cut(path / "zarr.json")),
+        ("zarr", lambda path: cut(path / "0" / "zarr.json")),
+        ("zarr", lambda path: (path / "0" / "zarr.json").unlink()),
+        ("zarr", metadata(lambda a: image(a).pop("datasets"))),
+        ("zarr", metadata(lambda a: image(a)["axes"].pop())),
+        ("zarr", metadata(lambda a: image(a)["axes"][0].pop("name"))),
+        ("zarr", metadata(lambda a: image(a)["datasets"][0].update(path="9"))),
+        ("zarr", metadata(lambda a: image(a).update(axes="zyx!"))),
+        ("zarr", metadata(lambda a: image(a)["axes"][0].update(name="q"))),
+        ("zarr", metadata(lambda a: image(a)["datasets"][0]["coordinateTransformations"][0]["scale"].pop())),
+        ("zarr", metadata(lambda a: image(a)["datasets"][0]["coordinateTransformations"][0].update(scale=[0, 1, "x"]))),
+        ("zarr", metadata(lambda a: a["attributes"].update(ome=[1]))),
+        ("zarr", metadata(lambda a: a["attributes"]["ome"].update(multiscales=[]))),
+    ]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> tuple[dict[str, Path], np.ndarray]:
+    folder = tmp_path_factory.mktemp("sound")
+    data = noise((8, 40, 48)) + 1
+    paths = {kind: folder / f"{kind}.tif" for kind in ("tiff", "pages")} | {"ome-tiff": folder / "a.ome.tif"}
+    tifffile.imwrite(paths["tiff"], data, photometric="minisblack")
+    tifffile.imwrite(paths["ome-tiff"], data, photometric="minisblack", compression="zlib")
+    with tifffile.TiffWriter(paths["pages"]) as file:
+        for plane in data:
+            file.write(plane, metadata=None, contiguous=False, photometric="minisblack", compression="zlib")
+    paths["zarr"] = write_ome_zarr(folder / "a.zarr", data, levels=1)
+    paths["shards"] = write_ome_zarr(folder / "s.zarr", data, levels=1, shards=(16, 32, 32))
+    return paths, data
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_inputs_give_one_clear_error_and_never_silent_zeros(sound, tmp_path, seed):
+    paths, data = sound
+    for number, (kind, harm) in enumerate(damages(random.Random(seed))):
+        source = paths[kind]
+        copy = tmp_path / f"{number}_{source.name}"
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
+        harm(copy)
+        fault, found = None, data
+        try:
+            with open_volume(copy) as volume:
+                found = volume.read()
+        except DistillFSSError as error:
+            fault = str(error)
+        assert fault is None or ("\n" not in fault and copy.name in fault), (number, fault)
+        assert np.array_equal(found, data), (number, kind)  # without a fault the harm did not reach the voxels

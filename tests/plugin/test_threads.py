@@ -1,0 +1,105 @@
+"""Work in another thread."""
+
+import gc
+import sys
+
+import pytest
+
+from distillfss_core import DistillFSSError
+from napari_distillfss._session import Session
+from napari_distillfss._threads import Job, LatestJob
+
+
+def counting(stop, limit=10**9):
+    for number in range(limit):
+        if stop.wait(0.002):
+            return "stopped"
+        yield number
+    return "finished"
+
+
+def test_a_job_gives_its_steps_and_its_result(qtbot):
+    job, steps = Job(), []
+    job.stepped.connect(steps.append)
+    with qtbot.waitSignals([job.done, job.ended]) as seen:
+        job.start(lambda stop: counting(stop, 3))
+    assert steps == [0, 1, 2]
+    assert seen.all_signals_and_args[0].args == ("finished",)
+
+
+def test_a_job_that_is_cancelled_stops_at_its_next_step(qtbot):
+    job = Job()
+    with qtbot.waitSignal(job.stepped):
+        job.start(counting)
+    with qtbot.waitSignal(job.done) as done:
+        job.cancel()
+    assert done.args == ["stopped"]
+
+
+def test_a_fault_that_was_expected_is_a_sentence(qtbot):
+    def faulty(stop):
+        yield 1
+        raise DistillFSSError("the disk is full")
+
+    job = Job()
+    with qtbot.waitSignal(job.failed) as failed:
+        job.start(faulty)
+    assert failed.args == ["the disk is full"]
+
+
+def test_a_bug_is_seen_in_the_windows_thread(qtbot):
+    def buggy(stop):
+        yield 1
+        raise RuntimeError("a bug")
+
+    job = Job()
+    with qtbot.captureExceptions() as seen, qtbot.waitSignal(job.ended):
+        job.start(buggy)
+    assert [str(error) for _, error, _ in seen] == ["a bug"]
+    assert not job.running
+
+
+def test_a_second_job_of_a_session_waits(qtbot, tmp_path):
+    session = Session(tmp_path)
+    first, second = Job(session, "distilling"), Job(session, "segmenting")
+    with qtbot.waitSignal(first.stepped):
+        first.start(counting)
+    with pytest.raises(DistillFSSError, match="already distilling"):
+        second.start(counting)
+    with qtbot.waitSignal(first.ended):
+        session.close()
+    assert session.busy == ""
+
+
+def test_answers_to_outdated_questions_are_dropped(qtbot):
+    latest, seen = LatestJob(), []
+    latest.answered.connect(seen.append)
+
+    def answer(name):
+        def work(stop):
+            for _ in range(5):
+                yield name
+                stop.wait(0.005)
+
+        return work
+
+    with qtbot.waitSignal(latest.idle):
+        for name in "abcd":
+            latest.ask(answer(name))
+    assert seen[-5:] == ["d"] * 5
+    assert not {"b", "c"} & set(seen)
+
+
+def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
+    before, jobs = sys.getswitchinterval(), [Job(), Job()]
+    for job in jobs:
+        with qtbot.waitSignal(job.stepped):
+            job.start(counting)
+    while_working = sys.getswitchinterval()
+    assert while_working < before
+    assert gc.get_threshold()[2] >= 200
+    for job in jobs:
+        assert sys.getswitchinterval() == while_working
+        with qtbot.waitSignal(job.ended):
+            job.cancel()
+    assert sys.getswitchinterval() == before
