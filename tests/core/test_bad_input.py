@@ -24,10 +24,10 @@ from distillfss_core import (
     SupportSet,
     SupportSetError,
     distill,
-    io,
 )
 from distillfss_core.cli.console import FAULT, FINE
 from distillfss_core.cli.main import main
+from distillfss_core.io import labels as label_files
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.training.crops import ViewBank
 from pictures import blobs
@@ -267,14 +267,14 @@ def test_a_slice_of_8k_is_learnt_from_in_crops():
 
 
 def test_a_label_file_that_vanishes_after_it_was_listed(here, fault, monkeypatch):
-    listed = io.pair_files
+    listed = label_files.pair_files
 
     def vanish(images, labels):
         pairs = listed(images, labels)
         pairs[1][1].unlink()
         return pairs
 
-    monkeypatch.setattr(io, "pair_files", vanish)
+    monkeypatch.setattr(label_files, "pair_files", vanish)
     assert "b.tif: no such file" in fault(distil())
 
 
@@ -432,7 +432,7 @@ def test_an_error_of_the_system_is_one_line(here, fault, monkeypatch):
     def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied", "images")
 
-    monkeypatch.setattr(io, "_by_stem", denied)
+    monkeypatch.setattr(label_files, "_by_stem", denied)
     assert fault(distil()) == "distillfss: error: images: Permission denied\n"
 
 

@@ -2,12 +2,13 @@
 
 import sys
 
-from distillfss_core import StudentModel, labelstore, open_volume, segment_to_zarr
+from distillfss_core import StudentModel, open_volume, segment_to_zarr
+from distillfss_core.labelstore import layout as label_layout
 
 if __name__ == "__main__":
     volume, model, out, tile = sys.argv[1:]
-    labelstore._SIDE = int(tile)
-    labelstore._SHARD = 2 * labelstore._SIDE**2
+    label_layout._SIDE = int(tile)
+    label_layout._SHARD = 2 * label_layout._SIDE**2
     print("begun", flush=True)
     report = segment_to_zarr(
         open_volume(volume), StudentModel.load(model, device="cpu", precision="float32"), out, tile=int(tile)

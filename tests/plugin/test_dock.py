@@ -527,10 +527,10 @@ def held(monkeypatch):
     """Apply writes a plane a piece, and waits after the second until it is told to go on or to stop."""
     import threading
 
-    from distillfss_core import labelstore
+    from distillfss_core.labelstore import layout as label_layout
     from napari_distillfss._widgets import apply
 
-    monkeypatch.setattr(labelstore, "_SHARD", 1)
+    monkeypatch.setattr(label_layout, "_SHARD", 1)
     go_on, original = threading.Event(), apply.iter_applying
 
     def held_applying(volume, model, out, stop, **how):

@@ -9,7 +9,6 @@ from itertools import product
 from typing import Any
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.labelstore.store import as_box
 
 _SHARD = 1 << 23  # voxels of a shard, about
 _SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
@@ -165,3 +164,8 @@ def slices(box: Box) -> tuple[slice, slice, slice]:
 def overlap(a: Box, b: Box) -> Box:
     """What two boxes have in common; empty spans where nothing."""
     return as_box((max(p[0], q[0]), max(max(p[0], q[0]), min(p[1], q[1]))) for p, q in zip(a, b, strict=True))
+
+
+def as_box(spans: Iterator[tuple[int, int]] | Any) -> Box:
+    z, y, x = spans
+    return z, y, x

@@ -30,7 +30,7 @@ import zarr.errors
 from distillfss_core.errors import InputFileError, OutputError, SettingsError
 from distillfss_core.io.writing import fault_reason
 from distillfss_core.labelstore.journal import Record
-from distillfss_core.labelstore.layout import Box, Index, Layout, slices
+from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, slices
 from distillfss_core.labelstore.metadata import About, check_place, image_of, write_metadata
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
@@ -38,11 +38,6 @@ from distillfss_core.types import Array
 log = logging.getLogger(__name__)
 RECORD = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
 _TELLING = ("device", "mode", "tile")  # settings that are short enough to be told
-
-
-def as_box(spans: Iterator[tuple[int, int]] | Any) -> Box:
-    z, y, x = spans
-    return z, y, x
 
 
 def _within(a: Box, b: Sequence[Sequence[int]]) -> bool:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import zarr
 
-from distillfss_core.errors import InputFileError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
 from distillfss_core.volumes.source import (
     ArraySource,
     Found,
+    array_content,
     file_identity,
     letters_of,
 )
 from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
-from distillfss_core.volumes.zarr import ZARR_FILES, is_zarr, open_zarr
+from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, open_zarr
 
 LARGE_FILES = (*LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
 
@@ -88,3 +92,12 @@ def stem_of(path: Path) -> str:
     """The name without its endings: "a.ome.zarr", "a.ome.tif" and "a.nii.gz" are "a"."""
     stem = path.name if path.is_dir() and ".zarr" not in path.suffixes else path.stem
     return stem.removesuffix(".ome").removesuffix(".nii")
+
+
+def open_array(array: Any, axes: str | None) -> Found:
+    if isinstance(array, zarr.Array):
+        return from_zarr_array(array, axes, "zarr array")
+    if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
+        raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
+    source = ArraySource(array, letters_of(axes, array.shape, "array"))
+    return Found(source, {"kind": "array"}, partial(array_content, source))

@@ -6,20 +6,15 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import zarr
-import zarr.errors
-import zarr.storage
 
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import SettingsError
 from distillfss_core.io.images import DECODER_FAULTS
 from distillfss_core.types import Array
-from distillfss_core.volumes.zarr import from_zarr_array
 
 MICROMETRE = "micrometer"
 UNITS = {  # of one of them in micrometres
@@ -157,16 +152,7 @@ class ArraySource:
         pass
 
 
-def open_array(array: Any, axes: str | None) -> Found:
-    if isinstance(array, zarr.Array):
-        return from_zarr_array(array, axes, "zarr array")
-    if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
-        raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
-    source = ArraySource(array, letters_of(axes, array.shape, "array"))
-    return Found(source, {"kind": "array"}, partial(_array_content, source))
-
-
-def _array_content(source: ArraySource) -> str:
+def array_content(source: ArraySource) -> str:
     """A digest of the voxels: of all where they are few and in memory, else of tiles of some planes."""
     digest, array = hashlib.sha256(), source.array
     in_memory = isinstance(array, np.ndarray)

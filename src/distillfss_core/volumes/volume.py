@@ -13,8 +13,8 @@ import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.opening import open_any
-from distillfss_core.volumes.source import FAULTS, Found, Source, open_array, reason
+from distillfss_core.volumes.opening import open_any, open_array
+from distillfss_core.volumes.source import FAULTS, Found, Source, reason
 
 Scale = tuple[float | None, float | None, float | None]
 

@@ -88,7 +88,7 @@ def test_wrong_usage_is_code_2(capsys, arguments):
 
 def test_help_loads_nothing_heavy(root):
     code = (
-        "import sys; from distillfss_core.cli import main; main(['bench', 'peers', '--help']); "
+        "import sys; from distillfss_core.cli.main import main; main(['bench', 'peers', '--help']); "
         "print('torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}

@@ -95,7 +95,7 @@ def python(*arguments: str, root, **options) -> subprocess.CompletedProcess[str]
 
 def test_help_and_a_wrong_option_need_no_torch(root):
     code = (
-        "import sys; from distillfss_core.cli import main; "
+        "import sys; from distillfss_core.cli.main import main; "
         "print(main(['distill', '--help']), main(['distill', '--nonsense']), 'torch' in sys.modules)"
     )
     done = python("-c", code, root=root)
@@ -580,7 +580,7 @@ def test_the_demo_may_be_called_from_python(here):
 
 
 def test_a_process_ends_with_the_code_and_one_line(here, root):
-    done = python("-m", "distillfss_core.cli", "info", "stack.tif", root=root)
+    done = python("-m", "distillfss_core.cli.main", "info", "stack.tif", root=root)
     assert done.returncode == FAULT
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -591,14 +591,14 @@ def test_a_damaged_tiff_is_one_line_in_a_process(here, root):
     """tifffile says things of its own about damaged files, which pytest would swallow."""
     whole = (here / "stack.tif").read_bytes()
     (here / "short.tif").write_bytes(whole[: len(whole) // 2])
-    done = python("-m", "distillfss_core.cli", "evaluate", "short.tif", "stack_labels.tif", root=root)
+    done = python("-m", "distillfss_core.cli.main", "evaluate", "short.tif", "stack_labels.tif", root=root)
     assert done.returncode == FAULT
     assert done.stderr.count("\n") == 1, done.stderr
     assert "short.tif" in done.stderr
 
 
 def test_a_reader_that_stops_reading_is_no_fault(here, root):
-    command = f"{sys.executable} -m distillfss_core.cli evaluate stack_labels.tif stack_labels.tif"
+    command = f"{sys.executable} -m distillfss_core.cli.main evaluate stack_labels.tif stack_labels.tif"
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     done = subprocess.run(
         ["bash", "-c", f"{command} | true"], env=environment, capture_output=True, text=True, check=False

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from distillfss_core import export
 from distillfss_core.cli.main import main
 from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.export import onnx as onnx_export
 from distillfss_core.export.bioimageio import export_bioimageio
 from distillfss_core.export.onnx import TOLERANCE, export_onnx
 from distillfss_core.nn.device import Device
@@ -68,7 +68,7 @@ def test_channels_are_mixed_as_here(plain_student, tmp_path):
 
 
 def test_a_graph_that_differs_is_not_written(plain_student, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "TOLERANCE", -1.0)
+    monkeypatch.setattr(onnx_export, "TOLERANCE", -1.0)
     with pytest.raises(OutputError, match=r"differs from torch by .* nothing was written"):
         export_onnx(plain_student, tmp_path / "student.onnx")
     assert not list(tmp_path.iterdir())

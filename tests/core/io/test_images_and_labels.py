@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
 
-from distillfss_core import io
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError, SupportSetError
+from distillfss_core.io import images, writing
 from distillfss_core.io.images import read_image, read_stack
 from distillfss_core.io.labels import labels_from_image, load_support_arrays, pair_files, read_label_stack, read_labels
 from distillfss_core.io.writing import atomic_path, write_float_tiff, write_labels, write_stack
@@ -68,7 +68,7 @@ def test_a_picture_may_have_more_pixels_than_pillow_likes_up_to_a_bound(tmp_path
     np.testing.assert_array_equal(read_image(path), array)
     np.testing.assert_array_equal(read_labels(path), array)
     assert limit == Image.MAX_IMAGE_PIXELS
-    monkeypatch.setattr(io, "_MOST_PIXELS", 1000)
+    monkeypatch.setattr(images, "_MOST_PIXELS", 1000)
     with pytest.raises(InputFileError, match=rf"large\.{ending}: has 40 x 30 pixels, .* at most 1000; save it as TIFF"):
         read_image(path)
 
@@ -434,7 +434,7 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(io.tifffile, "imwrite", full)
+    monkeypatch.setattr(writing.tifffile, "imwrite", full)
     with pytest.raises(OutputError, match="No space left on device; free some space"):
         write_labels(tmp_path / "a.tif", DEEP)
     assert (tmp_path / "a.tif").read_bytes() == before

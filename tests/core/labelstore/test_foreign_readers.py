@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zarr
 
-from distillfss_core import labelstore
+from distillfss_core.labelstore import layout as label_layout
 from distillfss_core.objects.instances import label_instances
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
@@ -31,9 +31,9 @@ def written(plain_student, tmp_path_factory) -> dict[str, Path]:
         "instances": folder / "objects.ome.zarr",
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(labelstore, "_SIDE", 96)
-        patch.setattr(labelstore, "_SHARD", 2 * 96 * 96)
-        patch.setattr(labelstore, "_SMALLEST", 60)
+        patch.setattr(label_layout, "_SIDE", 96)
+        patch.setattr(label_layout, "_SHARD", 2 * 96 * 96)
+        patch.setattr(label_layout, "_SMALLEST", 60)
         for kind in ("standalone", "inside"):
             segment_to_zarr(open_volume(image), plain_student, paths[kind], tile=TILE)
         label_instances(open_volume(paths["standalone"]), paths["instances"], block=(2, 64, 64))

@@ -18,7 +18,7 @@ import zarr
 
 from distillfss_core.cli.main import main
 from distillfss_core.errors import SettingsError
-from distillfss_core.models import engines as inference
+from distillfss_core.models import engines
 from distillfss_core.models.engines import TOLERANCE, Runner, StudentNetwork, choose_engine, describe_engine
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import load_backbone
@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, t
     next(run)
     run.close()
     with monkeypatch.context() as patch:
-        patch.setattr(inference, "find_spec", lambda name: None)
+        patch.setattr(engines, "find_spec", lambda name: None)
         with pytest.raises(SettingsError, match=rf"begun with engine {other}.*pip install 'napari-distillfss\["):
             segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE)
     assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE).found >= 1
@@ -177,11 +177,11 @@ def test_auto_is_bfloat16_where_the_processor_and_openvino_have_it(plain_student
         return f"{model.engine} {model.device.precision}"
 
     assert load().endswith("float32")
-    monkeypatch.setattr(inference, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(engines, "multiplies_bfloat16", lambda: True)
     assert load() == "openvino bfloat16"
     assert load(engine="torch") == "torch float32"
     assert load(precision="float32").endswith("float32")
-    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     assert load() == "torch float32"
 
 
@@ -239,16 +239,16 @@ def test_weights_are_narrower_where_a_processor_would_clip_sums(plain_student, m
 def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monkeypatch):
     net = network("efficientnet_lite0", 1)
     int8 = Device("cpu", "int8")
-    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"onnxruntime is not installed; pip install"):
         choose_engine("auto", int8, net)
-    monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnx" else name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "onnx" else name)
     with pytest.raises(SettingsError, match=r"needs onnx.*pip install 'napari-distillfss\[int8\]'"):
         choose_engine("auto", int8, net)
-    monkeypatch.setattr(inference, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None if name == "onnxruntime" else name)
     with pytest.raises(SettingsError, match=r"needs onnxruntime, which is not installed"):
         choose_engine("openvino", int8, net)
-    monkeypatch.setattr(inference, "find_spec", lambda name: name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name)
     with pytest.raises(SettingsError, match="onnxruntime and openvino do; choose precision float32"):
         choose_engine("torch", int8, net)
     with pytest.raises(SettingsError, match="look at a whole tile; choose precision float32"):
@@ -272,7 +272,7 @@ def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monke
 def test_auto_is_the_fastest_engine_that_can(monkeypatch):
     net = network("efficientnet_lite0", 1)
     installed = {"onnx", "onnxruntime", "openvino"}
-    monkeypatch.setattr(inference, "find_spec", lambda name: name if name in installed else None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name if name in installed else None)
     assert choose_engine("auto", CPU, net) == "onnxruntime"
     assert choose_engine("auto", Device("cpu", "bfloat16"), net) == "openvino"
     assert choose_engine("auto", Device("cpu", "int8"), net) == "openvino"
@@ -286,10 +286,10 @@ def test_an_engine_that_cannot_be_had_is_refused_with_the_remedy(monkeypatch):
     net = network("efficientnet_lite0", 1)
     with pytest.raises(SettingsError, match="engine 'tensorrt' is unknown; choose one of: auto, torch"):
         choose_engine("tensorrt", CPU, net)
-    monkeypatch.setattr(inference, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=r"onnxruntime is not installed; pip install 'napari-distillfss\[onnx\]'"):
         choose_engine("onnxruntime", CPU, net)
-    monkeypatch.setattr(inference, "find_spec", lambda name: name)
+    monkeypatch.setattr(engines, "find_spec", lambda name: name)
     with pytest.raises(SettingsError, match="not on cuda; choose engine torch or auto"):
         choose_engine("openvino", Device("cuda"), net)
     with pytest.raises(SettingsError, match="float32 or int8 on the CPU, not in bfloat16"):

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import zarr
 
-from distillfss_core import labelstore
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
+from distillfss_core.labelstore import layout as label_layout
+from distillfss_core.labelstore import store as label_store
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.labelstore.store import RECORD
 from distillfss_core.segmentation.cluster import Connection
@@ -36,9 +37,9 @@ STACK = np.stack([blobs(seed, 200).image for seed in range(5)])
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     """Shards of two planes and one tile, and a pyramid of a few levels."""
-    monkeypatch.setattr(labelstore, "_SIDE", 96)
-    monkeypatch.setattr(labelstore, "_SHARD", 2 * 96 * 96)
-    monkeypatch.setattr(labelstore, "_SMALLEST", 60)
+    monkeypatch.setattr(label_layout, "_SIDE", 96)
+    monkeypatch.setattr(label_layout, "_SHARD", 2 * 96 * 96)
+    monkeypatch.setattr(label_layout, "_SMALLEST", 60)
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def test_labels_are_deleted_only_when_their_successor_can_begin(volume, plain_st
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(labelstore.shutil, "rmtree", killed)
+        patch.setattr(label_store.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             segment_to_zarr(volume, plain_student, out, tile=TILE, overwrite=True)
     assert not out.exists()
