@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distillfss_core.cli.console import (
-    FINE,
-    add_common,
-    print_json,
-    print_table,
-)
+from distillfss_core.cli.console import FINE, add_common, print_json, print_table
 from distillfss_core.settings import DistillSettings
-
-if TYPE_CHECKING:
-    pass
 
 
 def add_backbones(commands: Any) -> None:

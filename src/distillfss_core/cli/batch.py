@@ -3,45 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distillfss_core.cli.console import (
-    FAULT,
-    FINE,
-    INTERRUPTED,
-    add_common,
-    print_json,
-    progress,
-    say,
-)
-from distillfss_core.cli.options import add_opening, load_model
-from distillfss_core.errors import (
-    OutputError,
-)
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-from contextlib import closing
+from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED, add_common, print_json, progress, say
+from distillfss_core.cli.options import add_model_options, add_opening, given_opening, load_model, opening_options
+from distillfss_core.cli.segment import show_shard
+from distillfss_core.errors import OutputError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from distillfss_core.segmentation.batch import BatchStep
-from distillfss_core.cli.options import add_model_options, given_opening, opening_options
-from distillfss_core.cli.segment import show_shard
 
 
-def add_batch_command(commands: Any) -> None:
-    parser = add_batch(commands)
-    add_model_options(parser)
-    add_opening(parser)
-
-
-def add_batch(commands: Any) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
+def add_batch(commands: Any) -> None:
+    parser = commands.add_parser(
         "batch",
         help="segment many volumes to OME-Zarr",
         description="Segment the volumes of a folder, or of a CSV file with a column 'volume' (and, where wanted, "
@@ -52,7 +30,8 @@ def add_batch(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
     parser.add_argument("--report", type=Path, metavar="FILE", help=".csv or .json (default: FOLDER/report.csv)")
     add_common(parser, _batch)
-    return parser
+    add_model_options(parser)
+    add_opening(parser)
 
 
 def _batch(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from distillfss_core.bench.jobs import Job, Outcome
     from distillfss_core.bench.rows import Machine
 
+
 FOLDER = "distillfss-bench"
 OURS = ("teacher", "transferfss", "distillfss")
 _NEEDED = ("sklearn", "skimage", "scipy", "matplotlib")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from distillfss_core.types import TrainStep
 
+
 FINE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 

@@ -7,25 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillfss_core.cli.console import (
-    FINE,
-    add_common,
-    cell,
-    positive,
-    print_json,
-    print_table,
-    progress,
-)
-from distillfss_core.errors import (
-    SettingsError,
-)
+from distillfss_core.cli.console import FINE, add_common, cell, positive, print_json, print_table, progress, show_step
+from distillfss_core.cli.options import add_label_options, add_settings, given_settings
+from distillfss_core.errors import SettingsError
 from distillfss_core.samples import KINDS
 from distillfss_core.settings import DistillSettings
 
 if TYPE_CHECKING:
     from distillfss_core.demo import DemoReport
-from distillfss_core.cli.console import show_step
-from distillfss_core.cli.options import add_label_options, add_settings, given_settings
+
 
 # demo
 

@@ -10,20 +10,13 @@ from distillfss_core.cli.console import (
     FINE,
     INTERRUPTED,
     add_common,
+    format_mb,
+    list_classes,
     print_json,
     progress,
     say,
+    show_step,
 )
-from distillfss_core.errors import (
-    OutputError,
-    SettingsError,
-)
-from distillfss_core.settings import DistillSettings
-
-if TYPE_CHECKING:
-    from distillfss_core.models.student import StudentModel
-    from distillfss_core.types import TrainStep
-from distillfss_core.cli.console import format_mb, list_classes, show_step
 from distillfss_core.cli.options import (
     add_label_options,
     add_settings,
@@ -32,6 +25,13 @@ from distillfss_core.cli.options import (
     parse_pixel_size,
     parse_planes,
 )
+from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.settings import DistillSettings
+
+if TYPE_CHECKING:
+    from distillfss_core.models.student import StudentModel
+    from distillfss_core.types import TrainStep
+
 
 # distill
 

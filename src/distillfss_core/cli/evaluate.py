@@ -7,24 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillfss_core.cli.console import (
-    FINE,
-    add_common,
-    cell,
-    print_json,
-    print_table,
-    progress,
-)
-from distillfss_core.errors import (
-    ImageError,
-    SettingsError,
-)
+from distillfss_core.cli.console import FINE, add_common, cell, print_json, print_table, progress, source_named
+from distillfss_core.cli.options import add_label_options, parse_planes
+from distillfss_core.errors import ImageError, SettingsError
 
 if TYPE_CHECKING:
     from distillfss_core.metrics import Measures, Scores
     from distillfss_core.types import Array
-from distillfss_core.cli.console import source_named
-from distillfss_core.cli.options import add_label_options, parse_planes
+
 
 MEASURES = ("iou", "dice", "precision", "recall")
 

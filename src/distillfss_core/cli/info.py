@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distillfss_core.cli.console import (
-    FINE,
-    add_common,
-    print_json,
-)
-from distillfss_core.errors import (
-    ModelFileError,
-)
-
-if TYPE_CHECKING:
-    pass
-from distillfss_core.cli.console import format_mb
+from distillfss_core.cli.console import FINE, add_common, format_mb, print_json
+from distillfss_core.errors import ModelFileError
 
 # info and backbones
 

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
+from distillfss_core.cli.options import is_label_folder, parse_channel, parse_whole
+from distillfss_core.cli.segment import follow_steps
 from distillfss_core.errors import OutputError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from distillfss_core.objects.instances import InstanceStep
-from distillfss_core.cli.options import is_label_folder, parse_channel, parse_whole
-from distillfss_core.cli.segment import follow_steps
 
 
 def add_instances(commands: Any) -> None:

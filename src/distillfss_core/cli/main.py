@@ -6,34 +6,21 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from distillfss_core.cli.bench import add_bench
-from distillfss_core.cli.console import (
-    FAULT,
-    INTERRUPTED,
-    USAGE,
-    fail,
-    one_line,
-    say,
-    warnings_shown,
-)
-from distillfss_core.cli.instances import add_instances
-from distillfss_core.errors import (
-    DistillFSSError,
-)
-
-if TYPE_CHECKING:
-    pass
 from distillfss_core.cli.backbones import add_backbones
-from distillfss_core.cli.batch import add_batch_command
+from distillfss_core.cli.batch import add_batch
+from distillfss_core.cli.bench import add_bench
+from distillfss_core.cli.console import FAULT, INTERRUPTED, USAGE, fail, one_line, say, warnings_shown
 from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
 from distillfss_core.cli.evaluate import add_evaluate
 from distillfss_core.cli.export import add_export
 from distillfss_core.cli.info import add_info
+from distillfss_core.cli.instances import add_instances
 from distillfss_core.cli.pretrain import add_pretrain
 from distillfss_core.cli.segment import add_segment
+from distillfss_core.errors import DistillFSSError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_distill(commands)
     add_segment(commands)
-    add_batch_command(commands)
+    add_batch(commands)
     add_instances(commands)
     add_export(commands)
     add_evaluate(commands)

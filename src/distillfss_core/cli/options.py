@@ -9,13 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillfss_core.errors import (
-    SettingsError,
-)
+from distillfss_core.errors import SettingsError
 from distillfss_core.settings import DistillSettings
 
-if TYPE_CHECKING:
-    from distillfss_core.models.student import StudentModel
 if TYPE_CHECKING:
     from distillfss_core.labelstore.layout import Part
     from distillfss_core.models.student import StudentModel

@@ -11,20 +11,20 @@ from distillfss_core.cli.console import (
     INTERRUPTED,
     add_common,
     cell,
+    make_folder,
     print_json,
     print_table,
     progress,
     say,
+    show_step,
 )
-from distillfss_core.errors import (
-    SettingsError,
-)
+from distillfss_core.cli.options import add_settings, given_settings, parse_names
+from distillfss_core.errors import SettingsError
 from distillfss_core.settings import PretrainSettings
 
 if TYPE_CHECKING:
     from distillfss_core.types import TrainStep
-from distillfss_core.cli.console import make_folder, show_step
-from distillfss_core.cli.options import add_settings, given_settings, parse_names
+
 
 # pretrain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,33 +16,30 @@ from distillfss_core.cli.console import (
     INTERRUPTED,
     add_common,
     fail,
+    make_folder,
     print_json,
     progress,
     say,
+    source_named,
 )
-from distillfss_core.cli.options import add_opening, check_no_volume_options, is_label_folder, load_model
-from distillfss_core.errors import (
-    ImageError,
-    InputFileError,
-    OutputError,
-    SettingsError,
+from distillfss_core.cli.options import (
+    add_model_options,
+    add_opening,
+    check_no_volume_options,
+    given_opening,
+    is_label_folder,
+    load_model,
+    opening_options,
 )
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from distillfss_core.models.student import StudentModel
-    from distillfss_core.types import Array
-from collections.abc import Callable, Generator
+from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
     from distillfss_core.models.student import StudentModel
     from distillfss_core.segmentation.to_zarr import ShardDone
-    from distillfss_core.types import Report, Step
-from distillfss_core.cli.console import make_folder, source_named
-from distillfss_core.cli.options import add_model_options, given_opening, opening_options
+    from distillfss_core.types import Array, Report, Step
+
 
 # segment
 

@@ -14,13 +14,7 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
-from distillfss_core.volumes.source import (
-    ArraySource,
-    Found,
-    array_content,
-    file_identity,
-    letters_of,
-)
+from distillfss_core.volumes.source import ArraySource, Found, array_content, file_identity, letters_of
 from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
 from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, open_zarr
 
