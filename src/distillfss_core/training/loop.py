@@ -179,11 +179,11 @@ def episode_losses(
 class _Outputs:
     """What teacher and student made of the queries of an episode; None of what does not take part.
 
-    ``visible`` are the labels without the classes that the support does not show; ``present`` says which it shows.
+    ``k1`` is k + 1. ``visible`` are the labels without the classes that the support does not show; ``present`` says which it shows.
     """
 
-    teacher_logits: Float[Tensor, "b k+1 h w"] | None
-    student_logits: Float[Tensor, "b k+1 h w"] | None
+    teacher_logits: Float[Tensor, "b k1 h w"] | None
+    student_logits: Float[Tensor, "b k1 h w"] | None
     teacher_maps: CoarseMaps | None
     student_maps: CoarseMaps | None
     labels: Int[Tensor, "b h w"]
