@@ -31,8 +31,8 @@ import zarr
 from torch import Tensor, nn
 
 from distillfss_core import (
+    AnnotatedSlice,
     DistillSettings,
-    LabelledSlice,
     StudentModel,
     SupportSet,
     distill,
@@ -192,7 +192,7 @@ def _labels(models: dict[tuple[str, str], StudentModel], plane: Array) -> Iterat
 
 def _nuclei_student() -> tuple[StudentModel, Array]:
     sample = generate_sample(planes=6, size=SIDE)
-    slices = tuple(LabelledSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 2, 4))
+    slices = tuple(AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 2, 4))
     student = distill(SupportSet(slices, ("nucleus",)), DistillSettings(steps=60, zoom="1", device="cpu"))
     return student, sample.image[5]
 

@@ -57,7 +57,7 @@ from distillfss_core.training import distill, iter_distill, iter_refine, unrefin
 from distillfss_core.training.crops import Augmentation, ViewBank, ViewCutter
 from distillfss_core.training.episodes import Episode
 from distillfss_core.training.loop import STAGES, episode_losses
-from distillfss_core.types import Array, LabelledSlice
+from distillfss_core.types import AnnotatedSlice, Array
 from distillfss_core.volumes.volume import open_volume
 
 PROTOCOL_SIDE = 384
@@ -73,9 +73,9 @@ class Task:
     name: str
     draw: int
     support: SupportSet
-    queries: list[LabelledSlice]
+    queries: list[AnnotatedSlice]
     side: int | None  # scores are pooled at this size; None: at the image's own
-    volumes: Sequence[list[LabelledSlice]] = ()  # the queries' volumes, whole, where their voxels are near to cubes
+    volumes: Sequence[list[AnnotatedSlice]] = ()  # the queries' volumes, whole, where their voxels are near to cubes
 
 
 # -- data ------------------------------------------------------------------------------------------------
@@ -87,18 +87,20 @@ def nuclei(data: Path) -> tuple[list[Item], list[Item]]:
     return list(split.training), list(split.test)
 
 
-def kind(labelled: LabelledSlice) -> str:
-    """ "tissue" (colours differ), "fluorescence" (mostly dark) or "brightfield"."""
-    image = labelled.image.astype(float)
+def kind(labeled: AnnotatedSlice) -> str:
+    """ "tissue" (colors differ), "fluorescence" (mostly dark) or "brightfield"."""
+    image = labeled.image.astype(float)
     if image.ndim == 3 and np.abs(image[..., 0] - image[..., 2]).mean() > TISSUE_HUE:
         return "tissue"
-    grey = image.mean(-1) if image.ndim == 3 else image
-    return "fluorescence" if np.median(grey) < 0.43 * 255 and grey.mean() < grey.max() / 2 else "brightfield"
+    gray = image.mean(-1) if image.ndim == 3 else image
+    return "fluorescence" if np.median(gray) < 0.43 * 255 and gray.mean() < gray.max() / 2 else "brightfield"
 
 
-def stack(data: Path, image: str, labels: str) -> list[LabelledSlice]:
+def stack(data: Path, image: str, labels: str) -> list[AnnotatedSlice]:
     raw, truth = tifffile.imread(data / image), tifffile.imread(data / labels) > 0
-    return [LabelledSlice(a, b.astype(np.uint8), f"plane {z}") for z, (a, b) in enumerate(zip(raw, truth, strict=True))]
+    return [
+        AnnotatedSlice(a, b.astype(np.uint8), f"plane {z}") for z, (a, b) in enumerate(zip(raw, truth, strict=True))
+    ]
 
 
 def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
@@ -145,17 +147,17 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             yield Task(name, draw, support, queries, None, tested if name == "lidc" else ())
 
 
-def cubes(data: Path) -> list[list[LabelledSlice]]:
+def cubes(data: Path) -> list[list[AnnotatedSlice]]:
     """CT cubes, each a list of its planes."""
     folder = data / "lidc_lung_nodules"
     files = sorted((folder / "images").iterdir())
     return [stack(folder, f"images/{f.name}", f"labels/{f.name}") for f in files]
 
 
-def pictures(folder: Path) -> list[list[LabelledSlice]]:
+def pictures(folder: Path) -> list[list[AnnotatedSlice]]:
     """Single pictures, each a list of one."""
     pairs = pair_files(folder / "images", folder / "labels")
-    return [[LabelledSlice(read_image(i), read_labels(t).astype(np.uint8), i.stem)] for i, t in pairs]
+    return [[AnnotatedSlice(read_image(i), read_labels(t).astype(np.uint8), i.stem)] for i, t in pairs]
 
 
 # -- accuracy --------------------------------------------------------------------------------------------
@@ -292,11 +294,11 @@ MODELS = (
 def with_foreign_masks(support: SupportSet) -> SupportSet:
     """The same images, each with the masks of another, turned upside down: they say nothing true."""
     slices = []
-    for i, labelled in enumerate(support.slices):
+    for i, labeled in enumerate(support.slices):
         other = support.slices[(i + 1) % len(support)].labels[::-1, ::-1]
-        size = labelled.labels.shape[::-1]
+        size = labeled.labels.shape[::-1]
         labels = np.asarray(Image.fromarray(np.ascontiguousarray(other)).resize(size, Image.Resampling.NEAREST))
-        slices.append(LabelledSlice(labelled.image, labels, labelled.source))
+        slices.append(AnnotatedSlice(labeled.image, labels, labeled.source))
     return SupportSet(tuple(slices), support.class_names, None, support.planes_of_one_volume)
 
 
@@ -346,7 +348,7 @@ def cost(out: Path, backbone_name: str, view: int) -> None:
     labels = np.kron(rng.random((5, view // 32, view // 32)) < 0.2, np.ones((1, 32, 32))).astype(np.uint8)
 
     # one walk over five slices, each query answered by the four others
-    slices = [LabelledSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m) for m in labels]
+    slices = [AnnotatedSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m) for m in labels]
     support = SupportSet(tuple(slices))
     cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
     bank = ViewBank(backbone, device, memory=1 << 30, most=5)
@@ -383,7 +385,7 @@ def five_slices(out: Path) -> None:
 def five_slices_here() -> None:
     sample = generate_sample(planes=6, size=1024)
     slices = [
-        LabelledSlice(i, (t > 0).astype(np.uint8), f"plane {z}")
+        AnnotatedSlice(i, (t > 0).astype(np.uint8), f"plane {z}")
         for z, (i, t) in enumerate(zip(sample.image, sample.labels, strict=True))
     ]
     began = time.perf_counter()

@@ -44,7 +44,7 @@ from distillfss_core.segmentation.lazy import VolumeSegmenter
 from distillfss_core.settings import DistillSettings, PretrainSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
-from distillfss_core.types import Array, LabelledSlice
+from distillfss_core.types import AnnotatedSlice, Array
 
 PREPARED = Path(os.environ.get("PREPARED", ".gpu"))
 HELD_OUT = ("tnbc_nuclei", "axon_myelin_em", "brain_tumour_brisc", "vessels_fives", "solar_panels_aerial", "wbc_krd")
@@ -125,7 +125,7 @@ class Measured:
         planes = range(5)
         return SupportSet(
             tuple(
-                LabelledSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8), f"plane {z}") for z in planes
+                AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8), f"plane {z}") for z in planes
             ),
             ("nucleus",),
             planes_of_one_volume=True,
@@ -247,7 +247,7 @@ class Measured:
         folder = PREPARED / "nuclei"
         if not folder.is_dir():
             return
-        support, test = (list(labelled(folder / part)) for part in ("support", "test"))
+        support, test = (list(labeled(folder / part)) for part in ("support", "test"))
         for precision in self.size(("float32", "bfloat16"), ("float32",)):
             settings = replace(DistillSettings(), device=self.size.device, precision=precision, steps=self.size(0, 3))
             model = distill(SupportSet(tuple(support), ("nucleus",)), settings)
@@ -401,12 +401,12 @@ def prepare(shared: Path, folder: Path) -> None:
             Image.fromarray(one.labels).save(target / f"{number:02d}_labels.png")
 
 
-def labelled(folder: Path) -> Iterator[LabelledSlice]:
+def labeled(folder: Path) -> Iterator[AnnotatedSlice]:
     """The pairs that `prepare` wrote."""
     for path in sorted(folder.glob("*_image.png")):
         image = read_image(path)
         labels = read_labels(path.with_name(path.name.replace("image", "labels")))
-        yield LabelledSlice(image, labels, path.name)
+        yield AnnotatedSlice(image, labels, path.name)
 
 
 def linked_volume(path: Path, planes: Array, depth: int) -> Path:

@@ -43,7 +43,7 @@ from distillfss_core import StudentModel, distill, generate_sample, open_volume,
 from distillfss_core.labelstore.store import RECORD
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import LabelledSlice
+from distillfss_core.types import AnnotatedSlice
 
 SIDE, CHUNK = 2048, 1024
 REAL = 16  # chunks that are no links
@@ -94,7 +94,7 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     args.folder.mkdir(exist_ok=True)
     sample = generate_sample(planes=REAL, size=CHUNK)
     if not (args.folder / "model.safetensors").exists():
-        slices = tuple(LabelledSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 5, 10))
+        slices = tuple(AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 5, 10))
         settings = DistillSettings(steps=60, zoom="1", device="cpu")
         distill(SupportSet(slices, ("nucleus",)), settings).save(args.folder / "model.safetensors")
     rows = []

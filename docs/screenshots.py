@@ -75,10 +75,10 @@ class Session:
         self.wait(lambda: not dock.support.list.item(0).icon().isNull())
         self.photograph("2-support", dock.support)
 
-        dock.distil.settings.setValue(DistillSettings(steps=200, views=96, crop=128, zoom="2", left_out="2"))
-        dock.distil.start()
-        self.wait(lambda: len(dock.distil.plot.losses) > 150)
-        self.photograph("3-distil", dock.distil)
+        dock.distill.settings.setValue(DistillSettings(steps=200, views=96, crop=128, zoom="2", left_out="2"))
+        dock.distill.start()
+        self.wait(lambda: len(dock.distill.plot.losses) > 150)
+        self.photograph("3-distill", dock.distill)
         self.wait(lambda: not dock.session.busy)
 
         dock.support.layer.visible = False

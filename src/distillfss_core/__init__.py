@@ -1,4 +1,4 @@
-"""Few-shot segmentation for microscopy: label a few slices, distil a small model from them, segment the rest.
+"""Few-shot segmentation for microscopy: label a few slices, distill a small model from them, segment the rest.
 
 Names are fetched from their modules when first used, so that importing this package loads neither torch nor a GUI.
 """
@@ -23,7 +23,7 @@ _HOME = {
     "SupportSetError": "errors",
     "WeightsUnavailableError": "errors",
     "IGNORE": "types",
-    "LabelledSlice": "types",
+    "AnnotatedSlice": "types",
     "Segmentation": "types",
     "TrainStep": "types",
     "DistillSettings": "settings",

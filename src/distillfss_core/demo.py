@@ -1,4 +1,4 @@
-"""The demo: label a few planes, distil, segment the others, and say how good and how fast that was."""
+"""The demo: label a few planes, distill, segment the others, and say how good and how fast that was."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.slice_selection import suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
-from distillfss_core.types import Array, LabelledSlice, TrainStep, drain
+from distillfss_core.types import AnnotatedSlice, Array, TrainStep, drain
 
 DEMO_STEPS = 150
 """Steps of the demo's distillation: all of it takes less than three minutes on two cores."""
@@ -42,7 +42,7 @@ class DemoData:
     name : str
         For titles.
     support : SupportSet
-    queries : tuple of LabelledSlice
+    queries : tuple of AnnotatedSlice
         At least one, with truth.
     stack, truth : integer arrays (z, y, x), optional
         The generated stack that the slices are planes of.
@@ -50,7 +50,7 @@ class DemoData:
 
     name: str
     support: SupportSet
-    queries: tuple[LabelledSlice, ...]
+    queries: tuple[AnnotatedSlice, ...]
     stack: Array | None = None
     truth: Array | None = None
 
@@ -116,12 +116,12 @@ def generated_data(
         raise SettingsError(f"supports is {supports}; give 1 to {planes - 1}, so that a plane is left to be judged on")
     sample = generate_sample(kind, planes, size, seed)
     slices = [
-        LabelledSlice(image, labels_from_image(labels), f"plane {z:02d}")
+        AnnotatedSlice(image, labels_from_image(labels), f"plane {z:02d}")
         for z, (image, labels) in enumerate(zip(sample.image, sample.labels, strict=True))
     ]
     chosen = suggest_planes(planes, supports)
-    micrometres = {"nanometer": 1e-3, "millimeter": 1e3}.get(sample.unit)
-    pixel = (sample.scale[1] * micrometres, sample.scale[2] * micrometres) if micrometres else None
+    micrometers = {"nanometer": 1e-3, "millimeter": 1e3}.get(sample.unit)
+    pixel = (sample.scale[1] * micrometers, sample.scale[2] * micrometers) if micrometers else None
     support = SupportSet(tuple(slices[z] for z in chosen), (sample.object_name,), pixel, True)
     queries = tuple(s for z, s in enumerate(slices) if z not in chosen)
     return DemoData(sample.name, support, queries, sample.image, sample.labels)
@@ -135,7 +135,7 @@ def own_data(
     classes: Sequence[str] | None = None,
     scribbles: bool = False,
 ) -> DemoData:
-    """The user's labelled slices: the last third are the queries, of the others up to ``supports`` the support.
+    """The user's labeled slices: the last third are the queries, of the others up to ``supports`` the support.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def own_data(
     Raises
     ------
     InputFileError, ImageError, SupportSetError
-        As `distillfss_core.load_support` does, or if there are fewer than two labelled slices.
+        As `distillfss_core.load_support` does, or if there are fewer than two labeled slices.
     """
     source = Path(images)
     if labels is None:
@@ -160,7 +160,7 @@ def own_data(
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
     slices, one_volume = load_support_arrays(images, labels, mode=mode, n_classes=len(names))
     if len(slices) < 2:
-        raise SupportSetError(f"{source}: holds 1 labelled slice; give two, one to learn from and one to be judged on")
+        raise SupportSetError(f"{source}: holds 1 labeled slice; give two, one to learn from and one to be judged on")
     if supports < 1:
         raise SettingsError(f"supports is {supports}; give 1 or more")
     kept = len(slices) - max(1, round(len(slices) * QUERY_SHARE))
@@ -264,7 +264,7 @@ def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
     """The support on top, then two queries: image, truth, teacher, student, errors."""
     support = data.support.slices
     shown = [support[i] for i in suggest_planes(len(support), min(SHOWN, len(support)))]
-    rows = [Row("labelled slices", [Panel(s.image, s.labels, "outline", caption=s.source) for s in shown])]
+    rows = [Row("labeled slices", [Panel(s.image, s.labels, "outline", caption=s.source) for s in shown])]
     last = len(data.queries) - 1
     for i in sorted({last // 3, last - last // 3}):
         query = data.queries[i]

@@ -17,8 +17,8 @@ from distillfss_core.types import IGNORE, Array, check_image
 Rgb = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Okabe and Ito's colours, told apart with every common kind of colour blindness.
-CLASS_COLOURS: tuple[Rgb, ...] = (
+# Okabe and Ito's colors, told apart with every common kind of color blindness.
+CLASS_COLORS: tuple[Rgb, ...] = (
     (230, 159, 0),
     (86, 180, 233),
     (0, 158, 115),
@@ -156,11 +156,11 @@ def draw_panels(
                 draw.text((x, y + picture.height + 3 + 19 * i), line, FAINT, text)
         y += height + caption_height + GAP + 4
     for entries in legend_lines:
-        for offset, (name, colour) in entries:
-            if colour is None:
+        for offset, (name, color) in entries:
+            if color is None:
                 draw.text((left + offset, y + 1), name, FAINT, text)
                 continue
-            draw.rectangle((left + offset, y + 4, left + offset + 15, y + 17), colour, (60, 60, 60))
+            draw.rectangle((left + offset, y + 4, left + offset + 15, y + 17), color, (60, 60, 60))
             draw.text((left + offset + 22, y + 1), name, INK, text)
         y += 26
     with atomic_path(path) as temporary:
@@ -188,11 +188,11 @@ def _paint_labels(picture: npt.NDArray[np.float32], labels: Array, filled: bool)
     y, x = np.indices(labels.shape)
     picture[unknown & ((x + y) % 8 < 2)] *= 0.45
     for value in np.unique(labels[(labels != 0) & ~unknown]):
-        colour = np.array(_class_colour(int(value)), np.float32)
+        color = np.array(_class_color(int(value)), np.float32)
         inside = labels == value
         if filled:
-            picture[inside] = 0.5 * picture[inside] + 0.5 * colour
-        picture[_edge(inside)] = colour
+            picture[inside] = 0.5 * picture[inside] + 0.5 * color
+        picture[_edge(inside)] = color
     return picture
 
 
@@ -200,18 +200,18 @@ def _paint_errors(picture: npt.NDArray[np.float32], labels: Array, truth: Array)
     picture = picture.copy() * 0.8
     known = truth != IGNORE
     on, real = (labels != 0) & known, (truth != 0) & known
-    for where, colour, strength in (
+    for where, color, strength in (
         (on & (labels == truth), HIT, 0.45),
         (on & ~real, INVENTED, 0.9),
         (real & ~on, MISSED, 0.9),
         (on & real & (labels != truth), MIXED_UP, 0.9),
     ):
-        picture[where] = (1 - strength) * picture[where] + strength * np.array(colour, np.float32)
+        picture[where] = (1 - strength) * picture[where] + strength * np.array(color, np.float32)
     return picture
 
 
 def _legend(panels: Sequence[Panel], class_names: Sequence[str]) -> list[tuple[str, Rgb | None]]:
-    """Names and colours of what is on the sheet, in order; an entry without colour heads those after it."""
+    """Names and colors of what is on the sheet, in order; an entry without color heads those after it."""
     classes: set[int] = set()
     errors = mixed = False
     for panel in panels:
@@ -222,7 +222,7 @@ def _legend(panels: Sequence[Panel], class_names: Sequence[str]) -> list[tuple[s
             classes |= {int(v) for v in np.unique(panel.labels) if v not in (0, IGNORE)}
     keys: list[tuple[str, Rgb | None]] = [("labels:", None)] if classes else []
     for k in sorted(classes)[:12]:
-        keys.append((class_names[k - 1] if k <= len(class_names) else f"class {k}", _class_colour(k)))
+        keys.append((class_names[k - 1] if k <= len(class_names) else f"class {k}", _class_color(k)))
     if errors:
         keys += [
             ("errors:", None),
@@ -242,8 +242,8 @@ def _mixed_up(panel: Panel) -> bool:
     return bool((panel.labels[both] != panel.truth[both]).any())
 
 
-def _class_colour(value: int) -> Rgb:
-    return CLASS_COLOURS[(value - 1) % len(CLASS_COLOURS)]
+def _class_color(value: int) -> Rgb:
+    return CLASS_COLORS[(value - 1) % len(CLASS_COLORS)]
 
 
 def _edge(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -256,7 +256,7 @@ def _edge(inside: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def _to_rgb(image: Array) -> npt.NDArray[np.uint8]:
-    """Stretch to 8 bits; grey becomes RGB."""
+    """Stretch to 8 bits; gray becomes RGB."""
     values = image.astype(np.float32)
     if values.ndim == 3 and values.shape[2] != 3:
         values = values[..., 0]

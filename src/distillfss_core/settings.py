@@ -35,7 +35,7 @@ class DistillSettings:
     method: str = _setting(
         "joint",
         "Method",
-        "joint: teacher and student learn together (DistillFSS); two-stage: refine the teacher, then distil it; "
+        "joint: teacher and student learn together (DistillFSS); two-stage: refine the teacher, then distill it; "
         "direct: the student alone, without a teacher.",
         choices=("joint", "two-stage", "direct"),
     )
@@ -54,7 +54,7 @@ class DistillSettings:
     teacher: str = _setting(
         "ours",
         "Teacher attention",
-        "ours: normalised tokens, balanced keys, no positional encoding; published: DCAMA as published.",
+        "ours: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published.",
         choices=("ours", "published"),
     )
     loss: str = _setting(
@@ -66,7 +66,7 @@ class DistillSettings:
     steps: int = _setting(
         0,
         "Steps",
-        "Optimiser steps of each stage; 0 chooses by the slices: more for many, fewer for separate pictures.",
+        "Optimizer steps of each stage; 0 chooses by the slices: more for many, fewer for separate pictures.",
         low=0,
         high=1_000_000,
     )
@@ -139,7 +139,7 @@ class PretrainSettings:
         "head file, whose backbone is taken too where it was trained.",
     )
     width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
-    steps: int = _setting(20_000, "Steps", "Optimiser steps.", low=1, high=100_000_000)
+    steps: int = _setting(20_000, "Steps", "Optimizer steps.", low=1, high=100_000_000)
     tasks: int = _setting(1, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)
     size: int = _setting(192, "Size", "Side of a view in pixels.", low=64, high=1024)
     shots: int = _setting(10, "Shots", "Views that answer as support, at most.", low=1, high=30)

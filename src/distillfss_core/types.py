@@ -24,7 +24,7 @@ Report = TypeVar("Report")
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledSlice:
+class AnnotatedSlice:
     """A plane with labels.
 
     Parameters
@@ -134,14 +134,14 @@ class TrainStep:
     losses, metrics : mapping of str to float
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the left-out slice), often empty.
     stage : str
-        What is being done: "refine", "joint", "distil" or "direct".
+        What is being done: "refine", "joint", "distill" or "direct".
     """
 
     index: int
     total: int
     losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
-    stage: str = "distil"
+    stage: str = "distill"
 
 
 def evenly(length: int, most: int) -> list[int]:

@@ -1,7 +1,7 @@
 """What the user paints: an array on disk that a Labels layer paints into, so that nothing is ever lost.
 
 A stroke is on disk when it is drawn. The same volume finds its annotations again, after a crash too. In the array 0 is
-not labelled, 1 is background, 2, 3, ... are the classes.
+not labeled, 1 is background, 2, 3, ... are the classes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ import zarr
 
 import distillfss_core as core
 
-UNLABELLED, BACKGROUND, FIRST_CLASS = 0, 1, 2
-COLOURS = ("#e64b35", "#4dbbd5", "#00a087", "#f39b7f", "#8491b4", "#91d1c2")
-BACKGROUND_COLOUR = "#3c5488"
+UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
+COLORS = ("#e64b35", "#4dbbd5", "#00a087", "#f39b7f", "#8491b4", "#91d1c2")
+BACKGROUND_COLOR = "#3c5488"
 KINDS = ("masks", "classes", "scribbles")
 _CHUNK = 512
 _Stamp = tuple[tuple[int, int, int], ...]
@@ -35,15 +35,15 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Class:
-    """A class to be segmented: its name, and the colour it is painted in ("#rrggbb")."""
+    """A class to be segmented: its name, and the color it is painted in ("#rrggbb")."""
 
     name: str
-    colour: str
+    color: str
 
 
 @dataclass(frozen=True, eq=False)
 class PaintedSlice:
-    """How much of a plane is painted: pixels of every label (0 not labelled, 1 background, 2.. classes)."""
+    """How much of a plane is painted: pixels of every label (0 not labeled, 1 background, 2.. classes)."""
 
     plane: int
     counts: npt.NDArray[np.int64]
@@ -51,11 +51,11 @@ class PaintedSlice:
 
     @property
     def annotated(self) -> float:
-        """Share of the plane that is labelled."""
+        """Share of the plane that is labeled."""
         return float(self.counts[1:].sum() / self.counts.sum())
 
     def share(self, label: int) -> float:
-        """Share of the labelled pixels that have a label."""
+        """Share of the labeled pixels that have a label."""
         return float(self.counts[label] / max(1, self.counts[1:].sum()))
 
 
@@ -85,7 +85,10 @@ class Annotations:
         except OSError as fault:
             raise self._fault(fault) from fault
         notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
-        self._classes = tuple(Class(**c) for c in notes.get("classes", [{"name": "object", "colour": COLOURS[0]}]))
+        classes = notes.get("classes", [{"name": "object", "color": COLORS[0]}])
+        self._classes = tuple(
+            Class(c["name"], c.get("color") or c["colour"]) for c in classes
+        )  # as older files have it
         self._disabled: set[int] = set(notes.get("disabled", []))
         self._counts: dict[int, tuple[_Stamp, npt.NDArray[np.int64]]] = {}
 
@@ -202,7 +205,7 @@ def make_support(
     """
     chosen = [s.plane for s in annotations.slices() if s.enabled]
     return chosen, core.SupportSet(
-        [core.LabelledSlice(volume.plane(z), to_classes(annotations.plane(z)), f"plane {z}") for z in chosen],
+        [core.AnnotatedSlice(volume.plane(z), to_classes(annotations.plane(z)), f"plane {z}") for z in chosen],
         annotations.class_names,
         pixel_size,
         planes_of_one_volume=True,
@@ -237,12 +240,12 @@ def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray
 
 def to_classes(painted: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Painted labels as the core has them: 0 background, 1.. classes, IGNORE not annotated."""
-    return np.where(painted == UNLABELLED, core.IGNORE, painted - np.uint8(1)).astype(np.uint8)
+    return np.where(painted == UNLABELED, core.IGNORE, painted - np.uint8(1)).astype(np.uint8)
 
 
 def from_classes(labels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """The core's labels as they are painted."""
-    return np.where(labels == core.IGNORE, UNLABELLED, labels.astype(np.int64) + 1).astype(np.uint8)
+    return np.where(labels == core.IGNORE, UNLABELED, labels.astype(np.int64) + 1).astype(np.uint8)
 
 
 def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:

@@ -29,14 +29,14 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def lengths(*micrometres: float) -> str:
+def lengths(*micrometers: float) -> str:
     """Lengths in one unit that suits them: "8 × 8 nm", "0.5 × 0.5 µm", "2.5 mm"."""
     unit, factor = "µm", 1.0
-    if max(micrometres) < 0.1:
+    if max(micrometers) < 0.1:
         unit, factor = "nm", 1e3
-    elif min(micrometres) >= 100:
+    elif min(micrometers) >= 100:
         unit, factor = "mm", 1e-3
-    return " × ".join(f"{factor * length:.3g}" for length in micrometres) + f" {unit}"
+    return " × ".join(f"{factor * length:.3g}" for length in micrometers) + f" {unit}"
 
 
 def duration(seconds: float) -> str:
@@ -67,7 +67,7 @@ def volume(chosen: ChosenVolume) -> str:
         along = f", planes every {lengths(z)}" if z and chosen.planes > 1 else ""
         lines.append(f"pixel {lengths(y, x)}{along}")
     elif y:
-        lines.append(f"pixel {y:.3g} × {x:.3g}, unit not known (set the layer's units to have micrometres)")
+        lines.append(f"pixel {y:.3g} × {x:.3g}, unit not known (set the layer's units to have micrometers)")
     else:
         lines.append("pixel size not known (set the layer's scale and units, if sizes matter)")
     whole = float(np.prod(v.shape, dtype=float)) * v.dtype.itemsize
@@ -86,7 +86,7 @@ def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
 def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:
     """How much of a plane is painted, and with what."""
     parts = [f"{name} {share(slice_.share(FIRST_CLASS + k))}" for k, name in enumerate(class_names)]
-    return f"plane {slice_.plane}: {share(slice_.annotated)} labelled\n{', '.join(parts)}"
+    return f"plane {slice_.plane}: {share(slice_.annotated)} labeled\n{', '.join(parts)}"
 
 
 class Pace:

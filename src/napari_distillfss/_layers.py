@@ -70,7 +70,7 @@ class ChosenVolume:
 
     @property
     def pixel_size(self) -> tuple[float, float] | None:
-        """Of a pixel (y, x) in micrometres, where the layer's units say so."""
+        """Of a pixel (y, x) in micrometers, where the layer's units say so."""
         _, y, x = self.volume.scale
         return (y, x) if self.volume.unit and y and x else None
 
@@ -146,7 +146,7 @@ def lead_axes(layer: Image) -> str:
     extra = layer.ndim - 3
     if layer.ndim < 2 or extra > (1 if layer.rgb else 2):
         raise core.ImageError(
-            f"layer {layer.name!r} has {layer.ndim} dimensions{' and colours' if layer.rgb else ''}; planes and "
+            f"layer {layer.name!r} has {layer.ndim} dimensions{' and colors' if layer.rgb else ''}; planes and "
             "stacks, with time and channels at most, can be segmented"
         )
     if extra == 1 and not layer.rgb and str(layer.axis_labels[0]).lower() in ("c", "channel"):
@@ -219,9 +219,9 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
-    """Size of a voxel (z, y, x), in micrometres where the layer's units are lengths; None where nothing is known."""
+    """Size of a voxel (z, y, x), in micrometers where the layer's units are lengths; None where nothing is known."""
     step = [abs(float(s)) for s in layer.scale[-3:]]
-    lengths = [_micrometres(u) for u in layer.units[-3:]]
+    lengths = [_micrometers(u) for u in layer.units[-3:]]
     known = all(length is not None for length in lengths[-2:])
     if not known and all(s == 1 for s in step):
         return (None, None, None), None
@@ -231,7 +231,7 @@ def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, 
     return (*(None for _ in range(3 - len(sizes))), *sizes), "micrometer" if known else None
 
 
-def _micrometres(unit: pint.Unit) -> float | None:
+def _micrometers(unit: pint.Unit) -> float | None:
     try:
         return float((1 * unit).to("micrometer").magnitude)
     except pint.DimensionalityError:

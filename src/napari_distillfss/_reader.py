@@ -56,6 +56,6 @@ def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
 
 
 def _channels(path: str) -> list[int | None]:
-    """The channels that become layers of their own; [None] where there is one, or colours that belong together."""
+    """The channels that become layers of their own; [None] where there is one, or colors that belong together."""
     channels = core.count_choices(path).get("c", 0)
     return list(range(channels)) if channels else [None]

@@ -101,7 +101,7 @@ def iter_device(stop: Event) -> Generator[Doing, None, str]:
 def iter_training(
     make_support: Callable[[], tuple[list[int], Any]], settings: Any, start: Any, keep: Path, stop: Event
 ) -> Generator[Any, None, Distilled | None]:
-    """Distil, or refine ``start``; the student is saved in ``keep``, the slices it learns from in a folder beside it.
+    """Distill, or refine ``start``; the student is saved in ``keep``, the slices it learns from in a folder beside it.
 
     Told to stop, it returns the best student so far, or None if there was no step yet.
     """
@@ -276,7 +276,7 @@ def iter_import(
     shape : (z, y, x)
         Of the volume.
     kind : {"masks", "classes", "scribbles"}
-        0 is background and any other number the first class; or numbers are classes; or 0 is not labelled, 1 is
+        0 is background and any other number the first class; or numbers are classes; or 0 is not labeled, 1 is
         background and 2, 3, ... are classes.
 
     Returns
@@ -325,7 +325,7 @@ def iter_thumbnails(
 
 
 def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.uint8]:
-    """A plane "y x" or "y x c" as a grey picture of "side side" pixels, stretched to its own range."""
+    """A plane "y x" or "y x c" as a gray picture of "side side" pixels, stretched to its own range."""
     small = pick(plane, side).astype(np.float32)
     small = small.mean(-1) if small.ndim == 3 else small
     low, high = np.nanpercentile(small, (1, 99))

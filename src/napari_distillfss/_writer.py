@@ -17,7 +17,7 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
     Raises
     ------
     core.DistillFSSError
-        If the layers are of different sizes, or nothing is labelled.
+        If the layers are of different sizes, or nothing is labeled.
     """
     image, labels = (next(data for data, _, kind in layers if kind == wanted) for wanted in ("image", "labels"))
     if tuple(image.shape[: labels.ndim]) != tuple(labels.shape) or labels.ndim not in (2, 3):
@@ -28,5 +28,5 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
         image, labels = image[None], labels[None]
     found = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}
     if not found:
-        raise core.SupportSetError("nothing is labelled; paint at least one plane before saving")
+        raise core.SupportSetError("nothing is labeled; paint at least one plane before saving")
     return write_planes(Path(path), {z: (np.asarray(image[z]), plane) for z, plane in found.items()})

@@ -15,9 +15,9 @@ import torch
 
 from distillfss_core import (
     IGNORE,
+    AnnotatedSlice,
     DistillSettings,
     ImageError,
-    LabelledSlice,
     OutOfMemoryError,
     OutputError,
     StudentModel,
@@ -61,7 +61,7 @@ def here(tmp_path, monkeypatch, student):
     return tmp_path
 
 
-def distil(*options: str) -> int:
+def run_distill(*options: str) -> int:
     return main(["distill", "images", "labels", "-o", "new.safetensors", *FEW, *options])
 
 
@@ -89,48 +89,48 @@ def fault(capsys):
 
 def test_a_label_image_of_another_size(here, fault):
     tifffile.imwrite("labels/b.tif", LABELS[:90])
-    assert "b.tif: the image is 96 x 96 but its labels are 90 x 96" in fault(distil())
+    assert "b.tif: the image is 96 x 96 but its labels are 90 x 96" in fault(run_distill())
     assert not Path("new.safetensors").exists()
 
 
 def test_labels_without_any_object(here, fault):
     for name in "ab":
         tifffile.imwrite(f"labels/{name}.tif", np.zeros_like(LABELS))
-    assert "no slice has a pixel of class 'object'" in fault(distil())
+    assert "no slice has a pixel of class 'object'" in fault(run_distill())
 
 
 def test_labels_without_any_background(here, fault):
     for name in "ab":
         tifffile.imwrite(f"labels/{name}.tif", np.ones_like(LABELS))
-    assert "no pixel is labelled background" in fault(distil())
+    assert "no pixel is labeled background" in fault(run_distill())
 
 
 def test_a_class_that_is_named_but_never_painted(here, fault):
-    assert "no slice has a pixel of class 'debris'" in fault(distil("--classes=nucleus,debris"))
+    assert "no slice has a pixel of class 'debris'" in fault(run_distill("--classes=nucleus,debris"))
 
 
 def test_a_class_that_is_painted_but_never_named(here, fault):
     tifffile.imwrite("labels/b.tif", LABELS * 3)
-    assert "b.tif: holds the label 3, but there are 2 classes" in fault(distil("--classes=nucleus,debris"))
+    assert "b.tif: holds the label 3, but there are 2 classes" in fault(run_distill("--classes=nucleus,debris"))
 
 
 def test_a_scribble_image_with_nothing_scribbled(here, fault):
     tifffile.imwrite("labels/a.tif", LABELS + 1)
     tifffile.imwrite("labels/b.tif", np.zeros_like(LABELS))
-    assert "b.tif: nothing is annotated" in fault(distil("--scribbles"))
+    assert "b.tif: nothing is annotated" in fault(run_distill("--scribbles"))
 
 
 def test_bool_and_float_labels_are_labels(here, capsys):
     np.save("labels/a.npy", LABELS > 0)
     Path("labels/a.tif").unlink()
     tifffile.imwrite("labels/b.tif", LABELS.astype(np.float32))
-    assert distil() == FINE
+    assert run_distill() == FINE
     assert StudentModel.load("new.safetensors").training["support_shares"][1] == pytest.approx(1200 / 9216, abs=1e-5)
 
 
 def test_fractional_labels_are_none(here, fault):
     tifffile.imwrite("labels/b.tif", LABELS.astype(np.float32) * 0.5)
-    assert "b.tif: holds 0.5" in fault(distil())
+    assert "b.tif: holds 0.5" in fault(run_distill())
 
 
 # images that are not what they should be
@@ -141,7 +141,7 @@ def test_pixels_that_are_no_number(here, fault, value):
     image = IMAGE.astype(np.float32)
     image[3, 4] = value
     tifffile.imwrite("images/b.tif", image)
-    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(distil())
+    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(run_distill())
     assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(segment("images/b.tif"))
     assert not Path("out.tif").exists()
 
@@ -159,7 +159,7 @@ def test_constant_images_are_segmented_and_learnt_from(here, value):
     flat = np.full_like(IMAGE, value)
     for name in "ab":
         tifffile.imwrite(f"images/{name}.tif", flat)
-    assert distil() == FINE
+    assert run_distill() == FINE
     assert segment("images/a.tif", "--probabilities") == FINE
     assert np.isfinite(tifffile.imread("out_probabilities.tif")).all()
     assert np.isfinite(StudentModel.load("new.safetensors").predict(flat).probabilities).all()
@@ -167,7 +167,7 @@ def test_constant_images_are_segmented_and_learnt_from(here, value):
 
 def test_empty_files_and_arrays(here, fault):
     Path("images/b.tif").write_bytes(b"")
-    assert "b.tif" in fault(distil())
+    assert "b.tif" in fault(run_distill())
     np.save("empty.npy", np.zeros((0, 5)))
     assert "empty.npy" in fault(segment("empty.npy"))
     (here / "nothing").mkdir()
@@ -185,8 +185,8 @@ def test_images_of_any_small_size_are_segmented(student, shape):
 
 def test_a_one_pixel_slice_may_be_learnt_from():
     slices = (
-        LabelledSlice(IMAGE, LABELS, "large"),
-        LabelledSlice(np.array([[7]], np.uint8), np.array([[1]], np.uint8), "dot"),
+        AnnotatedSlice(IMAGE, LABELS, "large"),
+        AnnotatedSlice(np.array([[7]], np.uint8), np.array([[1]], np.uint8), "dot"),
     )
     model = distill(SupportSet(slices), TINY)
     assert np.isfinite(model.predict(IMAGE).probabilities).all()
@@ -197,7 +197,7 @@ def test_two_scribbled_pixels_are_little_but_no_crash(zoom):
     labels = np.full((200, 200), IGNORE, np.uint8)
     labels[50, 50], labels[100, 100] = 0, 1
     image = np.tile(IMAGE, (3, 3))[:200, :200]
-    model = distill(SupportSet((LabelledSlice(image, labels, "dots"),)), replace(TINY, zoom=zoom, steps=10))
+    model = distill(SupportSet((AnnotatedSlice(image, labels, "dots"),)), replace(TINY, zoom=zoom, steps=10))
     assert np.isfinite(model.predict(image).probabilities).all()
 
 
@@ -206,13 +206,13 @@ def test_five_channels_are_learnt_from_and_others_refused(here, fault):
     for name in "ab":
         np.save(f"images/{name}.npy", five)
         Path(f"images/{name}.tif").unlink()
-    assert distil() == FINE
+    assert run_distill() == FINE
     Path("new.safetensors").rename("model.safetensors")
     assert segment("images/a.npy") == FINE
-    tifffile.imwrite("grey.tif", IMAGE)
-    assert "grey.tif: the image has 1 channel(s), the model was made for 5" in fault(segment("grey.tif", "--overwrite"))
+    tifffile.imwrite("gray.tif", IMAGE)
+    assert "gray.tif: the image has 1 channel(s), the model was made for 5" in fault(segment("gray.tif", "--overwrite"))
     np.save("images/b.npy", five[..., :4])
-    assert "different numbers of channels" in fault(distil())
+    assert "different numbers of channels" in fault(run_distill())
 
 
 def test_complex_pixels_are_refused(student):
@@ -259,7 +259,7 @@ def test_a_slice_of_8k_is_learnt_from_in_crops():
     plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
     labels = np.zeros((LARGE, LARGE), np.uint8)
     labels[4000:4100, 5000:5200] = 1
-    model = distill(SupportSet((LabelledSlice(plane, labels, "large"),)), TINY)
+    model = distill(SupportSet((AnnotatedSlice(plane, labels, "large"),)), TINY)
     assert model.predict_labels(IMAGE).shape == IMAGE.shape
 
 
@@ -275,7 +275,7 @@ def test_a_label_file_that_vanishes_after_it_was_listed(here, fault, monkeypatch
         return pairs
 
     monkeypatch.setattr(label_files, "pair_files", vanish)
-    assert "b.tif: no such file" in fault(distil())
+    assert "b.tif: no such file" in fault(run_distill())
 
 
 def test_an_image_that_vanishes_after_it_was_listed(here, capsys):
@@ -407,7 +407,7 @@ def test_out_of_memory_in_training_is_a_fault(here, fault, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(ViewBank, "fill", fail)
-    assert "out of memory" in fault(distil())
+    assert "out of memory" in fault(run_distill())
 
 
 def test_a_bug_is_not_hidden(here, monkeypatch):
@@ -416,14 +416,14 @@ def test_a_bug_is_not_hidden(here, monkeypatch):
 
     monkeypatch.setattr(ViewBank, "fill", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        distil()
+        run_distill()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read(here, fault):
     Path("images").chmod(0)
     try:
-        assert "images" in fault(distil())
+        assert "images" in fault(run_distill())
     finally:
         Path("images").chmod(0o755)
 
@@ -433,17 +433,17 @@ def test_an_error_of_the_system_is_one_line(here, fault, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied", "images")
 
     monkeypatch.setattr(label_files, "_by_stem", denied)
-    assert fault(distil()) == "distillfss: error: images: Permission denied\n"
+    assert fault(run_distill()) == "distillfss: error: images: Permission denied\n"
 
 
 def test_a_support_set_says_itself_what_is_wrong():
     with pytest.raises(SupportSetError, match="empty"):
         SupportSet(())
     with pytest.raises(ImageError, match="y x x"):
-        LabelledSlice(IMAGE, LABELS[:5], "a")
+        AnnotatedSlice(IMAGE, LABELS[:5], "a")
 
 
 def test_the_disk_is_not_filled_with_left_overs(here):
-    assert distil() == FINE
+    assert run_distill() == FINE
     assert segment("images/a.tif", "--probabilities", "--uncertainty") == FINE
     assert not list(here.rglob(".*"))

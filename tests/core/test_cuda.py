@@ -146,8 +146,8 @@ def test_refining_gives_the_same_teacher_for_the_same_seed(slices, settings):
     first, second = (refine(slices, replace(settings, steps=6)) for _ in range(2))
     for (name, a), (_, b) in zip(first.teacher.state_dict().items(), second.teacher.state_dict().items(), strict=True):
         assert torch.equal(a.cpu(), b.cpu()), name
-    labelled = blobs(9)
-    assert iou(first.predict_labels(labelled.image), labelled.labels) > 0.5
+    labeled = blobs(9)
+    assert iou(first.predict_labels(labeled.image), labeled.labels) > 0.5
 
 
 @pytest.mark.parametrize(
@@ -163,16 +163,16 @@ def test_distilling_gives_the_same_student_for_the_same_seed(slices, settings, m
 @pytest.mark.slow
 def test_distilling_in_half_precision_learns_as_well(slices, settings, trained):
     half = distill(slices, replace(settings, precision="bfloat16"))
-    labelled = [blobs(seed) for seed in range(10, 14)]
-    scores = [np.mean([iou(m.predict_labels(s.image), s.labels) for s in labelled]) for m in (trained, half)]
+    labeled = [blobs(seed) for seed in range(10, 14)]
+    scores = [np.mean([iou(m.predict_labels(s.image), s.labels) for s in labeled]) for m in (trained, half)]
     assert min(scores) > 0.6
     assert abs(scores[0] - scores[1]) < 0.1
 
 
 def test_a_warm_start_goes_on_from_the_student(slices, settings, trained):
     again = distill(slices, replace(settings, steps=4), start=trained)
-    labelled = blobs(12)
-    assert iou(again.predict_labels(labelled.image), labelled.labels) > 0.6
+    labeled = blobs(12)
+    assert iou(again.predict_labels(labeled.image), labeled.labels) > 0.6
     assert not torch.equal(next(again.head.student.parameters()), next(trained.head.student.parameters()))
 
 

@@ -1,4 +1,4 @@
-"""The sheet of panels has the size, colours and legend it should."""
+"""The sheet of panels has the size, colors and legend it should."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ from PIL import Image
 
 from distillfss_core.errors import ImageError
 from distillfss_core.plotting import (
-    CLASS_COLOURS,
+    CLASS_COLORS,
     HIT,
     INVENTED,
     MISSED,
@@ -33,7 +33,7 @@ def labels():
     return labels
 
 
-def colours_of(picture) -> set[tuple[int, ...]]:
+def colors_of(picture) -> set[tuple[int, ...]]:
     return {tuple(int(v) for v in c) for c in np.unique(np.asarray(picture).reshape(-1, 3), axis=0)}
 
 
@@ -52,7 +52,7 @@ def test_a_sheet_is_written_with_room_for_all(tmp_path, image, labels):
         assert sheet.height > 150
         corners = [sheet.getpixel(p) for p in ((0, 0), (sheet.width - 1, sheet.height - 1))]
         assert corners == [(255, 255, 255)] * 2
-        assert set(CLASS_COLOURS[:2]) <= colours_of(sheet)
+        assert set(CLASS_COLORS[:2]) <= colors_of(sheet)
 
 
 def test_a_picture_keeps_its_aspect(image):
@@ -63,10 +63,10 @@ def test_outlines_leave_the_inside_as_it_was(image, labels):
     plain = np.asarray(render(Panel(image), 80))
     outlined = np.asarray(render(Panel(image, labels, "outline"), 80))
     assert (plain[15:25, 15:35] == outlined[15:25, 15:35]).all()
-    assert tuple(outlined[10, 20]) == CLASS_COLOURS[0]
+    assert tuple(outlined[10, 20]) == CLASS_COLORS[0]
 
 
-def test_errors_are_coloured_by_kind(labels):
+def test_errors_are_colored_by_kind(labels):
     dark = np.zeros((60, 80), np.uint8)
     truth = labels.copy()
     truth[10:30, 10:20] = 0  # too much
@@ -74,8 +74,8 @@ def test_errors_are_coloured_by_kind(labels):
     truth[40:50, 60:70] = 1  # wrong class
     truth[:, 79] = IGNORE
     picture = np.asarray(render(Panel(dark, labels, "errors", truth), 80)).astype(float)
-    for (y, x), colour in {(20, 15): INVENTED, (2, 40): MISSED, (45, 65): MIXED_UP, (20, 30): HIT}.items():
-        cosine = picture[y, x] @ np.array(colour) / np.linalg.norm(picture[y, x]) / np.linalg.norm(colour)
+    for (y, x), color in {(20, 15): INVENTED, (2, 40): MISSED, (45, 65): MIXED_UP, (20, 30): HIT}.items():
+        cosine = picture[y, x] @ np.array(color) / np.linalg.norm(picture[y, x]) / np.linalg.norm(color)
         assert cosine > 0.999, (y, x)
     assert picture[20, 79].max() < 60
 
@@ -99,7 +99,7 @@ def test_panels_that_do_not_fit_are_refused(tmp_path, image, labels):
         draw_panels([], tmp_path / "x.png")
 
 
-def test_colour_and_many_channel_images_are_drawn(tmp_path, image):
-    colour = np.stack([image] * 3, -1)
-    draw_panels([Row("", [Panel(colour), Panel(colour[..., :2])])], tmp_path / "x.png")
+def test_color_and_many_channel_images_are_drawn(tmp_path, image):
+    color = np.stack([image] * 3, -1)
+    draw_panels([Row("", [Panel(color), Panel(color[..., :2])])], tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0

@@ -30,7 +30,7 @@ def save(path: Path, array: np.ndarray) -> Path:
     return path
 
 
-def grey(mask: np.ndarray) -> np.ndarray:
+def gray(mask: np.ndarray) -> np.ndarray:
     return mask.astype(np.uint8) * 255
 
 
@@ -39,8 +39,8 @@ def write_nucleus(folder: Path, count: int = 10) -> None:
         image, mask = picture(i)
         save(folder / f"id{i:02d}" / "images" / f"id{i:02d}.png", image)
         left = mask & (np.arange(SIZE) < SIZE // 2)
-        save(folder / f"id{i:02d}" / "masks" / "a.png", grey(left))
-        save(folder / f"id{i:02d}" / "masks" / "b.png", grey(mask & ~left))
+        save(folder / f"id{i:02d}" / "masks" / "a.png", gray(left))
+        save(folder / f"id{i:02d}" / "masks" / "b.png", gray(mask & ~left))
 
 
 def write_pairs(folder: Path, count: int = 10, size: int = SIZE) -> None:
@@ -68,7 +68,7 @@ def write_isic(folder: Path) -> None:
         name, column = f"ISIC_{i:07d}", (2, 1, 5)[i % 3]  # NV, MEL, BKL
         image, mask = picture(i)
         save(folder / "ISIC2018_Task1-2_Training_Input" / f"{name}.jpg", image)
-        save(folder / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", grey(mask))
+        save(folder / "ISIC2018_Task1_Training_GroundTruth" / f"{name}_segmentation.png", gray(mask))
         ones = ["1.0" if c == column else "0.0" for c in range(1, 10)]
         lines.append(",".join([name + "_downsampled" * (i % 2), *ones]))
     (folder / "ISIC_2019_Training_GroundTruth.csv").write_text("\n".join(lines) + "\n")
@@ -78,7 +78,7 @@ def write_kvasir(folder: Path) -> None:
     for i in range(10):
         image, mask = picture(i)
         save(folder / "Kvasir-SEG" / "images" / f"ck{i:02d}.jpg", image)
-        save(folder / "Kvasir-SEG" / "masks" / f"ck{i:02d}.jpg", np.repeat(grey(mask)[..., None], 3, -1))
+        save(folder / "Kvasir-SEG" / "masks" / f"ck{i:02d}.jpg", np.repeat(gray(mask)[..., None], 3, -1))
 
 
 def write_weedmap(folder: Path) -> None:
@@ -99,9 +99,9 @@ def write_pothole(folder: Path) -> None:
             image, mask = picture(i)
             case = folder / part / ("edmcrack600", "pothole600")[i % 2]
             save(case / "images" / (f"{i:03d}.jpg" if i % 3 else f"{i:03d}.png"), image)
-            colour = np.zeros((SIZE, SIZE, 3), np.uint8)
-            colour[mask] = (0, 0, 255)
-            save(case / "masks" / f"{i:03d}.png", colour)
+            color = np.zeros((SIZE, SIZE, 3), np.uint8)
+            color[mask] = (0, 0, 255)
+            save(case / "masks" / f"{i:03d}.png", color)
 
 
 def write_industrial(folder: Path) -> None:
@@ -111,7 +111,7 @@ def write_industrial(folder: Path) -> None:
         for i in range(5):
             image, mask = picture(10 * k + i)
             save(folder / name / f"{i}.png", image)
-            save(folder / name / f"{i}.bmp", grey(mask))
+            save(folder / name / f"{i}.bmp", gray(mask))
             listed[name]["bad"].append(f"data/{name}/{i}.png")
     (folder / "data.json").write_text(json.dumps({"clsName": names, "clsDic": listed}))
 

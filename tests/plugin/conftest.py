@@ -107,7 +107,7 @@ def sample():
 
 @pytest.fixture
 def nuclei(viewer, sample):
-    """The sample's image as a layer, in micrometres."""
+    """The sample's image as a layer, in micrometers."""
     return viewer.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
 
 

@@ -26,18 +26,18 @@ def paint(dock, painted, planes):
 @pytest.fixture
 def dock(viewer, nuclei, open_dock, few):
     opened = open_dock(viewer)
-    opened.distil.settings.setValue(few)
+    opened.distill.settings.setValue(few)
     return opened
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, few):
     """A student that learnt next to nothing, as a file."""
-    from distillfss_core import LabelledSlice, SupportSet, distill
+    from distillfss_core import AnnotatedSlice, SupportSet, distill
     from distillfss_core.samples import generate_sample
 
     sample = generate_sample(planes=2, size=96)
-    slices = [LabelledSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]
+    slices = [AnnotatedSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]
     path = tmp_path_factory.mktemp("student") / "student.safetensors"
     distill(SupportSet(slices, planes_of_one_volume=True), few).save(path)
     return path
@@ -92,15 +92,15 @@ def test_without_a_volume_everything_says_so(viewer, open_dock):
     for action, message in [
         (dock.support.suggest_slices, dock.support.message),
         (dock.support.fill_rest, dock.support.message),
-        (dock.distil.start, dock.distil.message),
+        (dock.distill.start, dock.distill.message),
         (dock.apply.start, dock.apply.message),
     ]:
         action()
         assert "choose an image layer first" in message.text()
     dock.objects.start()
     assert "apply a student first" in dock.objects.message.text()
-    dock.distil.start_refining()
-    assert "no student to refine" in dock.distil.message.text()
+    dock.distill.start_refining()
+    assert "no student to refine" in dock.distill.message.text()
 
 
 def test_a_volume_that_cannot_be_read_says_why_it_keeps_no_annotations(dock):
@@ -123,55 +123,55 @@ def test_a_volume_that_cannot_be_read_says_why_it_keeps_no_annotations(dock):
     assert "disk is away" in dock.support.message.text()
 
 
-def test_without_support_distil_says_so(dock):
-    dock.distil.start()
-    assert "no slice is annotated" in dock.distil.message.text()
+def test_without_support_distill_says_so(dock):
+    dock.distill.start()
+    assert "no slice is annotated" in dock.distill.message.text()
     dock.session.annotations.put(2, np.ones((96, 96), np.uint8))
     dock.session.painted()
-    assert dock.distil.message.text() == "annotate some slices, then press Distil"
+    assert dock.distill.message.text() == "annotate some slices, then press Distill"
 
 
 def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
     dock.support.classes.add.click()
-    dock.distil.start()
+    dock.distill.start()
     finish(qtbot, dock)
-    assert "no slice has a pixel of class 'class 2'" in dock.distil.message.text()
+    assert "no slice has a pixel of class 'class 2'" in dock.distill.message.text()
 
 
 def test_impossible_settings_are_said(dock, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.distil.settings.form.boxes["crop"].setValue(100)
-    dock.distil.start()
-    assert "multiple of 32" in dock.distil.message.text()
+    dock.distill.settings.form.boxes["crop"].setValue(100)
+    dock.distill.start()
+    assert "multiple of 32" in dock.distill.message.text()
 
 
 def test_a_second_run_waits_for_the_first(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.distil.start()
-    assert not dock.distil.distil.isEnabled()
-    dock.distil.start()
-    assert "already distilling" in dock.distil.message.text()
+    dock.distill.start()
+    assert not dock.distill.distill.isEnabled()
+    dock.distill.start()
+    assert "already distilling" in dock.distill.message.text()
     finish(qtbot, dock)
-    assert dock.distil.distil.isEnabled()
+    assert dock.distill.distill.isEnabled()
 
 
 def test_cancelling_keeps_the_best_so_far(dock, qtbot, painted_truth, few):
     from dataclasses import replace
 
     paint(dock, painted_truth, [2])
-    dock.distil.settings.setValue(replace(few, steps=100_000))
-    dock.distil.start()
-    qtbot.waitUntil(lambda: len(dock.distil.plot.losses) > 2, timeout=60_000)
-    dock.distil.job.cancel()
+    dock.distill.settings.setValue(replace(few, steps=100_000))
+    dock.distill.start()
+    qtbot.waitUntil(lambda: len(dock.distill.plot.losses) > 2, timeout=60_000)
+    dock.distill.job.cancel()
     finish(qtbot, dock)
     assert dock.session.model is not None
-    assert "stopped" in dock.distil.message.text()
+    assert "stopped" in dock.distill.message.text()
 
 
 def test_deleting_the_layer_while_distilling_loses_nothing(viewer, dock, nuclei, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.distil.start()
+    dock.distill.start()
     viewer.layers.remove(nuclei)
     assert "was removed" in dock.volume.message.text()
     finish(qtbot, dock)
@@ -187,8 +187,8 @@ def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path,
 
     dock = DistillDock(viewer, tmp_path / "kept")
     paint(dock, painted_truth, [2])
-    dock.distil.settings.setValue(replace(few, steps=100_000))
-    dock.distil.start()
+    dock.distill.settings.setValue(replace(few, steps=100_000))
+    dock.distill.start()
     session = dock.session
     with qtbot.waitSignal(dock.destroyed):
         dock.deleteLater()
@@ -471,8 +471,8 @@ def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
         dock.support.message.tell("")
         action()
         assert "annotations cannot be kept in" in dock.support.message.text()
-    dock.distil.start()
-    assert "annotations cannot be kept in" in dock.distil.message.text()
+    dock.distill.start()
+    assert "annotations cannot be kept in" in dock.distill.message.text()
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
         dock.model.load_from(student)
     dock.apply.out.setText(str(tmp_path / "file" / "out.ome.zarr"))
@@ -613,7 +613,7 @@ def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtb
     paint(applying, painted_truth, [2])
     layer = applying.apply.layer
     assert not applying.apply.apply.isEnabled()
-    for section, start in ((applying.apply, applying.apply.start), (applying.distil, applying.distil.start)):
+    for section, start in ((applying.apply, applying.apply.start), (applying.distill, applying.distill.start)):
         start()
         assert "already segmenting" in section.message.text()
     assert applying.apply.layer is layer
@@ -649,7 +649,7 @@ def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot,
 
     paint(dock, painted_truth, [2])
     folder = dock.session.annotations.folder
-    dock.distil.start()
+    dock.distill.start()
     viewer.add_image(np.zeros((3, 40, 50)), name="another")
     dock.volume.layers.setCurrentIndex(1)
     dock.volume.layers.activated.emit(1)
@@ -667,7 +667,7 @@ def test_a_script_names_the_slices_that_were_learnt_from_whatever_is_painted_lat
     from distillfss_core import load_support
 
     paint(dock, painted_truth, [1, 3])
-    dock.distil.start()
+    dock.distill.start()
     finish(qtbot, dock)
     paint(dock, painted_truth, [5])
     dock.support.anew.click()
@@ -709,9 +709,9 @@ def test_a_student_that_cannot_be_kept_can_be_saved_elsewhere(dock, qtbot, paint
     paint(dock, painted_truth, [2])
     with monkeypatch.context() as patch:
         patch.setattr(StudentModel, "save", full)
-        dock.distil.start()
+        dock.distill.start()
         finish(qtbot, dock)
-    assert "press Save and choose another place" in dock.distil.message.text()
+    assert "press Save and choose another place" in dock.distill.message.text()
     assert dock.session.model_path is None
     dock.model.save_to(tmp_path / "elsewhere.safetensors")
     assert StudentModel.load(tmp_path / "elsewhere.safetensors").class_names == ("object",)
@@ -729,11 +729,11 @@ def test_stopped_before_the_first_step_the_student_there_was_stays(dock, qtbot, 
     finish(qtbot, dock)
     model = dock.session.model
     paint(dock, painted_truth, [2])
-    dock.distil.start_refining()
-    dock.distil.job.cancel()
+    dock.distill.start_refining()
+    dock.distill.job.cancel()
     finish(qtbot, dock)
     assert dock.session.model is model
-    assert "nothing was changed" in dock.distil.message.text()
+    assert "nothing was changed" in dock.distill.message.text()
     assert not list(dock.session.annotations.folder.glob("student-*"))
 
 
@@ -796,16 +796,16 @@ def test_planes_of_one_volume_are_not_suggested_for_another(dock, viewer, qtbot,
     assert dock.support.suggested == []
 
 
-def test_two_viewers_distil_at_the_same_time(dock, sample, open_dock, qtbot, tmp_path, few, painted_truth):
+def test_two_viewers_distill_at_the_same_time(dock, sample, open_dock, qtbot, tmp_path, few, painted_truth):
     from napari.components import ViewerModel
 
     other = ViewerModel()
     other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     second = open_dock(other, tmp_path / "kept")
-    second.distil.settings.setValue(few)
+    second.distill.settings.setValue(few)
     for each in (dock, second):
         paint(each, painted_truth, [2])
-        each.distil.start()
+        each.distill.start()
     for each in (dock, second):
         finish(qtbot, each)
         assert each.session.model is not None

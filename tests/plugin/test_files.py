@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import zarr
 
-from distillfss_core import DistillFSSError, LabelledSlice, StudentModel, SupportSet, distill, load_support
+from distillfss_core import AnnotatedSlice, DistillFSSError, StudentModel, SupportSet, distill, load_support
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
 from napari_distillfss._reader import get_reader
@@ -16,7 +16,7 @@ from volumes import noise, write_ome_zarr
 def student(few, tmp_path_factory):
     image = noise((64, 64))
     path = tmp_path_factory.mktemp("s") / "student.safetensors"
-    distill(SupportSet([LabelledSlice(image, (image > 100).astype(np.uint8))]), few).save(path)
+    distill(SupportSet([AnnotatedSlice(image, (image > 100).astype(np.uint8))]), few).save(path)
     return path
 
 

@@ -28,7 +28,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
     truth = made.labels > 0
     viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     dock = open_dock(viewer)
-    dock.distil.settings.setValue(DistillSettings(steps=150, views=64, crop=128, queries=2, shots=2, zoom="2"))
+    dock.distill.settings.setValue(DistillSettings(steps=150, views=64, crop=128, queries=2, shots=2, zoom="2"))
 
     dock.support.count.setValue(5)
     dock.support.suggest_slices()
@@ -41,9 +41,9 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
         dock.support.fill_rest()
     assert dock.session.annotations.planes() == dock.support.suggested
 
-    dock.distil.start()
+    dock.distill.start()
     finish(qtbot, dock)
-    assert dock.session.model is not None, dock.distil.message.text()
+    assert dock.session.model is not None, dock.distill.message.text()
 
     wrong = next(z for z in range(12) if z not in dock.support.suggested)
     dock.support.go_to(wrong)
@@ -57,8 +57,8 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
     np.testing.assert_array_equal(dock.session.annotations.plane(wrong), truth[wrong] + 1)
 
     first = dock.session.model_path
-    dock.distil.settings.setValue(DistillSettings(steps=40, views=32, crop=128, queries=2, shots=2))
-    dock.distil.start_refining()
+    dock.distill.settings.setValue(DistillSettings(steps=40, views=32, crop=128, queries=2, shots=2))
+    dock.distill.start_refining()
     finish(qtbot, dock)
     assert dock.session.training.start == first
     assert len(dock.session.model.training["support"]) == 6
@@ -95,8 +95,8 @@ def scripted(viewer, open_dock, qtbot, tmp_path, few, sample, painted_truth):
     for z in (1, 5):
         dock.session.annotations.put(z, painted_truth[z])
     dock.session.painted()
-    dock.distil.settings.setValue(few)
-    dock.distil.start()
+    dock.distill.settings.setValue(few)
+    dock.distill.start()
     finish(qtbot, dock)
     dock.model.save_to(tmp_path / "a student.safetensors")
     dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))

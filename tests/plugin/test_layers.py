@@ -43,7 +43,7 @@ def test_the_time_point_and_channel_chosen_are_what_is_read():
     np.testing.assert_array_equal(chosen.volume.plane(1), STACK[1] + 207)
 
 
-def test_an_axis_that_is_labelled_as_channel_is_one():
+def test_an_axis_that_is_labeled_as_channel_is_one():
     assert lead_axes(Image(np.stack([STACK] * 3), axis_labels=("c", "z", "y", "x"))) == "c"
 
 
@@ -53,7 +53,7 @@ def test_what_cannot_be_segmented_is_said_in_a_sentence(layer):
         choose_layer(layer)
 
 
-def test_units_of_the_layer_become_micrometres():
+def test_units_of_the_layer_become_micrometers():
     chosen = choose_layer(Image(STACK, scale=(2000, 325, 325), units=("nm",) * 3))
     assert chosen.volume.scale == pytest.approx((2.0, 0.325, 0.325))
     assert chosen.pixel_size == pytest.approx((0.325, 0.325))

@@ -19,7 +19,7 @@ def window(display, make_napari_viewer):
 def docked(window, open_dock, few):
     dock = open_dock(window)
     window.window.add_dock_widget(dock, name="DistillFSS", area="right")
-    dock.distil.settings.setValue(few)
+    dock.distill.settings.setValue(few)
     return dock
 
 
@@ -36,13 +36,13 @@ def test_the_menus_lead_to_the_dock(display, npe2pm, make_napari_viewer, root, m
     assert {"napari-distillfss.dock", "napari-distillfss.apply_dock"} <= in_segment
     plugins = {item.title for item in menus.get_menu("napari/plugins") if hasattr(item, "submenu")}
     assert "DistillFSS" in plugins
-    _, dock = viewer.window.add_plugin_dock_widget("napari-distillfss", "Label, distil, segment")
+    _, dock = viewer.window.add_plugin_dock_widget("napari-distillfss", "Label, distill, segment")
     dock.session.close()
 
 
 def test_nothing_is_cut_off_at_the_width_of_the_dock(docked, window):
     window.add_image(np.zeros((2, 3, 4, 64, 64)), name="a long name of an image that does not fit in any box")
-    docked.distil.settings.more.setCurrentIndex(1)
+    docked.distill.settings.more.setCurrentIndex(1)
     for section in docked.sections.values():
         section.heading.setChecked(True)
     docked.objects.table.show()
@@ -53,14 +53,14 @@ def test_nothing_is_cut_off_at_the_width_of_the_dock(docked, window):
 def test_the_window_stays_alive_while_distilling_and_applying(
     docked, window, sample, painted_truth, few, qtbot, tmp_path
 ):
-    docked.distil.settings.setValue(replace(few, steps=20))
+    docked.distill.settings.setValue(replace(few, steps=20))
     window.add_image(np.tile(sample.image, (8, 2, 2)), name="nuclei")
     for z in (1, 5):
         docked.session.annotations.put(z, np.tile(painted_truth[z], (2, 2)))
     docked.session.painted()
     docked.support.paint.click()  # napari's first labels layer takes it a moment
-    docked.distil.start()
-    qtbot.waitUntil(lambda: bool(docked.distil.plot.losses), timeout=120_000)  # torch is loaded by now
+    docked.distill.start()
+    qtbot.waitUntil(lambda: bool(docked.distill.plot.losses), timeout=120_000)  # torch is loaded by now
     docked.apply.out.setText(str(tmp_path / "o.ome.zarr"))
     ticks = []
     timer = QTimer()
@@ -85,9 +85,9 @@ def test_closing_the_window_while_distilling_ends_the_work(
     viewer.window.add_dock_widget(dock, name="DistillFSS", area="right")
     dock.session.annotations.put(1, painted_truth[1])
     dock.session.painted()
-    dock.distil.settings.setValue(replace(few, steps=100_000))
-    dock.distil.start()
-    qtbot.waitUntil(lambda: bool(dock.distil.plot.losses), timeout=120_000)
+    dock.distill.settings.setValue(replace(few, steps=100_000))
+    dock.distill.start()
+    qtbot.waitUntil(lambda: bool(dock.distill.plot.losses), timeout=120_000)
     session = dock.session
     with qtbot.waitSignal(dock.destroyed):
         viewer.window.remove_dock_widget(dock)

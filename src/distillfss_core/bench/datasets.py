@@ -22,7 +22,7 @@ from distillfss_core.bench.pickled import read_pickled_table
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.io.images import DECODER_FAULTS, PILLOW_SUFFIXES, read_image
 from distillfss_core.io.labels import pair_files, read_labels
-from distillfss_core.types import Array, LabelledSlice
+from distillfss_core.types import AnnotatedSlice, Array
 
 Entry = TypeVar("Entry")
 
@@ -35,7 +35,7 @@ class Item:
     """A picture with its truth, not read yet; ``shows`` is the class that it is listed under (0: none)."""
 
     name: str
-    read: Callable[[], LabelledSlice]
+    read: Callable[[], AnnotatedSlice]
     shows: int = 0
 
 
@@ -65,7 +65,7 @@ class DataSet:
     Parameters
     ----------
     title, home, layout : str
-        Its name, where it comes from with its licence, and what must lie in the folder.
+        Its name, where it comes from with its license, and what must lie in the folder.
     shots : (int, int)
         Annotated pictures of the published comparison, few and many.
     side : int or None
@@ -130,12 +130,12 @@ def _nucleus(folder: Path) -> Split:
     if not cases:
         raise _Missing(f"{folder} has neither folders ID/images with ID/masks nor images and labels")
 
-    def read(case: Path) -> LabelledSlice:
+    def read(case: Path) -> AnnotatedSlice:
         image = _rgb(_only(case / "images"))
         labels = np.zeros(image.shape[:2], np.uint8)
         for mask in _pictures(case / "masks"):
             labels |= _mask(mask, 128)
-        return LabelledSlice(image, labels, case.name)
+        return AnnotatedSlice(image, labels, case.name)
 
     return Split(("nucleus",), *_split([_item(read, case.name, case) for case in cases], folder))
 
@@ -147,8 +147,8 @@ def _own(folder: Path) -> Split:
 
 
 def _pairs(folder: Path) -> list[Item]:
-    def read(image: Path, labels: Path) -> LabelledSlice:
-        return LabelledSlice(_rgb(image), (read_labels(labels) > 0).astype(np.uint8), image.stem)
+    def read(image: Path, labels: Path) -> AnnotatedSlice:
+        return AnnotatedSlice(_rgb(image), (read_labels(labels) > 0).astype(np.uint8), image.stem)
 
     pairs = sorted(pair_files(folder / "images", folder / "labels"), key=lambda pair: pair[0].stem)
     return [_item(read, image.stem, image, labels) for image, labels in pairs]
@@ -171,8 +171,8 @@ def _lung(folder: Path) -> Split:
     return Split(("nodule",), parts[0], parts[1], one_scale=True)
 
 
-def _ct_plane(image: Array, mask: Array, source: str) -> LabelledSlice:
-    return LabelledSlice(image, (mask > 0).astype(np.uint8), source)
+def _ct_plane(image: Array, mask: Array, source: str) -> AnnotatedSlice:
+    return AnnotatedSlice(image, (mask > 0).astype(np.uint8), source)
 
 
 def _isic(folder: Path) -> Split:
@@ -191,9 +191,9 @@ def _isic(folder: Path) -> Split:
         if found:
             shows[row["image"].removesuffix("_downsampled")] = found[0]
 
-    def read(name: str) -> LabelledSlice:
+    def read(name: str) -> AnnotatedSlice:
         mask = _mask(masks / f"{name}_segmentation.png", 128)
-        return LabelledSlice(_rgb(images / f"{name}.jpg"), mask * np.uint8(shows[name]), name)
+        return AnnotatedSlice(_rgb(images / f"{name}.jpg"), mask * np.uint8(shows[name]), name)
 
     names = sorted(p.name.removesuffix("_segmentation.png") for p in masks.glob("*_segmentation.png"))
     items = [_item(read, name, name, shows=shows[name]) for name in names if name in shows]
@@ -204,8 +204,8 @@ def _kvasir(folder: Path) -> Split:
     base = folder / "Kvasir-SEG" if (folder / "Kvasir-SEG").is_dir() else folder
     _need_folders(base / "images", base / "masks")
 
-    def read(name: str) -> LabelledSlice:
-        return LabelledSlice(_rgb(base / "images" / name), _mask(base / "masks" / name, 246), Path(name).stem)
+    def read(name: str) -> AnnotatedSlice:
+        return AnnotatedSlice(_rgb(base / "images" / name), _mask(base / "masks" / name, 246), Path(name).stem)
 
     items = [_item(read, path.stem, path.name) for path in _pictures(base / "masks")]
     return Split(("polyp",), *_split(items, base))
@@ -224,14 +224,14 @@ def _weedmap(folder: Path) -> Split:
     return Split(("crop", "weed"), fields[0], fields[1])
 
 
-def _weed_tile(tiles: Path, truth: Path, name: str) -> LabelledSlice:
+def _weed_tile(tiles: Path, truth: Path, name: str) -> AnnotatedSlice:
     channels = [_numbers(tiles / channel / name) for channel in "RGB"]
     path = truth / f"{truth.parent.name}_{Path(name).stem}_GroundTruth_iMap.png"
     numbers = _numbers(path)
     crop, weed = np.isin(numbers, (1, 10000)), numbers == 2
     if (beyond := numbers[~(crop | weed | (numbers == 0))]).size:
         raise InputFileError(f"{path}: holds the label {beyond[0]}; 0, 1 or 10000 (crop) and 2 (weed) are known")
-    return LabelledSlice(np.stack(channels, -1), (crop + 2 * weed).astype(np.uint8), f"{truth.parent.name} {name}")
+    return AnnotatedSlice(np.stack(channels, -1), (crop + 2 * weed).astype(np.uint8), f"{truth.parent.name} {name}")
 
 
 def _pothole(folder: Path) -> Split:
@@ -251,8 +251,8 @@ def _pothole(folder: Path) -> Split:
     return Split(("pothole",), parts[0], parts[1])
 
 
-def _pothole_picture(image: Path, mask: Path) -> LabelledSlice:
-    return LabelledSlice(_rgb(image), _mask(mask, 1), image.stem)
+def _pothole_picture(image: Path, mask: Path) -> AnnotatedSlice:
+    return AnnotatedSlice(_rgb(image), _mask(mask, 1), image.stem)
 
 
 def _industrial(folder: Path) -> Split:
@@ -283,14 +283,14 @@ def _industrial(folder: Path) -> Split:
     return Split(tuple(chosen), items(training), items(test))
 
 
-def _defect(image: Path, kind: int, source: str) -> LabelledSlice:
-    return LabelledSlice(_rgb(image), _mask(image.with_suffix(".bmp"), 1) * np.uint8(kind), source)
+def _defect(image: Path, kind: int, source: str) -> AnnotatedSlice:
+    return AnnotatedSlice(_rgb(image), _mask(image.with_suffix(".bmp"), 1) * np.uint8(kind), source)
 
 
 # -- parts of loaders ------------------------------------------------------------------------------------
 
 
-def _item(read: Callable[..., LabelledSlice], name: str, *arguments: object, shows: int = 0) -> Item:
+def _item(read: Callable[..., AnnotatedSlice], name: str, *arguments: object, shows: int = 0) -> Item:
     return Item(name, lambda: read(*arguments), shows)
 
 
@@ -338,13 +338,13 @@ def _rows_of(path: Path) -> list[dict[str, str]]:
 
 
 def _rgb(path: Path) -> Array:
-    """Three channels: grey is repeated, an alpha channel left out."""
+    """Three channels: gray is repeated, an alpha channel left out."""
     image = read_image(path)
     return image[..., :3] if image.ndim == 3 else np.repeat(image[..., None], 3, -1)
 
 
 def _mask(path: Path, least: int) -> Array:
-    """1 where a picture, turned grey, is ``least`` or brighter; uint8 "y x"."""
+    """1 where a picture, turned gray, is ``least`` or brighter; uint8 "y x"."""
     return (np.asarray(_opened(path).convert("L")) >= least).astype(np.uint8)
 
 
@@ -377,7 +377,7 @@ SETS = {
     ),
     "lung": DataSet(
         "Lung Nodule",
-        "Lung cancer segmentation dataset with Lung-RADS class, doi.org/10.17632/5rr22hgzwr.1 (licence: see there)",
+        "Lung cancer segmentation dataset with Lung-RADS class, doi.org/10.17632/5rr22hgzwr.1 (license: see there)",
         "lung_cancer_train.pkl and lung_cancer_test.pkl",
         (5, 50),
         384,
@@ -395,7 +395,7 @@ SETS = {
     ),
     "kvasir": DataSet(
         "KVASIR-Seg",
-        "Kvasir-SEG, datasets.simula.no/kvasir-seg (for research and education; licence: see there)",
+        "Kvasir-SEG, datasets.simula.no/kvasir-seg (for research and education; license: see there)",
         "Kvasir-SEG with images/*.jpg and masks/*.jpg",
         (5, 50),
         384,
@@ -404,7 +404,7 @@ SETS = {
     ),
     "weedmap": DataSet(
         "WeedMap",
-        "Remote Sensing 2018 Weed Map, projects.asl.ethz.ch/datasets (licence: see there); the paper has a copy of it "
+        "Remote Sensing 2018 Weed Map, projects.asl.ethz.ch/datasets (license: see there); the paper has a copy of it "
         "named 0_rotations_processed_003_test",
         "RedEdge/000 (training) and RedEdge/003 (test), each with tile/R, tile/G, tile/B and groundtruth",
         (5, 50),
@@ -414,7 +414,7 @@ SETS = {
     ),
     "pothole": DataSet(
         "Pothole-mix",
-        "Pothole Mix, data.mendeley.com/datasets/kfth5g2xk3/2 (licence: see there)",
+        "Pothole Mix, data.mendeley.com/datasets/kfth5g2xk3/2 (license: see there)",
         "training/SOURCE/images, training/SOURCE/masks and the same of testing",
         (5, 50),
         384,
@@ -423,7 +423,7 @@ SETS = {
     ),
     "industrial": DataSet(
         "Industrial-5i",
-        "Industrial-5i, scidb.cn, files data.zip and data.json (licence: see there)",
+        "Industrial-5i, scidb.cn, files data.zip and data.json (license: see there)",
         "data.json and the unpacked data.zip (pictures .png, masks .bmp beside them)",
         (10, 80),
         384,

@@ -49,7 +49,7 @@ class Judge:
     classes : int
         K, without background.
     side : int or None
-        Answer and truth are first brought to this size, y and x, by nearest neighbour.
+        Answer and truth are first brought to this size, y and x, by nearest neighbor.
     """
 
     def __init__(self, classes: int, side: int | None = None) -> None:
@@ -80,7 +80,7 @@ class Judge:
 def boundary_f1(found: Array, truth: Array, seen: Array | None = None) -> float:
     """F1 of the boundaries of two masks.
 
-    A boundary is what of a mask touches a pixel outside (4 neighbours; the picture's rim does not count). A pixel of
+    A boundary is what of a mask touches a pixel outside (4 neighbors; the picture's rim does not count). A pixel of
     one is right if the other comes within `TOLERANCE` of the diagonal; precision and recall are shares of right pixels.
 
     Parameters
@@ -122,7 +122,7 @@ def _near(these: Array, those: Array, reach: float) -> float:
 
 
 def at_side(labels: Array, side: int | None) -> Array:
-    """Labels at ``side`` x ``side`` by nearest neighbour; None leaves them."""
+    """Labels at ``side`` x ``side`` by nearest neighbor; None leaves them."""
     if side is None:
         return labels
     return np.asarray(Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST))

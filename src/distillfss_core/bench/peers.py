@@ -111,9 +111,9 @@ class PixelClassifier:
 
         found = cls(kind, _preprocess(support))
         x, y = [], []
-        for labelled, points in zip(support.slices, _points(support, seed), strict=True):
-            x.append(found._features(labelled.image)(points))
-            y.append(labelled.labels[points[:, 0], points[:, 1]])
+        for labeled, points in zip(support.slices, _points(support, seed), strict=True):
+            x.append(found._features(labeled.image)(points))
+            y.append(labeled.labels[points[:, 0], points[:, 1]])
         if kind == "forest":
             threads = torch.get_num_threads()
             found.model = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
@@ -133,13 +133,13 @@ class PixelClassifier:
     def _features(self, image: Array) -> Callable[[Array], Array]:
         """A function from pixels (n y x) to their features (n f)."""
         pre = self.preprocess
-        x = _normalised(pre, image)
+        x = _normalized(pre, image)
         if self.kind == "forest":
             from skimage.feature import multiscale_basic_features
 
-            grey_or_colour = x.movedim(0, -1).numpy() if pre.channels > 1 else x[0].numpy()
+            gray_or_color = x.movedim(0, -1).numpy() if pre.channels > 1 else x[0].numpy()
             axis = -1 if pre.channels > 1 else None
-            maps = multiscale_basic_features(grey_or_colour, sigma_min=1, sigma_max=16, channel_axis=axis)
+            maps = multiscale_basic_features(gray_or_color, sigma_min=1, sigma_max=16, channel_axis=axis)
             return lambda points: np.asarray(maps[points[:, 0], points[:, 1]])
         if not hasattr(self, "_backbone"):
             self._backbone = load_backbone()
@@ -159,7 +159,7 @@ class Convpaint:
     def __init__(self, alias: str, support: SupportSet, seed: int) -> None:
         from napari_convpaint.convpaint_model import ConvpaintModel
 
-        colour = support.slices[0].image.ndim == 3
+        color = support.slices[0].image.ndim == 3
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of feature extractors that nobody asked for
@@ -168,12 +168,12 @@ class Convpaint:
             if "download" not in str(fault).lower():
                 raise
             raise PeerUnavailableError(f"{_VGG_FILE} are not here and cannot be downloaded") from fault
-        self._model.set_param("channel_mode", "rgb" if colour else "single")
+        self._model.set_param("channel_mode", "rgb" if color else "single")
         annotations = []
-        for labelled, points in zip(support.slices, _points(support, seed), strict=True):
+        for labeled, points in zip(support.slices, _points(support, seed), strict=True):
             y, x = points.T
-            painted = np.zeros(labelled.labels.shape, np.uint8)  # 0: not annotated, 1: background, 2..: classes
-            painted[y, x] = labelled.labels[y, x] + 1
+            painted = np.zeros(labeled.labels.shape, np.uint8)  # 0: not annotated, 1: background, 2..: classes
+            painted[y, x] = labeled.labels[y, x] + 1
             annotations.append(painted)
         self._model.train([_channels_first(s.image) for s in support.slices], annotations)
 
@@ -189,8 +189,8 @@ def _points(support: SupportSet, seed: int) -> list[Array]:
     """Annotated pixels (n, 2) of every slice that a classifier is fitted on."""
     rng = np.random.default_rng(seed)
     found = []
-    for labelled in support.slices:
-        known = np.argwhere(labelled.labels != IGNORE)
+    for labeled in support.slices:
+        known = np.argwhere(labeled.labels != IGNORE)
         found.append(known[rng.permutation(len(known))[: POINTS // len(support)]])
     return found
 
@@ -234,8 +234,8 @@ class UNet:
         rng = np.random.default_rng(settings.seed)
         steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()
-        optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=steps)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
         self._net.train()
         for _ in range(steps):
             views = [cutter.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
@@ -245,9 +245,9 @@ class UNet:
             if not bool((y != IGNORE).any()):
                 continue
             loss = F.cross_entropy(logits, y, ignore_index=IGNORE) + dice_loss(logits, y)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
         self._net.eval()
 
@@ -256,7 +256,7 @@ class UNet:
 
     @torch.inference_mode()
     def predict_labels(self, image: Array) -> Array:
-        x = _normalised(self.preprocess, image).numpy()
+        x = _normalized(self.preprocess, image).numpy()
         h, w = x.shape[-2:]
         x = np.pad(x, ((0, 0), (0, -h % 32), (0, -w % 32)), mode="symmetric")
         logits = self._net(self._input(torch.from_numpy(x)[None]))[0, :, :h, :w]
@@ -268,7 +268,7 @@ def _preprocess(support: SupportSet) -> Preprocess:
     return fit_preprocess([s.image for s in support.slices], scope=scope)
 
 
-def _normalised(preprocess: Preprocess, image: Array) -> Tensor:
+def _normalized(preprocess: Preprocess, image: Array) -> Tensor:
     return preprocess.to_tensor(preprocess.as_channels(image), preprocess.limits(image))
 
 

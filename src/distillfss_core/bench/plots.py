@@ -55,11 +55,11 @@ def _draw_ratios(axes: Any, report: SpeedReport) -> None:
 
 
 def _draw_sides(axes: Any, report: SpeedReport) -> None:
-    for what, colour in (("backbone", "#888888"), ("student", "#228833")):
+    for what, color in (("backbone", "#888888"), ("student", "#228833")):
         found = sorted(
             (t for t in report.timings if t.case.what == what and t.case.classes == 1), key=lambda t: t.case.side
         )
-        axes.plot([t.case.side**2 / 1e6 for t in found], [t.ms for t in found], "o-", color=colour, label=what)
+        axes.plot([t.case.side**2 / 1e6 for t in found], [t.ms for t in found], "o-", color=color, label=what)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("megapixels a plane")

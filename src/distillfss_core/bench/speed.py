@@ -1,4 +1,4 @@
-"""Time and memory of backbone, student and teacher, and how they grow; ratios of neighbouring moments of one run."""
+"""Time and memory of backbone, student and teacher, and how they grow; ratios of neighboring moments of one run."""
 
 from __future__ import annotations
 

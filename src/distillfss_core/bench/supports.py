@@ -10,7 +10,7 @@ from distillfss_core.bench.datasets import Item, Split
 from distillfss_core.errors import SettingsError
 from distillfss_core.support.slice_selection import suggest_planes
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import IGNORE, Array, LabelledSlice, evenly
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array, evenly
 
 STROKES = 5  # a class and slice
 STROKE_LENGTH = 8  # of the longer side of a slice, a stroke is at most one part
@@ -72,7 +72,7 @@ def read_support(split: Split, shots: int, seed: int, *, scribbled: bool = False
     return SupportSet(tuple(slices), tuple(split.classes), planes_of_one_volume=split.one_scale)
 
 
-def _shown(slices: Sequence[LabelledSlice]) -> set[int]:
+def _shown(slices: Sequence[AnnotatedSlice]) -> set[int]:
     return {int(v) for s in slices for v in np.unique(s.labels)} - {0, IGNORE}
 
 
@@ -81,7 +81,7 @@ def spread_tests(split: Split, most: int | None) -> list[Item]:
     return [split.test[i] for i in evenly(len(split.test), len(split.test) if most is None else most)]
 
 
-def scribble(labelled: LabelledSlice, rng: np.random.Generator) -> LabelledSlice:
+def scribble(labeled: AnnotatedSlice, rng: np.random.Generator) -> AnnotatedSlice:
     """Strokes as a hand would draw them, in place of the whole truth.
 
     Of each class in the slice, the background too: the skeleton of its mask; from up to `STROKES` pixels of it, drawn
@@ -91,12 +91,12 @@ def scribble(labelled: LabelledSlice, rng: np.random.Generator) -> LabelledSlice
     from scipy.ndimage import binary_dilation
     from skimage.morphology import skeletonize
 
-    labels = np.full_like(labelled.labels, IGNORE)
+    labels = np.full_like(labeled.labels, IGNORE)
     length = max(1, max(labels.shape) // STROKE_LENGTH)
-    for value in np.unique(labelled.labels):
+    for value in np.unique(labeled.labels):
         if value == IGNORE:
             continue
-        mask = labelled.labels == value
+        mask = labeled.labels == value
         skeleton = skeletonize(mask)
         points = np.argwhere(skeleton if skeleton.any() else mask)
         left = {(int(y), int(x)) for y, x in points}
@@ -108,13 +108,13 @@ def scribble(labelled: LabelledSlice, rng: np.random.Generator) -> LabelledSlice
             for point in _walk(start, left, length, rng):
                 strokes[point] = True
         labels[binary_dilation(strokes, np.ones((3, 3))) & mask] = value
-    return LabelledSlice(labelled.image, labels, labelled.source)
+    return AnnotatedSlice(labeled.image, labels, labeled.source)
 
 
 def _walk(
     point: tuple[int, int], left: set[tuple[int, int]], length: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, int]]:
-    """Go from pixel to neighbour, taking each from ``left``."""
+    """Go from pixel to neighbor, taking each from ``left``."""
     for _ in range(length):
         left.discard(point)
         yield point

@@ -13,7 +13,7 @@ def add_backbones(commands: Any) -> None:
     parser = commands.add_parser(
         "backbones",
         help="list the backbones",
-        description="List the backbones, where their weights come from, and the licence of those weights.",
+        description="List the backbones, where their weights come from, and the license of those weights.",
     )
     add_common(parser, _backbones, threads=False)
 
@@ -52,7 +52,7 @@ def _backbones(args: argparse.Namespace) -> int:
         return FINE
     default = DistillSettings().backbone
     print_table(
-        ["backbone", "weights", "licence"],
+        ["backbone", "weights", "license"],
         [[s.name + (" (default)" if s.name == default else ""), weights, s.license] for s, weights in rows],
         left=3,
     )

@@ -81,7 +81,7 @@ def _add_speed(kinds: Any) -> None:
         "speed",
         help="backbone, student, teacher and volumes, as ratios of one run",
         description="Time and memory of backbone, student, teacher and the published form, and how they grow with "
-        "shots, classes, planes and volumes. Ratios are those of neighbouring moments of one run.",
+        "shots, classes, planes and volumes. Ratios are those of neighboring moments of one run.",
     )
     _add_output(parser)
     parser.add_argument("--device", type=_names, default=("auto",), metavar="NAME,...", help="e.g. cpu,cuda (auto)")

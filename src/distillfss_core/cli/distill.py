@@ -39,20 +39,20 @@ if TYPE_CHECKING:
 def add_distill(commands: Any) -> None:
     parser = commands.add_parser(
         "distill",
-        help="make a model from labelled slices",
-        description="Make a model from labelled slices. Ctrl-C stops the training and saves the best model so far.",
+        help="make a model from labeled slices",
+        description="Make a model from labeled slices. Ctrl-C stops the training and saves the best model so far.",
     )
     parser.usage = f"{parser.prog} IMAGES LABELS -o MODEL [options]"
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, an image or a stack")
     parser.add_argument("labels", type=Path, metavar="LABELS", help="the same of labels; folders are paired by stem")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model file to write")
-    parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="labelled planes of a stack, from 0")
+    parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="labeled planes of a stack, from 0")
     add_label_options(parser)
     parser.add_argument(
         "--one-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
     )
     parser.add_argument(
-        "--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometres, kept on the model's card"
+        "--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometers, kept on the model's card"
     )
     parser.add_argument("--start", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")

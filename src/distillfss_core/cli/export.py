@@ -27,7 +27,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL", help="from distillfss distill")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help=".onnx or .zip")
     parser.add_argument("--format", choices=tuple(_FORMATS), help="default: what the name of OUT says")
-    parser.add_argument("--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometres of a pixel, if another")
+    parser.add_argument("--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometers of a pixel, if another")
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
     group = parser.add_argument_group("of a BioImage.IO package")
     group.add_argument("--author", action="append", metavar="NAME", help="needed; may be given again")

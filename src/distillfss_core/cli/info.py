@@ -73,7 +73,10 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
             f"{training['device']}",
         ),
         ("held out", ", ".join(scores)),
-        *(("data", f"{row['name']} ({row['pictures']} pictures, {row['licence']})") for row in card["data"]),
+        *(
+            ("data", f"{row['name']} ({row['pictures']} pictures, {row.get('license', row.get('licence'))})")
+            for row in card["data"]
+        ),
         *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
 
@@ -81,4 +84,4 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
 def _backbone_text(card: dict[str, Any]) -> str:
     backbone = card["backbone"]
     inside = "in the file" if card["backbone_inside"] else "not in the file"
-    return f"{backbone['name']}, weights {backbone['weights']} ({inside}), licence {backbone['license']}"
+    return f"{backbone['name']}, weights {backbone['weights']} ({inside}), license {backbone['license']}"

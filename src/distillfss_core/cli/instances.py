@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 def add_instances(commands: Any) -> None:
     parser = commands.add_parser(
         "instances",
-        help="number the objects of a labelled volume and measure them",
-        description="Number the objects of a labelled volume of any size, over the whole of it, and measure them.",
+        help="number the objects of a labeled volume and measure them",
+        description="Number the objects of a labeled volume of any size, over the whole of it, and measure them.",
     )
     parser.add_argument("input", type=Path, metavar="LABELS", help="from distillfss segment, or any volume of labels")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="NAME.ome.zarr")
@@ -39,14 +39,14 @@ def add_instances(commands: Any) -> None:
         "--watershed",
         type=float,
         metavar="RADIUS",
-        help="cut touching objects apart: radius of a typical one, in micrometres (voxels where no scale is known)",
+        help="cut touching objects apart: radius of a typical one, in micrometers (voxels where no scale is known)",
     )
     parser.add_argument(
         "--connectivity",
         type=int,
         choices=(6, 18, 26),
         default=6,
-        help="with how many neighbours a voxel is connected, without --watershed (6)",
+        help="with how many neighbors a voxel is connected, without --watershed (6)",
     )
     parser.add_argument("--min-voxels", type=positive, default=1, metavar="N", help="leave smaller objects out (1)")
     parser.add_argument(

@@ -72,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; ``parse_args(...).run`` is the function that carries one out."""
     parser = _Parser(
         prog="distillfss",
-        description="Few-shot segmentation for microscopy: label a few slices, distil a small model from them, "
+        description="Few-shot segmentation for microscopy: label a few slices, distill a small model from them, "
         "segment the rest.",
     )
     parser.add_argument("--version", action=_Version, help="show the version and exit")

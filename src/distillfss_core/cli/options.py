@@ -26,7 +26,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--pixel-size",
         type=parse_pixel_size,
         metavar="Y,X",
-        help="micrometres of a pixel here: zooms as the model needs, which must have been given its own",
+        help="micrometers of a pixel here: zooms as the model needs, which must have been given its own",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
@@ -104,7 +104,7 @@ def parse_pixel_size(text: str) -> tuple[float, float]:
     except ValueError:
         y = x = math.nan
     if not (0 < y < math.inf and 0 < x < math.inf):
-        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sizes in micrometres, e.g. 0.25,0.25")
+        raise argparse.ArgumentTypeError(f"{text!r} is no pair of sizes in micrometers, e.g. 0.25,0.25")
     return y, x
 
 
@@ -137,7 +137,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mode",
         choices=("planes", "smooth", "consensus"),
-        help="planes on their own (default), with their neighbours, or three directions together (slow)",
+        help="planes on their own (default), with their neighbors, or three directions together (slow)",
     )
     group.add_argument(
         "--cluster",

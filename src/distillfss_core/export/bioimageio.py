@@ -61,7 +61,7 @@ def export_bioimageio(
     Raises
     ------
     SettingsError
-        As `export_onnx`; if a library is not installed, or the format does not take a name, an author or a licence.
+        As `export_onnx`; if a library is not installed, or the format does not take a name, an author or a license.
     OutputError
         If it cannot be written, or does not pass the test.
     """
@@ -122,7 +122,7 @@ def _readme(model: StudentModel, name: str) -> str:
         if scope == "volume"
         else "Percentiles are those of what is given: where tiles differ in brightness, give whole planes."
     )
-    size = f"{model.pixel_size[0]:g} x {model.pixel_size[1]:g} micrometres" if model.pixel_size else "not recorded"
+    size = f"{model.pixel_size[0]:g} x {model.pixel_size[1]:g} micrometers" if model.pixel_size else "not recorded"
     slices = model.training.get("support", [])
     return f"""# {name}
 
@@ -133,7 +133,7 @@ A student of DistillFSS, made by napari-distillfss {__version__} from {len(slice
 - Pixel size: {size}; zoomed {model.preprocess.zoom} times inside
 - Sides: multiples of {model.step}; tiles should overlap by {export_halo(model)} pixels on each side
 - Output: probabilities of background and of each class
-- Backbone: {about["name"]} ({about["weights"]}), licence {about["license"]}
+- Backbone: {about["name"]} ({about["weights"]}), license {about["license"]}
 
 {advice}
 

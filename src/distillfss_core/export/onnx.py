@@ -97,7 +97,7 @@ def check_exportable(model: StudentModel, *needed: str) -> None:
     if not model.local:
         raise SettingsError(
             f"students of {model.backbone.spec.name} with this decoder look at a whole tile, and are not exported; "
-            "distil with another backbone or --decoder slim"
+            "distill with another backbone or --decoder slim"
         )
 
 

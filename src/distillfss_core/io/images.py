@@ -154,7 +154,7 @@ def _read_npy(path: Path, stack: bool) -> Pixels:
 def _read_pillow(path: Path, palette_numbers: bool) -> Array:
     with open(path, "rb") as file:
         head = file.read(26)
-    # Pillow cuts 16-bit colour PNGs to 8 bits without a word.
+    # Pillow cuts 16-bit color PNGs to 8 bits without a word.
     if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6):
         import imagecodecs  # large, and of use for such files alone
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError, SupportSetError
 from distillfss_core.io.images import KINDS_READ, READABLE, PathLike, Pixels, check_plane, read_pixels, single_plane
-from distillfss_core.types import IGNORE, MAX_CLASSES, Array, LabelledSlice
+from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +28,14 @@ def read_labels(path: PathLike) -> Array:
     Returns
     -------
     integer array, shape (y, x)
-        bool becomes uint8, floats that are whole numbers become uint32, grey RGB becomes its one channel.
+        bool becomes uint8, floats that are whole numbers become uint32, gray RGB becomes its one channel.
 
     Raises
     ------
     InputFileError
         If the file is missing, of an unknown kind or damaged.
     ImageError
-        If it is a stack, a colour picture, or holds fractions or negative numbers.
+        If it is a stack, a color picture, or holds fractions or negative numbers.
     """
     path = Path(path)
     return _whole_numbers(single_plane(read_pixels(path, palette_numbers=True), path), path.name)
@@ -153,9 +153,9 @@ def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
     twice = [image.name for image, n in Counter(image for image, _ in pairs).items() if n > 1]
     if twice:
         raise InputFileError(f"{labels}: {twice[0]} has more than one label file; keep one")
-    unlabelled = len(by_stem) - len(pairs) - (len(wanted) if images.samefile(labels) else 0)
-    if unlabelled:
-        log.warning("%d of %d images in %s have no label file; left out", unlabelled, unlabelled + len(pairs), images)
+    unlabeled = len(by_stem) - len(pairs) - (len(wanted) if images.samefile(labels) else 0)
+    if unlabeled:
+        log.warning("%d of %d images in %s have no label file; left out", unlabeled, unlabeled + len(pairs), images)
     return sorted(pairs)
 
 
@@ -165,7 +165,7 @@ def load_support_arrays(
     planes: Sequence[int] | None = None,
     mode: str = "binary",
     n_classes: int | None = None,
-) -> tuple[list[LabelledSlice], bool]:
+) -> tuple[list[AnnotatedSlice], bool]:
     """Read annotated slices from folders, from one image and its labels, or from planes of a stack.
 
     Parameters
@@ -180,7 +180,7 @@ def load_support_arrays(
 
     Returns
     -------
-    slices : list of LabelledSlice
+    slices : list of AnnotatedSlice
     of_one_volume : bool
         Whether all are planes of one stack, so that one range of intensities serves them all.
 
@@ -191,12 +191,12 @@ def load_support_arrays(
     SettingsError
         If a plane is outside the stack, or planes are given and there is no stack.
     SupportSetError
-        If a stack has no labelled plane.
+        If a stack has no labeled plane.
     """
     pairs = pair_files(images, labels)
     if planes is not None and Path(images).is_dir():
         raise SettingsError(f"planes are given, but {images} is a folder; give one stack and its labels")
-    slices: list[LabelledSlice] = []
+    slices: list[AnnotatedSlice] = []
     from_stack = False
     for image_path, label_path in pairs:
         found, from_stack = _slices_of_pair(image_path, label_path, planes, mode, n_classes)
@@ -206,7 +206,7 @@ def load_support_arrays(
 
 def _slices_of_pair(
     image_path: Path, label_path: Path, planes: Sequence[int] | None, mode: str, n_classes: int | None
-) -> tuple[list[LabelledSlice], bool]:
+) -> tuple[list[AnnotatedSlice], bool]:
     """Slices of an image file, and whether it is a stack."""
     labels_in = read_pixels(label_path, palette_numbers=True)
     # A .npy file does not say what its axes are; the labels beside it do.
@@ -216,7 +216,7 @@ def _slices_of_pair(
             raise SettingsError(f"planes are given, but {image_path.name} is a single plane; leave them out")
         numbers = _whole_numbers(single_plane(labels_in, label_path), label_path.name)
         classes = labels_from_image(numbers, mode, n_classes, label_path.name)
-        return [LabelledSlice(image_in.array, classes, image_path.name)], False
+        return [AnnotatedSlice(image_in.array, classes, image_path.name)], False
     stack = image_in.array
     if label_path.suffix.lower() == ".npy" and labels_in.array.ndim == 3:
         labels_in = Pixels(labels_in.array, stack=True, channels=False)
@@ -242,7 +242,7 @@ def _slices_of_pair(
     for z in dict.fromkeys(planes):
         check_plane(z, len(stack), image_path.name)
         classes = labels_from_image(numbers[z], mode, n_classes, f"{label_path.name} plane {z}")
-        slices.append(LabelledSlice(stack[z], classes, f"{image_path.name} plane {z}"))
+        slices.append(AnnotatedSlice(stack[z], classes, f"{image_path.name} plane {z}"))
     return slices, True
 
 
@@ -252,8 +252,8 @@ def _whole_numbers(pixels: Pixels, source: str) -> Array:
     if pixels.channels:
         if (array[..., 1:] != array[..., :1]).any():
             raise ImageError(
-                f"{source}: is a colour picture ({array.shape[-1]} differing channels); save labels with one number a "
-                "pixel, as grey or palette image"
+                f"{source}: is a color picture ({array.shape[-1]} differing channels); save labels with one number a "
+                "pixel, as gray or palette image"
             )
         array = array[..., 0]
     if array.dtype.kind == "b":

@@ -85,7 +85,7 @@ def write_float_tiff(path: PathLike, array: Array, axes: str | None = None) -> N
 
 
 def write_stack(path: PathLike, array: Array) -> None:
-    """Write a grey stack as TIFF (zlib) in its own type; whole or not at all.
+    """Write a gray stack as TIFF (zlib) in its own type; whole or not at all.
 
     Parameters
     ----------

@@ -18,7 +18,7 @@ from distillfss_core.labelstore.layout import Layout
 
 OME_VERSION = "0.5"
 
-_COLOURS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (145, 209, 194))
+_COLORS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (145, 209, 194))
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,18 @@ def _attributes(layout: Layout, about: About) -> dict[str, Any]:
     datasets = []
     for level, factors in enumerate(layout.factors):
         steps: list[dict[str, Any]] = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factors, strict=True)]}]
-        # the centre of the first voxel of this level, seen from that of the finest
+        # the center of the first voxel of this level, seen from that of the finest
         shift = [o + s * (f - 1) / 2 for o, s, f in zip(about.origin, scale, factors, strict=True)]
         if any(shift):
             steps.append({"type": "translation", "translation": shift})
         datasets.append({"path": str(level), "coordinateTransformations": steps})
     image: dict[str, Any] = {"version": OME_VERSION}
     if about.classes:
-        colours = [
-            {"label-value": k, "rgba": [*_COLOURS[(k - 1) % len(_COLOURS)], 255]}
+        colors = [
+            {"label-value": k, "rgba": [*_COLORS[(k - 1) % len(_COLORS)], 255]}
             for k in range(1, len(about.classes) + 1)
         ]
-        image["colors"] = [{"label-value": 0, "rgba": [0, 0, 0, 0]}, *colours]
+        image["colors"] = [{"label-value": 0, "rgba": [0, 0, 0, 0]}, *colors]
         names = ("background", *about.classes)
         image["properties"] = [{"label-value": k, "class": name} for k, name in enumerate(names)]
     if about.image:

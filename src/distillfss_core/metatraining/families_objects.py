@@ -42,7 +42,7 @@ from distillfss_core.metatraining.task import F32
 def particles(rng: Rng) -> Recipe:
     """Objects among objects that differ from them by one cue, or by several."""
     cue = str(rng.choice(("shape", "size", "rim", "wall", *FILL_CUES, "all")))
-    ground = fit_for_cue(rng, draw_fill(rng, ("fine", "grain", "cloud", "fibres", "plain")), "")
+    ground = fit_for_cue(rng, draw_fill(rng, ("fine", "grain", "cloud", "fibers", "plain")), "")
     ground = replace(ground, depth=min(ground.depth, 0.07))
     fill = fit_for_cue(rng, replace(other_fill(rng, ground, "value"), depth=float(rng.uniform(0.02, 0.08))), cue)
     fill = replace(fill, texture=draw_texture(rng) if cue not in ("texture", "angle", "grain") else fill.texture)
@@ -74,7 +74,7 @@ def particles(rng: Rng) -> Recipe:
 
     return Recipe(
         paint,
-        "colour" if cue == "hue" else "any",
+        "color" if cue == "hue" else "any",
         cue not in ("value", "rim"),
         cue != "angle",
         cue not in ("size", "grain"),
@@ -116,7 +116,7 @@ def _other_look(rng: Rng, look: Look, cue: str) -> Look:
 
 
 def nuclei(rng: Rng) -> Recipe:
-    """Packed nuclei or cells: in fluorescence with haze, stained with haematoxylin, in phase contrast with halos."""
+    """Packed nuclei or cells: in fluorescence with haze, stained with hematoxylin, in phase contrast with halos."""
     style = str(rng.choice(("fluorescence", "histology", "phase")))
     radius = float(rng.uniform(7, 18))
     shape = Shape("lobed", float(rng.uniform(1.0, 1.7)), float(rng.uniform(0.02, 0.08)))
@@ -134,9 +134,9 @@ def nuclei(rng: Rng) -> Recipe:
             others.append((replace(look, radius=radius * 0.25, fill=replace(look.fill, value=0.9), spread=0.4), 0.006))
         if rng.random() < 0.35:  # the same in the other channel
             others.append((replace(look, fill=replace(look.fill, hue=1.0)), share / 2))
-        light = "fluorescence" if len(others) < 2 and not any(o.fill.hue for o, _ in others) else "colour"
+        light = "fluorescence" if len(others) < 2 and not any(o.fill.hue for o, _ in others) else "color"
     elif style == "histology":
-        stroma = draw_texture(rng, ("fibres", "cloud", "threads"))
+        stroma = draw_texture(rng, ("fibers", "cloud", "threads"))
         ground = Fill(float(rng.uniform(0.6, 0.8)), float(rng.uniform(0.04, 0.1)), stroma, 1.0)
         look = Look(shape, radius, Fill(float(rng.uniform(0.25, 0.45)), float(rng.uniform(0.04, 0.1)), tiny, 0.0))
         look = replace(look, vary=0.05, rim=float(rng.choice((0, -0.12))), spread=0.2)
@@ -157,7 +157,7 @@ def nuclei(rng: Rng) -> Recipe:
         look = replace(look, shape=replace(shape, rough=float(rng.uniform(0.05, 0.2))), spread=0.2)
         if rng.random() < 0.6:  # rounded, dead cells
             others.append((Look(Shape("ellipse"), radius * 0.6, Fill(0.85, 0.03, tiny, 0.0), halo=0.2), 0.03))
-        light = "grey" if rng.random() < 0.8 else "colour"
+        light = "gray" if rng.random() < 0.8 else "color"
     if others and rng.random() < 0.2:  # the others are meant
         (rare, _), *rest = others
         others, look, share = [(look, share), *rest], rare, max(0.03, others[0][1])
@@ -178,7 +178,7 @@ def nuclei(rng: Rng) -> Recipe:
 def tubes(rng: Rng) -> Recipe:
     """Vessels and tubes with branches or without, among thinner or differently filled ones."""
     cue = str(rng.choice(("value", "texture", "size", "hue", "none")))
-    ground = replace(draw_fill(rng, ("fine", "grain", "cloud", "fibres")), depth=float(rng.uniform(0.02, 0.1)))
+    ground = replace(draw_fill(rng, ("fine", "grain", "cloud", "fibers")), depth=float(rng.uniform(0.02, 0.1)))
     fill = fit_for_cue(rng, other_fill(rng, ground, "value"), cue)
     if abs(fill.value - ground.value) < 0.15:
         ground = replace(ground, value=0.2 if fill.value > 0.5 else 0.8)
@@ -220,11 +220,11 @@ def tubes(rng: Rng) -> Recipe:
             draw(rng, scene, view, fill, half, max(1, round(n * view.density)), True)
         return scene
 
-    return Recipe(paint, "colour" if cue == "hue" else "any", cue in ("texture", "size", "hue"), True, cue != "size")
+    return Recipe(paint, "color" if cue == "hue" else "any", cue in ("texture", "size", "hue"), True, cue != "size")
 
 
 def filaments(rng: Rng) -> Recipe:
-    """Thin fibres, neurites, flagella: bright or dark lines over haze, among spots and bodies."""
+    """Thin fibers, neurites, flagella: bright or dark lines over haze, among spots and bodies."""
     ground = Fill(
         float(rng.uniform(0.1, 0.35)),
         float(rng.uniform(0.02, 0.08)),
@@ -282,7 +282,7 @@ def organelles(rng: Rng) -> Recipe:
         "vesicles": (vesicles, 0.04),
         "dense bodies": (dense, 0.035),
     }
-    back, light = draw_ground(rng, ground), "grey"
+    back, light = draw_ground(rng, ground), "gray"
 
     def paint(rng: Rng, view: View) -> Scene:
         scene = back(rng, view)
@@ -313,7 +313,7 @@ def spots(rng: Rng) -> Recipe:
     ground = Fill(
         float(rng.uniform(0.08, 0.3)),
         float(rng.uniform(0.03, 0.08)),
-        draw_texture(rng, ("cloud", "fibres", "threads")),
+        draw_texture(rng, ("cloud", "fibers", "threads")),
         0.0,
     )
     value = float(rng.uniform(0.6, 0.95))
@@ -341,7 +341,7 @@ def glands(rng: Rng) -> Recipe:
     stroma = Fill(
         float(rng.uniform(0.55, 0.75)),
         float(rng.uniform(0.04, 0.1)),
-        draw_texture(rng, ("fibres", "cloud", "threads")),
+        draw_texture(rng, ("fibers", "cloud", "threads")),
         1.0,
     )
     wall_fill = Fill(
@@ -418,7 +418,7 @@ def cracks(rng: Rng) -> Recipe:
             )
         return scene
 
-    return Recipe(paint, "grey" if rng.random() < 0.7 else "any")
+    return Recipe(paint, "gray" if rng.random() < 0.7 else "any")
 
 
 def whole_cells(rng: Rng) -> Recipe:
@@ -493,4 +493,4 @@ def axons(rng: Rng) -> Recipe:
             scene.lay(cover, inside.render(rng, view), inside.hue, meant == "axon")
         return scene
 
-    return Recipe(paint, "grey" if rng.random() < 0.7 else "histology")
+    return Recipe(paint, "gray" if rng.random() < 0.7 else "histology")

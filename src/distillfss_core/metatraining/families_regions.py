@@ -79,7 +79,7 @@ def membranes(rng: Rng) -> Recipe:
 
 
 def cells(rng: Rng) -> Recipe:
-    """A confluent sheet of cells in which some are meant: by texture, grey, grain, direction or hue."""
+    """A confluent sheet of cells in which some are meant: by texture, gray, grain, direction or hue."""
     cue = str(rng.choice(FILL_CUES))
     other = fit_for_cue(rng, draw_fill(rng), cue)
     fill = other_fill(rng, other, cue)
@@ -106,7 +106,7 @@ def cells(rng: Rng) -> Recipe:
             scene.lay(line, float(np.clip(other.value + border, 0, 1)), other.hue, None)
         return scene
 
-    return Recipe(paint, "colour" if cue == "hue" else "any", cue != "value", cue != "angle", cue != "grain")
+    return Recipe(paint, "color" if cue == "hue" else "any", cue != "value", cue != "angle", cue != "grain")
 
 
 def layers(rng: Rng) -> Recipe:
@@ -158,7 +158,7 @@ def layers(rng: Rng) -> Recipe:
 def lesions(rng: Rng) -> Recipe:
     """One or a few lesions with soft, ragged borders on textured tissue, under hairs and bubbles."""
     cue = str(rng.choice(("value", "texture", "hue", "all")))
-    ground = fit_for_cue(rng, draw_fill(rng, ("cloud", "grain", "fibres", "threads")), cue)
+    ground = fit_for_cue(rng, draw_fill(rng, ("cloud", "grain", "fibers", "threads")), cue)
     fill = ground
     for own in ("value", "texture", "hue") if cue == "all" else (cue,):
         fill = other_fill(rng, fill, own)
@@ -183,11 +183,11 @@ def lesions(rng: Rng) -> Recipe:
             scene.lay(cover, 0.08, ground.hue, None)
         return scene
 
-    return Recipe(paint, "colour" if cue == "hue" else "any", cue in ("texture", "hue"))
+    return Recipe(paint, "color" if cue == "hue" else "any", cue in ("texture", "hue"))
 
 
 def organs(rng: Rng) -> Recipe:
-    """Large smooth regions inside a body, as in CT or MRI; one organ is meant, by its grey and place."""
+    """Large smooth regions inside a body, as in CT or MRI; one organ is meant, by its gray and place."""
     n = int(rng.integers(2, 6))
     flesh = float(rng.uniform(0.35, 0.55))
     plain = draw_texture(rng, ("fine", "cloud", "grain"))
@@ -208,8 +208,8 @@ def organs(rng: Rng) -> Recipe:
         size = view.size
         scene = Scene(np.float32(0.03) + np.zeros((size, size), np.float32), 0.0)
         flank = 118 * view.unit
-        centre = np.full((1, 2), size / 2) + rng.normal(0, 0.04 * size, (1, 2))
-        trunk = _trunk(rng, view, centre[0], flank, body)
+        center = np.full((1, 2), size / 2) + rng.normal(0, 0.04 * size, (1, 2))
+        trunk = _trunk(rng, view, center[0], flank, body)
         skin = np.clip(0.5 - trunk, 0, 1)
         scene.lay(skin, 0.75, 0.0, None)
         if meant >= 0 or view.density:
@@ -221,7 +221,7 @@ def organs(rng: Rng) -> Recipe:
             if i == meant and not view.density:
                 continue
             y, x = places[i] + rng.normal(0, 0.05, 2)
-            at = centre + flank * np.array([[s * x + c * y, c * x - s * y]])
+            at = center + flank * np.array([[s * x + c * y, c * x - s * y]])
             grown = np.array(
                 [radii[i] * view.unit * (np.clip(view.density, 0.6, 1.4) if i == meant else 1)], np.float32
             )
@@ -230,14 +230,14 @@ def organs(rng: Rng) -> Recipe:
         scene.value += np.float32(noise) * plain.render(rng, view)
         return scene
 
-    return Recipe(paint, "grey" if rng.random() < 0.8 else "any", turns=False)
+    return Recipe(paint, "gray" if rng.random() < 0.8 else "any", turns=False)
 
 
-def _trunk(rng: Rng, view: View, centre: npt.NDArray[np.float64], radius: float, shape: Shape) -> F32:
+def _trunk(rng: Rng, view: View, center: npt.NDArray[np.float64], radius: float, shape: Shape) -> F32:
     """Distance (y x) from the outline of a body about as large as the view, inside negative."""
     size = view.size
     axis = np.arange(size, dtype=np.float32)
-    y, x = axis[:, None] - np.float32(centre[0]), axis[None] - np.float32(centre[1])
+    y, x = axis[:, None] - np.float32(center[0]), axis[None] - np.float32(center[1])
     c, s = np.float32(np.cos(view.angle)), np.float32(np.sin(view.angle))
     u, v = (c * x - s * y) / np.float32(shape.stretch), s * x + c * y
     distance = np.sqrt(u * u + v * v) * (1 + np.float32(shape.rough) * smooth_noise(rng, size, size / 3))
@@ -315,7 +315,7 @@ def phases(rng: Rng) -> Recipe:
 def colonies(rng: Rng) -> Recipe:
     """A dense sheet of small bodies beside bare ground (colonies, wounds, nests): the sheet or the gap is meant."""
     gap_meant = rng.random() < 0.35
-    ground = replace(draw_fill(rng, ("fine", "cloud", "fibres", "grain")), depth=float(rng.uniform(0.02, 0.06)))
+    ground = replace(draw_fill(rng, ("fine", "cloud", "fibers", "grain")), depth=float(rng.uniform(0.02, 0.06)))
     fill = other_fill(rng, ground, "value")
     radius = float(rng.uniform(4.5, 8))
     look = Look(draw_shape(rng, ("ellipse", "lobed", "rod")), radius, fill, spread=0.15, vary=0.05)
@@ -331,9 +331,9 @@ def colonies(rng: Rng) -> Recipe:
         spacing = 2.3 * radius * view.unit
         side = int(view.size / spacing) + 2
         grid = (np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).reshape(-1, 2)).astype(float)
-        centres = (grid + rng.uniform(-0.3, 0.3, grid.shape)) * spacing
-        inside = centres.astype(int).clip(0, view.size - 1)
-        kept = centres[(sheet[inside[:, 0], inside[:, 1]] > 0.5) | (rng.random(len(centres)) < strays)]
+        centers = (grid + rng.uniform(-0.3, 0.3, grid.shape)) * spacing
+        inside = centers.astype(int).clip(0, view.size - 1)
+        kept = centers[(sheet[inside[:, 0], inside[:, 1]] > 0.5) | (rng.random(len(centers)) < strays)]
         radii = (radius * view.unit * np.exp(rng.normal(0, look.spread, len(kept)))).astype(np.float32)
         layer = stamp(rng, view.size, kept, radii, look.shape, 6 * view.unit)
         if len(kept):

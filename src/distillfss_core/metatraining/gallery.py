@@ -61,7 +61,7 @@ def gallery(
 
 
 def _outlined(image: U8, labels: U8) -> U8:
-    """The picture (y x 3) with what is labelled tinted and a line round it: a line alone does not tell the sides."""
+    """The picture (y x 3) with what is labeled tinted and a line round it: a line alone does not tell the sides."""
     inside = labels == 1
     line = ndimage.binary_dilation(inside, iterations=1) & ~ndimage.binary_erosion(inside, iterations=1, border_value=1)
     out = image.copy()

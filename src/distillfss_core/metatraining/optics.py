@@ -16,26 +16,26 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CB = np.array([0.0, -0.344, 1.772], np.float32)
 CR = np.array([1.402, -0.714, 0.0], np.float32)
 
-MODES = ("grey", "histology", "fluorescence", "colour")
+MODES = ("gray", "histology", "fluorescence", "color")
 
 
 @dataclass(frozen=True)
 class Light:
-    """Polarity and colours of a task: all its views share them, up to small changes.
+    """Polarity and colors of a task: all its views share them, up to small changes.
 
     Parameters
     ----------
     inverted : bool
         Whether dark and bright are exchanged.
     gamma : float
-        Exponent on grey values.
+        Exponent on gray values.
     low, high : float
         What black and white are shown as, 0..1.
     dyes : tuple of two (float, float)
-        Chroma (Cb, Cr) of hue 0 and of hue 1; all zero gives a grey picture. Chroma carries no luma, so objects that
-        differ by hue alone have the same grey.
+        Chroma (Cb, Cr) of hue 0 and of hue 1; all zero gives a gray picture. Chroma carries no luma, so objects that
+        differ by hue alone have the same gray.
     glows : bool
-        Whether colour grows with brightness (fluorescence on black) instead of fading towards black and white.
+        Whether color grows with brightness (fluorescence on black) instead of fading towards black and white.
     """
 
     inverted: bool = False
@@ -61,19 +61,19 @@ class Light:
         )
 
     def expose(self, value: F32, hue: F32) -> F32:
-        """The picture (y x 3) in [0, 1] of grey values (y x) in [0, 1] and hues (y x) in [0, 1]."""
-        grey = np.clip(value, 0, 1)
+        """The picture (y x 3) in [0, 1] of gray values (y x) in [0, 1] and hues (y x) in [0, 1]."""
+        gray = np.clip(value, 0, 1)
         if self.inverted:
-            grey = 1 - grey
-        grey = np.float32(self.low) + np.float32(self.high - self.low) * grey ** np.float32(self.gamma)
-        np.clip(grey, 0, 1, out=grey)
+            gray = 1 - gray
+        gray = np.float32(self.low) + np.float32(self.high - self.low) * gray ** np.float32(self.gamma)
+        np.clip(gray, 0, 1, out=gray)
         if not any(map(any, self.dyes)):
-            return np.repeat(grey[..., None], 3, axis=-1)
+            return np.repeat(gray[..., None], 3, axis=-1)
         first, second = (cb * CB + cr * CR for cb, cr in self.dyes)
-        depth = grey if self.glows else 4 * grey * (1 - grey)
-        picture = np.empty((*grey.shape, 3), np.float32)
+        depth = gray if self.glows else 4 * gray * (1 - gray)
+        picture = np.empty((*gray.shape, 3), np.float32)
         for c in range(3):
-            picture[..., c] = grey + depth * (first[c] + hue * (second[c] - first[c]))
+            picture[..., c] = gray + depth * (first[c] + hue * (second[c] - first[c]))
         return np.clip(picture, 0, 1, out=picture)
 
 
@@ -85,19 +85,19 @@ def draw_light(rng: np.random.Generator, mode: str = "any") -> Light:
     rng : numpy.random.Generator
         Where every choice comes from.
     mode : str
-        "grey", "histology" (dyes on a bright field), "fluorescence" (bright on dark, grey or glowing), "colour"
+        "gray", "histology" (dyes on a bright field), "fluorescence" (bright on dark, gray or glowing), "color"
         (two dyes whose hues differ clearly), or "any" of them.
 
     Returns
     -------
     Light
-        Polarity and colours.
+        Polarity and colors.
     """
     if mode == "any":
         mode = str(rng.choice(MODES, p=(0.55, 0.15, 0.1, 0.2)))
     gamma = float(np.exp(rng.normal(0, 0.2)))
     low, high = rng.uniform(0, 0.15), rng.uniform(0.8, 1.05)
-    if mode == "grey":
+    if mode == "gray":
         return Light(bool(rng.random() < 0.4), gamma, low, high)
     if mode == "histology":
         purple = 0.17 * rng.uniform(0.7, 1.3), 0.08 * rng.uniform(0.4, 1.6)
@@ -128,7 +128,7 @@ def _chroma(angle: float, depth: float) -> tuple[float, float]:
 def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F32:
     """Take a picture through a random choice of the faults that microscopes, cameras and files have.
 
-    A grey picture (three equal channels) stays grey.
+    A gray picture (three equal channels) stays gray.
 
     Parameters
     ----------
@@ -146,13 +146,13 @@ def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F
     """
     if strength <= 0:
         return image.copy()
-    grey = bool((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all())
-    out = image[..., :1].copy() if grey else image.copy()
+    gray = bool((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all())
+    out = image[..., :1].copy() if gray else image.copy()
     for fault, often in FAULTS:
         if rng.random() < often * min(1.0, strength**0.5):
             out = fault(out, rng, strength)
             np.clip(out, 0, 1, out=out)
-    return np.repeat(out, 3, axis=-1) if grey else out
+    return np.repeat(out, 3, axis=-1) if gray else out
 
 
 def _blur(image: F32, rng: np.random.Generator, strength: float) -> F32:
@@ -205,7 +205,7 @@ def _noise(image: F32, rng: np.random.Generator, strength: float) -> F32:
     """Shot noise, which grows with the square root of light, and read noise; sometimes coarser than a pixel."""
     shot, read = (np.float32(strength * s * abs(rng.normal())) for s in (0.07, 0.02))
     height, width, channels = image.shape
-    channels = channels if rng.random() < 0.4 else 1  # most cameras and files hold less noise in colour than in grey
+    channels = channels if rng.random() < 0.4 else 1  # most cameras and files hold less noise in color than in gray
     if rng.random() < 0.25:
         half = rng.standard_normal(((height + 1) // 2, (width + 1) // 2, channels), np.float32)
         noise = np.stack([_enlarged(half[..., c], (height, width)) for c in range(channels)], -1)

@@ -45,7 +45,7 @@ class View:
 
 
 class Scene:
-    """What the recipe paints on: grey ``value`` (y x), ``hue`` (y x) and where the object is, ``mask`` (y x)."""
+    """What the recipe paints on: gray ``value`` (y x), ``hue`` (y x) and where the object is, ``mask`` (y x)."""
 
     def __init__(self, value: F32, hue: float) -> None:
         self.value = value
@@ -144,7 +144,7 @@ def _waves(rng: Rng, view: View, period: float, angle: float, warp: float = 1.2)
     return np.sin(phase + np.float32(rng.uniform(0, 6.3)))
 
 
-TEXTURES = ("fine", "grain", "cloud", "stripes", "fibres", "dots", "threads", "plain")
+TEXTURES = ("fine", "grain", "cloud", "stripes", "fibers", "dots", "threads", "plain")
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Texture:
                 return cloud(rng, size, 4 * grain)
             case "stripes":
                 return _standard(_waves(rng, view, max(4.0, 1.6 * grain), angle))
-            case "fibres":
+            case "fibers":
                 return streaks(rng, size, max(2.0, 0.6 * grain), angle, 6.0)
             case "dots":
                 return _standard(np.clip(smooth_noise(rng, size, max(2.0, grain)) - np.float32(0.4), 0, 1.0))
@@ -185,7 +185,7 @@ def draw_texture(rng: Rng, kinds: Sequence[str] = TEXTURES) -> Texture:
 
 @dataclass(frozen=True)
 class Fill:
-    """What the inside of something looks like: mean grey, texture and its depth, hue."""
+    """What the inside of something looks like: mean gray, texture and its depth, hue."""
 
     value: float
     depth: float
@@ -193,7 +193,7 @@ class Fill:
     hue: float
 
     def render(self, rng: Rng, view: View) -> F32:
-        """Grey values over a whole view (y x)."""
+        """Gray values over a whole view (y x)."""
         if self.depth == 0 or self.texture.kind == "plain":
             return np.full((view.size, view.size), self.value, np.float32)
         return np.float32(self.value) + np.float32(self.depth) * self.texture.render(rng, view)
@@ -245,7 +245,7 @@ def fit_for_cue(rng: Rng, fill: Fill, cue: str) -> Fill:
     if cue in ("texture", "angle", "grain"):
         fill = replace(fill, depth=float(rng.uniform(0.12, 0.22)), value=float(np.clip(fill.value, 0.3, 0.7)))
     if cue == "angle":
-        fill = replace(fill, texture=draw_texture(rng, ("stripes", "fibres")))
+        fill = replace(fill, texture=draw_texture(rng, ("stripes", "fibers")))
     if cue == "grain":
         fill = replace(fill, texture=draw_texture(rng, ("grain", "stripes", "threads", "dots")))
     if cue == "hue":
@@ -272,7 +272,7 @@ class Shape:
     bend: float = 0.0
 
     def radial(self, rng: Rng, n: int) -> F32:
-        """Distance from centre to outline at ANGLES angles for n objects (n angles); the area is pi."""
+        """Distance from center to outline at ANGLES angles for n objects (n angles); the area is pi."""
         angle = np.linspace(0, 2 * np.pi, ANGLES, endpoint=False, dtype=np.float32)
         stretch = np.sqrt(np.maximum(1, self.stretch * np.exp(rng.normal(0, 0.1, (n, 1))))).astype(np.float32)
         c, s = np.abs(np.cos(angle)) / stretch, np.abs(np.sin(angle)) * stretch
@@ -306,7 +306,7 @@ class Layer:
     """Objects of one kind in a view.
 
     ``edge`` (y x) is about how far the outline is in pixels, inside negative; ``ids`` (y x) whose outline it is;
-    ``along`` (y x) where on that object's long axis the pixel lies, in pixels from its centre.
+    ``along`` (y x) where on that object's long axis the pixel lies, in pixels from its center.
     """
 
     edge: F32
@@ -319,16 +319,16 @@ class Layer:
         return result
 
 
-def stamp(rng: Rng, size: int, centres: npt.NDArray[np.float64], radii: F32, shape: Shape, reach: float = 4) -> Layer:
+def stamp(rng: Rng, size: int, centers: npt.NDArray[np.float64], radii: F32, shape: Shape, reach: float = 4) -> Layer:
     """Draw the objects into a layer; where two overlap, a pixel is of the one it lies deeper in."""
-    n = len(centres)
+    n = len(centers)
     if n == 0:
         far = np.full((size, size), FAR, np.float32)
         return Layer(far, np.zeros((size, size), np.int16), far)
     table = shape.radial(rng, n) * radii[:, None].astype(np.float32)
     half = int(np.ceil(min(float(table.max()) * (1 + shape.bend) + reach, size)))
-    corner = np.floor(centres).astype(int)
-    offset = (centres - corner).astype(np.float32)
+    corner = np.floor(centers).astype(int)
+    offset = (centers - corner).astype(np.float32)
     axis = np.arange(-half, half + 1, dtype=np.float32)
     turn = rng.uniform(0, 2 * np.pi, n).astype(np.float32)
     c, s = np.cos(turn)[:, None, None], np.sin(turn)[:, None, None]
@@ -356,7 +356,7 @@ def stamp(rng: Rng, size: int, centres: npt.NDArray[np.float64], radii: F32, sha
 
 
 def _scatter(rng: Rng, size: int, radii: F32, room: float, clusters: int = 0) -> npt.NDArray[np.float64]:
-    """Centres (n 2) at least ``room`` times the sum of radii apart; those that find no place are left out (nan)."""
+    """Centers (n 2) at least ``room`` times the sum of radii apart; those that find no place are left out (nan)."""
     n = len(radii)
     tries = 8
     margin = 0.3 * float(radii.max(initial=0))
@@ -448,13 +448,13 @@ def paint_kinds(
     radii = (base * np.exp(spread * rng.standard_normal(len(owner), np.float32)) * np.float32(view.unit)).astype(
         np.float32
     )
-    centres = _scatter(rng, view.size, radii, room, clusters)
-    placed = ~np.isnan(centres[:, 0])
+    centers = _scatter(rng, view.size, radii, room, clusters)
+    placed = ~np.isnan(centers[:, 0])
     layers = []
     for i, (look, _) in enumerate(kinds):
         mine = placed & (owner == i)
         reach = 10 * view.unit if look.halo else 3
-        layers.append(stamp(rng, view.size, centres[mine], radii[mine], look.shape, reach))
+        layers.append(stamp(rng, view.size, centers[mine], radii[mine], look.shape, reach))
     for i in range(len(kinds) - 1, -1, -1):
         if layers[i].edge.min() < 0:
             paint_objects(rng, scene, layers[i], kinds[i][0], view, i == 0)

@@ -49,7 +49,7 @@ class _Set:
     about: dict[str, Any]
 
     @property
-    def labelled(self) -> bool:
+    def labeled(self) -> bool:
         return self.files[0][1] is not None
 
 
@@ -85,7 +85,7 @@ class _Index:
 class _Look:
     """What all views of a task have in common."""
 
-    grey: bool
+    gray: bool
     inverted: bool
     stretched: bool
     strength: float
@@ -163,16 +163,16 @@ class RealSource:
         """Names of the sets that tasks are drawn from."""
         return tuple(one.name for one in self._sets)
 
-    def licences(self) -> list[dict[str, str | int]]:
-        """What a model card has to say of each set: name, what, licence, repo, citation, pictures.
+    def licenses(self) -> list[dict[str, str | int]]:
+        """What a model card has to say of each set: name, what, license, repo, citation, pictures.
 
         Texts are those of the set's ``SOURCE.json``, empty where there is none.
         """
         rows = []
         for i, one in enumerate(self._sets):
             row: dict[str, str | int] = {"name": one.name}
-            for key in ("what", "licence", "repo", "citation"):
-                row[key] = str(one.about.get(key, one.about.get("cite", "") if key == "citation" else ""))
+            for key, other in (("what", ""), ("license", "licence"), ("repo", ""), ("citation", "cite")):
+                row[key] = str(one.about.get(key, one.about.get(other, "")))
             row["pictures"] = sum(self._planes(i, k) for k in range(len(one.files)))
             rows.append(row)
         return rows
@@ -209,7 +209,7 @@ class RealSource:
         index = self._index(i)
         superpixels = rng.random() < SUPERPIXEL_TASKS or not len(index.classes)
         look = _Look(
-            grey=rng.random() < 0.3,
+            gray=rng.random() < 0.3,
             inverted=rng.random() < 0.1,
             stretched=rng.random() < 0.5,
             strength=float(rng.uniform(0.25, 0.75)),
@@ -278,11 +278,11 @@ class RealSource:
         labels = np.empty((views, size, size), np.uint8)
         ys, xs = np.nonzero(mask)
         middle = int(np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2))
-        centre = np.array([ys[middle], xs[middle]])  # in the object even if that is a ring
+        center = np.array([ys[middle], xs[middle]])  # in the object even if that is a ring
         wide = round(size * 1.4)
         for v in range(views):
             reach = side * rng.uniform(0.8, 1.25)
-            y, x = centre + rng.uniform(-0.2, 0.2, 2) * reach - reach / 2
+            y, x = center + rng.uniform(-0.2, 0.2, 2) * reach - reach / 2
             over = int(0.15 * reach)  # so that an object at the border is not always at that of the view
             y, x = (
                 _placed(int(start) + over, int(reach), length + 2 * over) - over
@@ -301,7 +301,7 @@ class RealSource:
         return images, labels
 
     def _superpixels(self, i: int, file: int, plane: int, kind: int) -> tuple[npt.NDArray[np.int64], F32]:
-        """Superpixels of a shrunk picture (y x), and the mean colour of each (n 3)."""
+        """Superpixels of a shrunk picture (y x), and the mean color of each (n 3)."""
         key = (i, file, plane, "superpixels", kind)
         if (kept := self._recall(key)) is None:
             image = self._pixels(i, file).images[plane]
@@ -325,7 +325,7 @@ class RealSource:
         low, high = spread
         if look.stretched and high - low > 0.03:
             light = np.clip((light - np.float32(low)) / np.float32(high - low), 0, 1)
-        if look.grey and light.shape[-1] == 3:
+        if look.gray and light.shape[-1] == 3:
             light = light @ np.array([[0.299], [0.587], [0.114]], np.float32)
         if look.inverted:
             light = np.float32(1) - light
@@ -358,7 +358,7 @@ class RealSource:
                 where += [(k, z) for z in range(len(planes))]
                 counts += planes
             index = _index_of(np.array(where, np.int64), np.array(counts, np.int64))
-            if self._sets[i].labelled and not len(index.classes):
+            if self._sets[i].labeled and not len(index.classes):
                 log.warning("%s: its labels hold no class; only superpixels are drawn from it", self._sets[i].name)
             self._indices[i] = index
         return self._indices[i]
@@ -408,16 +408,16 @@ def _sets_in(folder: PathLike | tuple[PathLike, PathLike]) -> list[_Set]:
     inner = sorted(f for f in folder.iterdir() if (f / "images").is_dir())
     if inner:
         return [_set_of(f) for f in inner]
-    return [_Set(folder.resolve().name, _unlabelled(folder), _about(folder))]
+    return [_Set(folder.resolve().name, _unlabeled(folder), _about(folder))]
 
 
 def _set_of(folder: Path) -> _Set:
     images, labels = folder / "images", folder / "labels"
-    files = tuple(pair_files(images, labels)) if labels.is_dir() else _unlabelled(images)
+    files = tuple(pair_files(images, labels)) if labels.is_dir() else _unlabeled(images)
     return _Set(folder.resolve().name, files, _about(folder))
 
 
-def _unlabelled(folder: Path) -> tuple[tuple[Path, None], ...]:
+def _unlabeled(folder: Path) -> tuple[tuple[Path, None], ...]:
     files = [f for f in sorted(folder.iterdir()) if f.suffix.lower() in READABLE and not f.name.startswith(".")]
     if not files:
         raise InputFileError(f"{folder}: no picture in this folder; put images/ and labels/ there, or pictures")
@@ -537,7 +537,7 @@ def _truly_empty(counts: npt.NDArray[np.int64], inside: Bool) -> npt.NDArray[np.
 def _grow_object(rng: np.random.Generator, regions: npt.NDArray[np.int64], means: F32, area: float) -> Bool:
     """A superpixel, or some that touch, of 1 to 40 % of ``area`` pixels: of five, the one most like a thing.
 
-    That is one whose colour stands out from what is round it, and no thin rim. ``regions`` (y x), ``means`` (n 3).
+    That is one whose color stands out from what is round it, and no thin rim. ``regions`` (y x), ``means`` (n 3).
     """
     count = len(means)
     sizes = np.bincount(regions.ravel(), minlength=count)
@@ -565,17 +565,17 @@ def _grow_object(rng: np.random.Generator, regions: npt.NDArray[np.int64], means
         chosen[rng.choice(count, p=weight / weight.sum())] = True
         target = area * np.exp(rng.uniform(np.log(0.015), np.log(0.35)))
         while sizes[chosen].sum() < target:
-            colour = np.average(means[chosen], axis=0, weights=sizes[chosen])
+            color = np.average(means[chosen], axis=0, weights=sizes[chosen])
             room = 0.4 * area - sizes[chosen].sum()
             near = np.flatnonzero(touch[chosen].any(0) & ~chosen & (sizes <= room))
             if not len(near):
                 break
-            chosen[near[np.abs(means[near] - colour).sum(1).argmin()]] = True
+            chosen[near[np.abs(means[near] - color).sum(1).argmin()]] = True
         rim = touch[chosen].any(0) & ~chosen
         if not rim.any():
             continue
-        colour = np.average(means[chosen], axis=0, weights=sizes[chosen])
-        contrast = float(np.average(np.abs(means[rim] - colour).sum(1), weights=sizes[rim]))
+        color = np.average(means[chosen], axis=0, weights=sizes[chosen])
+        contrast = float(np.average(np.abs(means[rim] - color).sum(1), weights=sizes[rim]))
         outline = np.count_nonzero(chosen[pairs[:, 0]] != chosen[pairs[:, 1]])
         merit = contrast * min(1.0, 2 * sizes[chosen].sum() / outline / 8)  # full marks from 8 pixels of width
         if merit > best_merit:
@@ -586,7 +586,7 @@ def _grow_object(rng: np.random.Generator, regions: npt.NDArray[np.int64], means
 
 
 def _region_means(regions: npt.NDArray[np.int64], image: U8) -> F32:
-    """Mean colour (n 3) of each region."""
+    """Mean color (n 3) of each region."""
     sizes = np.bincount(regions.ravel())
     sums = [np.bincount(regions.ravel(), image[..., c].ravel().astype(np.float64)) for c in range(3)]
     return (np.stack(sums, 1) / np.maximum(sizes, 1)[:, None]).astype(np.float32)

@@ -57,7 +57,7 @@ KEEP_EVERY = 60.0  # seconds between two checkpoints
 WARM_UP = 200  # steps until the full learning rate
 COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
 KEYS = 128  # support keys a stage in a training step; another draw in every step
-NORM_TASKS = 32  # tasks on which the decoder's skip features are standardised
+NORM_TASKS = 32  # tasks on which the decoder's skip features are standardized
 LOGGED = 50  # steps that one line of the history stands for
 MAY_CHANGE = {"steps", "workers", "judge_every", "judged", "device", "precision"}
 """Settings that a training may go on with another value of."""
@@ -121,7 +121,7 @@ class PretrainRun(Iterator[TrainStep]):
             self._kept |= {"backbone": self._encoder, "backbone_average": self._encoder_average}
             groups.append({"params": list(self._encoder.parameters()), "share": settings.backbone_rate})
         self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._optimiser = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self._decode: Any = self.teacher.decoder
         if self.device.kind == "cuda":
             self._decode = torch.compile(self.teacher.decoder, dynamic=True)
@@ -188,8 +188,8 @@ class PretrainRun(Iterator[TrainStep]):
                 "settings": asdict(self.settings),
                 "start": self._start,
             },
-            "data": self._real.licences() if self._real else [],
-            "held_out": self._held_out.licences() if self._held_out else [],
+            "data": self._real.licenses() if self._real else [],
+            "held_out": self._held_out.licenses() if self._held_out else [],
             "scores": next(
                 (line for line in reversed(self.history) if "real_5_shot" in line or "made_5_shot" in line), {}
             ),
@@ -235,16 +235,16 @@ class PretrainRun(Iterator[TrainStep]):
                 self.keep()
 
     def _train(self, episodes: list[Episode]) -> dict[str, float]:
-        for group in self._optimiser.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = group["share"] * self.settings.learning_rate * _rate(self.step, self.settings.steps)
         self.teacher.train()
         rng = np.random.default_rng([self.settings.seed, self.step])
         with self.device.autocast():
             terms = self._losses(episodes, rng)
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimiser.step()
+        self._optimizer.step()
         self._average.update_parameters(self.teacher)
         if self._encoder_average is not None:
             self._encoder_average.update_parameters(self._encoder)
@@ -335,8 +335,8 @@ class PretrainRun(Iterator[TrainStep]):
     def keep(self) -> None:
         """Write the state of the training, so that it can go on from here, and its curves."""
         tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
-        for i, state in self._optimiser.state_dict()["state"].items():
-            tensors |= {f"optimiser.{i}.{n}": v for n, v in state.items()}
+        for i, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{n}": v for n, v in state.items()}
         record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings), "data": self._data()}
         record |= {"history": self.history, "sums": self._sums}
         write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
@@ -372,11 +372,11 @@ class PretrainRun(Iterator[TrainStep]):
             for part, module in self._kept.items():
                 module.load_state_dict(_under(f"{part}.", tensors))
             state: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under("optimiser.", tensors).items():
+            for name, value in (_under("optimizer.", tensors) or _under("optimiser.", tensors)).items():  # older files
                 number, _, what = name.partition(".")
                 state.setdefault(int(number), {})[what] = value
-            groups = self._optimiser.state_dict()["param_groups"]
-            self._optimiser.load_state_dict({"state": state, "param_groups": groups})
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
         self.step, self.seconds, self.history = record["step"], record["seconds"], record["history"]

@@ -18,7 +18,7 @@ class Task:
     Parameters
     ----------
     images : uint8 array, shape (n, size, size, 3)
-        Grey pictures hold the same values three times.
+        Gray pictures hold the same values three times.
     labels : uint8 array, shape (n, size, size)
         1 where the object is, 0 where it is not, IGNORE where nothing is known.
     source : str

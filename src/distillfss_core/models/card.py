@@ -49,13 +49,13 @@ def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:
     """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
     chosen = [support.slices[i] for i in evenly(len(support), most)]
     images, labels = [], []
-    for labelled in chosen:
-        h, w = labelled.labels.shape
+    for labeled in chosen:
+        h, w = labeled.labels.shape
         rows = ((np.arange(THUMBNAIL) + 0.5) * h / THUMBNAIL).astype(int)
         columns = ((np.arange(THUMBNAIL) + 0.5) * w / THUMBNAIL).astype(int)
-        small = labelled.image[rows][:, columns].astype(np.float32)
+        small = labeled.image[rows][:, columns].astype(np.float32)
         small = small.mean(-1) if small.ndim == 3 else small
         low, high = np.percentile(small, (1, 99))
         images.append((np.clip((small - low) / max(high - low, 1e-6), 0, 1) * 255).astype(np.uint8))
-        labels.append(labelled.labels[rows][:, columns])
+        labels.append(labeled.labels[rows][:, columns])
     return Thumbnails(np.stack(images), np.stack(labels))

@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.models.quantization import quantised
+from distillfss_core.models.quantization import quantized
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, multiplies_bfloat16, out_of_memory, sums_bytes_exactly
 from distillfss_core.nn.head import FewShotHead
@@ -30,7 +30,7 @@ TOLERANCE = 1e-3
 """By how much margins of two engines in float32 differ at most (they reach from about -20 to 20; measured: 1e-5)."""
 
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # the fastest first in float32, otherwise the last
-_QUANTISER = ("onnx", "onnxruntime")
+_QUANTIZER = ("onnx", "onnxruntime")
 _OPSET = 18
 _EXPORT = threading.Lock()  # torch exports one network at a time
 _GRAPH_INPUT, _GRAPH_OUTPUT = "image", "margins"
@@ -52,7 +52,7 @@ class StudentNetwork(nn.Module):
 
     @property
     def local(self) -> bool:
-        """Whether the answer at a pixel depends on a bounded neighbourhood only."""
+        """Whether the answer at a pixel depends on a bounded neighborhood only."""
         return self.head.decoder.local and self.backbone.spec.local
 
 
@@ -61,7 +61,7 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
 
     On a CPU that is ONNX Runtime in float32 and OpenVINO in bfloat16 and int8, then the other of them (ONNX Runtime has
     no bfloat16), then torch (not in int8); elsewhere torch. Those other than torch run networks whose answers depend on
-    a bounded neighbourhood. "torch-compiled" is torch with ``torch.compile``, which takes up to a minute at the first
+    a bounded neighborhood. "torch-compiled" is torch with ``torch.compile``, which takes up to a minute at the first
     window; "auto" never means it.
 
     Parameters
@@ -85,7 +85,7 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
         remedies = {"int8": "precision float32", "bfloat16": "engine torch or auto, or precision float32"}
         remedy = remedies.get(device.precision, "engine torch or auto")
         raise SettingsError(f"engine {name} {reason}; choose {remedy}")
-    if device.precision == "int8" and (missing := [m for m in _QUANTISER if find_spec(m) is None]):
+    if device.precision == "int8" and (missing := [m for m in _QUANTIZER if find_spec(m) is None]):
         raise SettingsError(
             f"precision int8 needs {' and '.join(missing)}, which is not installed; "
             "pip install 'napari-distillfss[int8]'"
@@ -176,7 +176,7 @@ class Runner:
         if self.device.precision != "int8":
             return graph
         assert self.samples is not None
-        return quantised(graph, _GRAPH_INPUT, self.samples, narrow=not sums_bytes_exactly())
+        return quantized(graph, _GRAPH_INPUT, self.samples, narrow=not sums_bytes_exactly())
 
     def _make(self, threads: int) -> Engine:
         if self.engine in ("torch", "torch-compiled"):

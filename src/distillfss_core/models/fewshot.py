@@ -42,4 +42,4 @@ class FewShotModel(Segmenter):
             return margins(self.teacher(self.backbone(image), self.keys).logits)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        raise SettingsError("a teacher with its support has no digest; distil a student from it")
+        raise SettingsError("a teacher with its support has no digest; distill a student from it")

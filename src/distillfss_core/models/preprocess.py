@@ -40,14 +40,14 @@ class Preprocess:
     channels : int
         Channels the model was made for.
     mix : 3 rows of ``channels`` numbers
-        The backbone's three inputs as weighted sums of the normalised channels.
+        The backbone's three inputs as weighted sums of the normalized channels.
     scope : {"image", "volume"}
         Whether the percentiles are those of each image ("image"), or were fitted on the support set and are
         kept ("volume": planes of one acquisition, where an empty plane must stay dark).
     fitted : Limits
         Percentiles over the support set.
     together : bool
-        One pair of limits for all channels (colour photographs keep their hue).
+        One pair of limits for all channels (color photographs keep their hue).
     zoom : str
         A fraction; 2 means that images are enlarged twofold before the backbone.
     """
@@ -77,7 +77,7 @@ class Preprocess:
         return percentile_limits(sample.reshape(-1, sample.shape[-1]), together=self.together)
 
     def as_channels(self, image: Array, source: str = "image") -> Array:
-        """The image as "y x c" with the model's number of channels; grey and RGB are turned into one another.
+        """The image as "y x c" with the model's number of channels; gray and RGB are turned into one another.
 
         Raises
         ------
@@ -90,7 +90,7 @@ class Preprocess:
             return image
         if c == 1 and self.channels == 3:
             return np.broadcast_to(image, (*image.shape[:2], 3))
-        if c == 3 and self.channels == 1 and _is_grey(image):
+        if c == 3 and self.channels == 1 and _is_gray(image):
             return image[..., :1]
         raise ImageError(
             f"{source}: the image has {c} channel(s), the model was made for {self.channels}; "
@@ -104,7 +104,7 @@ class Preprocess:
         return np.stack([self.as_channels(plane) for plane in planes])
 
     def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
-        """Normalise a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
+        """Normalize a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
         exact = np.float32 if crop.dtype.itemsize <= 2 else np.float64  # small changes on a large offset survive
         pixels: Array = crop.astype(exact)
         low: Array = np.array(limits.low, exact)
@@ -148,7 +148,7 @@ def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fract
     Raises
     ------
     ImageError
-        If the images differ in channels (grey and RGB may be mixed).
+        If the images differ in channels (gray and RGB may be mixed).
     SettingsError
         If the scope or the zoom is not on offer.
     """
@@ -184,7 +184,7 @@ def parse_zoom(zoom: Fraction | str | float) -> Fraction:
 
 
 def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
-    """Bilinear with half-pixel centres; smoothed first where it shrinks."""
+    """Bilinear with half-pixel centers; smoothed first where it shrinks."""
     if tuple(x.shape[-2:]) == size:
         return x
     shrinks = size[0] < x.shape[-2] or size[1] < x.shape[-1]
@@ -218,7 +218,7 @@ def _sample(image: Array, count: int) -> Array:
     return image
 
 
-def _is_grey(image: Array) -> bool:
+def _is_gray(image: Array) -> bool:
     return image.ndim == 3 and image.shape[-1] == 3 and bool((image[..., :1] == image).all())
 
 

@@ -15,7 +15,7 @@ from distillfss_core.types import Array
 _INTEGER = ("Conv", "Add", "Clip", "Relu")  # what else there is would gain nothing and lose accuracy
 
 
-def quantised(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
+def quantized(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
     """An ONNX network with convolutions in eight bits: weights scaled by channel, activations by what samples show.
 
     The same graph and samples give the same network.

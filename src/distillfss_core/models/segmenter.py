@@ -256,7 +256,7 @@ class Segmenter:
     def _blended(
         self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
     ) -> npt.NDArray[np.float32]:
-        """Probabilities in which neighbouring windows fade into one another across their halos."""
+        """Probabilities in which neighboring windows fade into one another across their halos."""
         (y0, y1), (x0, x1) = region
         total = np.zeros((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
         weight = np.zeros((y1 - y0, x1 - x0), np.float32)

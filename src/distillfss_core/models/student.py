@@ -79,7 +79,7 @@ class StudentModel(Segmenter):
         if device.precision == "int8" and self.samples is None:
             raise SettingsError(
                 "this student was made before students kept samples of their support, which precision int8 needs; "
-                "distil it again, or use precision float32"
+                "distill it again, or use precision float32"
             )
         return Runner(self.network, choose_engine(engine, device, self.network), device, self.samples)
 
@@ -112,7 +112,7 @@ class StudentModel(Segmenter):
         Parameters
         ----------
         pixel_size : (float, float)
-            Micrometres (y, x) of the images to come; their geometric mean counts, and the nearest zoom on offer is
+            Micrometers (y, x) of the images to come; their geometric mean counts, and the nearest zoom on offer is
             taken.
 
         Raises
@@ -125,7 +125,7 @@ class StudentModel(Segmenter):
                 "this student was made without a pixel size, so it cannot be scaled; give --pixel-size when distilling"
             )
         if not all(0 < p < math.inf for p in pixel_size):
-            raise SettingsError(f"pixel size {pixel_size} is not possible; give two positive numbers in micrometres")
+            raise SettingsError(f"pixel size {pixel_size} is not possible; give two positive numbers in micrometers")
         wanted = float(self.preprocess.zoom_factor) * math.sqrt(math.prod(pixel_size) / math.prod(self.pixel_size))
         zoom = min(ZOOMS, key=lambda z: abs(math.log(float(z) / wanted)))
         scaled = copy.copy(self)

@@ -34,7 +34,7 @@ class Span:
         return slice(self.inner[0] - self.outer[0], self.inner[1] - self.outer[0])
 
     def fade(self) -> npt.NDArray[np.float32]:
-        """Weights over the window that fade out towards its ends; those of two neighbours add up to one."""
+        """Weights over the window that fade out towards its ends; those of two neighbors add up to one."""
         at = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5
         weights = np.ones_like(at)
         for halo, distance in ((self.crop.start, at), (self.outer[1] - self.inner[1], at[::-1])):

@@ -28,7 +28,7 @@ class Decoder(nn.Module):
     """What teacher and student need of a decoder."""
 
     support_skip = False  # whether it reads the support's features too
-    local = True  # whether the answer at a pixel depends on a bounded neighbourhood only
+    local = True  # whether the answer at a pixel depends on a bounded neighborhood only
 
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
@@ -140,7 +140,7 @@ def _corner_resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class SkipProjection(nn.Conv2d):
-    """A 1x1 convolution of standardised features, in one step.
+    """A 1x1 convolution of standardized features, in one step.
 
     Mean and deviation of the channels are fitted once and then part of the model, so a pixel's answer stays its own.
     Before `fit` they change nothing.
@@ -169,7 +169,7 @@ class SlimDecoder(Decoder):
     """A light decoder in which no pixel looks at the whole tile.
 
     There is no GroupNorm and no align_corners, so what it says at a pixel depends on a bounded
-    neighbourhood only, and tiles agree with the whole plane. The skip features of the finest stage are used
+    neighborhood only, and tiles agree with the whole plane. The skip features of the finest stage are used
     (stride 2 where the backbone has it: small objects need it). What is computed from the query alone is
     computed once for all classes::
 
@@ -220,7 +220,7 @@ class SlimDecoder(Decoder):
         self.gain = nn.Parameter(torch.full((3,), 4.0))
 
     def fit_norms(self, features: FeaturePyramid) -> None:
-        """Fit the skip standardisation on the features of a few support views."""
+        """Fit the skip standardization on the features of a few support views."""
         for project, skip in zip(self.skips, features.skips, strict=True):
             assert isinstance(project, SkipProjection)
             project.fit(skip)

@@ -34,7 +34,7 @@ def joint_loss(
     coarse: Float[Tensor, ""],
     target: Int[Tensor, "b h w"],
 ) -> Float[Tensor, ""]:
-    """Refine and distil at once: (focal(z_T, y) + focal(z_S, y) + coarse) / 3."""
+    """Refine and distill at once: (focal(z_T, y) + focal(z_S, y) + coarse) / 3."""
     return (focal_loss(teacher_logits, target) + focal_loss(student_logits, target) + coarse) / 3
 
 
@@ -43,7 +43,7 @@ def distillation_loss(
     student_logits: Float[Tensor, "b k1 h w"],
     coarse: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
-    """Distil a fixed teacher without truth: (focal(z_S, argmax z_T) + coarse) / 2."""
+    """Distill a fixed teacher without truth: (focal(z_S, argmax z_T) + coarse) / 2."""
     return (focal_loss(student_logits, teacher_logits.argmax(1)) + coarse) / 2
 
 

@@ -29,7 +29,7 @@ class HeadWeights:
     Parameters
     ----------
     card : dict
-        ``backbone`` (name, weights, digest), ``width``, how it was trained, on which data under which licences.
+        ``backbone`` (name, weights, digest), ``width``, how it was trained, on which data under which licenses.
     tensors : dict of str to Tensor
         Of a `DcamaTeacher` with `SlimDecoder`, under their names in it; float32.
     backbone_tensors : dict of str to Tensor

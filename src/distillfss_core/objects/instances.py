@@ -1,4 +1,4 @@
-"""The objects of a labelled volume get numbers that hold over the whole of it, block by block.
+"""The objects of a labeled volume get numbers that hold over the whole of it, block by block.
 
 ::
 
@@ -84,7 +84,7 @@ def iter_instances(
     overwrite: bool = False,
     block: Index = BLOCK,
 ) -> Generator[InstanceStep, None, InstanceReport]:
-    """Number the objects of a labelled volume, block by block; it can be stopped and resumed as `iter_segment` can.
+    """Number the objects of a labeled volume, block by block; it can be stopped and resumed as `iter_segment` can.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def iter_instances(
         Whatever is connected is one object; or objects that touch are cut apart where they are narrow (Euclidean
         distance, smoothed, its maxima as seeds).
     connectivity : {6, 18, 26}
-        With how many neighbours a voxel is connected (components only).
+        With how many neighbors a voxel is connected (components only).
     radius : float
         Of a typical object, in the unit of ``labels.scale`` (voxels where that is not known); for the watershed. A
         block is looked at with four radii of its surroundings: objects up to about this size are cut alike wherever
@@ -386,7 +386,7 @@ def _find_pairs(
 def _touching(work: LabelStore, box: Box, axis: int, reach: int) -> npt.NDArray[np.uint64]:
     """Pairs of ids on both sides of the far face of a box along an axis.
 
-    The far side is looked at with one voxel more all around, for neighbours across edges and corners.
+    The far side is looked at with one voxel more all around, for neighbors across edges and corners.
     """
     array, shape, stop = work.arrays[0], work.layout.shapes[0], box[axis][1]
     near = list(slices(box))

@@ -144,7 +144,7 @@ def write_table(
     list of str
         Columns: label; voxels; volume; centroid z, y, x; box z0, z1, y0, y1, x0, x1 in voxels, half-open; mean
         intensity, where an image was measured. Volume and centroid end in _um3 and _um where the scale is known in
-        micrometres, in _voxels where no scale is known.
+        micrometers, in _voxels where no scale is known.
 
     Raises
     ------

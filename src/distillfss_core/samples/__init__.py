@@ -28,7 +28,7 @@ class Sample:
     Parameters
     ----------
     image : array, shape (z, y, x)
-        Nuclei: uint16, camera counts. Mitochondria: uint8, grey values. Nodules: int16, Hounsfield units.
+        Nuclei: uint16, camera counts. Mitochondria: uint8, gray values. Nodules: int16, Hounsfield units.
     labels : uint16 array, shape (z, y, x)
         0 background, otherwise the number of the object (nucleus, mitochondrion, nodule) the voxel belongs to.
     name : str

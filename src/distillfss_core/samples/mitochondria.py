@@ -20,26 +20,26 @@ _FAR = 99.0
 
 
 def draw_mitochondria(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.uint8], Labels]:
-    """Grey values, and which mitochondrion each voxel is of; both (z y x)."""
+    """Gray values, and which mitochondrion each voxel is of; both (z y x)."""
     planes, size, _ = shape
     cells, edge = _cells(rng, shape)
     shade = rng.normal(0, 13, int(cells.max()) + 1).astype(np.float32)
-    grey = 172 + shade[cells] + 7 * texture(rng, shape, 1.3) + 4 * texture(rng, shape, 5.0)
-    _add_reticulum(rng, grey, edge)
-    _add_vesicles(rng, grey, cells, edge)
+    gray = 172 + shade[cells] + 7 * texture(rng, shape, 1.3) + 4 * texture(rng, shape, 5.0)
+    _add_reticulum(rng, gray, edge)
+    _add_vesicles(rng, gray, cells, edge)
     labels = np.zeros(shape, np.uint16)
     wobble = drifting(rng, shape, 9.0, 0.1)
     wanted = max(3, round(size * size * (planes * _STEP + 60) / 520_000))
     number = 0
     for _ in range(wanted * 60):
-        number += _add_mitochondrion(rng, grey, labels, cells, edge, wobble, number + 1)
+        number += _add_mitochondrion(rng, gray, labels, cells, edge, wobble, number + 1)
         if number == wanted:
             break
-    _add_dark_bodies(rng, grey, labels, edge)
+    _add_dark_bodies(rng, gray, labels, edge)
     width = 1.5 + 1.6 * np.clip(drifting(rng, shape, 11.0, 0.3) - 1.3, 0, 1)  # synapses are thick and dark
-    grey -= 92 * np.exp(-((edge / width) ** 2)) * (labels == 0)
-    grey = blur(grey.astype(np.float32), 0.7)
-    contrast = rng.normal(1, 0.05, (planes, 1, 1)) * (grey - 150) + 150 + rng.normal(0, 4, (planes, 1, 1))
+    gray -= 92 * np.exp(-((edge / width) ** 2)) * (labels == 0)
+    gray = blur(gray.astype(np.float32), 0.7)
+    contrast = rng.normal(1, 0.05, (planes, 1, 1)) * (gray - 150) + 150 + rng.normal(0, 4, (planes, 1, 1))
     noisy = contrast + rng.normal(0, 8.5, shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8), renumber(without_slivers(labels, _SMALLEST))
 
@@ -76,7 +76,7 @@ def _cells(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.N
 
 
 def _grouped(rng: np.random.Generator, grid: npt.NDArray[np.floating]) -> npt.NDArray[np.int32]:
-    """The cell of each seed: some pairs of neighbours are one, and all round a few places are one large cell."""
+    """The cell of each seed: some pairs of neighbors are one, and all round a few places are one large cell."""
     side = len(grid)
     groups = np.arange(side * side, dtype=np.int32).reshape(side, side)
     for i in range(side - 1):
@@ -92,7 +92,7 @@ def _grouped(rng: np.random.Generator, grid: npt.NDArray[np.floating]) -> npt.ND
 
 def _add_mitochondrion(
     rng: np.random.Generator,
-    grey: F32,
+    gray: F32,
     labels: Labels,
     cells: npt.NDArray[np.int32],
     edge: F32,
@@ -100,24 +100,24 @@ def _add_mitochondrion(
     number: int,
 ) -> bool:
     """Draw one bent tube within its cell, in place; whether there was room for it."""
-    planes, size, _ = grey.shape
+    planes, size, _ = gray.shape
     length, radius = rng.uniform(15, 150), rng.uniform(11, 19)
-    centre = np.array([rng.uniform(-15, planes * _STEP + 15), *rng.uniform(-10, size + 10, 2)])
+    center = np.array([rng.uniform(-15, planes * _STEP + 15), *rng.uniform(-10, size + 10, 2)])
     along = rng.normal(size=3) * (0.8, 1, 1)
     along /= np.linalg.norm(along)
     across = np.cross(along, rng.normal(size=3))
     across /= np.linalg.norm(across)
     bow = rng.uniform(0, 0.16) * length
-    if not _has_room(centre, along, across, length, radius, bow, cells, edge):
+    if not _has_room(center, along, across, length, radius, bow, cells, edge):
         return False
     reach = np.abs(along) * length / 2 + bow + radius + 2
-    low = np.maximum(0, np.ceil((centre - reach) / (_STEP, 1, 1))).astype(int)
-    high = np.minimum(grey.shape, np.floor((centre + reach) / (_STEP, 1, 1)) + 1).astype(int)
+    low = np.maximum(0, np.ceil((center - reach) / (_STEP, 1, 1))).astype(int)
+    high = np.minimum(gray.shape, np.floor((center + reach) / (_STEP, 1, 1)) + 1).astype(int)
     if (high <= low).any():
         return False
     box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     axes = [np.arange(a, b, dtype=np.float32) for a, b in zip(low, high, strict=True)]
-    dz, dy, dx = np.meshgrid(axes[0] * _STEP - centre[0], axes[1] - centre[1], axes[2] - centre[2], indexing="ij")
+    dz, dy, dx = np.meshgrid(axes[0] * _STEP - center[0], axes[1] - center[1], axes[2] - center[2], indexing="ij")
     u = along[0] * dz + along[1] * dy + along[2] * dx
     v = across[0] * dz + across[1] * dy + across[2] * dx
     v = v - bow * ((2 * u / length).clip(-1, 1) ** 2 - 0.4)
@@ -137,13 +137,13 @@ def _add_mitochondrion(
     folds = np.cos(2 * np.pi * (u + 3.5 * wobble[box] + 0.9 * w) / rng.uniform(6.5, 8.5))
     body = 112 + rng.normal(0, 7) - 26 * np.clip(folds, -0.3, 1) * np.clip(depth / 4, 0, 1)
     body -= 58 * np.exp(-(((depth - 1) / 1.6) ** 2))
-    grey[box][mine] = body[mine]
+    gray[box][mine] = body[mine]
     labels[box][mine] = number
     return True
 
 
 def _has_room(
-    centre: npt.NDArray[np.floating],
+    center: npt.NDArray[np.floating],
     along: npt.NDArray[np.floating],
     across: npt.NDArray[np.floating],
     length: float,
@@ -154,24 +154,24 @@ def _has_room(
 ) -> bool:
     """Whether the middle line of a tube lies in one cell, away from its membrane, as far as it lies in the stack."""
     t = np.linspace(-1, 1, 9)[:, None]
-    line = (centre + along * t * length / 2 + across * bow * (t**2 - 0.4)) / (_STEP, 1, 1)
+    line = (center + along * t * length / 2 + across * bow * (t**2 - 0.4)) / (_STEP, 1, 1)
     at = np.rint(line).astype(int)
     at = at[((at >= 0) & (at < cells.shape)).all(1)].T
     found = cells[tuple(at)]
     return bool(found.size and (found == found[0]).all() and (edge[tuple(at)] > 0.5 * radius).all())
 
 
-def _add_reticulum(rng: np.random.Generator, grey: F32, edge: F32) -> None:
+def _add_reticulum(rng: np.random.Generator, gray: F32, edge: F32) -> None:
     """Thin dark sheets inside some cells: where a smooth field is zero, they draw curves from plane to plane."""
-    shape = (len(grey), *grey.shape[1:])
+    shape = (len(gray), *gray.shape[1:])
     where = np.clip(drifting(rng, shape, 22.0, 0.1) - 0.35, 0, 1) * np.clip((edge - 5) / 3, 0, 1)
     field = drifting(rng, shape, 9.0, 0.16)
-    grey -= 75 * np.exp(-((field / 0.10) ** 2)) * np.clip(1.6 * where, 0, 1)
+    gray -= 75 * np.exp(-((field / 0.10) ** 2)) * np.clip(1.6 * where, 0, 1)
 
 
-def _add_vesicles(rng: np.random.Generator, grey: F32, cells: npt.NDArray[np.int32], edge: F32) -> None:
+def _add_vesicles(rng: np.random.Generator, gray: F32, cells: npt.NDArray[np.int32], edge: F32) -> None:
     """Small pale bubbles with a dark rim, as many as fit into some of the cells; each lies in one section."""
-    planes, size, _ = grey.shape
+    planes, size, _ = gray.shape
     full = rng.random(int(cells.max()) + 1) < 0.22
     y, x = np.meshgrid(np.arange(-4, 5), np.arange(-4, 5), indexing="ij")
     for _ in range(size * size * planes // 260):
@@ -180,12 +180,12 @@ def _add_vesicles(rng: np.random.Generator, grey: F32, cells: npt.NDArray[np.int
             continue
         away = np.sqrt(y * y + x * x) - rng.uniform(1.9, 2.7)
         bubble = 14 * (away < 0) - 58 * np.exp(-((away / 0.8) ** 2))
-        grey[cz, cy - 4 : cy + 5, cx - 4 : cx + 5] += bubble
+        gray[cz, cy - 4 : cy + 5, cx - 4 : cx + 5] += bubble
 
 
-def _add_dark_bodies(rng: np.random.Generator, grey: F32, labels: Labels, edge: F32) -> None:
+def _add_dark_bodies(rng: np.random.Generator, gray: F32, labels: Labels, edge: F32) -> None:
     """Round bodies, dark throughout: as dark as mitochondria, without folds."""
-    planes, size, _ = grey.shape
+    planes, size, _ = gray.shape
     for _ in range(max(2, round(size * size * planes / 110_000))):
         cz, cy, cx = rng.uniform((0, 0, 0), (planes * _STEP, size, size))
         radius = rng.uniform(7, 13)
@@ -198,4 +198,4 @@ def _add_dark_bodies(rng: np.random.Generator, grey: F32, labels: Labels, edge: 
         room = (labels[box] == 0) & (edge[box] > 3)
         if room[away < radius].all():
             cover = np.clip(radius - away, 0, 1)
-            grey[box] += cover * (rng.uniform(62, 92) - grey[box])
+            gray[box] += cover * (rng.uniform(62, 92) - gray[box])

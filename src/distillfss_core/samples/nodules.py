@@ -15,7 +15,7 @@ from distillfss_core.samples.noise import F32, Labels, blur, drifting, renumber,
 
 PIXEL_MM = 0.8
 PLANE_MM = 2.5
-_WIDTH = 307.2  # millimetres that are shown at most: all of the thorax
+_WIDTH = 307.2  # millimeters that are shown at most: all of the thorax
 _AIR, _FAT, _MUSCLE, _BLOOD, _BONE, _LUNG = -1000, -95, 45, 40, 420, -850
 _SMALLEST = 8  # pixels of a cut that a person would outline
 
@@ -24,7 +24,7 @@ Field = npt.NDArray[np.floating]
 
 
 def pixel_size(size: int) -> float:
-    """Millimetres a pixel in planes of ``size`` pixels: 0.8, or finer where the whole thorax is in them."""
+    """Millimeters a pixel in planes of ``size`` pixels: 0.8, or finer where the whole thorax is in them."""
     return round(min(PIXEL_MM, _WIDTH / size), 4)
 
 
@@ -50,7 +50,7 @@ def draw_nodules(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple
 
 
 class _Space:
-    """Millimetres from the middle of the thorax along z (to the feet), y (to the back) and x (to the left)."""
+    """Millimeters from the middle of the thorax along z (to the feet), y (to the back) and x (to the left)."""
 
     def __init__(self, pixel: float, z: Field, y: Field, x: Field) -> None:
         self.pixel, self.z, self.y, self.x = pixel, z, y, x
@@ -65,7 +65,7 @@ class _Space:
         return _Space(self.pixel, self.z[box[0]], self.y[box[1]], self.x[:, box[2]])
 
     def ellipse(self, y: Field | float, x: Field | float, height: Field | float, width: Field | float) -> F32:
-        """Millimetres below the surface of an upright ellipse, about; negative outside."""
+        """Millimeters below the surface of an upright ellipse, about; negative outside."""
         away = np.sqrt(((self.y - y) / height) ** 2 + ((self.x - x) / width) ** 2)
         return np.asarray((1 - away) * np.minimum(height, width), np.float32)
 
@@ -122,7 +122,7 @@ def _thorax(rng: np.random.Generator, shape: tuple[int, int, int], space: _Space
 
 
 def _vessels(rng: np.random.Generator, reach: float) -> Iterator[tuple[Point, Point, float]]:
-    """Pieces (start, end, radius; z y x in millimetres) of trees that leave the middle and fork towards the wall."""
+    """Pieces (start, end, radius; z y x in millimeters) of trees that leave the middle and fork towards the wall."""
     for s in (-1.0, 1.0):
         for _ in range(16):
             hilum = np.array([rng.uniform(-reach - 12, reach + 12), rng.normal(6, 8), s * 24])
@@ -164,14 +164,14 @@ def _add_nodules(rng: np.random.Generator, image: F32, lung: F32, space: _Space)
     number = 0
     for _ in range(max(2, round(volume / 19_000))):
         at = places[rng.integers(len(places))]
-        centre = np.array([space.z[at[0], 0, 0], space.y[at[1], 0], space.x[0, at[2]]], float)
-        centre += rng.uniform(-1, 1, 3)
+        center = np.array([space.z[at[0], 0, 0], space.y[at[1], 0], space.x[0, at[2]]], float)
+        center += rng.uniform(-1, 1, 3)
         radius = float(np.clip(rng.lognormal(np.log(5.6), 0.32), 3, 11))
-        box = space.box(centre - 1.5 * radius, centre + 1.5 * radius)
+        box = space.box(center - 1.5 * radius, center + 1.5 * radius)
         if box is None:
             continue
         part = space.part(box)
-        z, y, x = (a - c for a, c in zip((part.z, part.y, part.x), centre, strict=True))
+        z, y, x = (a - c for a, c in zip((part.z, part.y, part.x), center, strict=True))
         stretch = rng.uniform(0.8, 1.25)
         away = np.sqrt((z / rng.uniform(0.85, 1.15)) ** 2 + (y * stretch) ** 2 + (x / stretch) ** 2)
         angle, slope = np.arctan2(y, x), np.arctan2(z, np.sqrt(y * y + x * x))
@@ -182,7 +182,7 @@ def _add_nodules(rng: np.random.Generator, image: F32, lung: F32, space: _Space)
         depth = surface - away
         faint = rng.random() < 0.2
         value = rng.uniform(-420, -250) if faint else rng.uniform(0, 70)
-        softness = 1.6 if faint else 0.8  # millimetres over which it fades
+        softness = 1.6 if faint else 0.8  # millimeters over which it fades
         cover = np.clip(depth / softness + 0.5, 0, 1) * lung[box]
         image[box] += cover * np.maximum(value - image[box], 0)
         number += 1

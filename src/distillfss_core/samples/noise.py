@@ -10,7 +10,7 @@ Labels = npt.NDArray[np.uint16]
 
 
 def texture(rng: np.random.Generator, shape: tuple[int, int, int], sigma: float) -> F32:
-    """Smooth noise (z y x) of mean 0 and deviation 1 with grains of ``sigma`` pixels, alike in neighbouring planes."""
+    """Smooth noise (z y x) of mean 0 and deviation 1 with grains of ``sigma`` pixels, alike in neighboring planes."""
     noise = along_z(blur(rng.standard_normal(shape, np.float32), sigma), (0.25, 0.5, 0.25))
     noise -= noise.mean()
     return (noise / max(float(noise.std()), 1e-6)).astype(np.float32)
@@ -30,7 +30,7 @@ def blur(stack: F32, sigma: float) -> F32:
 
 
 def along_z(stack: F32, kernel: tuple[float, ...]) -> F32:
-    """Weighted mean over neighbouring planes; beyond the ends the last plane repeats."""
+    """Weighted mean over neighboring planes; beyond the ends the last plane repeats."""
     half = len(kernel) // 2
     padded = np.pad(stack, ((half, half), (0, 0), (0, 0)), mode="edge")
     out = np.zeros_like(stack)

@@ -66,7 +66,7 @@ def _crowded(placed: list[tuple[float, float, float, float]], z: float, y: float
 
 def _add_nucleus(
     rng: np.random.Generator,
-    centre: tuple[float, float, float],
+    center: tuple[float, float, float],
     radius: float,
     number: int,
     light: F32,
@@ -77,7 +77,7 @@ def _add_nucleus(
 ) -> int:
     """Draw one nucleus in place; return 1 if any of its voxels lies in the stack."""
     planes, size, _ = light.shape
-    z0, y0, x0 = centre
+    z0, y0, x0 = center
     reach = radius * 1.75
     top, bottom = max(0, int((z0 - reach) / Z_STEP)), min(planes, int((z0 + reach) / Z_STEP) + 2)
     up, down = max(0, int(y0 - reach)), min(size, int(y0 + reach) + 2)
@@ -144,18 +144,18 @@ def _microscope_blur(light: F32) -> F32:
 
 
 def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> F32:
-    """Background with structure: cytoplasm round the nuclei, fibres, a slow unevenness."""
+    """Background with structure: cytoplasm round the nuclei, fibers, a slow unevenness."""
     cytoplasm = blur(light, 9.0) * (0.45 + 0.25 * texture(rng, shape, 3.0))
     slow = 0.13 * np.clip(1 + 0.7 * texture(rng, shape, 34.0), 0, None)
-    # The zero line of a smooth random field is a curve: it draws fibres.
+    # The zero line of a smooth random field is a curve: it draws fibers.
     field = texture(rng, shape, 17.0)
-    fibres = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(texture(rng, shape, 26.0), 0, None)
-    result: F32 = (np.clip(cytoplasm, 0, None) + slow + fibres).astype(np.float32)
+    fibers = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(texture(rng, shape, 26.0), 0, None)
+    result: F32 = (np.clip(cytoplasm, 0, None) + slow + fibers).astype(np.float32)
     return result
 
 
 def _illumination(rng: np.random.Generator, shape: tuple[int, int, int]) -> F32:
-    """A lamp that is off centre, and light lost on the way into the tissue."""
+    """A lamp that is off center, and light lost on the way into the tissue."""
     planes, size, _ = shape
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     cy, cx = rng.uniform(-0.4, 0.4, 2)

@@ -42,7 +42,7 @@ class PlaneLabels:
         self.segmenter = VolumeSegmenter(volume, model, tile=self.tile)
 
     def layout(self, levels: int | None) -> Layout:
-        """Shards that this way of labelling fills without waste; ``levels`` as for `plan_layout`."""
+        """Shards that this way of labeling fills without waste; ``levels`` as for `plan_layout`."""
         side = _side(self.model, self.segmenter.shape, self.tile)
         return plan_layout(self.volume.shape, side, self.volume.scale, levels=levels)
 
@@ -56,7 +56,7 @@ class PlaneLabels:
 
 
 class SmoothLabels(PlaneLabels):
-    """Probabilities of a plane (two parts) and of its two neighbours (a part each, where there is one) together.
+    """Probabilities of a plane (two parts) and of its two neighbors (a part each, where there is one) together.
 
     What flickers from plane to plane goes, and so do objects of a single plane.
     """
@@ -64,11 +64,11 @@ class SmoothLabels(PlaneLabels):
     mode = "smooth"
 
     def read(self, box: Box) -> Array:
-        return super().read(self._with_neighbours(box))
+        return super().read(self._with_neighbors(box))
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
         labels = np.empty([b - a for a, b in box], np.uint8)
-        first, last = self._with_neighbours(box)[0]
+        first, last = self._with_neighbors(box)[0]
         planes: dict[int, npt.NDArray[np.float32]] = {}
         for at, z in enumerate(range(*box[0])):
             near = range(max(first, z - 1), min(last, z + 2))
@@ -83,7 +83,7 @@ class SmoothLabels(PlaneLabels):
             labels[at] = likeliest(total)
         return labels
 
-    def _with_neighbours(self, box: Box) -> Box:
+    def _with_neighbors(self, box: Box) -> Box:
         (z0, z1), y, x = box
         return (max(0, z0 - 1), min(self.volume.shape[0], z1 + 1)), y, x
 
@@ -144,7 +144,7 @@ MODES = {kind.mode: kind for kind in (PlaneLabels, SmoothLabels, ConsensusLabels
 
 
 def make_labeller(mode: str, volume: Volume, model: Segmenter, tile: int | None = None) -> PlaneLabels:
-    """The way of labelling that goes by this name.
+    """The way of labeling that goes by this name.
 
     Raises
     ------

@@ -123,7 +123,7 @@ def iter_segment(
     overwrite : bool
         Begin anew in place of labels that were written from here.
     mode : {"planes", "smooth", "consensus"}
-        Each plane on its own; with its neighbours along z; or the mean of what planes in three directions say, where
+        Each plane on its own; with its neighbors along z; or the mean of what planes in three directions say, where
         voxels are about as long as wide (some ten times slower). See `labellers`.
     tile : int, optional
         Inner side of a tile in pixels after zooming.

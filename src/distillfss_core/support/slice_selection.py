@@ -124,10 +124,10 @@ def describe_plane(plane: Array) -> tuple[F32, F32, F32]:
     layout : shape (2 * 4 * 4,)
         Mean and deviation in a grid of four by four.
     """
-    grey = np.nan_to_num(plane.astype(np.float32), posinf=0.0, neginf=0.0)
-    grey = grey.mean(-1) if grey.ndim == 3 else grey
-    step = max(1, round(max(grey.shape) / _SIDE))
-    small = _shrunk(grey, step)
+    gray = np.nan_to_num(plane.astype(np.float32), posinf=0.0, neginf=0.0)
+    gray = gray.mean(-1) if gray.ndim == 3 else gray
+    step = max(1, round(max(gray.shape) / _SIDE))
+    small = _shrunk(gray, step)
     brightness = np.percentile(small, (1, 5, 25, 50, 75, 95, 99))
     texture, level = np.zeros(_OCTAVES), small
     for octave in range(_OCTAVES):
@@ -186,9 +186,9 @@ def _comparable(places: F32, described: Sequence[tuple[F32, F32, F32]]) -> F32:
     return np.concatenate(spread, 1).astype(np.float32)
 
 
-def _shrunk(grey: F32, step: int) -> F32:
+def _shrunk(gray: F32, step: int) -> F32:
     """Means of squares of ``step`` pixels; what is left at the edges is cut off, unless it is all there is."""
-    rows, columns = (max(1, n // step) for n in grey.shape)
-    tall, wide = (min(step, n) for n in grey.shape)
-    cut = grey[: rows * tall, : columns * wide].reshape(rows, tall, columns, wide)
+    rows, columns = (max(1, n // step) for n in gray.shape)
+    tall, wide = (min(step, n) for n in gray.shape)
+    cut = gray[: rows * tall, : columns * wide].reshape(rows, tall, columns, wide)
     return np.asarray(cut.mean((1, 3)))

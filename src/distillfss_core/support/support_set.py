@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from distillfss_core.errors import SupportSetError
-from distillfss_core.types import IGNORE, MAX_CLASSES, Array, LabelledSlice
+from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +18,12 @@ class SupportSet:
 
     Parameters
     ----------
-    slices : sequence of LabelledSlice
+    slices : sequence of AnnotatedSlice
         At least one. Labels: 0 background, 1..K classes, IGNORE not annotated.
     class_names : sequence of str
         Names of classes 1..K.
     pixel_size : (float, float), optional
-        Size of a pixel (y, x) in micrometres, kept on the model's card.
+        Size of a pixel (y, x) in micrometers, kept on the model's card.
     planes_of_one_volume : bool
         Whether the slices are planes of one acquisition: intensity limits are then shared.
 
@@ -34,7 +34,7 @@ class SupportSet:
         nothing annotated; if nothing but objects is annotated anywhere.
     """
 
-    slices: Sequence[LabelledSlice]
+    slices: Sequence[AnnotatedSlice]
     class_names: Sequence[str] = ("object",)
     pixel_size: tuple[float, float] | None = None
     planes_of_one_volume: bool = False
@@ -47,15 +47,15 @@ class SupportSet:
             raise SupportSetError("the support set is empty; annotate at least one slice")
         counts = np.stack([_count_labels(s.labels) for s in self.slices])
         known = len(self.class_names) + 1
-        for labelled, row in zip(self.slices, counts, strict=True):
+        for labeled, row in zip(self.slices, counts, strict=True):
             beyond = np.flatnonzero(row[known:IGNORE]) + known
             if len(beyond):
                 raise SupportSetError(
-                    f"{labelled.source}: label {beyond[0]} has no class name; there are {known - 1} classes "
+                    f"{labeled.source}: label {beyond[0]} has no class name; there are {known - 1} classes "
                     f"({', '.join(self.class_names)})"
                 )
             if not row[:known].sum():
-                raise SupportSetError(f"{labelled.source}: nothing is annotated; paint something or leave it out")
+                raise SupportSetError(f"{labeled.source}: nothing is annotated; paint something or leave it out")
         totals = counts[:, :known].sum(0)
         for name, total in zip(self.class_names, totals[1:], strict=True):
             if not total:
@@ -64,7 +64,7 @@ class SupportSet:
                     f"({len(self.slices)} slices looked at)"
                 )
         if not totals[0]:
-            raise SupportSetError("no pixel is labelled background; paint some background too, or scribble it")
+            raise SupportSetError("no pixel is labeled background; paint some background too, or scribble it")
 
     def _check_names(self) -> None:
         if not 1 <= len(self.class_names) <= MAX_CLASSES:
@@ -122,7 +122,7 @@ def load_support(
     scribbles : bool
         Label values mean: 0 not annotated, 1 background, 2, 3, ... the classes.
     pixel_size : (float, float), optional
-        Size of a pixel (y, x) in micrometres.
+        Size of a pixel (y, x) in micrometers.
     one_volume : bool
         The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
         more steps.

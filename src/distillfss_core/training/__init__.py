@@ -1,4 +1,4 @@
-"""Training on a support set: refine a teacher (TransferFSS), distil a student (DistillFSS)."""
+"""Training on a support set: refine a teacher (TransferFSS), distill a student (DistillFSS)."""
 
 from distillfss_core.training.distillation import (
     DistillRun,

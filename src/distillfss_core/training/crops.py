@@ -76,7 +76,7 @@ class View:
 class ViewCutter:
     """Cuts views out of a support set, at native resolution times the model's zoom.
 
-    Three views out of four are centred on an annotated object (each class as often as another), the others
+    Three views out of four are centered on an annotated object (each class as often as another), the others
     lie anywhere that something is annotated: rare classes are seen in most steps.
 
     Parameters
@@ -106,7 +106,7 @@ class ViewCutter:
         scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(aug.scale)))
         side = max(2, round(self.size / (float(self.preprocess.zoom_factor) * scale)))
         labels = self._labels[slice_index]
-        y, x = self._centre(slice_index, rng)
+        y, x = self._center(slice_index, rng)
         y0, x0 = (
             _place(int(c + rng.integers(-side // 4, side // 4 + 1)) - side // 2, side, n)
             for c, n in zip((y, x), labels.shape, strict=True)
@@ -135,7 +135,7 @@ class ViewCutter:
         chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:most]
         return sorted(drawn[i] for i in chosen)
 
-    def _centre(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
+    def _center(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
         anchors = self._anchors[slice_index]
         objects = [a for a in anchors[1:] if len(a)]
         if objects and (rng.random() < 0.75 or not len(anchors[0])):
@@ -168,10 +168,10 @@ class ViewCutter:
             x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
             if mirror:
                 x, target = x.flip(2), target.flip(1)
-        return View(_recolour(x, augmentation, rng), target.contiguous(), index, box)
+        return View(_recolor(x, augmentation, rng), target.contiguous(), index, box)
 
 
-def _recolour(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
+def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
     if aug.polarity and rng.random() < aug.polarity:
         x = 1 - x
     if aug.gamma:
@@ -198,7 +198,7 @@ def _anchors(labels: Array, classes: int, most: int = 4096) -> list[Array]:
 
 
 def _place(start: int, side: int, length: int) -> int:
-    """Keep a crop inside the slice; centre it where the slice is smaller than the crop."""
+    """Keep a crop inside the slice; center it where the slice is smaller than the crop."""
     if side >= length:
         return -((side - length) // 2)
     return min(max(start, 0), length - side)

@@ -58,7 +58,7 @@ class DistillRun(Iterator[TrainStep]):
         Warm start: go on from this student's weights, in its form, on its backbone, with its zoom and intensity
         ("refine again"). Its classes must be the support's.
     teacher_only : bool
-        TransferFSS: refine the teacher and distil nothing.
+        TransferFSS: refine the teacher and distill nothing.
     """
 
     def __init__(
@@ -122,15 +122,15 @@ class DistillRun(Iterator[TrainStep]):
         stages = (
             ["refine"]
             if teacher_only
-            else {"two-stage": ["refine", "distil"]}.get(self.settings.method, [self.settings.method])
+            else {"two-stage": ["refine", "distill"]}.get(self.settings.method, [self.settings.method])
         )
         fixed = None
         for stage in stages:
-            if stage == "distil":
+            if stage == "distill":
                 self._refined, self._has_student = self._best_head(), True
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
-            if stage in ("joint", "distil") and start is None:
+            if stage in ("joint", "distill") and start is None:
                 views = evenly(len(self._bank), START_VIEWS)
                 start_from_attention(self.head, self._bank.support(views, self.support.classes))
             self._best = Best(self.head)
@@ -203,7 +203,7 @@ class DistillRun(Iterator[TrainStep]):
 def iter_distill(
     support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
 ) -> DistillRun:
-    """Distil, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
+    """Distill, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
     return DistillRun(support, settings or DistillSettings(), start)
 
 
@@ -412,11 +412,11 @@ def _busiest_part(support: SupportSet, side: int) -> Array:
     """Of all slices the part of that side, or less, that holds most foreground: where the halo is measured."""
 
     def parts() -> Iterator[tuple[int, Array]]:
-        for labelled in support.slices:
-            found = (labelled.labels > 0) & (labelled.labels < IGNORE)
+        for labeled in support.slices:
+            found = (labeled.labels > 0) & (labeled.labels < IGNORE)
             rows, columns = (sorted({min(start, max(0, n - side)) for start in range(0, n, side)}) for n in found.shape)
             for y, x in product(rows, columns):
                 window = slice(y, y + side), slice(x, x + side)
-                yield int(found[window].sum()), labelled.image[window]
+                yield int(found[window].sum()), labeled.image[window]
 
     return max(parts(), key=lambda part: part[0])[1]

@@ -38,7 +38,7 @@ TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in eve
 
 @dataclass(frozen=True)
 class Roles:
-    """What learns in a stage: "refine" the teacher alone, "joint" both, "distil" the student from a fixed teacher
+    """What learns in a stage: "refine" the teacher alone, "joint" both, "distill" the student from a fixed teacher
     (the published loss then sees no labels, ours sees them too), "direct" the student from the labels."""
 
     teacher: bool
@@ -53,7 +53,7 @@ class Roles:
 STAGES = {
     "refine": Roles(teacher=True, student=False),
     "joint": Roles(teacher=True, student=True),
-    "distil": Roles(teacher=False, student=True, truth=False),
+    "distill": Roles(teacher=False, student=True, truth=False),
     "direct": Roles(teacher=False, student=True),
 }
 
@@ -82,13 +82,13 @@ def iter_fit(
     Parameters
     ----------
     fixed_decoder : module, optional
-        Decoder of the fixed teacher in the stage "distil".
+        Decoder of the fixed teacher in the stage "distill".
     """
     roles = STAGES[stage]
     rng = np.random.default_rng([settings.seed, list(STAGES).index(stage)])
     trained = [p for p in _trained(head, roles) if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda i: _rate(i, steps))
+    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
     every = max(10, steps // 12)
     head.train()
     if not roles.teacher:
@@ -103,13 +103,13 @@ def iter_fit(
             shots=settings.shots,
             walk=step,
         )
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         with bank.device.reproducible():
             with seeded(int(rng.integers(2**31))), bank.device.autocast():
                 losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
             torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
         schedule.step()
         best.follow(head)
         metrics: dict[str, float] = {}
@@ -134,7 +134,7 @@ def episode_losses(
     fixed_decoder: nn.Module | None = None,
     offset: float = 0.0,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Loss terms of one episode; their sum is what is minimised.
+    """Loss terms of one episode; their sum is what is minimized.
 
     ``offset`` (0..1) says which of the support's keys are kept where there are more than `TRAIN_KEYS`.
 
@@ -179,7 +179,8 @@ def episode_losses(
 class _Outputs:
     """What teacher and student made of the queries of an episode; None of what does not take part.
 
-    ``k1`` is k + 1. ``visible`` are the labels without the classes that the support does not show; ``present`` says which it shows.
+    ``k1`` is k + 1. ``visible`` are the labels without the classes that the support does not show; ``present`` says
+    which it shows.
     """
 
     teacher_logits: Float[Tensor, "b k1 h w"] | None
@@ -205,7 +206,7 @@ def _published_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]
         zero = out.teacher_logits.new_zeros(()) if coarse is None else coarse
         if roles.truth:
             return {"joint": joint_loss(out.teacher_logits, out.student_logits, zero, out.visible)}
-        return {"distil": distillation_loss(out.teacher_logits, out.student_logits, zero)}
+        return {"distill": distillation_loss(out.teacher_logits, out.student_logits, zero)}
     if out.teacher_logits is not None:
         return {"teacher": focal_loss(out.teacher_logits, out.visible)}
     assert out.student_logits is not None

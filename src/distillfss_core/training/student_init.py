@@ -23,15 +23,15 @@ def start_from_attention(head: FewShotHead, support: EncodedSupport) -> None:
     """Set the weights of a `LightConvDist` to what its teacher's attention would answer, roughly.
 
     A map of DCAMA is the mean mask value of the keys, weighted by exp(q k / sqrt(d)), where q = W_q t + b_q of the
-    normalised token t. The student's channels become the scores of a few centres m of the keys of each class, against
-    the mean centre; they speak for their class and against the others::
+    normalized token t. The student's channels become the scores of a few centers m of the keys of each class, against
+    the mean center; they speak for their class and against the others::
 
         reduce   s (W_q t + b_q) (m - mean m) / sqrt(d), with s such that its spread over some views is 1
         look     the identity
         read     1/2 + READ times the mean over the channels of the class, less that over the others
 
     The latter two keep a little of their random start. From there it learns as from any other. Teachers with positions
-    or without normalised tokens, and students of other forms, are left as they are, and so are channels of a class that
+    or without normalized tokens, and students of other forms, are left as they are, and so are channels of a class that
     the support does not show, or all of them where it shows one thing only.
 
     Parameters
@@ -40,7 +40,7 @@ def start_from_attention(head: FewShotHead, support: EncodedSupport) -> None:
         Views of the annotated slices.
     """
     student, settings = head.student, head.teacher.settings
-    if not isinstance(student, LightConvDist) or settings.position or not settings.normalise:
+    if not isinstance(student, LightConvDist) or settings.position or not settings.normalize:
         return
     stages = head.teacher.encode(support).stages
     layers = zip(student.reduce, student.look, student.read, strict=True)
@@ -77,10 +77,10 @@ def _start_scores(
     channel = column = 0
     for n, block in enumerate(blocks):
         width = len(reduce.weight) // len(blocks) + (n < len(reduce.weight) % len(blocks))
-        centres, owner = _centres(stage, n, width)
+        centers, owner = _centers(stage, n, width)
         if bool((owner != owner[0]).any()):  # a single class has nothing to stand against
             rows, columns = slice(channel, channel + len(owner)), slice(column, column + block.shape[1])
-            weight, reduce.bias[rows] = _scores(attention, centres, block)
+            weight, reduce.bias[rows] = _scores(attention, centers, block)
             reduce.weight[rows] = 0
             reduce.weight[rows, columns, 0, 0] = weight
             for k in range(classes):
@@ -90,26 +90,26 @@ def _start_scores(
         channel, column = channel + width, column + block.shape[1]
 
 
-def _centres(stage: StageKeys, block: int, count: int) -> tuple[Float[Tensor, "p c"], Tensor]:
-    """Up to ``count`` centres of a block's keys, evenly many a class, and the class of each (0 is the background)."""
+def _centers(stage: StageKeys, block: int, count: int) -> tuple[Float[Tensor, "p c"], Tensor]:
+    """Up to ``count`` centers of a block's keys, evenly many a class, and the class of each (0 is the background)."""
     keys = stage.keys[block].transpose(0, 1).flatten(1)  # l c, the heads side by side
-    centres, owner, shares = [], [], class_shares(stage.values).T
+    centers, owner, shares = [], [], class_shares(stage.values).T
     for k, share in enumerate(shares):
         most = count // len(shares) + (k < count % len(shares))
         inside = F.normalize(keys[share >= 0.5 * share.max()], dim=1)
         if most and float(share.max()) > 0:
-            centres.append(cluster(inside, most, F.normalize(inside.mean(0), dim=0)))
+            centers.append(cluster(inside, most, F.normalize(inside.mean(0), dim=0)))
             owner += [k] * most
-    middle = torch.stack([c.mean(0) for c in centres]).mean(0)
-    return torch.cat(centres) - middle, torch.tensor(owner, device=keys.device)
+    middle = torch.stack([c.mean(0) for c in centers]).mean(0)
+    return torch.cat(centers) - middle, torch.tensor(owner, device=keys.device)
 
 
 def _scores(
-    attention: CrossAttention, centres: Float[Tensor, "p c"], block: Float[Tensor, "b c h w"]
+    attention: CrossAttention, centers: Float[Tensor, "p c"], block: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "p c"], Float[Tensor, " p"]]:
-    """Weights and biases that give the scores of normalised tokens, with a spread of 1 over a block."""
+    """Weights and biases that give the scores of normalized tokens, with a spread of 1 over a block."""
     project = attention.linears[0]
     assert isinstance(project, nn.Linear)
-    weight, bias = centres @ project.weight, centres @ project.bias
+    weight, bias = centers @ project.weight, centers @ project.bias
     spread = (attention.tokens(block) @ weight.T + bias).std().clamp_min(1e-6)
     return weight / spread, bias / spread

@@ -71,4 +71,4 @@ def open_folder(path: Path, axes: str | None) -> Found:
     source = _FolderSource(files, shape, dtype)
     if axes is not None:
         source.axes = letters_of(axes, source.shape, str(path))
-    return Found(source, {"kind": "folder", "files": files_digest(files)}, colour=len(shape) == 3)
+    return Found(source, {"kind": "folder", "files": files_digest(files)}, color=len(shape) == 3)

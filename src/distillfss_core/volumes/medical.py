@@ -14,7 +14,7 @@ import numpy as np
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
 from distillfss_core.volumes.source import (
-    MICROMETRE,
+    MICROMETER,
     UNITS,
     ArraySource,
     Found,
@@ -57,7 +57,7 @@ def open_mrc(path: Path, axes: str | None, series: int | None) -> Found:
         ArraySource(data, letters_of(axes, data.shape, str(path))),
         file_identity("mrc", path.stat()),
         step=step,
-        unit=MICROMETRE if step else None,
+        unit=MICROMETER if step else None,
     )
 
 
@@ -99,7 +99,7 @@ def open_nifti(path: Path, axes: str | None, series: int | None) -> Found:
         _NiftiSource(proxy, letters, stored if plain else np.dtype(np.float32)),
         file_identity("nifti", path.stat()),
         step=step,
-        unit=MICROMETRE if unit else None,
+        unit=MICROMETER if unit else None,
     )
 
 
@@ -188,7 +188,7 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
         if "Rows" not in header or "Columns" not in header:
             raise InputFileError(f"{file}: holds no image; remove it from the series")
         if header.get("SamplesPerPixel", 1) != 1:
-            raise ImageError(f"{file}: is a colour picture; give a series of grey values")
+            raise ImageError(f"{file}: is a color picture; give a series of gray values")
     pairs, gap = _in_order(path, pairs)
     header = pairs[0][1]
     step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
@@ -198,7 +198,7 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
         _DicomSource([f for f, _ in pairs], [h for _, h in pairs], _dicom_dtype([h for _, h in pairs])),
         {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
         step=known,
-        unit=MICROMETRE if known else None,
+        unit=MICROMETER if known else None,
     )
 
 

@@ -45,7 +45,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
     elif path.suffix.lower() in READABLE:
         image = read_image(path)
         source = ArraySource(image, letters_of(axes or "yxc"[: image.ndim], image.shape, str(path)))
-        found = Found(source, file_identity("image", path.stat()), colour=image.ndim == 3)
+        found = Found(source, file_identity("image", path.stat()), color=image.ndim == 3)
     else:
         raise InputFileError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; give OME-Zarr, zarr, TIFF, MRC, NIfTI, "

@@ -16,8 +16,8 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.io.images import DECODER_FAULTS
 from distillfss_core.types import Array
 
-MICROMETRE = "micrometer"
-UNITS = {  # of one of them in micrometres
+MICROMETER = "micrometer"
+UNITS = {  # of one of them in micrometers
     "angstrom": 1e-4,
     "å": 1e-4,
     "nanometer": 1e-3,
@@ -73,7 +73,7 @@ class Found:
     origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
     levels: tuple[tuple[int, ...], ...] = ()
     channel_names: tuple[str, ...] = ()
-    colour: bool = False  # whether the channels are samples of a colour picture
+    color: bool = False  # whether the channels are samples of a color picture
 
 
 def file_identity(kind: str, stat: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import zarr.storage
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import MICROMETRE, UNITS, Found, file_identity, letters_of
+from distillfss_core.volumes.source import MICROMETER, UNITS, Found, file_identity, letters_of
 
 log = logging.getLogger(__name__)
 LARGE_TIFFS = (".btf", ".tf8", ".lsm")
@@ -127,7 +127,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
         unit=unit,
         levels=tuple(tuple(s.shape) for s in chosen.levels),
         channel_names=names,
-        colour="S" in chosen.axes.upper(),
+        color="S" in chosen.axes.upper(),
     )
 
 
@@ -162,7 +162,7 @@ def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, t
     labels = tuple(str(v) for v in about.get("Labels") or ()) if about.get("channels", 1) > 1 else ()
     if factor is None:
         return {a: abs(s) for a, s in step.items() if s}, None, labels
-    return {a: abs(s) * factor for a, s in step.items() if s}, MICROMETRE, labels
+    return {a: abs(s) * factor for a, s in step.items() if s}, MICROMETER, labels
 
 
 def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tuple[str, ...]]:
@@ -188,7 +188,7 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
                 factors.append(UNITS.get(unit if unit == "m" else unit.lower()))
     if not step or any(f is None for f in factors):
         return step, None, names
-    return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETRE, names
+    return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETER, names
 
 
 def _check_pages_chained(file: BinaryIO, path: Path) -> None:

@@ -229,7 +229,7 @@ def open_volume(
     level : int
         Resolution; 0 is the finest.
     channel : int or "all", optional
-        Needed where there are several, unless they are the samples of a colour picture, which stay together.
+        Needed where there are several, unless they are the samples of a color picture, which stay together.
     time : int, optional
         Needed where there are several time points.
     series : int, optional
@@ -283,7 +283,7 @@ def count_choices(path: str | Path, *, axes: str | None = None, series: int | No
     found = _find(path, str(path), 0, axes, series)
     found.source.close()
     size = dict(zip(found.source.axes, found.source.shape, strict=True))
-    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and found.colour)}
+    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and found.color)}
 
 
 def _open_again(source: Any, how: dict[str, Any], across: str) -> Volume:
@@ -369,7 +369,7 @@ def _time_point(name: str, time: int | None, points: int) -> int:
 def _channel(name: str, channel: int | str | None, count: int, found: Found) -> Any:
     """The number of the channel that is meant, or "all"; it must be given where there are several, but of a picture."""
     known = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
-    if channel == "all" or (channel is None and found.colour):
+    if channel == "all" or (channel is None and found.color):
         return "all"
     if channel is None:
         if count > 1:

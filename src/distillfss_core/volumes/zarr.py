@@ -25,7 +25,7 @@ from zarr.core.sync import sync
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import FAULTS, MICROMETRE, UNITS, Found, letters_of, reason, spread
+from distillfss_core.volumes.source import FAULTS, MICROMETER, UNITS, Found, letters_of, reason, spread
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ class _Multiscale:
         known = bool(factors) and None not in factors.values()
         step = {a: float(total[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
         origin = {a: float(place[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
-        return step, origin, MICROMETRE if known and step else None
+        return step, origin, MICROMETER if known and step else None
 
 
 def _read_multiscale(

@@ -24,7 +24,7 @@ from napari_distillfss import _format as fmt
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
 
-FAULT_COLOUR = "#e0524d"  # readable on napari's light and dark
+FAULT_COLOR = "#e0524d"  # readable on napari's light and dark
 
 
 class Message(QLabel):
@@ -46,7 +46,7 @@ class Message(QLabel):
         self.setText(text)
 
     def warn(self, text: str) -> None:
-        self.setStyleSheet(f"color: {FAULT_COLOUR};")
+        self.setStyleSheet(f"color: {FAULT_COLOR};")
         self.setText(text)
 
 

@@ -18,7 +18,7 @@ from napari_distillfss._tasks import Written, iter_applying, iter_counting
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
 from napari_distillfss._widgets.region import RegionEdit
-from napari_distillfss._widgets.support import colours_of
+from napari_distillfss._widgets.support import colors_of
 from napari_distillfss._widgets.table import ObjectTable
 
 MODES = {"planes": "planes", "smooth along z": "smooth", "consensus of 3 directions": "consensus"}
@@ -40,7 +40,7 @@ class ApplyWidget(QWidget):
             "What is on screen", "Take the part of the planes that you see", self._on_screen_clicked
         )
         self.mode = combo(
-            "planes: each on its own; smooth: with its neighbours, so that single planes do not flicker; consensus: "
+            "planes: each on its own; smooth: with its neighbors, so that single planes do not flicker; consensus: "
             "three directions, for voxels as long as wide (ten times slower)",
             tuple(MODES),
         )
@@ -55,7 +55,7 @@ class ApplyWidget(QWidget):
             "Apply", "Segment into OME-Zarr; cancelled or crashed, pressing Apply again goes on", self.start
         )
         self.job = Job(session, "segmenting", self)
-        self.message = Message("distil or load a student first")
+        self.message = Message("distill or load a student first")
         column(
             self,
             row(self.region, self.on_screen),
@@ -87,7 +87,7 @@ class ApplyWidget(QWidget):
             if chosen is None:
                 raise core.SettingsError("no volume is chosen; choose an image layer first")
             if model is None:
-                raise core.SettingsError("there is no student yet; distil or load one first")
+                raise core.SettingsError("there is no student yet; distill or load one first")
             out = Path(self.out.text().strip() or ".").expanduser().absolute()
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
@@ -152,7 +152,7 @@ class ApplyWidget(QWidget):
             data if len(data) > 1 else data[0],
             name=applied.out.name.partition(".")[0],
             multiscale=len(data) > 1,
-            colormap=colours_of(classes, first=1) if known else None,
+            colormap=colors_of(classes, first=1) if known else None,
             opacity=0.5,
             **chosen.place(),
         )
@@ -185,7 +185,7 @@ class ApplyWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         self.apply.setEnabled(not self._session.busy and self._session.model is not None)
-        if self._session.model is not None and self.message.text().startswith("distil"):
+        if self._session.model is not None and self.message.text().startswith("distill"):
             self.message.tell("ready: labels are written piece by piece, and can be stopped and gone on with")
 
 

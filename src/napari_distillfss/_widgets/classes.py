@@ -1,4 +1,4 @@
-"""The classes: names and colours, and which one the brush paints."""
+"""The classes: names and colors, and which one the brush paints."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from qtpy.QtCore import QSize, Qt, Signal
 from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import QColorDialog, QListWidget, QListWidgetItem, QWidget
 
-from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOUR, COLOURS, FIRST_CLASS, Class
+from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOR, COLORS, FIRST_CLASS, Class
 from napari_distillfss._widgets._common import button, column, row
 
-_UNLABELLED = ("eraser (not labelled)", "#00000000")
+_UNLABELED = ("eraser (not labeled)", "#00000000")
 
 
 class ClassList(QWidget):
-    """Edits the classes; `brushChanged` gives the label to paint: 0 not labelled, 1 background, 2.. the classes."""
+    """Edits the classes; `brushChanged` gives the label to paint: 0 not labeled, 1 background, 2.. the classes."""
 
     valueChanged = Signal(tuple)
     brushChanged = Signal(int)
@@ -29,11 +29,11 @@ class ClassList(QWidget):
         self.list.setMaximumHeight(110)
         self.add = button("Add class", "One more kind of object to tell apart", self._on_add_clicked)
         self.remove = button("Remove class", "Take the last class away; what was painted of it stays", self._on_remove)
-        self.colour = button("Colour…", "Another colour for the chosen class", self._on_colour_clicked)
-        column(self, self.list, row(self.add, self.remove, self.colour), margin=0)
+        self.color = button("Color…", "Another color for the chosen class", self._on_color_clicked)
+        column(self, self.list, row(self.add, self.remove, self.color), margin=0)
         self.list.currentRowChanged.connect(self.brushChanged.emit)
         self.list.itemChanged.connect(self._on_item_changed)
-        self.setValue((Class("object", COLOURS[0]),))
+        self.setValue((Class("object", COLORS[0]),))
 
     def value(self) -> tuple[Class, ...]:
         return self._value
@@ -45,9 +45,9 @@ class ClassList(QWidget):
         self._value = tuple(value)
         self.list.blockSignals(True)
         self.list.clear()
-        fixed = (_UNLABELLED, ("background", BACKGROUND_COLOUR))
-        for number, (name, colour) in enumerate([*fixed, *((c.name, c.colour) for c in self._value)]):
-            item = QListWidgetItem(_swatch(colour), name)
+        fixed = (_UNLABELED, ("background", BACKGROUND_COLOR))
+        for number, (name, color) in enumerate([*fixed, *((c.name, c.color) for c in self._value)]):
+            item = QListWidgetItem(_swatch(color), name)
             if number >= FIRST_CLASS:
                 item.setFlags(item.flags() | Qt.ItemFlag.ItemIsEditable)
             self.list.addItem(item)
@@ -68,29 +68,29 @@ class ClassList(QWidget):
     def _on_add_clicked(self) -> None:
         names = {c.name for c in self._value}
         number = next(n for n in range(len(names) + 1, 255) if f"class {n}" not in names)
-        self.setValue((*self._value, Class(f"class {number}", COLOURS[len(names) % len(COLOURS)])))
+        self.setValue((*self._value, Class(f"class {number}", COLORS[len(names) % len(COLORS)])))
         self.setBrush(len(self._value) + BACKGROUND)
 
     def _on_remove(self) -> None:
         self.setValue(self._value[:-1])
 
-    def _on_colour_clicked(self) -> None:
+    def _on_color_clicked(self) -> None:
         at = max(0, self.brush() - FIRST_CLASS)
-        colour = QColorDialog.getColor(QColor(self._value[at].colour), self)
-        if colour.isValid():
+        color = QColorDialog.getColor(QColor(self._value[at].color), self)
+        if color.isValid():
             value = list(self._value)
-            value[at] = Class(value[at].name, colour.name())
+            value[at] = Class(value[at].name, color.name())
             self.setValue(value)
 
     def _on_item_changed(self, item: QListWidgetItem) -> None:
         at = self.list.row(item) - FIRST_CLASS
         value = list(self._value)
-        value[at] = Class(item.text().strip() or value[at].name, value[at].colour)
+        value[at] = Class(item.text().strip() or value[at].name, value[at].color)
         self._value = ()
         self.setValue(value)
 
 
-def _swatch(colour: str) -> QIcon:
+def _swatch(color: str) -> QIcon:
     picture = QPixmap(14, 14)
-    picture.fill(QColor(colour) if len(colour) == 7 else QColor(0, 0, 0, 0))
+    picture.fill(QColor(color) if len(color) == 7 else QColor(0, 0, 0, 0))
     return QIcon(picture)

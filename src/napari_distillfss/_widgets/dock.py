@@ -14,7 +14,7 @@ from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
 from napari_distillfss._widgets._common import Section
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
-from napari_distillfss._widgets.distil import DistilWidget
+from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
 from napari_distillfss._widgets.preview import PreviewWidget
 from napari_distillfss._widgets.support import SupportWidget
@@ -27,7 +27,7 @@ _WIDTH = 380  # so that half of a small screen is left for the image
 
 
 class DistillDock(QScrollArea):
-    """Volume, Support, Distil, Preview, Apply, Objects, Model.
+    """Volume, Support, Distill, Preview, Apply, Objects, Model.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class DistillDock(QScrollArea):
         session = self.session = Session(folder)
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
-        self.distil = DistilWidget(session)
+        self.distill = DistillWidget(session)
         self.preview = PreviewWidget(session, napari_viewer)
         self.apply = ApplyWidget(session, napari_viewer)
         self.objects = ObjectsWidget(session, napari_viewer)
@@ -50,7 +50,7 @@ class DistillDock(QScrollArea):
         sections = [
             Section("1  Volume", self.volume, tooltip="What to segment"),
             Section("2  Support", self.support, tooltip="The few slices that you annotate"),
-            Section("3  Distil", self.distil, tooltip="From your slices to a student"),
+            Section("3  Distill", self.distill, tooltip="From your slices to a student"),
             Section("4  Preview", self.preview, tooltip="What the student says of the plane on screen"),
             Section("5  Apply", self.apply, tooltip="The whole volume into OME-Zarr", unfolded=False),
             Section("6  Objects", self.objects, tooltip="Count and measure what was segmented", unfolded=False),
@@ -99,5 +99,5 @@ class ApplyDock(DistillDock):
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__(napari_viewer, folder)
-        for widget, is_open in ((self.support, False), (self.distil, False), (self.apply, True), (self.model, True)):
+        for widget, is_open in ((self.support, False), (self.distill, False), (self.apply, True), (self.model, True)):
             self.sections[widget].heading.setChecked(is_open)

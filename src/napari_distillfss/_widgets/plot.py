@@ -7,7 +7,7 @@ from qtpy.QtCore import QPointF, QRectF, QSize, Qt
 from qtpy.QtGui import QColor, QPainter, QPaintEvent, QPen, QPolygonF
 from qtpy.QtWidgets import QSizePolicy, QWidget
 
-LOSS_COLOUR, IOU_COLOUR = QColor("#4dbbd5"), QColor("#f39b7f")
+LOSS_COLOR, IOU_COLOR = QColor("#4dbbd5"), QColor("#f39b7f")
 _MOST_POINTS = 400
 
 
@@ -52,24 +52,24 @@ class TrainingPlot(QWidget):
         painter.drawRect(frame)
         if self.losses:
             values = [v for _, v in self.losses]
-            self._draw(painter, frame, self.losses, min(values), max(values), LOSS_COLOUR)
-            self._write(painter, f"loss {values[-1]:.3f}", LOSS_COLOUR, Qt.AlignmentFlag.AlignLeft)
+            self._draw(painter, frame, self.losses, min(values), max(values), LOSS_COLOR)
+            self._write(painter, f"loss {values[-1]:.3f}", LOSS_COLOR, Qt.AlignmentFlag.AlignLeft)
         if self.scores:
-            self._draw(painter, frame, self.scores, 0.0, 1.0, IOU_COLOUR)
+            self._draw(painter, frame, self.scores, 0.0, 1.0, IOU_COLOR)
             text = f"left-out IoU {self.scores[-1][1]:.3f}"
-            self._write(painter, text, IOU_COLOUR, Qt.AlignmentFlag.AlignRight)
+            self._write(painter, text, IOU_COLOR, Qt.AlignmentFlag.AlignRight)
         painter.end()
 
     def _draw(
-        self, painter: QPainter, frame: QRectF, points: list[tuple[int, float]], low: float, high: float, colour: QColor
+        self, painter: QPainter, frame: QRectF, points: list[tuple[int, float]], low: float, high: float, color: QColor
     ) -> None:
         thin = points[:: max(1, len(points) // _MOST_POINTS)]
         x, y = np.array(thin, float).T
         x = frame.left() + x / max(self.total, 1) * frame.width()
         y = frame.bottom() - (y - low) / max(high - low, 1e-9) * frame.height()
-        painter.setPen(QPen(colour, 2))
+        painter.setPen(QPen(color, 2))
         painter.drawPolyline(QPolygonF([QPointF(float(a), float(b)) for a, b in zip(x, y, strict=True)]))
 
-    def _write(self, painter: QPainter, text: str, colour: QColor, side: Qt.AlignmentFlag) -> None:
-        painter.setPen(colour)
+    def _write(self, painter: QPainter, text: str, color: QColor, side: Qt.AlignmentFlag) -> None:
+        painter.setPen(color)
         painter.drawText(QRectF(4, 0, self.width() - 8, 16), side | Qt.AlignmentFlag.AlignVCenter, text)

@@ -16,7 +16,7 @@ from napari_distillfss._session import Session
 from napari_distillfss._tasks import PlanePart, iter_plane, iter_teacher
 from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
-from napari_distillfss._widgets.support import colours_of
+from napari_distillfss._widgets.support import colors_of
 
 MARK = "distillfss_preview"
 SOURCES = {"student": None, "teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
@@ -66,7 +66,7 @@ class PreviewWidget(QWidget):
             self._on_take_clicked,
         )
         self.job = Job(session, "telling the teacher", self)
-        self.message = Message("distil a student first, or choose teacher or prototypes")
+        self.message = Message("distill a student first, or choose teacher or prototypes")
         self._latest = LatestJob(self)
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
@@ -189,7 +189,7 @@ class PreviewWidget(QWidget):
         if not self.on.isChecked() or chosen is None:
             return
         if model is None:
-            self.message.tell("distil a student first, or choose teacher or prototypes")
+            self.message.tell("distill a student first, or choose teacher or prototypes")
             return
         dims = self._viewer.dims
         if dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
@@ -241,7 +241,7 @@ class PreviewWidget(QWidget):
             return
         labels = self._arrays["labels"].reshape(chosen.plane_shape)
         known = np.full(labels.shape, core.IGNORE, np.uint8)
-        for where in self._known.values():  # what was not computed stays unlabelled
+        for where in self._known.values():  # what was not computed stays unlabeled
             known[where] = labels[where]
         self.correct.emit(from_classes(known))
 
@@ -288,11 +288,11 @@ class PreviewWidget(QWidget):
         classes = self._session.annotations.classes if self._session.annotations else ()
         about = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
         if name == "labels":
-            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colours_of(classes, first=1), **about)
+            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colors_of(classes, first=1), **about)
         else:
-            colours = "viridis" if name == "probability" else "inferno"
+            colors = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(
-                array, colormap=colours, contrast_limits=(0, 1), opacity=0.6, blending="additive", **about
+                array, colormap=colors, contrast_limits=(0, 1), opacity=0.6, blending="additive", **about
             )
         if active is not None:
             self._viewer.layers.selection.active = active  # the brush stays where it was

@@ -17,10 +17,10 @@ import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import (
     BACKGROUND,
-    BACKGROUND_COLOUR,
+    BACKGROUND_COLOR,
     FIRST_CLASS,
     KINDS,
-    UNLABELLED,
+    UNLABELED,
     Annotations,
     Class,
 )
@@ -68,14 +68,14 @@ class SupportWidget(QWidget):
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that together are most like all the others, looked for in brightness, texture and "
-            "place; evenly: both ends, then midpoints; least sure: where the student doubts most (after Distil)",
+            "place; evenly: both ends, then midpoints; least sure: where the student doubts most (after Distill)",
             (DIFFERENT, EVENLY, LEAST_SURE),
         )
         self.suggest = button("Suggest slices", "Which slices to paint", self.suggest_slices)
         self.classes = ClassList()
         self.paint = button("Paint", "Show the annotation layer and take the brush", self._on_paint_clicked)
         self.rest = button(
-            "Rest is background", "Whatever is not labelled in this slice becomes background (Ctrl+Z undoes it)",
+            "Rest is background", "Whatever is not labeled in this slice becomes background (Ctrl+Z undoes it)",
             self.fill_rest,
         )  # fmt: skip
         self.list = QListWidget()
@@ -87,7 +87,7 @@ class SupportWidget(QWidget):
         )
         self.kind = combo(
             "What numbers of a label file mean. masks: 0 background, others the first class; classes: 0 background, "
-            "1.. classes; scribbles: 0 not labelled, 1 background, 2.. classes",
+            "1.. classes; scribbles: 0 not labeled, 1 background, 2.. classes",
             KINDS,
         )
         self.import_file = button("Import…", "Take labels of a file over", self._on_import_clicked)
@@ -150,14 +150,14 @@ class SupportWidget(QWidget):
             return
         model = self._session.model
         if model is None:
-            self.message.warn("there is no student yet that could doubt; distil first, or choose evenly")
+            self.message.warn("there is no student yet that could doubt; distill first, or choose evenly")
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
         self._start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop), self._show_suggested)
 
     def fill_rest(self) -> None:
-        """Whatever is not labelled in the current plane becomes background."""
+        """Whatever is not labeled in the current plane becomes background."""
         self.put_into_plane(None)
 
     def put_into_plane(self, labels: np.ndarray | None) -> None:
@@ -167,7 +167,7 @@ class SupportWidget(QWidget):
             return
         z = self.plane()
         before = annotations.plane(z)
-        after = np.where(before == UNLABELLED, BACKGROUND if labels is None else labels, before).astype(np.uint8)
+        after = np.where(before == UNLABELED, BACKGROUND if labels is None else labels, before).astype(np.uint8)
         annotations.put(z, after)
         self._show_replaced([(z, before, after)])
 
@@ -232,7 +232,7 @@ class SupportWidget(QWidget):
         if annotations is not None:
             self.classes.setValue(annotations.classes)
         if self.layer is not None:
-            self.layer.colormap = colours_of(self.classes.value())
+            self.layer.colormap = colors_of(self.classes.value())
 
     def _on_classes_edited(self, classes: tuple[Class, ...]) -> None:
         self._session.set_classes(classes)
@@ -270,7 +270,7 @@ class SupportWidget(QWidget):
                 item.setData(Qt.ItemDataRole.UserRole, z)
                 self.list.addItem(item)
         if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("paint in"):
-            self.message.tell("every suggested slice has labels: press Distil, or label more of them")
+            self.message.tell("every suggested slice has labels: press Distill, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
         self.list.blockSignals(False)
         missing = [z for z in painted if z not in self._pictures]
@@ -387,9 +387,9 @@ class SupportWidget(QWidget):
             self.layer = self._viewer.add_labels(
                 annotations.array,
                 name=f"{chosen.name} annotations",
-                colormap=colours_of(self.classes.value()),
+                colormap=colors_of(self.classes.value()),
                 metadata={MARK: True},
-                opacity=0.5,  # so that the image is seen where all of a slice is labelled
+                opacity=0.5,  # so that the image is seen where all of a slice is labeled
                 **chosen.place(),
             )
             self.layer.selected_label = self.classes.brush()
@@ -418,7 +418,7 @@ class SupportWidget(QWidget):
         picture = np.repeat(self._pictures[z][..., None], 3, -1).astype(np.float32)
         labels = pick(annotations.plane(z))
         for number, class_ in enumerate(self.classes.value(), FIRST_CLASS):
-            rgb = [int(class_.colour[i : i + 2], 16) for i in (1, 3, 5)]
+            rgb = [int(class_.color[i : i + 2], 16) for i in (1, 3, 5)]
             picture[labels == number] = 0.4 * picture[labels == number] + 0.6 * np.array(rgb)
         pixels = np.ascontiguousarray(picture.astype(np.uint8))
         image = QImage(pixels.tobytes(), THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
@@ -433,11 +433,11 @@ class SupportWidget(QWidget):
             self._let_go(self.layer)
 
 
-def colours_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
-    """napari's colours for labels: as painted, or with the first class at 1, where background is not shown."""
+def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
+    """napari's colors for labels: as painted, or with the first class at 1, where background is not shown."""
     from napari.utils.colormaps import DirectLabelColormap
 
-    colours: dict[int | None, str] = {n: c.colour for n, c in enumerate(classes, first)}
+    colors: dict[int | None, str] = {n: c.color for n, c in enumerate(classes, first)}
     if first > BACKGROUND:
-        colours[BACKGROUND] = BACKGROUND_COLOUR
-    return DirectLabelColormap(color_dict=colours | {None: "#ff00ff", 0: "transparent"})
+        colors[BACKGROUND] = BACKGROUND_COLOR
+    return DirectLabelColormap(color_dict=colors | {None: "#ff00ff", 0: "transparent"})

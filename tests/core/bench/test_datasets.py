@@ -33,25 +33,25 @@ def test_a_loader_reads_its_layout(made, name):
     assert len(training) == len(split.training) > len(test) == len(split.test) > 0
     assert not training & test
     for item in (split.training[0], split.test[-1]):
-        labelled = item.read()
-        assert labelled.labels.dtype == np.uint8
-        assert 0 < labelled.labels.max() <= len(split.classes)
+        labeled = item.read()
+        assert labeled.labels.dtype == np.uint8
+        assert 0 < labeled.labels.max() <= len(split.classes)
         if item.shows:
-            assert set(np.unique(labelled.labels)) == {0, item.shows}
+            assert set(np.unique(labeled.labels)) == {0, item.shows}
 
 
 @pytest.mark.parametrize("name", ["nucleus", "lung", "own", "kvasir"])
 def test_pixels_and_truth_are_those_of_the_files(made, name):
     split = SETS[name].open(made[name])
     item = next(i for i in split.training)
-    labelled = item.read()
+    labeled = item.read()
     image, mask = picture(int(item.name.removeprefix("train").lstrip("idpck").strip()))
-    np.testing.assert_array_equal(labelled.labels, mask)
+    np.testing.assert_array_equal(labeled.labels, mask)
     if name == "lung":
-        np.testing.assert_array_equal(labelled.image, image[..., 0].astype(float) - 1000)
+        np.testing.assert_array_equal(labeled.image, image[..., 0].astype(float) - 1000)
         assert split.one_scale
     elif name != "kvasir":  # JPEG
-        np.testing.assert_array_equal(labelled.image, image)
+        np.testing.assert_array_equal(labeled.image, image)
 
 
 def test_the_split_of_nucleus_is_the_published_one(made):
@@ -66,8 +66,8 @@ def test_the_split_of_nucleus_is_the_published_one(made):
 def test_the_real_nuclei_are_split_as_published(shared):
     split = SETS["nucleus"].open(shared / "data" / "dsb2018")
     assert (len(split.training), len(split.test)) == (531, 133)
-    labelled = split.test[0].read()
-    assert labelled.image.shape == (*labelled.labels.shape, 3)
+    labeled = split.test[0].read()
+    assert labeled.image.shape == (*labeled.labels.shape, 3)
 
 
 def test_a_list_of_test_pictures_is_obeyed(made, tmp_path):

@@ -15,14 +15,14 @@ from distillfss_core.bench.supports import (
     spread_tests,
 )
 from distillfss_core.errors import SettingsError
-from distillfss_core.types import IGNORE, LabelledSlice
+from distillfss_core.types import IGNORE, AnnotatedSlice
 from layouts import write_isic, write_pairs
 from pictures import blobs
 
 
 def split_of(labels: list[np.ndarray], classes: int = 1) -> Split:
     def item(i: int) -> Item:
-        slice_ = LabelledSlice(np.full(labels[i].shape, i, np.uint8), labels[i], f"p{i}")
+        slice_ = AnnotatedSlice(np.full(labels[i].shape, i, np.uint8), labels[i], f"p{i}")
         return Item(f"p{i:02d}", lambda: slice_)
 
     items = [item(i) for i in range(len(labels))]
@@ -94,7 +94,7 @@ def test_a_scribble_is_thin_true_and_of_every_class():
 def test_the_smallest_object_gets_a_stroke():
     labels = np.zeros((40, 40), np.uint8)
     labels[20, 20] = 1
-    drawn = scribble(LabelledSlice(labels, labels, "dot"), np.random.default_rng(0))
+    drawn = scribble(AnnotatedSlice(labels, labels, "dot"), np.random.default_rng(0))
     assert drawn.labels[20, 20] == 1
     assert np.count_nonzero(drawn.labels == 1) == 1
 

@@ -555,7 +555,7 @@ def test_the_demo_runs_on_own_data_and_prints_a_table(here, capsys):
     assert read_labels("distillfss-demo/segmented/plane_2.tif").shape == (96, 96)
     assert "no folders images and labels" in fault_of(capsys, "demo", "--data", "distillfss-demo")
     one = ("mine/images/plane_0.tif", "mine/labels/plane_0_mask.tif")
-    assert "holds 1 labelled slice" in fault_of(capsys, "demo", "--data", *one)
+    assert "holds 1 labeled slice" in fault_of(capsys, "demo", "--data", *one)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from distillfss_core.io.writing import atomic_path, write_float_tiff, write_labe
 from distillfss_core.types import IGNORE
 
 RNG = np.random.default_rng(0)
-GREY = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
+GRAY = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
 DEEP = RNG.integers(0, 60000, (20, 30)).astype(np.uint16)
 RGB = RNG.integers(0, 255, (20, 30, 3)).astype(np.uint8)
 STACK = RNG.integers(0, 60000, (5, 20, 30)).astype(np.uint16)
@@ -33,20 +33,20 @@ def png(path, array, **options):
 # Images
 
 
-@pytest.mark.parametrize("array", [GREY, DEEP, RGB, DEEP.astype(np.float32), GREY > 100])
+@pytest.mark.parametrize("array", [GRAY, DEEP, RGB, DEEP.astype(np.float32), GRAY > 100])
 def test_a_tiff_is_read_as_it_was_written(tmp_path, array):
     tifffile.imwrite(tmp_path / "a.tif", array)
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), array)
 
 
-@pytest.mark.parametrize("array", [GREY, DEEP, RGB, GREY > 100])
+@pytest.mark.parametrize("array", [GRAY, DEEP, RGB, GRAY > 100])
 def test_a_png_is_read_as_it_was_written(tmp_path, array):
     back = read_image(png(tmp_path / "a.png", array))
     assert back.dtype == array.dtype
     np.testing.assert_array_equal(back, array)
 
 
-def test_a_16_bit_colour_png_keeps_its_depth(tmp_path):
+def test_a_16_bit_color_png_keeps_its_depth(tmp_path):
     imagecodecs = pytest.importorskip("imagecodecs")
     deep = np.stack([DEEP, DEEP // 2, DEEP // 3], -1)
     (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(deep))
@@ -74,12 +74,12 @@ def test_a_picture_may_have_more_pixels_than_pillow_likes_up_to_a_bound(tmp_path
 
 
 def test_a_palette_image_becomes_rgb_and_palette_labels_stay_numbers(tmp_path):
-    picture = Image.fromarray((GREY % 3).astype(np.uint8)).convert("P")
+    picture = Image.fromarray((GRAY % 3).astype(np.uint8)).convert("P")
     picture.putpalette([0, 0, 0, 255, 0, 0, 0, 0, 255])
     picture.save(tmp_path / "a.png")
     image, labels = read_image(tmp_path / "a.png"), read_labels(tmp_path / "a.png")
     assert image.shape == (20, 30, 3)
-    np.testing.assert_array_equal(labels, GREY % 3)
+    np.testing.assert_array_equal(labels, GRAY % 3)
     assert (image[labels == 1] == (255, 0, 0)).all()
 
 
@@ -88,8 +88,8 @@ def test_an_alpha_that_says_nothing_is_dropped(tmp_path):
     np.testing.assert_array_equal(read_image(png(tmp_path / "a.png", opaque)), RGB)
     tifffile.imwrite(tmp_path / "a.tif", opaque, photometric="rgb", extrasamples=["unassalpha"])
     np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), RGB)
-    grey = np.dstack([GREY, np.full((20, 30), 255, np.uint8)])
-    np.testing.assert_array_equal(read_image(png(tmp_path / "b.png", grey)), GREY)
+    gray = np.dstack([GRAY, np.full((20, 30), 255, np.uint8)])
+    np.testing.assert_array_equal(read_image(png(tmp_path / "b.png", gray)), GRAY)
     opaque[0, 0, 3] = 7
     assert read_image(png(tmp_path / "c.png", opaque)).shape == (20, 30, 4)
 
@@ -106,7 +106,7 @@ def test_channels_come_last(tmp_path):
 def test_a_stack_is_read_and_a_plane_is_a_stack_of_one(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, compression="zlib")
     np.testing.assert_array_equal(read_stack(tmp_path / "a.tif"), STACK)
-    assert read_stack(png(tmp_path / "a.png", GREY)).shape == (1, 20, 30)
+    assert read_stack(png(tmp_path / "a.png", GRAY)).shape == (1, 20, 30)
     np.save(tmp_path / "a.npy", STACK[:, :, :3])
     assert read_stack(tmp_path / "a.npy").shape == (5, 20, 3)
     assert read_image(tmp_path / "a.npy").shape == (5, 20, 3)
@@ -129,8 +129,8 @@ def test_time_and_depth_together_are_refused(tmp_path):
 
 def test_several_images_in_one_file_are_refused(tmp_path):
     with tifffile.TiffWriter(tmp_path / "a.tif") as writer:
-        writer.write(GREY, metadata=None)
-        writer.write(GREY[:10], metadata=None)
+        writer.write(GRAY, metadata=None)
+        writer.write(GRAY[:10], metadata=None)
     with pytest.raises(ImageError, match="2 images"):
         read_image(tmp_path / "a.tif")
 
@@ -182,7 +182,7 @@ def test_missing_unknown_and_folder_are_told_apart(tmp_path):
 
 
 def test_labels_of_any_honest_kind_are_read(tmp_path):
-    numbers = GREY % 4
+    numbers = GRAY % 4
     tifffile.imwrite(tmp_path / "f.tif", numbers.astype(np.float32))
     np.testing.assert_array_equal(read_labels(tmp_path / "f.tif"), numbers)
     assert read_labels(tmp_path / "f.tif").dtype.kind == "u"
@@ -203,7 +203,7 @@ def test_labels_that_are_none_are_refused(tmp_path):
     np.save(tmp_path / "m.npy", np.full((3, 3), -2))
     with pytest.raises(ImageError, match="label -2"):
         read_labels(tmp_path / "m.npy")
-    with pytest.raises(ImageError, match="colour picture"):
+    with pytest.raises(ImageError, match="color picture"):
         read_labels(png(tmp_path / "c.png", RGB))
 
 
@@ -304,12 +304,12 @@ def test_what_does_not_pair_is_said(folders, tmp_path):
 
 
 def test_folders_become_slices(folders):
-    png(folders[0] / "a.png", GREY)
-    png(folders[1] / "a_mask.png", (GREY > 99).astype(np.uint8) * 255)
+    png(folders[0] / "a.png", GRAY)
+    png(folders[1] / "a_mask.png", (GRAY > 99).astype(np.uint8) * 255)
     (one,), of_one_volume = load_support_arrays(*folders)
     assert not of_one_volume
-    np.testing.assert_array_equal(one.image, GREY)
-    np.testing.assert_array_equal(one.labels, GREY > 99)
+    np.testing.assert_array_equal(one.image, GRAY)
+    np.testing.assert_array_equal(one.labels, GRAY > 99)
     assert one.source == "a.png"
 
 
@@ -322,7 +322,7 @@ def stack_pair(tmp_path):
     return tmp_path / "image.tif", tmp_path / "truth.tif"
 
 
-def test_all_labelled_planes_of_a_stack_are_taken(stack_pair):
+def test_all_labeled_planes_of_a_stack_are_taken(stack_pair):
     slices, of_one_volume = load_support_arrays(*stack_pair)
     assert of_one_volume
     assert [s.source for s in slices] == ["image.tif plane 1", "image.tif plane 3"]
@@ -348,7 +348,7 @@ def test_npy_stacks_are_understood_as_such(tmp_path):
 
 
 def test_one_plane_of_labels_belongs_to_the_plane_that_is_said(stack_pair, tmp_path):
-    png(tmp_path / "one.png", (GREY > 99).astype(np.uint8))
+    png(tmp_path / "one.png", (GRAY > 99).astype(np.uint8))
     (one,), _ = load_support_arrays(stack_pair[0], tmp_path / "one.png", planes=[2])
     np.testing.assert_array_equal(one.image, STACK[2])
     with pytest.raises(SettingsError, match="which one"):
@@ -362,11 +362,11 @@ def test_supports_that_do_not_fit_are_refused(stack_pair, tmp_path, folders):
     tifffile.imwrite(tmp_path / "empty.tif", STACK * 0)
     with pytest.raises(SupportSetError, match="no plane has a label"):
         load_support_arrays(stack_pair[0], tmp_path / "empty.tif")
-    png(tmp_path / "a.png", GREY)
+    png(tmp_path / "a.png", GRAY)
     with pytest.raises(SettingsError, match="single plane"):
         load_support_arrays(tmp_path / "a.png", tmp_path / "a.png", planes=[0])
-    png(folders[0] / "a.png", GREY)
-    png(folders[1] / "a.png", GREY[:9])
+    png(folders[0] / "a.png", GRAY)
+    png(folders[1] / "a.png", GRAY[:9])
     with pytest.raises(ImageError, match="20 x 30"):
         load_support_arrays(*folders)
     with pytest.raises(SettingsError, match="is a folder"):
@@ -387,7 +387,7 @@ def test_labels_come_back_as_they_were_written(tmp_path_factory, labels):
 
 
 def test_png_labels_come_back(tmp_path):
-    for labels in (GREY, DEEP):
+    for labels in (GRAY, DEEP):
         write_labels(tmp_path / "a.png", labels.astype(np.int64))
         np.testing.assert_array_equal(read_labels(tmp_path / "a.png"), labels)
 
@@ -412,11 +412,11 @@ def test_what_cannot_be_written_is_said(tmp_path):
     with pytest.raises(OutputError, match="one plane"):
         write_labels(tmp_path / "a.png", STACK)
     with pytest.raises(OutputError, match=r"'\.jpg'"):
-        write_labels(tmp_path / "a.jpg", GREY)
+        write_labels(tmp_path / "a.jpg", GRAY)
     with pytest.raises(OutputError, match="no folder"):
-        write_labels(tmp_path / "nowhere" / "a.tif", GREY)
+        write_labels(tmp_path / "nowhere" / "a.tif", GRAY)
     with pytest.raises(OutputError, match="is a folder"):
-        write_labels(make_folder(tmp_path / "d.tif"), GREY)
+        write_labels(make_folder(tmp_path / "d.tif"), GRAY)
     with pytest.raises(ImageError, match="axes"):
         write_float_tiff(tmp_path / "a.tif", np.zeros((3, 3)), axes="ZYX")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.tif"]
@@ -428,7 +428,7 @@ def make_folder(path):
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path, monkeypatch):
-    write_labels(tmp_path / "a.tif", GREY)
+    write_labels(tmp_path / "a.tif", GRAY)
     before = (tmp_path / "a.tif").read_bytes()
 
     def full(*_args, **_kwargs):

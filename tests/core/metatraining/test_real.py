@@ -19,10 +19,10 @@ def plain(image, rng, *, strength):
     return image
 
 
-def discs(seed: int, shape=(90, 110), colour=True):
+def discs(seed: int, shape=(90, 110), color=True):
     """Bright discs (class 1) and dim squares (class 2) over a textured ground."""
     rng = np.random.default_rng(seed)
-    image = rng.normal(70, 8, (*shape, 3) if colour else shape)
+    image = rng.normal(70, 8, (*shape, 3) if color else shape)
     labels = np.zeros(shape, np.uint8)
     y, x = np.indices(shape)
     for number, light in ((1, 200), (2, 120)):
@@ -35,16 +35,16 @@ def discs(seed: int, shape=(90, 110), colour=True):
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
-def write_set(folder, pictures=4, labelled=True, colour=True, ignore=False):
+def write_set(folder, pictures=4, labeled=True, color=True, ignore=False):
     (folder / "images").mkdir(parents=True)
-    if labelled:
+    if labeled:
         (folder / "labels").mkdir()
     for i in range(pictures):
-        image, labels = discs(i, colour=colour)
+        image, labels = discs(i, color=color)
         if ignore:
             labels[:20] = IGNORE
         Image.fromarray(image).save(folder / "images" / f"p{i}.png")
-        if labelled:
+        if labeled:
             Image.fromarray(labels).save(folder / "labels" / f"p{i}.png")
     return folder
 
@@ -63,12 +63,12 @@ def tasks(source: RealSource, count: int, superpixel=False, **settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two sets, of colour and grey pictures."""
+    """Two sets, of color and gray pictures."""
     top = tmp_path_factory.mktemp("real")
-    write_set(top / "colour")
-    write_set(top / "grey", colour=False)
-    about = {"name": "grey", "what": "discs", "licence": "CC0", "repo": "a/b", "cite": "Doe 2024"}
-    (top / "grey" / "SOURCE.json").write_text(json.dumps(about))
+    write_set(top / "color")
+    write_set(top / "gray", color=False)
+    about = {"name": "gray", "what": "discs", "license": "CC0", "repo": "a/b", "cite": "Doe 2024"}
+    (top / "gray" / "SOURCE.json").write_text(json.dumps(about))
     return top
 
 
@@ -117,7 +117,7 @@ def test_image_and_labels_are_cut_and_turned_alike(tmp_path):
         assert max(agreement, 1 - agreement) > 0.97
 
 
-def test_pixels_that_nobody_labelled_stay_ignored(tmp_path):
+def test_pixels_that_nobody_labeled_stay_ignored(tmp_path):
     source = RealSource([write_set(tmp_path / "part", ignore=True)], degrade=plain)
     found = tasks(source, 20, size=64)
     assert any((task.labels == IGNORE).any() for task in found)
@@ -130,7 +130,7 @@ def write_masks(folder, object_value, stacked=False):
     (folder / "labels").mkdir()
     images, masks = [], []
     for n in range(4):
-        image, labels = discs(n, colour=False)
+        image, labels = discs(n, color=False)
         images.append(image)
         masks.append((labels == 1).astype(np.uint8) * np.uint8(object_value if n else 0))
     if stacked:
@@ -145,7 +145,7 @@ def write_masks(folder, object_value, stacked=False):
 @pytest.mark.parametrize("stacked", [False, True])
 def test_masks_of_0_and_255_give_the_tasks_that_masks_of_0_and_1_give(tmp_path, stacked):
     ones, masks = (RealSource([write_masks(tmp_path / str(v) / "s", v, stacked)]) for v in (1, 255))
-    assert masks.licences() == ones.licences()  # which may decode files before any is indexed
+    assert masks.licenses() == ones.licenses()  # which may decode files before any is indexed
     for seed in range(20):
         wanted, task = (source.task(seed, size=64) for source in (ones, masks))
         assert task.source == wanted.source
@@ -184,27 +184,27 @@ def test_classes_that_never_meet_are_not_merged_nor_taken_as_absent():
 
 
 def test_sets_that_are_kept_out_are_never_drawn(folder, source):
-    assert source.sets == ("colour", "grey")
-    rest = RealSource([folder], keep_out=["grey"])
-    assert rest.sets == ("colour",)
-    assert {rest.task(seed, size=64).source.split("/")[1] for seed in range(10)} == {"colour"}
+    assert source.sets == ("color", "gray")
+    rest = RealSource([folder], keep_out=["gray"])
+    assert rest.sets == ("color",)
+    assert {rest.task(seed, size=64).source.split("/")[1] for seed in range(10)} == {"color"}
 
 
-def test_licences_come_from_the_source_file(source):
-    first, second = source.licences()
+def test_licenses_come_from_the_source_file(source):
+    first, second = source.licenses()
     assert second == {
-        "name": "grey",
+        "name": "gray",
         "what": "discs",
-        "licence": "CC0",
+        "license": "CC0",
         "repo": "a/b",
         "citation": "Doe 2024",
         "pictures": 4,
     }
-    assert first["licence"] == ""
+    assert first["license"] == ""
 
 
 def test_pictures_without_labels_give_superpixel_tasks_only(tmp_path):
-    write_set(tmp_path / "bare", labelled=False)
+    write_set(tmp_path / "bare", labeled=False)
     for where in (tmp_path, tmp_path / "bare", tmp_path / "bare" / "images"):
         source = RealSource([where])
         for seed in range(4):
@@ -240,7 +240,7 @@ def test_a_flat_picture_still_gives_a_task(tmp_path):
 def write_volume(folder, planes=5, dtype=np.uint16):
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
-    images, labels = zip(*[discs(n, colour=False) for n in range(planes)], strict=True)
+    images, labels = zip(*[discs(n, color=False) for n in range(planes)], strict=True)
     tifffile.imwrite(folder / "images" / "v.tif", np.stack(images).astype(dtype) * 100, metadata={"axes": "ZYX"})
     tifffile.imwrite(folder / "labels" / "v.tif", np.stack(labels), metadata={"axes": "ZYX"})
     return folder
@@ -248,14 +248,14 @@ def write_volume(folder, planes=5, dtype=np.uint16):
 
 def test_each_plane_of_a_volume_is_a_picture(tmp_path):
     source = RealSource([write_volume(tmp_path / "volume")], degrade=plain)
-    assert source.licences()[0]["pictures"] == 5
+    assert source.licenses()[0]["pictures"] == 5
     for task in tasks(source, 5, size=64):
         assert task.images.max() > 150  # 16 bits were stretched
         assert (task.labels == 1).any()
 
 
-def test_grey_pictures_hold_the_same_values_three_times(folder):
-    for task in tasks(RealSource([folder / "grey"], degrade=plain), 3, size=64):
+def test_gray_pictures_hold_the_same_values_three_times(folder):
+    for task in tasks(RealSource([folder / "gray"], degrade=plain), 3, size=64):
         assert (task.images[..., :1] == task.images).all()
 
 
@@ -316,12 +316,12 @@ def test_a_damaged_source_file_is_named(tmp_path):
 
 
 def test_names_of_sets_are_checked(folder):
-    with pytest.raises(SettingsError, match="no set 'gray' to keep out; there are: colour, grey"):
+    with pytest.raises(SettingsError, match="no set 'gray' to keep out; there are: color, gray"):
         RealSource([folder], keep_out=["gray"])
     with pytest.raises(SettingsError, match="all sets are kept out"):
-        RealSource([folder], keep_out=["grey", "colour"])
-    with pytest.raises(SettingsError, match="two sets have the name 'grey'"):
-        RealSource([folder, folder / "grey"])
+        RealSource([folder], keep_out=["gray", "color"])
+    with pytest.raises(SettingsError, match="two sets have the name 'gray'"):
+        RealSource([folder, folder / "gray"])
     with pytest.raises(SettingsError, match="no folder"):
         RealSource([])
 
@@ -347,7 +347,7 @@ def test_the_shared_pictures_give_tasks(shared):
         pytest.skip("needs ../shared/train beside the project")
     source = RealSource([folder])
     assert len(source.sets) > 40
-    assert all(row["licence"] and row["citation"] and row["pictures"] for row in source.licences())
+    assert all(row["license"] and row["citation"] and row["pictures"] for row in source.licenses())
     seen = set()
     for seed in range(10):
         task = source.task([7, seed])

@@ -209,7 +209,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tmp_path, whole):
 
 def test_a_training_goes_on_with_the_sets_that_it_began_with_only(tmp_path, caplog):
     folder, given = tmp_path / "run", tmp_path / "sets"
-    for name in ("cells", "discs", "fibres"):
+    for name in ("cells", "discs", "fibers"):
         write_pairs(given / name, 3, 96)
 
     def begin(*keep_out: str, real: bool = True) -> PretrainRun:
@@ -219,10 +219,10 @@ def test_a_training_goes_on_with_the_sets_that_it_began_with_only(tmp_path, capl
     run = begin("discs")
     next(run)
     run.close()
-    was = r"with cells, fibres \(kept out: discs\), now it is given "
+    was = r"with cells, fibers \(kept out: discs\), now it is given "
     for given_now, said in (
-        (lambda: begin("cells"), r"discs, fibres \(kept out: cells\); give the same"),
-        (begin, r"cells, discs, fibres \(kept out: none\); give the same"),
+        (lambda: begin("cells"), r"discs, fibers \(kept out: cells\); give the same"),
+        (begin, r"cells, discs, fibers \(kept out: none\); give the same"),
         (lambda: begin(real=False), r"no real sets; give the same .* or another folder"),
     ):
         with pytest.raises(SettingsError, match=was + said):
@@ -418,7 +418,7 @@ def test_the_packaged_head_is_small_and_says_where_it_comes_from():
     assert told.width == DistillSettings().width
     assert told.card["training"]["steps"] > 1000
     assert len(told.card["data"]) > 30
-    assert all(row["licence"] for row in told.card["data"])
+    assert all(row["license"] for row in told.card["data"])
     assert {row["name"] for row in told.card["data"]}.isdisjoint(row["name"] for row in told.card["held_out"])
     assert packaged_head("resnet18") is None
 
@@ -447,13 +447,13 @@ def test_its_backbone_may_be_left_out_of_a_students_file(support, tiny, tmp_path
 
 def test_it_reads_the_support(nuclei):
     """With masks that belong to other slices it knows next to nothing; with the right ones it does at once."""
-    from distillfss_core import LabelledSlice, SupportSet, evaluate
+    from distillfss_core import AnnotatedSlice, SupportSet, evaluate
 
     slices = [
-        LabelledSlice(image, (labels > 0).astype(np.uint8))
+        AnnotatedSlice(image, (labels > 0).astype(np.uint8))
         for image, labels in zip(nuclei.image, nuclei.labels, strict=True)
     ]
-    foreign = [LabelledSlice(s.image, np.ascontiguousarray(s.labels[::-1, ::-1].T)) for s in slices]
+    foreign = [AnnotatedSlice(s.image, np.ascontiguousarray(s.labels[::-1, ::-1].T)) for s in slices]
     ious = []
     for shown in (slices, foreign):
         model = unrefined_teacher(SupportSet(tuple(shown[:3])), DistillSettings(zoom="1", device="cpu"))

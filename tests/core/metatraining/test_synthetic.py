@@ -75,7 +75,7 @@ def test_a_family_paints_an_object_that_can_be_found(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_object_has_an_edge_in_the_picture(family):
-    """Grey, colour or texture changes where the label does: the label lies on something that is there."""
+    """Gray, color or texture changes where the label does: the label lies on something that is there."""
     contrast = []
     for seed in range(8):
         task = synthetic_task([9, seed], views=2, size=128, family=family)
@@ -121,13 +121,13 @@ def test_degrading_at_strength_0_changes_nothing():
     assert worn is not image
 
 
-def test_degrading_leaves_its_input_alone_and_grey_pictures_grey():
-    grey = np.repeat(picture()[..., :1], 3, -1)
-    before = grey.copy()
+def test_degrading_leaves_its_input_alone_and_gray_pictures_gray():
+    gray = np.repeat(picture()[..., :1], 3, -1)
+    before = gray.copy()
     for seed in range(25):
-        worn = degrade(grey, np.random.default_rng(seed))
+        worn = degrade(gray, np.random.default_rng(seed))
         np.testing.assert_array_equal(worn[..., 0], worn[..., 2])
-    np.testing.assert_array_equal(grey, before)
+    np.testing.assert_array_equal(gray, before)
 
 
 def test_a_stronger_wear_changes_more():

@@ -40,12 +40,12 @@ def batched(model: StudentModel, stack: np.ndarray, region, pixels: int, tile: i
     return labels
 
 
-@pytest.fixture(scope="module", params=["grey", "zoomed", "colour", "two classes"])
+@pytest.fixture(scope="module", params=["gray", "zoomed", "color", "two classes"])
 def case(request, tiny) -> tuple[StudentModel, np.ndarray]:
     """A student and a stack of five planes that it was made for."""
     classes = 2 if request.param == "two classes" else 1
     slices = [blobs(seed, 150, classes) for seed in range(6)]
-    if request.param == "colour":
+    if request.param == "color":
         slices = [replace(s, image=np.stack([s.image, s.image // 2, 255 - s.image], -1)) for s in slices]
     names = ("bright", "dark")[:classes]
     settings = replace(tiny, steps=30, views=12, zoom="2" if request.param == "zoomed" else "1")

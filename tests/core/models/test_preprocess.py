@@ -12,7 +12,7 @@ from distillfss_core.errors import ImageError, SettingsError
 from distillfss_core.models.preprocess import Preprocess, fit_preprocess, parse_zoom, percentile_limits
 
 RNG = np.random.default_rng(0)
-GREY = RNG.integers(100, 4000, (40, 50), dtype=np.uint16)
+GRAY = RNG.integers(100, 4000, (40, 50), dtype=np.uint16)
 
 
 def _tensor(preprocess: Preprocess, image: np.ndarray) -> torch.Tensor:
@@ -45,30 +45,30 @@ def test_a_constant_image_becomes_black_not_nan() -> None:
 
 
 def test_a_volume_keeps_its_support_limits_and_an_image_has_its_own() -> None:
-    dark = GREY // 4
-    volume, image = fit_preprocess([GREY], scope="volume"), fit_preprocess([GREY], scope="image")
+    dark = GRAY // 4
+    volume, image = fit_preprocess([GRAY], scope="volume"), fit_preprocess([GRAY], scope="image")
     assert float(_tensor(volume, dark).max()) < 0.3
     assert float(_tensor(image, dark).max()) == 1.0
 
 
 def test_outliers_do_not_darken_the_rest() -> None:
-    hot = GREY.copy()
+    hot = GRAY.copy()
     hot[0, 0] = 65535
     assert percentile_limits(hot[..., None], together=False).high[0] < 4000
 
 
-def test_grey_and_rgb_are_turned_into_one_another() -> None:
-    rgb = np.repeat(GREY[..., None], 3, -1)
-    coloured = rgb.copy()
-    coloured[..., 0] //= 2
-    grey_model = fit_preprocess([GREY])
-    torch.testing.assert_close(_tensor(grey_model, rgb), _tensor(grey_model, GREY))
+def test_gray_and_rgb_are_turned_into_one_another() -> None:
+    rgb = np.repeat(GRAY[..., None], 3, -1)
+    colored = rgb.copy()
+    colored[..., 0] //= 2
+    gray_model = fit_preprocess([GRAY])
+    torch.testing.assert_close(_tensor(gray_model, rgb), _tensor(gray_model, GRAY))
     with pytest.raises(ImageError, match="3 channel"):
-        grey_model.as_channels(coloured, "photo.png")
-    assert fit_preprocess([rgb]).channels == 3  # saved as RGB: colour images may follow
-    mixed = fit_preprocess([GREY, coloured])
+        gray_model.as_channels(colored, "photo.png")
+    assert fit_preprocess([rgb]).channels == 3  # saved as RGB: color images may follow
+    mixed = fit_preprocess([GRAY, colored])
     assert mixed.channels == 3
-    assert _tensor(mixed, GREY).shape == (3, 40, 50)
+    assert _tensor(mixed, GRAY).shape == (3, 40, 50)
 
 
 @pytest.mark.parametrize("channels", [2, 4, 5, 17])

@@ -146,7 +146,7 @@ def test_an_image_with_other_channels_is_refused(student) -> None:
 
 
 @pytest.fixture(scope="module", params=["1", "2", "1/2"])
-def practised(request, nuclei, tiny) -> StudentModel:
+def practiced(request, nuclei, tiny) -> StudentModel:
     """A student with sharp answers, at several zooms."""
     support = SupportSet(
         tuple(replace(blobs(0), image=nuclei.image[z], labels=(nuclei.labels[z] > 0).astype(np.uint8)) for z in (1, 4))
@@ -154,11 +154,11 @@ def practised(request, nuclei, tiny) -> StudentModel:
     return distill(support, replace(tiny, steps=30, zoom=request.param, views=12))
 
 
-def test_a_tile_border_never_shows(practised: StudentModel, nuclei) -> None:
+def test_a_tile_border_never_shows(practiced: StudentModel, nuclei) -> None:
     image = nuclei.image[2]
-    whole = practised.predict(image, tile=4096)
-    borders = sorted({t.y.inner[0] for t, _ in practised.iter_tiles(image, tile=160)} - {0})
-    tiled = practised.predict(image, tile=160)
+    whole = practiced.predict(image, tile=4096)
+    borders = sorted({t.y.inner[0] for t, _ in practiced.iter_tiles(image, tile=160)} - {0})
+    tiled = practiced.predict(image, tile=160)
     assert borders
     assert (whole.labels == tiled.labels).mean() >= 0.999
     rows = [b - 1 for b in borders]
@@ -166,9 +166,9 @@ def test_a_tile_border_never_shows(practised: StudentModel, nuclei) -> None:
     assert across <= 1.05 * elsewhere
 
 
-def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practised: StudentModel, nuclei) -> None:
+def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practiced: StudentModel, nuclei) -> None:
     image = nuclei.image[2]
-    a, b = (practised.predict(image, tile=t).labels for t in (128, 192))
+    a, b = (practiced.predict(image, tile=t).labels for t in (128, 192))
     assert (a == b).mean() >= 0.999
 
 

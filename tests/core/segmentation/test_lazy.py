@@ -82,21 +82,21 @@ class Counted:
         return self.array[box]
 
 
-@pytest.mark.parametrize("colours", [(), (3,)])
-def test_a_block_takes_its_limits_from_one_look_at_every_chunk(plain_student, monkeypatch, colours):
+@pytest.mark.parametrize("colors", [(), (3,)])
+def test_a_block_takes_its_limits_from_one_look_at_every_chunk(plain_student, monkeypatch, colors):
     model = with_scope(plain_student, "image")
-    if colours:
+    if colors:
         mix, fitted = tuple(tuple(row) for row in np.eye(3)), Limits((0.0,) * 3, (1.0,) * 3)
         model.preprocess = replace(model.preprocess, channels=3, mix=mix, fitted=fitted)
-    array = np.random.default_rng(0).integers(0, 9999, (8, 1030, 1100, *colours), dtype=np.uint16)
+    array = np.random.default_rng(0).integers(0, 9999, (8, 1030, 1100, *colors), dtype=np.uint16)
     array[2:5] //= 7
     expected = [model.preprocess.limits(plane) for plane in array]
     chunks, region = (3, 255, 301), ((0, 1030), (0, 1100))
     for band, samples, most in ((1 << 22, 1 << 24, 2), (3 * 255 * 301, 1 << 24, 2), (1, 1, 4)):
         monkeypatch.setattr("distillfss_core.segmentation.lazy._BAND", band)
         monkeypatch.setattr("distillfss_core.segmentation.lazy._SAMPLES", samples)
-        counted = Counted(array, (*chunks, *colours))
-        volume = open_volume(counted, axes="zyxc"[: array.ndim], channel="all" if colours else None)
+        counted = Counted(array, (*chunks, *colors))
+        volume = open_volume(counted, axes="zyxc"[: array.ndim], channel="all" if colors else None)
         segmenter = VolumeSegmenter(volume, model)
         segmenter.read(slice(0, 3), region)
         segmenter.read(slice(3, 8), region)
@@ -105,8 +105,8 @@ def test_a_block_takes_its_limits_from_one_look_at_every_chunk(plain_student, mo
 
 
 def test_what_cannot_be_segmented_is_said(plain_student):
-    with pytest.raises(SettingsError, match="no answer 'colours'"):
-        segment_lazy(open_volume(STACK), plain_student, what="colours")
+    with pytest.raises(SettingsError, match="no answer 'colors'"):
+        segment_lazy(open_volume(STACK), plain_student, what="colors")
     with pytest.raises(ImageError, match="5 channel"):
         segment_lazy(open_volume(np.zeros((2, 9, 9, 5), "u1"), axes="zyxc", channel="all"), plain_student)
     broken = STACK.astype(np.float32)

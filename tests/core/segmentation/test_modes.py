@@ -42,8 +42,8 @@ def test_a_volume_along_another_axis_has_the_same_voxels(tmp_path):
         assert turned.scale == tuple((1.0, 2.0, 3.0)[k] for k in order)
         assert turned.chunks == tuple((2, 3, 4)[k] for k in order)
         assert np.array_equal(pickle.loads(pickle.dumps(turned)).read(), turned.read())
-    colour = open_volume(noise((3, 4, 5, 3)), axes="zyxc", channel="all")
-    assert colour.along("x").shape == (5, 3, 4, 3)
+    color = open_volume(noise((3, 4, 5, 3)), axes="zyxc", channel="all")
+    assert color.along("x").shape == (5, 3, 4, 3)
 
 
 def test_smoothing_is_that_of_probabilities_in_memory_for_any_shards(plain_student, tmp_path, monkeypatch):

@@ -7,15 +7,15 @@ import pytest
 
 from distillfss_core.errors import DistillFSSError, ImageError, SupportSetError
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import IGNORE, LabelledSlice
+from distillfss_core.types import IGNORE, AnnotatedSlice
 
 IMAGE = np.arange(64, dtype=np.uint8).reshape(8, 8)
 
 
-def _slice(*values: int) -> LabelledSlice:
+def _slice(*values: int) -> AnnotatedSlice:
     labels = np.zeros((8, 8), np.uint8)
     labels.ravel()[: len(values)] = values
-    return LabelledSlice(IMAGE, labels, "plane 3")
+    return AnnotatedSlice(IMAGE, labels, "plane 3")
 
 
 @pytest.mark.parametrize(
@@ -54,5 +54,5 @@ def test_shares_ignore_what_is_not_annotated() -> None:
 )
 def test_a_bad_slice_says_what_is_wrong(image, labels, message: str) -> None:
     with pytest.raises(ImageError, match=message) as caught:
-        LabelledSlice(image, labels)
+        AnnotatedSlice(image, labels)
     assert isinstance(caught.value, DistillFSSError)

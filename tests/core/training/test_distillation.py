@@ -24,7 +24,7 @@ from distillfss_core.training import loop as fit
 from distillfss_core.training.crops import PLAIN, Augmentation, ViewBank, ViewCutter
 from distillfss_core.training.loop import NOISE
 from distillfss_core.training.student_init import start_from_attention
-from distillfss_core.types import IGNORE, LabelledSlice
+from distillfss_core.types import IGNORE, AnnotatedSlice
 from pictures import blobs
 
 
@@ -229,7 +229,7 @@ def test_scribbles_are_enough(tiny) -> None:
         dense = blobs(i)
         labels = np.full_like(dense.labels, IGNORE)
         labels[::12] = dense.labels[::12]  # one row in twelve
-        slices.append(LabelledSlice(dense.image, labels, f"scribbles {i}"))
+        slices.append(AnnotatedSlice(dense.image, labels, f"scribbles {i}"))
     model = distill(SupportSet(tuple(slices)), replace(tiny, steps=60, views=24))
     assert _iou(model, [blobs(10), blobs(11)]) > 0.5
 
@@ -244,14 +244,14 @@ def test_several_classes_some_of_them_missing_in_some_slices(tiny) -> None:
 
 
 def test_rare_objects_do_not_collapse_to_background(tiny) -> None:
-    def rare(seed: int) -> LabelledSlice:
+    def rare(seed: int) -> AnnotatedSlice:
         rng = np.random.default_rng(seed)
         image = rng.normal(100, 10, (192, 192))
         labels = np.zeros((192, 192), np.uint8)
         y, x = rng.integers(16, 160, 2)
         image[y : y + 14, x : x + 14] += 60
         labels[y : y + 14, x : x + 14] = 1
-        return LabelledSlice(image.clip(0, 255).astype(np.uint8), labels, f"rare {seed}")
+        return AnnotatedSlice(image.clip(0, 255).astype(np.uint8), labels, f"rare {seed}")
 
     support = SupportSet(tuple(rare(i) for i in range(3)))
     assert support.shares()[1] < 0.006
@@ -383,7 +383,7 @@ def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> Non
     labels = np.zeros((640, 640), np.uint8)
     labels[600:, 600:] = 1
     image = np.random.default_rng(0).integers(0, 255, labels.shape, dtype=np.uint8)
-    support = SupportSet((LabelledSlice(image, labels),))
+    support = SupportSet((AnnotatedSlice(image, labels),))
     views = ViewCutter(support, fit_preprocess([image]), 64, PLAIN).grid(0, 8)
     assert len(views) == 8
     assert len({v.box[1] for v in views}) > 3
@@ -408,6 +408,6 @@ def test_the_halo_is_measured_where_the_objects_are(tiny, monkeypatch) -> None:
     piece = blobs(0)
     h, w = piece.labels.shape
     image[1000 : 1000 + h, 600 : 600 + w], labels[1000 : 1000 + h, 600 : 600 + w] = piece.image, piece.labels
-    distill(SupportSet((LabelledSlice(image, labels),)), tiny)
+    distill(SupportSet((AnnotatedSlice(image, labels),)), tiny)
     assert [part.shape for part in parts] == [(576, 576)]
     assert parts[0].sum() == piece.image.sum()

@@ -16,7 +16,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import unrefined_teacher, zoom
 from distillfss_core.training.crops import ViewBank
-from distillfss_core.types import LabelledSlice
+from distillfss_core.types import AnnotatedSlice
 
 Choose = Callable[..., tuple[Fraction, dict[str, float]]]
 
@@ -33,7 +33,7 @@ def discs(radius: int, *, foreign: bool = False) -> SupportSet:
             for cy, cx in rng.integers(radius, 384 - radius, (max(3, 400 // radius**2), 2)):
                 mask[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 1
         image[masks[0] > 0] += 60
-        slices.append(LabelledSlice(np.clip(image, 0, 255).astype(np.uint8), masks[1 if foreign else 0]))
+        slices.append(AnnotatedSlice(np.clip(image, 0, 255).astype(np.uint8), masks[1 if foreign else 0]))
     return SupportSet(tuple(slices), planes_of_one_volume=True)
 
 

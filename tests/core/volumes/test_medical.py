@@ -129,12 +129,12 @@ def test_dicom_that_is_not_one_series_is_said(tmp_path, caplog):
         open_volume(both, axes="tyx")
 
 
-def test_a_colour_dicom_is_refused(tmp_path):
+def test_a_color_dicom_is_refused(tmp_path):
     folder = write_dicom(tmp_path / "c", DATA[:1])
     data = pydicom.dcmread(folder / "1_1.dcm")
     data.SamplesPerPixel = 3
     data.save_as(folder / "1_1.dcm")
-    with pytest.raises(ImageError, match="colour"):
+    with pytest.raises(ImageError, match="color"):
         open_volume(folder)
 
 

@@ -84,7 +84,7 @@ def test_channels_and_times_are_chosen_by_number_or_name_or_asked_for(tmp_path):
             open_volume(path, **({"time": 0} | wrong))
 
 
-def test_units_become_micrometres_and_unknown_ones_stay_unknown(tmp_path):
+def test_units_become_micrometers_and_unknown_ones_stay_unknown(tmp_path):
     data = noise(ZYX)
     nano = open_volume(write_ome_zarr(tmp_path / "a.zarr", data, scale=(40.0, 8.0, 8.0), unit="nanometer"))
     assert nano.scale == pytest.approx((0.04, 0.008, 0.008))
@@ -166,7 +166,7 @@ def test_every_kind_of_tiff(tmp_path):
             assert volume.unit == ("micrometer" if known else None)
 
 
-def test_an_imagej_hyperstack_and_a_colour_tiff(tmp_path):
+def test_an_imagej_hyperstack_and_a_color_tiff(tmp_path):
     data = noise((2, 4, 3, 20, 24))
     tifffile.imwrite(tmp_path / "h.tif", data, imagej=True, metadata={"axes": "TZCYX"})
     with open_volume(tmp_path / "h.tif", time=1, channel=2) as volume:

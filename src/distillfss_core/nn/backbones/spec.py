@@ -32,12 +32,12 @@ class BackboneSpec:
     hub_id : str
         Repository on the Hugging Face hub that holds ``model.safetensors`` under timm's key names.
     license : str
-        SPDX-like name of the licence of those weights: they travel inside saved students.
+        SPDX-like name of the license of those weights: they travel inside saved students.
     strides, channels, blocks : tuple of int, one a stage
         Input pixels a cell, channels of every block, number of blocks. The last three stages are the coarse ones
         (attention, ConvDist); those before are detail stages (skip features only).
     mean, std : three floats
-        Normalisation of an RGB image in [0, 1]; ``Backbone.forward`` applies it.
+        Normalization of an RGB image in [0, 1]; ``Backbone.forward`` applies it.
     multiple : int
         Input is padded to a multiple of this many pixels.
     package : str, optional
@@ -62,7 +62,7 @@ class BackboneSpec:
 
     @property
     def local(self) -> bool:
-        """Whether a feature depends on a bounded neighbourhood only; attention over the whole input does not."""
+        """Whether a feature depends on a bounded neighborhood only; attention over the whole input does not."""
         return self.family not in ("vit", "swin")
 
     @property

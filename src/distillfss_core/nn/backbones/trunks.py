@@ -117,7 +117,7 @@ class SwinTrunk(nn.Module):
 
 
 class VitTrunk(nn.Module):
-    """DINOv2 and DINOv3: every block's patch tokens, normalised by the final LayerNorm, in groups.
+    """DINOv2 and DINOv3: every block's patch tokens, normalized by the final LayerNorm, in groups.
 
     The model is used as a whole, since its position code (absolute or rotary) is spread over it.
     """

@@ -50,7 +50,7 @@ class ConvDist(Student):
 class LightConvDist(Student):
     """All classes share a trunk; a class more costs one 1x1 filter a block.
 
-    Per stage, the blocks are standardised per position and reduced together to ``width`` channels, looked at
+    Per stage, the blocks are standardized per position and reduced together to ``width`` channels, looked at
     through a 3x3 convolution, and read out by one 1x1 convolution for all classes and blocks::
 
         blocks -- LayerNorm -- 1x1 -- ReLU -- 3x3 -- ReLU -- 1x1 --> K maps for each of the n blocks
@@ -85,15 +85,15 @@ class LightConvDist(Student):
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
         maps = []
         for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
-            x = torch.cat([_normalise(block) for block in blocks], 1)
+            x = torch.cat([_normalize(block) for block in blocks], 1)
             x = torch.relu(look(torch.relu(reduce(x))))
             found = read(x)  # not unflatten: traced, it would hold for one size only
             maps.append(found.reshape(-1, self.classes, len(blocks), found.shape[2], found.shape[3]))
         return CoarseMaps(*maps)
 
 
-def _normalise(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+def _normalize(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
     """LayerNorm over the channels of each position."""
     mean = block.mean(1, keepdim=True)
-    centred = block - mean
-    return centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1e-5)
+    centered = block - mean
+    return centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + 1e-5)

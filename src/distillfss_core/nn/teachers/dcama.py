@@ -30,7 +30,7 @@ class DcamaSettings:
     ----------
     heads : int
         Attention heads H; a stage's channels must be a multiple of it.
-    normalise : bool
+    normalize : bool
         LayerNorm (without parameters) of every token before the projections.
     identity : float or None
         W_q and W_k start as this multiple of the identity, so that attention compares features before any
@@ -57,7 +57,7 @@ class DcamaSettings:
     """
 
     heads: int = 4
-    normalise: bool = True
+    normalize: bool = True
     identity: float | None = 1.6
     position: bool = False
     dropout: float = 0.0
@@ -67,7 +67,7 @@ class DcamaSettings:
 
 
 PUBLISHED = DcamaSettings(
-    heads=8, normalise=False, identity=None, position=True, dropout=0.5, balance=0.0, max_keys=None, area=False
+    heads=8, normalize=False, identity=None, position=True, dropout=0.5, balance=0.0, max_keys=None, area=False
 )
 
 
@@ -151,7 +151,7 @@ class CrossAttention(nn.Module):
 
     def tokens(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
         tokens = features.flatten(2).transpose(1, 2)
-        if self.settings.normalise:
+        if self.settings.normalize:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
         if self.settings.position:
             tokens = tokens + position_encoding(tokens.shape[1], tokens.shape[2], tokens)

@@ -23,7 +23,7 @@ class Teacher(Protocol):
 
     @property
     def local(self) -> bool:
-        """Whether the answer at a pixel depends on a bounded neighbourhood only, so that tiles agree."""
+        """Whether the answer at a pixel depends on a bounded neighborhood only, so that tiles agree."""
         ...
 
     def encode(self, support: EncodedSupport) -> SupportKeys:

@@ -35,7 +35,7 @@ class PrototypeTeacher:
     Parameters
     ----------
     prototypes : int
-        Prototypes a class; the first is the masked average, the others are k-means centres (spherical).
+        Prototypes a class; the first is the masked average, the others are k-means centers (spherical).
     temperature : float
         Difference of cosines that counts as one unit of log-odds.
     """
@@ -93,16 +93,16 @@ def _directions(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
 
 
 def cluster(tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"]) -> Float[Tensor, "count c"]:
-    """Centres of unit vectors by spherical k-means.
+    """Centers of unit vectors by spherical k-means.
 
     It starts evenly along the vectors sorted by likeness to their mean: no randomness.
     """
     if len(tokens) < 2 * count or count == 0:
         return mean.expand(count, -1)
     order = (tokens @ mean).argsort()
-    centres = tokens[order[torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()]]
+    centers = tokens[order[torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()]]
     for _ in range(10):
-        nearest = (tokens @ centres.T).argmax(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, tokens)
-        centres = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centres)
-    return centres
+        nearest = (tokens @ centers.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, tokens)
+        centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)
+    return centers

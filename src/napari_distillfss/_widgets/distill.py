@@ -1,4 +1,4 @@
-"""Distil: from the annotated slices to a student, with its progress."""
+"""Distill: from the annotated slices to a student, with its progress."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from napari_distillfss._widgets._common import JobBar, Message, attempt, button,
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
-_HINT = "annotate some slices, then press Distil"
+_HINT = "annotate some slices, then press Distill"
 
 
-class DistilWidget(QWidget):
+class DistillWidget(QWidget):
     """Trains a student in another thread; cancelled, the best one so far is kept."""
 
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
@@ -26,7 +26,7 @@ class DistilWidget(QWidget):
         self._session = session
         self._started: tuple[Any, Path | None] | None = None  # the path is that of the student gone on from
         self.settings = PresetPicker()
-        self.distil = button("Distil", "Make a student from the annotated slices", self.start)
+        self.distill = button("Distill", "Make a student from the annotated slices", self.start)
         self.refine = button(
             "Refine", "Go on from the student there is, with the slices as they are now: quick", self.start_refining
         )
@@ -36,7 +36,7 @@ class DistilWidget(QWidget):
         column(
             self,
             self.settings,
-            row(self.distil, self.refine),
+            row(self.distill, self.refine),
             JobBar(self.job, cancel="Stop here and keep the best student so far"),
             self.plot,
             self.message,
@@ -51,13 +51,13 @@ class DistilWidget(QWidget):
         self._on_state_changed()
 
     def start(self) -> None:
-        """Distil anew."""
+        """Distill anew."""
         self._start(None)
 
     def start_refining(self) -> None:
         """Go on from the student there is."""
         if self._session.model is None:
-            self.message.warn("there is no student to refine yet; press Distil first")
+            self.message.warn("there is no student to refine yet; press Distill first")
             return
         self._start(self._session.model)
 
@@ -106,5 +106,5 @@ class DistilWidget(QWidget):
             self.message.tell(_HINT)
 
     def _on_state_changed(self) -> None:
-        self.distil.setEnabled(not self._session.busy)
+        self.distill.setEnabled(not self._session.busy)
         self.refine.setEnabled(not self._session.busy and self._session.model is not None)
