@@ -343,7 +343,7 @@ def cost(out: Path, backbone_name: str, view: int) -> None:
     """Training steps, cached and not, on views of ``view``."""
     device = choose_device("auto")
     backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
-    head = FewShotHead(backbone.spec, 1, HeadForm("light", "slim", "ours", 32)).to(device.torch)
+    head = FewShotHead(backbone.spec, 1, HeadForm("default", "default", "default", 32)).to(device.torch)
     rng = np.random.default_rng(0)
     labels = np.kron(rng.random((5, view // 32, view // 32)) < 0.2, np.ones((1, 32, 32))).astype(np.uint8)
 

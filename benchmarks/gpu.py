@@ -310,14 +310,14 @@ def train(out: Path, until: float, size: Size) -> None:
     join(PREPARED / "checkpoint", folder / CHECKPOINT)
     head = PREPARED / HEAD
     settings = PretrainSettings(
-        start=str(head) if head.exists() else "packaged",
-        backbone_rate=0.1,
+        init_from=str(head) if head.exists() else "packaged",
+        backbone_lr_scale=0.1,
         steps=20_000,
         tasks=size(8, 1),
         size=size(256, 64),
         shots=size(10, 2),
-        judge_every=size(1000, 10**6),
-        judged=size(30, 1),
+        eval_every=size(1000, 10**6),
+        eval_tasks=size(30, 1),
         workers=size(max(1, (os.cpu_count() or 2) - 1), 0),
         device=size.device,
     )

@@ -158,7 +158,7 @@ def own_data(
             raise InputFileError(f"{source}: holds no folders images and labels; make them, or give two paths")
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    slices, one_volume = load_support_arrays(images, labels, mode=mode, n_classes=len(names))
+    slices, same_volume = load_support_arrays(images, labels, mode=mode, n_classes=len(names))
     if len(slices) < 2:
         raise SupportSetError(f"{source}: holds 1 labeled slice; give two, one to learn from and one to be judged on")
     if supports < 1:
@@ -166,7 +166,7 @@ def own_data(
     kept = len(slices) - max(1, round(len(slices) * QUERY_SHARE))
     chosen = [slices[i] for i in suggest_planes(kept, min(supports, kept))]
     return DemoData(
-        source.name or str(source), SupportSet(tuple(chosen), names, None, one_volume), tuple(slices[kept:])
+        source.name or str(source), SupportSet(tuple(chosen), names, None, same_volume), tuple(slices[kept:])
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,6 +13,24 @@ from distillfss_core.errors import SettingsError
 def _setting(default: Any, label: str, help: str, **limits: Any) -> Any:
     """A dataclass field with a label, a sentence of help and limits (``low``, ``high`` or ``choices``)."""
     return field(default=default, metadata={"label": label, "help": help, **limits})
+
+
+FORMS = ("default", "published")
+"""Of student, decoder, teacher and loss: that of this package, or that of the papers."""
+
+_OLDER_NAMES = {
+    "start": "init_from",
+    "synthetic": "synthetic_fraction",
+    "backbone_rate": "backbone_lr_scale",
+    "average": "ema_decay",
+    "judge_every": "eval_every",
+    "judged": "eval_tasks",
+}
+
+
+def upgrade_settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a meta-training as a file holds them, under the names that they have now."""
+    return {_OLDER_NAMES.get(name, name): value for name, value in record.items()}
 
 
 @dataclass(frozen=True)
@@ -40,28 +59,28 @@ class DistillSettings:
         choices=("joint", "two-stage", "direct"),
     )
     student: str = _setting(
-        "light",
+        "default",
         "Student",
-        "light: classes share a trunk; published: one ConvDist a class.",
-        choices=("light", "published"),
+        "default: classes share a trunk; published: one ConvDist for each class.",
+        choices=FORMS,
     )
     decoder: str = _setting(
-        "slim",
+        "default",
         "Decoder",
-        "slim: light, tiles without seams; published: DCAMA's mixer.",
-        choices=("slim", "published"),
+        "default: light, tiles without seams; published: DCAMA's mixer.",
+        choices=FORMS,
     )
     teacher: str = _setting(
-        "ours",
+        "default",
         "Teacher attention",
-        "ours: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published.",
-        choices=("ours", "published"),
+        "default: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published.",
+        choices=FORMS,
     )
     loss: str = _setting(
-        "balanced",
+        "default",
         "Loss",
-        "balanced: cross-entropy and Dice, rare classes keep their weight; published: focal.",
-        choices=("balanced", "published"),
+        "default: cross-entropy and Dice, rare classes keep their weight; published: focal.",
+        choices=FORMS,
     )
     steps: int = _setting(
         0,
@@ -70,33 +89,36 @@ class DistillSettings:
         low=0,
         high=1_000_000,
     )
-    crop: int = _setting(256, "Crop", "Side of a training view in pixels after zooming.", low=32, high=4096)
-    queries: int = _setting(4, "Queries", "Views segmented in a step.", low=1, high=256)
-    shots: int = _setting(4, "Shots", "Views that answer as support in a step, at most.", low=1, high=256)
-    width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
+    crop_size: int = _setting(256, "Crop size", "Side of a training crop in pixels after zooming.", low=32, high=4096)
+    queries: int = _setting(4, "Queries", "Crops segmented in a step.", low=1, high=256)
+    shots: int = _setting(4, "Shots", "Crops that serve as support in a step, at most.", low=1, high=256)
+    width: int = _setting(32, "Decoder width", "Channels of the default decoder.", low=4, high=512)
     learning_rate: float = _setting(2e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
     weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
     zoom: str = _setting(
-        "auto", "Zoom", "Enlargement before the backbone; auto chooses on left-out slices. E.g. 1/2, 1, 2."
-    )
-    intensity: str = _setting(
         "auto",
-        "Intensity",
-        "image: percentiles of each image; volume: those of the support; auto: volume for planes of one stack.",
-        choices=("auto", "image", "volume"),
+        "Zoom",
+        "Enlargement before the backbone; auto chooses by cross-validation over the slices. E.g. 1/2, 1, 2.",
     )
-    polarity: str = _setting(
+    normalization: str = _setting(
         "auto",
-        "Polarity",
-        "Probability of inverting a view; auto: 0.3, but 0 for planes of one stack or several classes.",
+        "Normalization",
+        "per-image: percentiles of each image; per-volume: those of the support; auto: per-volume for planes of one "
+        "stack.",
+        choices=("auto", "per-image", "per-volume"),
     )
-    views: int = _setting(192, "Views", "Augmented views whose features are kept, at most.", low=2, high=1_000_000)
-    cache_mb: int = _setting(600, "Cache", "Megabytes for kept features, at most.", low=1, high=1_000_000)
-    left_out: str = _setting(
+    invert_prob: str = _setting(
         "auto",
-        "Left-out slice",
-        "Slice kept apart to choose the best step: its number, none, or auto (of 8 and more the one nearest the middle "
-        "that is not the only one of a class).",
+        "Inversion probability",
+        "Probability of inverting a crop; auto: 0.3, but 0 for planes of one stack or several classes.",
+    )
+    crops: int = _setting(192, "Crops", "Augmented crops whose features are cached, at most.", low=2, high=1_000_000)
+    cache_mb: int = _setting(600, "Cache", "Megabytes of cached features, at most.", low=1, high=1_000_000)
+    validation_slice: str = _setting(
+        "auto",
+        "Validation slice",
+        "Slice that is not trained on and chooses the best step: its number, none, or auto (of 8 and more the one "
+        "nearest the middle that is not the only one of a class).",
     )
     seed: int = _setting(0, "Seed", "Same seed, same result on one machine's CPU.", low=0, high=2**31 - 1)
     device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
@@ -104,20 +126,40 @@ class DistillSettings:
         "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
     )
 
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> DistillSettings:
+        """Student, decoder, teacher and loss in one form, "default" or "published"; other settings as given.
+
+        Raises
+        ------
+        SettingsError
+            If there is no such form, or a value lies outside its limits.
+
+        Examples
+        --------
+        >>> DistillSettings.preset("published", steps=500).decoder
+        'published'
+        """
+        if name not in FORMS:
+            raise SettingsError(f"preset is {name!r}; choose {', '.join(FORMS)}")
+        return cls(**dict.fromkeys(("student", "decoder", "teacher", "loss"), name) | changes)
+
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
-        if self.left_out not in ("auto", "none") and not self.left_out.isdigit():
-            raise SettingsError(f"left_out is {self.left_out!r}; give auto, none or the number of a slice")
-        if self.polarity != "auto":
+        if self.validation_slice not in ("auto", "none") and not self.validation_slice.isdigit():
+            raise SettingsError(
+                f"validation_slice is {self.validation_slice!r}; give auto, none or the number of a slice"
+            )
+        if self.invert_prob != "auto":
             try:
-                good = 0.0 <= float(self.polarity) <= 1.0
+                good = 0.0 <= float(self.invert_prob) <= 1.0
             except ValueError:
                 good = False
             if not good:
-                raise SettingsError(f"polarity is {self.polarity!r}; give auto or a probability from 0 to 1")
-        if self.crop % 32:
-            raise SettingsError(f"crop is {self.crop}; give a multiple of 32")
+                raise SettingsError(f"invert_prob is {self.invert_prob!r}; give auto or a probability from 0 to 1")
+        if self.crop_size % 32:
+            raise SettingsError(f"crop_size is {self.crop_size}; give a multiple of 32")
 
 
 @dataclass(frozen=True)
@@ -132,38 +174,42 @@ class PretrainSettings:
 
     backbone: str = _setting("efficientnet_lite0", "Backbone", "Feature extractor; see `distillfss backbones`.")
     weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
-    start: str = _setting(
+    init_from: str = _setting(
         "none",
-        "Start",
+        "Initial weights",
         "What the head starts from: none: nothing; packaged: the meta-trained head of this package; or the path of a "
         "head file, whose backbone is taken too where it was trained.",
     )
-    width: int = _setting(32, "Decoder width", "Channels of the slim decoder.", low=4, high=512)
+    width: int = _setting(32, "Decoder width", "Channels of the default decoder.", low=4, high=512)
     steps: int = _setting(20_000, "Steps", "Optimizer steps.", low=1, high=100_000_000)
     tasks: int = _setting(1, "Tasks", "Tasks in a step, each asked several times.", low=1, high=1024)
     size: int = _setting(192, "Size", "Side of a view in pixels.", low=64, high=1024)
     shots: int = _setting(10, "Shots", "Views that answer as support, at most.", low=1, high=30)
-    synthetic: float = _setting(
-        0.5, "Synthetic share", "Share of generated tasks, where real ones are given too.", low=0.0, high=1.0
+    synthetic_fraction: float = _setting(
+        0.5, "Synthetic fraction", "Share of generated tasks, where real ones are given too.", low=0.0, high=1.0
     )
     learning_rate: float = _setting(1e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
-    backbone_rate: float = _setting(
+    backbone_lr_scale: float = _setting(
         0.0,
-        "Backbone's rate",
-        "Share of the learning rate at which the backbone learns too (light ones only); 0 keeps it frozen.",
+        "Backbone learning-rate scale",
+        "Factor on the learning rate at which the backbone learns too (light ones only); 0 keeps it frozen.",
         low=0.0,
         high=1.0,
     )
     weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
-    average: float = _setting(
+    ema_decay: float = _setting(
         0.998,
-        "Weight average",
-        "Decay a step of the moving average of the weights, which is what is kept.",
+        "EMA decay",
+        "Decay of the exponential moving average of the weights for each step; the average is what is kept.",
         low=0.0,
         high=0.99999,
     )
-    judge_every: int = _setting(1000, "Judge every", "Steps between two looks at held-out tasks.", low=1, high=10**9)
-    judged: int = _setting(60, "Judged tasks", "Held-out tasks of each source that are looked at.", low=1, high=10_000)
+    eval_every: int = _setting(
+        1000, "Evaluate every", "Steps between two evaluations on held-out tasks.", low=1, high=10**9
+    )
+    eval_tasks: int = _setting(
+        60, "Evaluation tasks", "Held-out tasks of each source in an evaluation.", low=1, high=10_000
+    )
     workers: int = _setting(1, "Workers", "Processes that make episodes; 0: the main one.", low=0, high=256)
     seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
     device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")

@@ -19,10 +19,10 @@ def command_line(session: Session) -> str:
     if session.training is not None:
         support = session.training.support or Path("SUPPORT")
         words = ["distillfss", "distill", str(support / "images"), str(support / "labels"), "-o", model]
-        words += ["--one-volume", "--scribbles", "--classes", ",".join(session.training.classes)]
+        words += ["--same-volume", "--scribbles", "--classes", ",".join(session.training.classes)]
         pixel = session.training.pixel_size
         words += ["--pixel-size", f"{pixel[0]},{pixel[1]}"] if pixel else []
-        words += ["--start", str(session.training.start)] if session.training.start else []
+        words += ["--init-from", str(session.training.start)] if session.training.start else []
         for name, value in session.training.settings.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         lines.append(shlex.join(words))
@@ -38,7 +38,7 @@ def command_line(session: Session) -> str:
     if session.counted is not None and session.applied is not None:
         count = session.counted
         words = ["distillfss", "instances", str(session.applied.out), "-o", str(count.out), "--table", str(count.table)]
-        names = {"radius": "--watershed", "min_voxels": "--min-voxels", "value": "--value"}
+        names = {"method": "--method", "radius": "--radius", "min_voxels": "--min-voxels", "class_id": "--class-id"}
         words += [w for name, option in names.items() if name in count.how for w in (option, str(count.how[name]))]
         if _is_measured(session):
             words += ["--image", _source(session)]
@@ -62,9 +62,9 @@ def python_lines(session: Session) -> str:
         lines += [
             f"support = load_support({str(support / 'images')!r}, {str(support / 'labels')!r},",
             f"                       classes={list(session.training.classes)!r}, scribbles=True, pixel_size={pixel!r},",
-            "                       one_volume=True)",
+            "                       same_volume=True)",
             f"model = distill(support, DistillSettings({settings})"
-            + (f", start=StudentModel.load({str(start)!r}))" if start else ")"),
+            + (f", init_from=StudentModel.load({str(start)!r}))" if start else ")"),
             f"model.save({model!r})",
         ]
     else:

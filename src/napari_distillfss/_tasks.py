@@ -109,7 +109,7 @@ def iter_training(
     yield Doing("reading the annotated slices")
     planes, support = make_support()
     yield Doing("starting; the zoom is chosen on your slices")
-    run = core.iter_distill(support, settings, start=start)
+    run = core.iter_distill(support, settings, init_from=start)
     yield Doing("looking at your slices from many sides")
     begun = False
     for step in run:

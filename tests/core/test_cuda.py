@@ -26,7 +26,7 @@ from pictures import blobs
 
 pytestmark = pytest.mark.cuda
 
-SETTINGS = DistillSettings(steps=40, zoom="1", crop=64, queries=2, shots=2, views=16)
+SETTINGS = DistillSettings(steps=40, zoom="1", crop_size=64, queries=2, shots=2, crops=16)
 TILE = 128
 SMALL = ("efficientnet_lite0", "resnet18")
 LARGE = ("mobilenetv4_conv_small", "convnext_atto", "swin_base_384", "dinov2_small")  # slow on a CPU
@@ -170,7 +170,7 @@ def test_distilling_in_half_precision_learns_as_well(slices, settings, trained):
 
 
 def test_a_warm_start_goes_on_from_the_student(slices, settings, trained):
-    again = distill(slices, replace(settings, steps=4), start=trained)
+    again = distill(slices, replace(settings, steps=4), init_from=trained)
     labeled = blobs(12)
     assert iou(again.predict_labels(labeled.image), labeled.labels) > 0.6
     assert not torch.equal(next(again.head.student.parameters()), next(trained.head.student.parameters()))

@@ -122,4 +122,4 @@ def few():
     """Settings of a training that takes a second."""
     from distillfss_core import DistillSettings
 
-    return DistillSettings(steps=3, views=4, queries=1, shots=1, crop=64, zoom="1")
+    return DistillSettings(steps=3, crops=4, queries=1, shots=1, crop_size=64, zoom="1")

@@ -678,7 +678,7 @@ def test_a_script_names_the_slices_that_were_learnt_from_whatever_is_painted_lat
     assert str(support / "images") in script
     assert dock.session.model_path.is_file()
     assert str(dock.session.model_path) in script
-    again = load_support(support / "images", support / "labels", classes=["object"], scribbles=True, one_volume=True)
+    again = load_support(support / "images", support / "labels", classes=["object"], scribbles=True, same_volume=True)
     assert [s.source for s in again.slices] == ["plane_0001.tif", "plane_0003.tif"]
     assert again.planes_of_one_volume
 

@@ -28,7 +28,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
     truth = made.labels > 0
     viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     dock = open_dock(viewer)
-    dock.distill.settings.setValue(DistillSettings(steps=150, views=64, crop=128, queries=2, shots=2, zoom="2"))
+    dock.distill.settings.setValue(DistillSettings(steps=150, crops=64, crop_size=128, queries=2, shots=2, zoom="2"))
 
     dock.support.count.setValue(5)
     dock.support.suggest_slices()
@@ -57,7 +57,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
     np.testing.assert_array_equal(dock.session.annotations.plane(wrong), truth[wrong] + 1)
 
     first = dock.session.model_path
-    dock.distill.settings.setValue(DistillSettings(steps=40, views=32, crop=128, queries=2, shots=2))
+    dock.distill.settings.setValue(DistillSettings(steps=40, crops=32, crop_size=128, queries=2, shots=2))
     dock.distill.start_refining()
     finish(qtbot, dock)
     assert dock.session.training.start == first

@@ -230,7 +230,7 @@ class UNet:
         self._train(support, settings)
 
     def _train(self, support: SupportSet, settings: DistillSettings) -> None:
-        cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
+        cutter = ViewCutter(support, self.preprocess, settings.crop_size, augmentation(settings, support))
         rng = np.random.default_rng(settings.seed)
         steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()
@@ -297,4 +297,4 @@ PEERS = {
     "transferfss": Peer("TransferFSS (refined teacher)", refine, imports=("timm",)),
     "distillfss": Peer("DistillFSS (student)", distill, imports=("timm", "onnx", "onnxruntime", "openvino")),
 }
-"""By the names of ``--peers``; the last three are ours."""
+"""By the names of ``--baselines``; the last three are ours."""

@@ -34,7 +34,7 @@ from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
 
-OURS = HeadForm("light", "slim", "ours", 32)
+DEFAULT = HeadForm("default", "default", "default", 32)
 PUBLISHED = HeadForm("published", "published", "published", 32)
 HALO = 128  # of the student that goes through volumes; a distilled one has its own, measured
 SLOW, FEW = 2.0, 3  # what takes longer than so many seconds is timed only so many times
@@ -207,7 +207,7 @@ def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], obje
     x = torch.rand(1, 3, case.side, case.side, generator=generator).to(device.torch)
     if case.what == "backbone":
         return lambda: backbone(x)
-    form = PUBLISHED if case.what == "published" else OURS
+    form = PUBLISHED if case.what == "published" else DEFAULT
     head = FewShotHead(backbone.spec, case.classes, form).eval().to(device.torch)
     if case.what == "student":
         network = StudentNetwork(backbone, head.to(memory_format=torch.channels_last))
@@ -312,7 +312,7 @@ def time_volume(planes: int, side: int, backbone: Backbone, device: Device) -> l
     import zarr
 
     one = generate_sample(planes=1, size=side).image[0]
-    head = FewShotHead(backbone.spec, 1, OURS).eval().to(device.torch)
+    head = FewShotHead(backbone.spec, 1, DEFAULT).eval().to(device.torch)
     model = StudentModel(backbone, head, fit_preprocess([one]), ("object",), device=device, halo=HALO)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:

@@ -48,7 +48,7 @@ def _add_accuracy(kinds: Any) -> None:
     parser.usage = f"{parser.prog} --data NAME=FOLDER ... [options]"
     _add_data(parser)
     _add_output(parser)
-    parser.add_argument("--draws", type=positive, default=3, metavar="N", help="supports drawn, seeds 0 to N-1 (3)")
+    parser.add_argument("--repeats", type=positive, default=3, metavar="N", help="supports drawn, seeds 0 to N-1 (3)")
     parser.add_argument(
         "--published-supports", action="store_true", help="one support, by the published rule, in place of draws"
     )
@@ -72,7 +72,7 @@ def _add_peers(kinds: Any) -> None:
     parser.add_argument(
         "--supports", type=_names, default=("dense", "scribbles"), metavar="KIND,...", help="dense, scribbles (both)"
     )
-    parser.add_argument("--peers", type=_names, metavar="NAME,...", help="which (default: all)")
+    parser.add_argument("--baselines", type=_names, metavar="NAME,...", help="which (default: all)")
     add_common(parser, _peers)
 
 
@@ -104,7 +104,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shots", type=_numbers, metavar="N,...", help="annotated pictures (default: few and many, as in the paper)"
     )
-    parser.add_argument("--tests", type=positive, metavar="N", help="test pictures at most, spread evenly (all)")
+    parser.add_argument(
+        "--max-test-images", type=positive, metavar="N", help="test pictures at most, spread evenly (all)"
+    )
     parser.add_argument("--steps", type=positive, metavar="N", help="training steps (default: chosen by the slices)")
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps")
 
@@ -120,7 +122,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     from distillfss_core.bench.tables import PUBLISHED_NOTE, accuracy_table
 
     _known(args.methods, OURS, "methods")
-    seeds = [PUBLISHED] if args.published_supports else list(range(args.draws))
+    seeds = [PUBLISHED] if args.published_supports else list(range(args.repeats))
     jobs = _jobs(args, seeds, ("dense",), args.methods)
     return _run(args, "accuracy", jobs, lambda outcomes: f"{accuracy_table(outcomes)}\n\n{PUBLISHED_NOTE}")
 
@@ -130,7 +132,7 @@ def _peers(args: argparse.Namespace) -> int:
     from distillfss_core.bench.peers import PEERS
     from distillfss_core.bench.tables import peers_tables
 
-    peers = args.peers or [name for name in PEERS if name != "teacher"]
+    peers = args.baselines or [name for name in PEERS if name != "teacher"]
     _known(peers, PEERS, "peers")
     _known(args.supports, SUPPORT_KINDS, "supports")
     return _run(args, "peers", _jobs(args, range(args.seeds), args.supports, peers), peers_tables)
@@ -151,7 +153,7 @@ def _jobs(args: argparse.Namespace, seeds: Sequence[int], kinds: Sequence[str], 
     for _, folder, about in sets:
         about.open(folder)  # what is not whole is said before hours of work
     return [
-        Job(name, str(folder.resolve()), shots, seed, kind, peer, args.tests, settings)
+        Job(name, str(folder.resolve()), shots, seed, kind, peer, args.max_test_images, settings)
         for name, folder, about in sets
         for seed in seeds
         for shots in args.shots or about.shots

@@ -26,14 +26,11 @@ from distillfss_core.cli.options import (
     parse_planes,
 )
 from distillfss_core.errors import OutputError, SettingsError
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import FORMS, DistillSettings
 
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
     from distillfss_core.types import TrainStep
-
-
-# distill
 
 
 def add_distill(commands: Any) -> None:
@@ -49,12 +46,15 @@ def add_distill(commands: Any) -> None:
     parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="labeled planes of a stack, from 0")
     add_label_options(parser)
     parser.add_argument(
-        "--one-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
+        "--same-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
     )
     parser.add_argument(
         "--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometers, kept on the model's card"
     )
-    parser.add_argument("--start", type=Path, metavar="MODEL", help="go on from this model with these slices")
+    parser.add_argument("--init-from", type=Path, metavar="MODEL", help="go on from this model with these slices")
+    parser.add_argument(
+        "--preset", choices=FORMS, default="default", help="form of student, decoder, teacher and loss (default)"
+    )
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
     add_settings(parser)
     add_common(parser, _distill)
@@ -65,7 +65,7 @@ def _distill(args: argparse.Namespace) -> int:
     from distillfss_core.io.writing import check_output
 
     given = given_settings(args)
-    settings = DistillSettings(**given)
+    settings = DistillSettings.preset(args.preset, **given)
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
     if args.output.suffix.lower() in READABLE:
@@ -78,9 +78,9 @@ def _distill(args: argparse.Namespace) -> int:
     from distillfss_core.training import iter_distill
 
     start = None
-    if args.start:
-        start = StudentModel.load(args.start, device=settings.device, weights=settings.weights)
-        settings = _settings_of(start, given, args.start)
+    if args.init_from:
+        start = StudentModel.load(args.init_from, device=settings.device, weights=settings.weights)
+        settings = _settings_of(start, given, args.init_from)
     support = load_support(
         args.images,
         args.labels,
@@ -88,13 +88,13 @@ def _distill(args: argparse.Namespace) -> int:
         classes=args.classes,
         scribbles=args.scribbles,
         pixel_size=args.pixel_size or (start.pixel_size if start else None),
-        one_volume=args.one_volume,
+        same_volume=args.same_volume,
     )
     step: TrainStep | None = None
     interrupted = False
     try:
         with progress("preparing") as bar:
-            run = iter_distill(support, settings, start=start)
+            run = iter_distill(support, settings, init_from=start)
             if args.without_backbone and not can_be_found_again(run.backbone):
                 raise SettingsError(KEEP_BACKBONE)
             for step in run:
@@ -126,12 +126,13 @@ def _settings_of(start: StudentModel, given: dict[str, Any], path: Path) -> Dist
         "teacher": form.teacher,
         "width": form.width,
         "zoom": start.preprocess.zoom,
-        "intensity": start.preprocess.scope,
+        "normalization": f"per-{start.preprocess.scope}",
     }
     for name, value in decided.items():
         if given.get(name, value) != value:
             raise SettingsError(
-                f"{option_flag(name)} {given[name]} does not go with --start: {path} has {value}; leave the option out"
+                f"{option_flag(name)} {given[name]} does not go with --init-from: {path} has {value}; leave the option "
+                "out"
             )
     return DistillSettings(**{**given, **decided})
 
@@ -144,6 +145,6 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     record = model.training
     print(f"{args.output}: {format_mb(size)}, {list_classes(model.class_names)}, zoom {model.preprocess.zoom}")
     line = f"{record['steps']} steps in {record['seconds']:.0f} s on {record['device']}"
-    if record.get("left_out_iou") is not None:
-        line += f"; best at step {record['best_step']}, IoU {record['left_out_iou']:.3f} on the slice kept apart"
+    if record.get("validation_iou") is not None:
+        line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
     print(line)

@@ -53,8 +53,8 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     if training:
         text = f"{training['method']}, {training['steps']} steps, best {training['best_step']}"
         lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))
-        if training.get("left_out_iou") is not None:
-            lines.append(("kept apart", f"slice {training['left_out_slice']}, IoU {training['left_out_iou']:.3f}"))
+        if training.get("validation_iou") is not None:
+            lines.append(("validation", f"slice {training['validation_slice']}, IoU {training['validation_iou']:.3f}"))
         lines.append(("slices", ", ".join(training["support"])))
     return lines
 

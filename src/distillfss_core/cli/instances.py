@@ -34,19 +34,27 @@ def add_instances(commands: Any) -> None:
     )
     parser.add_argument("--channel", type=parse_channel, metavar="C", help="of the image: number from 0, or name")
     parser.add_argument("--time", type=parse_whole, metavar="T", help="of the image: time point, from 0")
-    parser.add_argument("--value", type=positive, metavar="N", help="label of the class (default: whatever is not 0)")
     parser.add_argument(
-        "--watershed",
+        "--class-id", type=positive, metavar="N", help="label of the class (default: whatever is not 0)"
+    )
+    parser.add_argument(
+        "--method",
+        choices=("components", "watershed"),
+        default="components",
+        help="components: connected voxels are an object (default); watershed: touching objects are cut apart",
+    )
+    parser.add_argument(
+        "--radius",
         type=float,
-        metavar="RADIUS",
-        help="cut touching objects apart: radius of a typical one, in micrometers (voxels where no scale is known)",
+        metavar="R",
+        help="of a typical object, in micrometers (voxels where no scale is known), for --method watershed",
     )
     parser.add_argument(
         "--connectivity",
         type=int,
         choices=(6, 18, 26),
         default=6,
-        help="with how many neighbors a voxel is connected, without --watershed (6)",
+        help="with how many neighbors a voxel is connected, for --method components (6)",
     )
     parser.add_argument("--min-voxels", type=positive, default=1, metavar="N", help="leave smaller objects out (1)")
     parser.add_argument(
@@ -73,10 +81,10 @@ def _instances(args: argparse.Namespace) -> int:
             args.output,
             table=args.table,
             image=image,
-            value=args.value,
-            method="components" if args.watershed is None else "watershed",
+            class_id=args.class_id,
+            method=args.method,
             connectivity=args.connectivity,
-            radius=args.watershed,
+            radius=args.radius,
             min_voxels=args.min_voxels,
             resume=args.resume,
             overwrite=args.overwrite,

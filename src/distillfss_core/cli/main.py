@@ -61,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{fault.filename}: " if fault.filename else ""
         return fail(f"{where}{fault.strerror or fault}")
     except MemoryError:
-        return fail("the machine is out of memory; give smaller images, or fewer views (--views, --cache-mb)")
+        return fail("the machine is out of memory; give smaller images, or fewer crops (--crops, --cache-mb)")
     except RuntimeError as fault:
         if not _is_out_of_memory(fault):
             raise
-        return fail("the device is out of memory; lower --cache-mb, --crop or --queries, or use --device cpu")
+        return fail("the device is out of memory; lower --cache-mb, --crop-size or --queries, or use --device cpu")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
 
 
-# options that commands share
-
-
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
     parser.add_argument(

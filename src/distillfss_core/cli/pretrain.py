@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from distillfss_core.types import TrainStep
 
 
-# pretrain
-
-
 def add_pretrain(commands: Any) -> None:
     parser = commands.add_parser(
         "pretrain",
@@ -49,7 +46,7 @@ def add_pretrain(commands: Any) -> None:
         help="sets of pictures (images/ with labels/), or folders of such sets",
     )
     parser.add_argument(
-        "--keep-out", type=parse_names, default=(), metavar="SET,SET,...", help="sets not trained on, but judged on"
+        "--holdout", type=parse_names, default=(), metavar="SET,SET,...", help="sets not trained on, but judged on"
     )
     parser.add_argument("--name", default="", metavar="TEXT", help="name and version for the card")
     add_settings(parser, PretrainSettings, "meta-training")
@@ -58,15 +55,15 @@ def add_pretrain(commands: Any) -> None:
 
 def _pretrain(args: argparse.Namespace) -> int:
     settings = PretrainSettings(**given_settings(args, PretrainSettings))
-    if args.keep_out and not args.real:
-        raise SettingsError("--keep-out names sets of --real; give it too")
+    if args.holdout and not args.real:
+        raise SettingsError("--holdout names sets of --real; give it too")
     try:
         from distillfss_core.metatraining.run import PretrainRun, sources
     except ModuleNotFoundError as fault:
         raise SettingsError(f"meta-training needs {fault.name}: pip install 'napari-distillfss[pretrain]'") from fault
 
     make_folder(args.output)
-    real, held_out = sources(args.real, args.keep_out)
+    real, held_out = sources(args.real, args.holdout)
     run = PretrainRun(settings, args.output, real=real, held_out=held_out)
     step: TrainStep | None = None
     try:

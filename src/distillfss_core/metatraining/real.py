@@ -116,7 +116,7 @@ class RealSource:
         without labels, or a pair of folders. Files belong together as `distillfss_core.io.labels.pair_files` says.
         Labels are 0 for the rest, 1.. for classes, 255 where nothing is known; but in a set whose labels hold 0 and
         255 alone (masks), 255 is the object. A stack counts as many pictures.
-    keep_out : sequence of str
+    holdout : sequence of str
         Names of sets to leave out, e.g. to validate on.
     memory : int
         Bytes of decoded pictures to keep; those used longest ago are dropped first.
@@ -128,14 +128,14 @@ class RealSource:
     InputFileError
         If a folder is missing or holds no picture.
     SettingsError
-        If a name of ``keep_out`` is unknown, no set is left, or two sets have one name.
+        If a name of ``holdout`` is unknown, no set is left, or two sets have one name.
     """
 
     def __init__(
         self,
         folders: Sequence[PathLike | tuple[PathLike, PathLike]],
         *,
-        keep_out: Sequence[str] = (),
+        holdout: Sequence[str] = (),
         memory: int = 2 * 2**30,
         degrade: Degrade = optics.degrade,
     ) -> None:
@@ -146,10 +146,10 @@ class RealSource:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise SettingsError(f"two sets have the name {twice[0]!r}; rename one of the folders")
-        unknown = [name for name in keep_out if name not in names]
+        unknown = [name for name in holdout if name not in names]
         if unknown:
             raise SettingsError(f"there is no set {unknown[0]!r} to keep out; there are: {', '.join(names)}")
-        self._sets = [one for one in found if one.name not in keep_out]
+        self._sets = [one for one in found if one.name not in holdout]
         if not self._sets:
             raise SettingsError(f"all sets are kept out ({', '.join(names)}); leave one in")
         self._degrade = degrade

@@ -45,7 +45,7 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, load_head, packaged_head, save_head
 from distillfss_core.nn.teachers import DcamaTeacher
-from distillfss_core.settings import PretrainSettings
+from distillfss_core.settings import PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
 KEYS = 128  # support keys a stage in a training step; another draw in every step
 NORM_TASKS = 32  # tasks on which the decoder's skip features are standardized
 LOGGED = 50  # steps that one line of the history stands for
-MAY_CHANGE = {"steps", "workers", "judge_every", "judged", "device", "precision"}
+MAY_CHANGE = {"steps", "workers", "eval_every", "eval_tasks", "device", "precision"}
 """Settings that a training may go on with another value of."""
 
 
@@ -101,10 +101,10 @@ class PretrainRun(Iterator[TrainStep]):
         backbone = told.trained_backbone() if told else None
         self.backbone = (backbone or load_backbone(settings.backbone, settings.weights)).to(self.device.torch)
         self._mix = EpisodeMix(
-            real, synthetic=settings.synthetic, size=settings.size, shots=settings.shots, seed=settings.seed
+            real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
-            head = FewShotHead(self.backbone.spec, 1, HeadForm("light", "slim", "ours", settings.width))
+            head = FewShotHead(self.backbone.spec, 1, HeadForm("default", "default", "default", settings.width))
         if told:
             told.put_into(head)
         self._start = dict(told.card) if told else None
@@ -115,11 +115,11 @@ class PretrainRun(Iterator[TrainStep]):
         groups: list[dict[str, Any]] = [{"params": list(self.teacher.parameters()), "share": 1.0}]
         self._encoder: Encoder = self.backbone
         self._encoder_average: AveragedModel | None = None
-        if settings.backbone_rate:
+        if settings.backbone_lr_scale:
             self._encoder = LearningBackbone(self.backbone).to(self.device.torch)
             self._encoder_average = self._averaged(self._encoder)
             self._kept |= {"backbone": self._encoder, "backbone_average": self._encoder_average}
-            groups.append({"params": list(self._encoder.parameters()), "share": settings.backbone_rate})
+            groups.append({"params": list(self._encoder.parameters()), "share": settings.backbone_lr_scale})
         self._parameters = [parameter for group in groups for parameter in group["params"]]
         self._optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=settings.weight_decay)
         self._decode: Any = self.teacher.decoder
@@ -218,7 +218,7 @@ class PretrainRun(Iterator[TrainStep]):
                 for name, value in losses.items():
                     self._sums[name] = self._sums.get(name, 0.0) + value / LOGGED
                 last = self.step == settings.steps
-                if self.step % settings.judge_every == 0 or last:
+                if self.step % settings.eval_every == 0 or last:
                     metrics = self.judge()
                 if self.step % LOGGED == 0:
                     self.history.append({"step": self.step, **self._sums})
@@ -284,7 +284,7 @@ class PretrainRun(Iterator[TrainStep]):
         return cat_pyramids(parts)
 
     def _averaged(self, module: nn.Module) -> AveragedModel:
-        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.average), use_buffers=True)
+        return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema_decay), use_buffers=True)
 
     def _fit_norms(self) -> None:
         decoder = self.teacher.decoder
@@ -313,7 +313,7 @@ class PretrainRun(Iterator[TrainStep]):
         s = self.settings
         sources = {"real": self._held_out, "made": None} if self._held_out else {"made": None}
         return {
-            name: [held_out_task(source, i, views=6, size=s.size, seed=s.seed) for i in range(s.judged)]
+            name: [held_out_task(source, i, views=6, size=s.size, seed=s.seed) for i in range(s.eval_tasks)]
             for name, source in sources.items()
         }
 
@@ -350,7 +350,7 @@ class PretrainRun(Iterator[TrainStep]):
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT
         record, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
-        before, now = record["settings"], asdict(self.settings)
+        before, now = upgrade_settings(record["settings"]), asdict(self.settings)
         for setting in fields(PretrainSettings):
             name = setting.name
             then = before.get(name, setting.default)
@@ -383,12 +383,12 @@ class PretrainRun(Iterator[TrainStep]):
         self._sums = record["sums"]
 
 
-def sources(folders: Sequence[Path], keep_out: Sequence[str]) -> tuple[RealSource | None, RealSource | None]:
+def sources(folders: Sequence[Path], holdout: Sequence[str]) -> tuple[RealSource | None, RealSource | None]:
     """Real pictures to train on, and the sets kept out of it to judge on."""
     if not folders:
         return None, None
-    real = RealSource(folders, keep_out=keep_out)
-    return real, RealSource(folders, keep_out=real.sets) if keep_out else None
+    real = RealSource(folders, holdout=holdout)
+    return real, RealSource(folders, holdout=real.sets) if holdout else None
 
 
 def _sets_text(data: dict[str, list[str]]) -> str:
@@ -398,9 +398,9 @@ def _sets_text(data: dict[str, list[str]]) -> str:
 
 
 def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
-    if settings.start == "none":
+    if settings.init_from == "none":
         return None
-    told = packaged_head(settings.backbone) if settings.start == "packaged" else load_head(settings.start)
+    told = packaged_head(settings.backbone) if settings.init_from == "packaged" else load_head(settings.init_from)
     if told is None:
         raise SettingsError(f"this package holds no head for {settings.backbone}; give start none, or a head file")
     if (told.backbone_name, told.width) != (settings.backbone, settings.width):
@@ -412,10 +412,10 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
 
 
 def _check_backbone(settings: PretrainSettings) -> None:
-    if settings.backbone_rate and not backbone_spec(settings.backbone).light:
+    if settings.backbone_lr_scale and not backbone_spec(settings.backbone).light:
         light = ", ".join(spec.name for spec in SPECS.values() if spec.light)
         raise SettingsError(
-            f"backbone_rate is {settings.backbone_rate}, but {settings.backbone} is too large to be trained; "
+            f"backbone_lr_scale is {settings.backbone_lr_scale}, but {settings.backbone} is too large to be trained; "
             f"give 0, or one of {light}"
         )
 

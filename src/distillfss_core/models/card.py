@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core.nn.checkpoint import FileKind, read_card_file
+from distillfss_core.nn.head import HeadForm
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import evenly
 
@@ -25,6 +27,15 @@ class Thumbnails:
     labels: npt.NDArray[np.uint8]
 
 
+_OLDER_KEYS = {"left_out_slice": "validation_slice", "left_out_iou": "validation_iou"}
+
+
+def upgrade_card(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The card of an older file in the words of today; that of a new one as it is."""
+    training = {_OLDER_KEYS.get(name, name): value for name, value in card["training"].items()}
+    return {**card, "head": HeadForm.from_json(card["head"]).to_json(), "training": training}
+
+
 def read_card(path: str | Path) -> dict[str, Any]:
     """The card of a student file, without loading the model (its tensors are not checked).
 
@@ -34,7 +45,10 @@ def read_card(path: str | Path) -> dict[str, Any]:
         As `StudentModel.load` does.
     """
     card, _, header = read_card_file(path, STUDENT_FILE, tensors=False)
-    return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
+    return upgrade_card(card) | {
+        "backbone_inside": header.get("backbone") == "true",
+        "bytes": Path(path).stat().st_size,
+    }
 
 
 def read_thumbnails(path: str | Path) -> Thumbnails | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.models.batches import PIXELS
-from distillfss_core.models.card import STUDENT_FILE, Thumbnails
+from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
 from distillfss_core.models.engines import Runner, StudentNetwork, choose_engine, choose_precision
 from distillfss_core.models.preprocess import ZOOMS, Preprocess
 from distillfss_core.models.segmenter import HALO, Segmenter
@@ -219,6 +219,7 @@ class StudentModel(Segmenter):
         path = Path(path)
         card, tensors, _ = read_card_file(path, STUDENT_FILE)
         try:
+            card = upgrade_card(card)
             chosen = choose_device(device, precision)
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
             about = card["backbone"]

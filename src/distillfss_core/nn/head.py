@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,8 @@ from distillfss_core.nn.features import FeaturePyramid, margins
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
 from distillfss_core.nn.teachers import PUBLISHED, DcamaSettings, DcamaTeacher
 
+_OLDER_DEFAULTS = ("light", "slim", "ours")
+
 
 @dataclass(frozen=True)
 class HeadForm:
@@ -24,6 +27,13 @@ class HeadForm:
     decoder: str
     teacher: str
     width: int
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> HeadForm:
+        """From the card of a file; older ones have other words for the default."""
+        parts = {name: str(record[name]) for name in ("student", "decoder", "teacher")}
+        default = {name: "default" for name, value in parts.items() if value in _OLDER_DEFAULTS}
+        return cls(**(parts | default), width=int(record["width"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -52,7 +62,7 @@ class FewShotHead(nn.Module):
         if any(c % settings.heads for c in coarse):
             raise SettingsError(
                 f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
-                "choose another backbone or teacher=ours"
+                "choose another backbone or teacher=default"
             )
         self.teacher = DcamaTeacher(coarse, decoder, settings)
         self.student: Student = (

@@ -75,7 +75,7 @@ def iter_instances(
     *,
     table: str | Path | None = None,
     image: Volume | None = None,
-    value: int | None = None,
+    class_id: int | None = None,
     method: str = "components",
     connectivity: int = 6,
     radius: float | None = None,
@@ -97,7 +97,7 @@ def iter_instances(
         Where to write the measures of the objects, .csv or .parquet; the columns are those of `write_table`.
     image : Volume, optional
         Of the same size, one channel: its mean over each object is measured, too.
-    value : int, optional
+    class_id : int, optional
         The class whose objects are wanted; by default whatever is not 0 is one class.
     method : {"components", "watershed"}
         Whatever is connected is one object; or objects that touch are cut apart where they are narrow (Euclidean
@@ -137,7 +137,7 @@ def iter_instances(
     """
     start = time.monotonic()
     out = Path(out)
-    cutter = _Cutter(labels, image, value, method, connectivity, radius)
+    cutter = _Cutter(labels, image, class_id, method, connectivity, radius)
     cutter.check()
     if min_voxels < 1:
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
@@ -198,7 +198,7 @@ class _Cutter:
 
     labels: Volume
     image: Volume | None
-    value: int | None
+    class_id: int | None
     method: str
     connectivity: int
     radius: float | None
@@ -232,7 +232,7 @@ class _Cutter:
         return {
             "labels": _fingerprint(self.labels),
             "image": _fingerprint(self.image) if self.image else None,
-            "value": self.value,
+            "value": self.class_id,
             "method": self.method,
             "connectivity": self.connectivity,
             "radius": self.radius,
@@ -261,7 +261,7 @@ class _Cutter:
         shape = self.labels.shape
         looked = [(max(0, a - h), min(n, b + h)) for (a, b), h, n in zip(box, self.halo, shape, strict=True)]
         found = self.labels.read(*(slice(*span) for span in looked))
-        mask = found == self.value if self.value is not None else found != 0
+        mask = found == self.class_id if self.class_id is not None else found != 0
         local, seeds = self._components(mask) if self.method == "components" else self._watershed(mask)
         origin = [a for a, _ in looked]
         ids = _ids(seeds, origin, shape)

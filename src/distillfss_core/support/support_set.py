@@ -107,7 +107,7 @@ def load_support(
     classes: Sequence[str] | None = None,
     scribbles: bool = False,
     pixel_size: tuple[float, float] | None = None,
-    one_volume: bool = False,
+    same_volume: bool = False,
 ) -> SupportSet:
     """Read annotated slices from files.
 
@@ -123,7 +123,7 @@ def load_support(
         Label values mean: 0 not annotated, 1 background, 2, 3, ... the classes.
     pixel_size : (float, float), optional
         Size of a pixel (y, x) in micrometers.
-    one_volume : bool
+    same_volume : bool
         The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
         more steps.
 
@@ -137,4 +137,4 @@ def load_support(
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
     slices, of_stack = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
-    return SupportSet(tuple(slices), names, pixel_size, one_volume or of_stack)
+    return SupportSet(tuple(slices), names, pixel_size, same_volume or of_stack)

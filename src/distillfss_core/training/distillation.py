@@ -30,7 +30,7 @@ from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Augmentation, View, ViewBank, ViewCutter
-from distillfss_core.training.loop import Best, LeftOut, iter_fit
+from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, Array, TrainStep, evenly
@@ -54,7 +54,7 @@ class DistillRun(Iterator[TrainStep]):
     ----------
     support : SupportSet
     settings : DistillSettings
-    start : StudentModel, optional
+    init_from : StudentModel, optional
         Warm start: go on from this student's weights, in its form, on its backbone, with its zoom and intensity
         ("refine again"). Its classes must be the support's.
     teacher_only : bool
@@ -65,42 +65,42 @@ class DistillRun(Iterator[TrainStep]):
         self,
         support: SupportSet,
         settings: DistillSettings,
-        start: StudentModel | None = None,
+        init_from: StudentModel | None = None,
         *,
         teacher_only: bool = False,
     ) -> None:
-        if start is not None:
-            start, settings = _prepare_start(start, support, settings)
+        if init_from is not None:
+            init_from, settings = _prepare_start(init_from, support, settings)
         self.support, self.settings = support, settings
         self.device = choose_device(settings.device, settings.precision)
         self._began = time.perf_counter()
-        self._left_out_index = None if teacher_only else _left_out_index(settings, support)
+        self._validation_index = None if teacher_only else _validation_index(settings, support)
         self._told: HeadWeights | None = None
-        if start:
-            self.backbone = copy.deepcopy(start.backbone)
+        if init_from:
+            self.backbone = copy.deepcopy(init_from.backbone)
         else:
             self.backbone, self._told = _load_start(settings)
         self.backbone.to(self.device.torch)
-        self._slices = [i for i in range(len(support)) if i != self._left_out_index]
-        skilled = start is not None or (self._told is not None and settings.method != "direct")
+        self._slices = [i for i in range(len(support)) if i != self._validation_index]
+        skilled = init_from is not None or (self._told is not None and settings.method != "direct")
         few = skilled and not support.planes_of_one_volume
-        self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=start is not None)
-        views = min(settings.views, self._steps * settings.queries)
+        self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
+        views = min(settings.crops, self._steps * settings.queries)
         self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
-        head = copy.deepcopy(start.head) if start else _new_head(settings, self.backbone, support, self._told)
+        head = copy.deepcopy(init_from.head) if init_from else _new_head(settings, self.backbone, support, self._told)
         self.head = head.requires_grad_(True).eval()
         self.head.to(self.device.torch)
         judge = self.head.teacher if self._told else None
         self.preprocess, self.zoom_scores = (
-            (start.preprocess, {}) if start else _fit_preprocess(support, settings, self._bank, judge)
+            (init_from.preprocess, {}) if init_from else _fit_preprocess(support, settings, self._bank, judge)
         )
-        self._cutter = ViewCutter(support, self.preprocess, settings.crop, augmentation(settings, support))
+        self._cutter = ViewCutter(support, self.preprocess, settings.crop_size, augmentation(settings, support))
         self._best = Best(self.head)
-        self._pixel_size = support.pixel_size or (start.pixel_size if start else None)
+        self._pixel_size = support.pixel_size or (init_from.pixel_size if init_from else None)
         self._refined: FewShotHead | None = None
         self._stage_began, self._steps_done, self._finished = 0, 0, False
         self._has_student = not teacher_only and settings.method != "two-stage"
-        self._generator = self._run(start, teacher_only)
+        self._generator = self._run(init_from, teacher_only)
 
     def __iter__(self) -> DistillRun:
         return self
@@ -114,10 +114,10 @@ class DistillRun(Iterator[TrainStep]):
         """Stop training; `result` keeps its answer."""
         self._generator.close()
 
-    def _run(self, start: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
-        left_out = self._left_out()
+    def _run(self, init_from: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
+        validation = self._validation_crops()
         self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
-        if isinstance(self.head.decoder, SlimDecoder) and start is None and self._told is None:
+        if isinstance(self.head.decoder, SlimDecoder) and init_from is None and self._told is None:
             self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
         stages = (
             ["refine"]
@@ -130,22 +130,22 @@ class DistillRun(Iterator[TrainStep]):
                 self._refined, self._has_student = self._best_head(), True
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
-            if stage in ("joint", "distill") and start is None:
+            if stage in ("joint", "distill") and init_from is None:
                 views = evenly(len(self._bank), START_VIEWS)
                 start_from_attention(self.head, self._bank.support(views, self.support.classes))
             self._best = Best(self.head)
-            judge = left_out if stage != "refine" else None
+            judge = validation if stage != "refine" else None
             yield from iter_fit(
                 self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
             )
         self._finished = True
 
-    def _left_out(self) -> LeftOut | None:
-        if self._left_out_index is None:
+    def _validation_crops(self) -> ValidationCrops | None:
+        if self._validation_index is None:
             return None
-        views = self._cutter.grid(self._left_out_index, 8)
+        views = self._cutter.grid(self._validation_index, 8)
         features = [self._bank.encode([v]) for v in views]
-        return LeftOut(features, [v.labels[None].long().to(self.device.torch) for v in views])
+        return ValidationCrops(features, [v.labels[None].long().to(self.device.torch) for v in views])
 
     def _best_head(self) -> FewShotHead:
         head = copy.deepcopy(self._best.average)
@@ -170,8 +170,8 @@ class DistillRun(Iterator[TrainStep]):
             "head": self._told.name if self._told else None,
             "steps": self._steps_done,
             "best_step": self._stage_began + (self._best.best_step or self._best.steps),
-            "left_out_slice": self._left_out_index,
-            "left_out_iou": self._best.score,
+            "validation_slice": self._validation_index,
+            "validation_iou": self._best.score,
             "zoom_scores": self.zoom_scores,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
@@ -201,14 +201,14 @@ class DistillRun(Iterator[TrainStep]):
 
 
 def iter_distill(
-    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+    support: SupportSet, settings: DistillSettings | None = None, *, init_from: StudentModel | None = None
 ) -> DistillRun:
     """Distill, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
-    return DistillRun(support, settings or DistillSettings(), start)
+    return DistillRun(support, settings or DistillSettings(), init_from)
 
 
 def distill(
-    support: SupportSet, settings: DistillSettings | None = None, *, start: StudentModel | None = None
+    support: SupportSet, settings: DistillSettings | None = None, *, init_from: StudentModel | None = None
 ) -> StudentModel:
     """Make a student from a support set.
 
@@ -216,7 +216,7 @@ def distill(
     ----------
     support : SupportSet
     settings : DistillSettings, optional
-    start : StudentModel, optional
+    init_from : StudentModel, optional
         Warm start from an existing student, with new or corrected slices.
 
     Returns
@@ -228,7 +228,7 @@ def distill(
     ------
     SettingsError, WeightsUnavailableError
     """
-    run = iter_distill(support, settings, start=start)
+    run = iter_distill(support, settings, init_from=init_from)
     for _ in run:
         pass
     return run.result()
@@ -275,7 +275,7 @@ def _tell(
     settings: DistillSettings,
     device: Device,
 ) -> FewShotModel:
-    cutter = ViewCutter(support, preprocess, settings.crop, PLAIN)
+    cutter = ViewCutter(support, preprocess, settings.crop_size, PLAIN)
     bank = ViewBank(backbone, device, memory=1, most=1)
     views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS // len(support)))]
     with torch.no_grad(), device.autocast():
@@ -297,22 +297,24 @@ def _samples(cutter: ViewCutter, slices: int) -> UInt8[Array, "n 3 s s"]:
     return (torch.stack([v.image for v in views]) * 255).round().to(torch.uint8).numpy()
 
 
-def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | None:
+def _validation_index(settings: DistillSettings, support: SupportSet) -> int | None:
     """The slice kept apart; of its own accord none that alone shows a class, or the background."""
-    if settings.left_out == "none" or (settings.left_out == "auto" and len(support) < AUTO_LEAVE_OUT):
+    if settings.validation_slice == "none" or (settings.validation_slice == "auto" and len(support) < AUTO_LEAVE_OUT):
         return None
     alone = support.shown_once()
-    if settings.left_out == "auto":
+    if settings.validation_slice == "auto":
         from_the_middle = sorted(range(len(support)), key=lambda i: abs(i - len(support) // 2))
         return next((i for i in from_the_middle if not alone[i].any()), None)
-    index = int(settings.left_out)
+    index = int(settings.validation_slice)
     if not index < len(support) or len(support) == 1:
-        raise SettingsError(f"left_out is {index}, but there are {len(support)} slices; at least one must remain")
+        raise SettingsError(
+            f"validation_slice is {index}, but there are {len(support)} slices; at least one must remain"
+        )
     if alone[index].any():
         what = ("background", *map(repr, support.class_names))[int(alone[index].argmax())]
         raise SettingsError(
-            f"left_out is {index}, but no other slice shows {what} ({support.slices[index].source}); give another, or "
-            "none"
+            f"validation_slice is {index}, but no other slice shows {what} ({support.slices[index].source}); give "
+            "another, or none"
         )
     return index
 
@@ -320,7 +322,7 @@ def _left_out_index(settings: DistillSettings, support: SupportSet) -> int | Non
 def _fit_preprocess(
     support: SupportSet, settings: DistillSettings, bank: ViewBank, judge: Teacher | None
 ) -> tuple[Preprocess, dict[str, float]]:
-    scope = settings.intensity
+    scope = settings.normalization.removeprefix("per-")
     if scope == "auto":
         scope = "volume" if support.planes_of_one_volume else "image"
     images = [s.image for s in support.slices]
@@ -333,8 +335,8 @@ def _fit_preprocess(
 
 def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
     """How views of a support set are varied where the settings leave it open."""
-    if settings.polarity != "auto":
-        return Augmentation(polarity=float(settings.polarity))
+    if settings.invert_prob != "auto":
+        return Augmentation(polarity=float(settings.invert_prob))
     one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
     return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
 
@@ -370,7 +372,7 @@ def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None
     if settings.head not in ("auto", "none"):
         told = load_head(settings.head)
         return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
-    ours = settings.head == "auto" and (settings.decoder, settings.teacher) == ("slim", "ours")
+    ours = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
     found = packaged_head(settings.backbone) if ours else None
     if found is None or found.width != settings.width:
         return load_backbone(settings.backbone, settings.weights), None
@@ -393,19 +395,21 @@ def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | Non
 
 
 def _prepare_start(
-    start: StudentModel, support: SupportSet, settings: DistillSettings
+    init_from: StudentModel, support: SupportSet, settings: DistillSettings
 ) -> tuple[StudentModel, DistillSettings]:
     """The student to go on from at the support's pixel size, and the settings as the student decides them."""
-    if start.class_names != tuple(support.class_names):
+    if init_from.class_names != tuple(support.class_names):
         raise SupportSetError(
-            f"the student to start from knows the classes {list(start.class_names)}, the support set has "
+            f"the student to start from knows the classes {list(init_from.class_names)}, the support set has "
             f"{list(support.class_names)}; give the same classes, or start afresh"
         )
-    if start.pixel_size and support.pixel_size:
-        start = start.at_pixel_size(support.pixel_size)
-    preprocess, form = start.preprocess, start.head.form
-    settings = replace(settings, backbone=start.backbone.spec.name, zoom=preprocess.zoom, intensity=preprocess.scope)
-    return start, replace(settings, **form.to_json())
+    if init_from.pixel_size and support.pixel_size:
+        init_from = init_from.at_pixel_size(support.pixel_size)
+    preprocess, form = init_from.preprocess, init_from.head.form
+    settings = replace(
+        settings, backbone=init_from.backbone.spec.name, zoom=preprocess.zoom, normalization=f"per-{preprocess.scope}"
+    )
+    return init_from, replace(settings, **form.to_json())
 
 
 def _busiest_part(support: SupportSet, side: int) -> Array:

@@ -30,7 +30,7 @@ from distillfss_core.training.crops import ViewBank, ViewCutter
 from distillfss_core.training.episodes import Episode, draw_episode
 from distillfss_core.types import IGNORE, TrainStep
 
-PATIENCE = 5  # looks at the left-out slice that found it worse than the best, then training stops
+PATIENCE = 5  # looks at the validation slice that found it worse than the best, then training stops
 NOISE = 0.02  # by how much IoU on a single slice must fall to say that more training harms
 REFRESH = 4  # steps between two fresh views
 TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
@@ -59,7 +59,7 @@ STAGES = {
 
 
 @dataclass(frozen=True, eq=False)
-class LeftOut:
+class ValidationCrops:
     """Plain views of the slice that is kept apart: features and labels of each."""
 
     features: list[FeaturePyramid]
@@ -73,7 +73,7 @@ def iter_fit(
     cutter: ViewCutter,
     settings: DistillSettings,
     steps: int,
-    left_out: LeftOut | None,
+    validation: ValidationCrops | None,
     best: Best,
     fixed_decoder: nn.Module | None = None,
 ) -> Iterator[TrainStep]:
@@ -114,12 +114,12 @@ def iter_fit(
         best.follow(head)
         metrics: dict[str, float] = {}
         last = step + 1 == steps
-        if left_out is not None and ((step + 1) % every == 0 or last):
-            metrics["iou"] = best.judge(left_out, bank)
+        if validation is not None and ((step + 1) % every == 0 or last):
+            metrics["iou"] = best.judge(validation, bank)
         yield TrainStep(
             step + 1, steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
         )
-        if left_out is not None and best.waited >= PATIENCE:
+        if validation is not None and best.waited >= PATIENCE:
             break
     best.restore(head)
     head.eval()
@@ -234,10 +234,10 @@ def _balanced_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]
 
 
 class Best:
-    """A moving average of the trained weights, and the latest average that did well on the left-out slice.
+    """A moving average of the trained weights, and the latest average that did well on the validation slice.
 
     Well is within `NOISE` of the best: one slice says little of the others, and of states that it cannot tell apart the
-    one that has learnt longer is better. Without a left-out slice the latest average is the best.
+    one that has learnt longer is better. Without a validation slice the latest average is the best.
     """
 
     def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:
@@ -257,9 +257,9 @@ class Best:
         for name, old in self.average.named_parameters():
             old.lerp_(new[name], 1 - keep)
 
-    def judge(self, left_out: LeftOut, bank: ViewBank) -> float:
-        """IoU of the average on the left-out views; remembers the latest that did well."""
-        iou = left_out_iou(self.average, left_out, bank)
+    def judge(self, validation: ValidationCrops, bank: ViewBank) -> float:
+        """IoU of the average on the validation crops; remembers the latest that did well."""
+        iou = validation_iou(self.average, validation, bank)
         self.waited += 1
         if iou > self.iou - NOISE:
             self.iou, self.score, self.waited, self.best_step = max(self.iou, iou), iou, 0, self.steps
@@ -272,11 +272,11 @@ class Best:
 
 
 @torch.no_grad()
-def left_out_iou(head: FewShotHead, left_out: LeftOut, bank: ViewBank) -> float:
-    """Foreground IoU of the student, pooled over the left-out views, mean over the classes they hold."""
+def validation_iou(head: FewShotHead, validation: ValidationCrops, bank: ViewBank) -> float:
+    """Foreground IoU of the student, pooled over the validation crops, mean over the classes they hold."""
     k = head.classes
     overlap, union = torch.zeros(k), torch.zeros(k)
-    for features, labels in zip(left_out.features, left_out.labels, strict=True):
+    for features, labels in zip(validation.features, validation.labels, strict=True):
         with bank.device.autocast():
             found = merge_classes(head.student_logits(features)).argmax(1)
         known = labels != IGNORE

@@ -242,7 +242,7 @@ class ObjectsWidget(QWidget):
                 raise core.SettingsError("there are no labels yet; apply a student first")
             chosen = applied.volume
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
-            how: dict[str, Any] = {"value": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
+            how: dict[str, Any] = {"class_id": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
             if self.method.currentIndex() == 1:
                 how |= {"method": "watershed", "radius": self.radius.value()}
             image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}

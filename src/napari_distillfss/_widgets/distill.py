@@ -92,8 +92,8 @@ class DistillWidget(QWidget):
         self._session.take_student(found.model, found.path, *self._started, found.support)
         record = found.model.training
         line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
-        if record.get("left_out_iou") is not None:
-            line += f", IoU {record['left_out_iou']:.3f} on the slice left out"
+        if record.get("validation_iou") is not None:
+            line += f", IoU {record['validation_iou']:.3f} on the slice left out"
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
         if found.fault:

@@ -129,6 +129,6 @@ def describe(card: dict[str, Any]) -> str:
             f"trained: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
             f"on {training['device']}, {len(training['support'])} slices"
         )
-        if training.get("left_out_iou") is not None:
-            lines.append(f"left-out IoU: {training['left_out_iou']:.3f}")
+        if training.get("validation_iou") is not None:
+            lines.append(f"left-out IoU: {training['validation_iou']:.3f}")
     return "\n".join(lines)

@@ -46,11 +46,11 @@ def device():
     return choose_device("cpu", "float32")
 
 
-@pytest.mark.parametrize("form", ["ours", "published"])
+@pytest.mark.parametrize("form", ["default", "published"])
 @torch.no_grad()
 def test_the_naive_form_has_the_logits_of_the_teacher(backbone, form):
-    decoder = "slim" if form == "ours" else "published"
-    teacher = FewShotHead(backbone.spec, 1, HeadForm("light", decoder, form, 32)).eval().teacher
+    decoder = form
+    teacher = FewShotHead(backbone.spec, 1, HeadForm("default", decoder, form, 32)).eval().teacher
     torch.manual_seed(0)
     labels = (torch.rand(2, 64, 64) < 0.3).byte()
     keys = teacher.encode(EncodedSupport.of(backbone(torch.rand(2, 3, 64, 64)), labels, 1))

@@ -27,7 +27,16 @@ def in_this_process(monkeypatch):
 
 
 def test_peers_are_measured_kept_and_shown(here, in_this_process, capsys):
-    command = ["bench", "peers", "--data", "own=mine", "--shots=2", "--seeds=1", "--peers=forest", "--tests=1"]
+    command = [
+        "bench",
+        "peers",
+        "--data",
+        "own=mine",
+        "--shots=2",
+        "--seeds=1",
+        "--baselines=forest",
+        "--max-test-images=1",
+    ]
     assert main([*command, "-o", "out"]) == FINE
     said = capsys.readouterr().out
     assert "your own, 2 shots, dense (100.0 % of the support annotated), supports seed 0, 1 of 2 test pictures" in said
@@ -49,9 +58,9 @@ def test_accuracy_stands_beside_the_paper(here, in_this_process, capsys):
         "--data",
         "nucleus=mine",
         "--shots=5",
-        "--draws=1",
+        "--repeats=1",
         "--methods=teacher",
-        "--tests=1",
+        "--max-test-images=1",
     ]
     assert main([*command, "--device=cpu"]) == FINE
     said = capsys.readouterr().out
@@ -66,7 +75,7 @@ def test_accuracy_stands_beside_the_paper(here, in_this_process, capsys):
     [
         (["peers", "--data", "own=nowhere"], "there is no folder nowhere"),
         (["peers", "--data", "cityscapes=mine"], "cityscapes"),
-        (["peers", "--data", "own=mine", "--peers=ilastik"], "ilastik"),
+        (["peers", "--data", "own=mine", "--baselines=ilastik"], "ilastik"),
         (["peers", "--data", "own=mine", "--supports=boxes"], "boxes"),
         (["accuracy", "--data", "own=mine", "--methods=forest"], "forest"),
         (["peers", "--data", "own=mine", "--data", "own=other"], "--data own is given twice"),

@@ -25,7 +25,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.training import DistillRun
 from volumes import write_ome_zarr
 
-FEW = ["--steps=3", "--views=4", "--queries=1", "--shots=1", "--crop=64", "--zoom=1", "--device=cpu"]
+FEW = ["--steps=3", "--crops=4", "--queries=1", "--shots=1", "--crop_size=64", "--zoom=1", "--device=cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,7 +140,9 @@ def test_every_setting_has_an_option_of_its_kind(command, setting):
     assert setting.name not in build_parser().parse_args(command)
 
 
-@pytest.mark.parametrize("option", ["--steps=-1", "--crop=33", "--learning-rate=nan", "--left-out=all", "--zoom=7"])
+@pytest.mark.parametrize(
+    "option", ["--steps=-1", "--crop_size=33", "--learning-rate=nan", "--validation-slice=all", "--zoom=7"]
+)
 def test_a_setting_outside_its_limits_is_a_fault(here, capsys, option):
     name = option[2:].partition("=")[0].replace("-", "_")
     assert name in fault_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option)
@@ -195,7 +197,7 @@ def test_scribbles_leave_pixels_out(here, capsys):
 def test_files_of_one_volume_are_learnt_from_as_a_stack_is(here, capsys):
     separate, together = (
         json_of(capsys, "distill", "images", "labels", "-o", "new.safetensors", *FEW, *more)
-        for more in ([], ["--one-volume"])
+        for more in ([], ["--same-volume"])
     )
     assert [card["preprocess"]["scope"] for card in (separate, together)] == ["image", "volume"]
 
@@ -216,7 +218,7 @@ def test_without_backbone_is_smaller_and_segments_the_same(here, capsys):
 
 
 def test_a_model_to_start_from_keeps_its_form(here, capsys):
-    arguments = ("distill", "images", "labels", "-o", "new.safetensors", "--start=model.safetensors")
+    arguments = ("distill", "images", "labels", "-o", "new.safetensors", "--init-from=model.safetensors")
     few = [option for option in FEW if not option.startswith("--zoom")]
     before = StudentModel.load("model.safetensors")
     card = json_of(capsys, *arguments, *few)
@@ -225,7 +227,7 @@ def test_a_model_to_start_from_keeps_its_form(here, capsys):
     assert card["training"]["settings"]["zoom"] == before.preprocess.zoom
     changed = [n for n, v in after.head.state_dict().items() if not v.equal(before.head.state_dict()[n])]
     assert any(name.startswith("student.") for name in changed)
-    assert "--width 16 does not go with --start" in fault_of(capsys, *arguments, *few, "--width=16")
+    assert "--width 16 does not go with --init-from" in fault_of(capsys, *arguments, *few, "--width=16")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_training(here, capsys, monkeypatch):
@@ -526,7 +528,7 @@ def test_backbones_lists_all_and_says_which_is_here(capsys):
 
 
 def test_the_demo_learns_and_writes_what_it_says(here, capsys):
-    demo = ("demo", "-o", "out", "--planes=4", "--size=96", "--supports=2", *FEW, "--crop=96", "--steps=25")
+    demo = ("demo", "-o", "out", "--planes=4", "--size=96", "--supports=2", *FEW, "--crop_size=96", "--steps=25")
     report = json_of(capsys, *demo)
     assert report["supports"] == ["plane 00", "plane 03"]
     assert report["queries"] == ["plane 01", "plane 02"]
@@ -568,7 +570,7 @@ def test_a_demo_that_cannot_be_is_a_fault(here, capsys, arguments):
 def test_the_demo_may_be_called_from_python(here):
     from distillfss_core.demo import own_data, run_demo
 
-    few = DistillSettings(steps=2, views=4, queries=1, shots=1, crop=64, zoom="1", device="cpu")
+    few = DistillSettings(steps=2, crops=4, queries=1, shots=1, crop_size=64, zoom="1", device="cpu")
     report = run_demo(own_data("stack.tif", "stack_labels.tif", supports=2), "out", few)
     assert report.queries == ("stack.tif plane 3",)
     assert report.files[-1] == os.path.join("out", "segmented", "stack_plane_3.tif")

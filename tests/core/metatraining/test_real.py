@@ -185,7 +185,7 @@ def test_classes_that_never_meet_are_not_merged_nor_taken_as_absent():
 
 def test_sets_that_are_kept_out_are_never_drawn(folder, source):
     assert source.sets == ("color", "gray")
-    rest = RealSource([folder], keep_out=["gray"])
+    rest = RealSource([folder], holdout=["gray"])
     assert rest.sets == ("color",)
     assert {rest.task(seed, size=64).source.split("/")[1] for seed in range(10)} == {"color"}
 
@@ -317,9 +317,9 @@ def test_a_damaged_source_file_is_named(tmp_path):
 
 def test_names_of_sets_are_checked(folder):
     with pytest.raises(SettingsError, match="no set 'gray' to keep out; there are: color, gray"):
-        RealSource([folder], keep_out=["gray"])
+        RealSource([folder], holdout=["gray"])
     with pytest.raises(SettingsError, match="all sets are kept out"):
-        RealSource([folder], keep_out=["gray", "color"])
+        RealSource([folder], holdout=["gray", "color"])
     with pytest.raises(SettingsError, match="two sets have the name 'gray'"):
         RealSource([folder, folder / "gray"])
     with pytest.raises(SettingsError, match="no folder"):

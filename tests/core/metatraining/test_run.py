@@ -28,9 +28,18 @@ from layouts import write_pairs
 from pictures import blobs
 
 TINY = PretrainSettings(
-    steps=4, size=64, tasks=2, shots=2, judged=2, judge_every=3, width=8, workers=0, device="cpu", precision="float32"
+    steps=4,
+    size=64,
+    tasks=2,
+    shots=2,
+    eval_tasks=2,
+    eval_every=3,
+    width=8,
+    workers=0,
+    device="cpu",
+    precision="float32",
 )
-WITH_BACKBONE = replace(TINY, backbone_rate=0.5, learning_rate=0.1)
+WITH_BACKBONE = replace(TINY, backbone_lr_scale=0.5, learning_rate=0.1)
 
 
 def finished(folder, settings=TINY) -> PretrainRun:
@@ -171,11 +180,11 @@ def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, lear
 
 def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path, whole):
     record, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
-    del record["settings"]["backbone_rate"]
+    del record["settings"]["backbone_lr_scale"]
     write_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
     assert PretrainRun(TINY, tmp_path).step == 4
-    with pytest.raises(SettingsError, match=r"backbone_rate 0\.0, now it is 0\.5"):
-        PretrainRun(replace(TINY, backbone_rate=0.5), tmp_path)
+    with pytest.raises(SettingsError, match=r"backbone_lr_scale 0\.0, now it is 0\.5"):
+        PretrainRun(replace(TINY, backbone_lr_scale=0.5), tmp_path)
 
 
 def test_what_is_interrupted_within_a_step_is_not_kept(tmp_path, monkeypatch, whole):
@@ -212,9 +221,9 @@ def test_a_training_goes_on_with_the_sets_that_it_began_with_only(tmp_path, capl
     for name in ("cells", "discs", "fibers"):
         write_pairs(given / name, 3, 96)
 
-    def begin(*keep_out: str, real: bool = True) -> PretrainRun:
-        trained, held_out = sources([given] if real else [], keep_out)
-        return PretrainRun(replace(TINY, judged=1), folder, real=trained, held_out=held_out)
+    def begin(*holdout: str, real: bool = True) -> PretrainRun:
+        trained, held_out = sources([given] if real else [], holdout)
+        return PretrainRun(replace(TINY, eval_tasks=1), folder, real=trained, held_out=held_out)
 
     run = begin("discs")
     next(run)
@@ -250,7 +259,7 @@ def test_real_pictures_are_learnt_from_and_kept_out_sets_judged_on(tmp_path, sha
     assert held_out is not None
     assert held_out.sets == ("wbc_krd",)
     assert "wbc_krd" not in real.sets
-    settings = replace(TINY, steps=1, synthetic=0.0)
+    settings = replace(TINY, steps=1, synthetic_fraction=0.0)
     run = PretrainRun(settings, tmp_path, real=real, held_out=held_out)
     metrics = list(run)[-1].metrics
     assert {"real_1_shot", "real_5_shot", "real_foreign_masks", "made_5_shot"} <= set(metrics)
@@ -311,7 +320,7 @@ def test_a_head_to_start_from_must_be_of_the_form_asked_for(tmp_path, whole):
 def test_a_heavy_backbone_is_not_trained(tmp_path):
     folder = tmp_path / "new"
     with pytest.raises(SettingsError, match=r"resnet50 is too large.*give 0, or one of efficientnet_lite0, "):
-        PretrainRun(replace(TINY, backbone="resnet50", backbone_rate=0.1), folder)
+        PretrainRun(replace(TINY, backbone="resnet50", backbone_lr_scale=0.1), folder)
     assert not folder.exists()
 
 
@@ -324,7 +333,7 @@ def test_a_head_serves_any_number_of_classes(whole):
     assert told.card["training"]["steps"] == 4
     spec = load_backbone("efficientnet_lite0").spec
     for classes in (1, 3):
-        head = FewShotHead(spec, classes, HeadForm("light", "slim", "ours", 8))
+        head = FewShotHead(spec, classes, HeadForm("default", "default", "default", 8))
         told.put_into(head)
         for name, value in whole.best_teacher.state_dict().items():
             assert torch.allclose(head.teacher.state_dict()[name], value, rtol=1e-3, atol=1e-6)
@@ -467,7 +476,7 @@ def test_it_reads_the_support(nuclei):
 
 
 def test_the_command_trains_and_goes_on(tmp_path, capsys):
-    options = ["--size=64", "--tasks=1", "--shots=1", "--judged=1", "--width=8", "--workers=0", "--device=cpu"]
+    options = ["--size=64", "--tasks=1", "--shots=1", "--eval_tasks=1", "--width=8", "--workers=0", "--device=cpu"]
     folder = tmp_path / "run"
     assert main(["pretrain", "-o", str(folder), "--steps=1", "--name=mine", *options]) == FINE
     assert "after 1 steps" in capsys.readouterr().out
@@ -479,8 +488,8 @@ def test_the_command_trains_and_goes_on(tmp_path, capsys):
 
 
 def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsys):
-    options = ["--size=64", "--tasks=1", "--shots=1", "--judged=1", "--width=8", "--workers=0", "--device=cpu"]
-    assert main(["pretrain", "-o", str(tmp_path), "--steps=1", "--backbone-rate=0.1", *options]) == FINE
+    options = ["--size=64", "--tasks=1", "--shots=1", "--eval_tasks=1", "--width=8", "--workers=0", "--device=cpu"]
+    assert main(["pretrain", "-o", str(tmp_path), "--steps=1", "--backbone-lr-scale=0.1", *options]) == FINE
     head = tmp_path / HEAD
     capsys.readouterr()
     assert main(["info", str(head)]) == FINE
@@ -490,7 +499,16 @@ def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsy
     image, labels = blobs(0).image, blobs(0).labels
     for name, plane in (("image.tif", image), ("labels.tif", labels)):
         tifffile.imwrite(tmp_path / name, plane)
-    few = ["--steps=1", "--zoom=1", "--crop=64", "--queries=1", "--shots=1", "--views=4", "--width=8", "--device=cpu"]
+    few = [
+        "--steps=1",
+        "--zoom=1",
+        "--crop_size=64",
+        "--queries=1",
+        "--shots=1",
+        "--crops=4",
+        "--width=8",
+        "--device=cpu",
+    ]
     command = ["distill", str(tmp_path / "image.tif"), str(tmp_path / "labels.tif"), f"--head={head}", *few]
     student = tmp_path / "student.safetensors"
     assert main([*command, "-o", str(student), "--without-backbone"]) == FAULT
@@ -505,12 +523,12 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PretrainRun, "__next__", interrupted)
-    assert main(["pretrain", "-o", str(tmp_path), "--size=64", "--judged=1", "--workers=0"]) == INTERRUPTED
+    assert main(["pretrain", "-o", str(tmp_path), "--size=64", "--eval_tasks=1", "--workers=0"]) == INTERRUPTED
     assert "goes on from" in capsys.readouterr().err
 
 
 def test_sets_to_keep_out_need_real_ones(tmp_path, capsys):
-    assert main(["pretrain", "-o", str(tmp_path), "--keep-out=a"]) == FAULT
+    assert main(["pretrain", "-o", str(tmp_path), "--holdout=a"]) == FAULT
     assert "--real" in capsys.readouterr().err
 
 

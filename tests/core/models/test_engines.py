@@ -51,12 +51,12 @@ def other(request) -> str:
     return request.param
 
 
-def network(backbone: str, classes: int, student: str = "light", decoder: str = "slim") -> StudentNetwork:
+def network(backbone: str, classes: int, student: str = "default", decoder: str = "default") -> StudentNetwork:
     """One with random weights everywhere."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
         trunk = load_backbone(backbone, "random")
-    head = FewShotHead(trunk.spec, classes, HeadForm(student, decoder, "ours", 8)).eval().requires_grad_(False)
+    head = FewShotHead(trunk.spec, classes, HeadForm(student, decoder, "default", 8)).eval().requires_grad_(False)
     noise = torch.Generator().manual_seed(1)
     for parameter in head.decoder.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
@@ -65,7 +65,7 @@ def network(backbone: str, classes: int, student: str = "light", decoder: str = 
 
 @pytest.mark.parametrize(
     ("backbone", "classes", "student"),
-    [("efficientnet_lite0", 3, "light"), ("mobilenetv4_conv_small", 1, "light"), ("resnet18", 2, "published")],
+    [("efficientnet_lite0", 3, "default"), ("mobilenetv4_conv_small", 1, "default"), ("resnet18", 2, "published")],
 )
 def test_an_engine_gives_the_margins_of_torch_at_any_size_and_batch(other, backbone, classes, student):
     net = network(backbone, classes, student)

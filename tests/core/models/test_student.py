@@ -151,7 +151,7 @@ def practiced(request, nuclei, tiny) -> StudentModel:
     support = SupportSet(
         tuple(replace(blobs(0), image=nuclei.image[z], labels=(nuclei.labels[z] > 0).astype(np.uint8)) for z in (1, 4))
     )
-    return distill(support, replace(tiny, steps=30, zoom=request.param, views=12))
+    return distill(support, replace(tiny, steps=30, zoom=request.param, crops=12))
 
 
 def test_a_tile_border_never_shows(practiced: StudentModel, nuclei) -> None:
@@ -173,7 +173,7 @@ def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practiced: StudentM
 
 
 def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) -> None:
-    model = distill(SupportSet((blobs(0), blobs(1)), pixel_size=(0.5, 0.5)), replace(tiny, steps=40, views=16))
+    model = distill(SupportSet((blobs(0), blobs(1)), pixel_size=(0.5, 0.5)), replace(tiny, steps=40, crops=16))
     coarse = blobs(10)
     fine = np.repeat(np.repeat(coarse.image, 2, 0), 2, 1)  # the same picture at half the pixel size
     scaled = model.at_pixel_size((0.25, 0.25))

@@ -58,7 +58,7 @@ def test_components_over_blocks_are_those_of_the_whole(worms, tmp_path, connecti
         expected, count = ndimage.label(worms == value if value else worms > 0, structure)
         assert count > 1
         out = tmp_path / f"{value}.zarr"
-        report = label_instances(open_volume(worms), out, value=value, connectivity=connectivity, block=BLOCK)
+        report = label_instances(open_volume(worms), out, class_id=value, connectivity=connectivity, block=BLOCK)
         assert report.objects == count
         assert np.array_equal(numbered(out), expected)  # the order of first voxels is that of scipy
 
@@ -71,7 +71,7 @@ def test_the_table_has_what_regionprops_measures(worms, tmp_path):
         tmp_path / "out.zarr",
         table=tmp_path / "t.csv",
         image=open_volume(image),
-        value=1,
+        class_id=1,
         min_voxels=5,
         block=BLOCK,
     )
@@ -257,7 +257,7 @@ def test_the_command_numbers_and_measures(worms, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_ome_zarr(tmp_path / "labels.zarr", worms)
     write_ome_zarr(tmp_path / "image.zarr", noise(SHAPE))
-    command = ["instances", "labels.zarr", "-o", "out.zarr", "--value", "1", "--table", "t.csv"]
+    command = ["instances", "labels.zarr", "-o", "out.zarr", "--class-id", "1", "--table", "t.csv"]
     assert main([*command, "--image", "image.zarr"]) == FINE
     assert f"{ndimage.label(worms == 1)[1]} objects" in capsys.readouterr().out
     assert main([*command, "--image", "image.zarr"]) == FAULT  # is there already

@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_student_and_another_seed_another(support, 
 
 @pytest.mark.parametrize("method", ["joint", "two-stage", "direct"])
 def test_every_method_learns_to_segment_the_blobs(support, tiny, method: str) -> None:
-    settings = replace(tiny, steps=40 if method == "two-stage" else 60, method=method, views=24)
+    settings = replace(tiny, steps=40 if method == "two-stage" else 60, method=method, crops=24)
     model = distill(support, settings)
     assert _iou(model, [blobs(10), blobs(11)]) > 0.6
 
@@ -73,7 +73,9 @@ def test_a_student_begins_where_its_teacher_is(tiny, method: str, classes: int) 
 @pytest.mark.parametrize("shown", [(0, 10), (3, 4)], ids=["half of the classes", "one class and nothing else"])
 def test_every_channel_of_a_student_can_learn_whatever_the_support_shows(shown: tuple[int, int]) -> None:
     backbone = load_backbone("efficientnet_lite0", "random")
-    head = FewShotHead(backbone.spec, 20, HeadForm("light", "slim", "ours", 8))  # more classes than channels a block
+    head = FewShotHead(
+        backbone.spec, 20, HeadForm("default", "default", "default", 8)
+    )  # more classes than channels a block
     labels = torch.randint(*shown, (2, 64, 64), dtype=torch.uint8)
     encoded = EncodedSupport.of(backbone(torch.rand(2, 3, 64, 64)), labels, 20)
     start_from_attention(head, encoded)
@@ -85,7 +87,7 @@ def test_every_channel_of_a_student_can_learn_whatever_the_support_shows(shown: 
 
 def test_a_published_student_starts_as_published() -> None:
     backbone = load_backbone("efficientnet_lite0", "random")
-    head = FewShotHead(backbone.spec, 1, HeadForm("published", "slim", "ours", 8))
+    head = FewShotHead(backbone.spec, 1, HeadForm("published", "default", "default", 8))
     before = {name: value.clone() for name, value in head.state_dict().items()}
     image, labels = torch.rand(2, 3, 64, 64), torch.randint(0, 2, (2, 64, 64), dtype=torch.uint8)
     encoded = EncodedSupport.of(backbone(image), labels, 1)
@@ -97,7 +99,7 @@ def test_refining_makes_a_better_teacher(support, tiny) -> None:
     queries = [blobs(10), blobs(11)]
     unskilled = replace(tiny, head="none")
     before = unrefined_teacher(support, unskilled)
-    after = refine(support, replace(unskilled, steps=40, views=24))
+    after = refine(support, replace(unskilled, steps=40, crops=24))
     assert _iou(after, queries) > max(0.6, _iou(before, queries))
 
 
@@ -142,43 +144,43 @@ def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monke
         return original(self, index, rng)
 
     monkeypatch.setattr(ViewCutter, "cut", spy)
-    run = iter_distill(support, replace(tiny, steps=24, left_out="1"))
+    run = iter_distill(support, replace(tiny, steps=24, validation_slice="1"))
     scores = {s.index: s.metrics["iou"] for s in run if "iou" in s.metrics}
     record = run.result().training
     assert cut == {0, 2}
     assert len(scores) >= 2
-    assert record["left_out_slice"] == 1
-    assert record["left_out_iou"] == scores[record["best_step"]]
-    assert record["left_out_iou"] > max(scores.values()) - NOISE
+    assert record["validation_slice"] == 1
+    assert record["validation_iou"] == scores[record["best_step"]]
+    assert record["validation_iou"] > max(scores.values()) - NOISE
 
 
 @pytest.mark.parametrize(
     ("looks", "kept"), [([0.5, 0.8, 0.79, 0.7], 3), ([0.5, 0.8, 0.6, 0.7], 2), ([0.5, 0.6, 0.7], 3)]
 )
 def test_of_states_that_one_slice_cannot_tell_apart_the_latest_is_kept(support, tiny, monkeypatch, looks, kept) -> None:
-    monkeypatch.setattr(fit, "left_out_iou", lambda *_: coming.pop(0))
+    monkeypatch.setattr(fit, "validation_iou", lambda *_: coming.pop(0))
     coming = list(looks)
-    run = iter_distill(support, replace(tiny, steps=10 * len(looks), left_out="1"))
+    run = iter_distill(support, replace(tiny, steps=10 * len(looks), validation_slice="1"))
     for _ in run:
         pass
     record = run.result().training
     assert not coming
-    assert (record["best_step"], record["left_out_iou"]) == (10 * kept, looks[kept - 1])
+    assert (record["best_step"], record["validation_iou"]) == (10 * kept, looks[kept - 1])
 
 
 def test_a_training_stops_where_the_left_out_slice_finds_it_worse_for_long(support, tiny, monkeypatch) -> None:
-    monkeypatch.setattr(fit, "left_out_iou", lambda *_: coming.pop(0))
+    monkeypatch.setattr(fit, "validation_iou", lambda *_: coming.pop(0))
     coming = [0.8, *[0.5] * fit.PATIENCE]
-    run = iter_distill(support, replace(tiny, steps=200, left_out="1"))
+    run = iter_distill(support, replace(tiny, steps=200, validation_slice="1"))
     assert len(list(run)) == 16 * (1 + fit.PATIENCE)
     assert run.result().training["best_step"] == 16
 
 
 def test_from_eight_slices_on_one_is_left_out_by_itself(tiny) -> None:
     many = SupportSet(tuple(blobs(i, 64) for i in range(8)))
-    assert distill(many, replace(tiny, steps=1)).training["left_out_slice"] == 4
+    assert distill(many, replace(tiny, steps=1)).training["validation_slice"] == 4
     few = SupportSet(tuple(blobs(i, 64) for i in range(7)))
-    assert distill(few, replace(tiny, steps=1)).training["left_out_slice"] is None
+    assert distill(few, replace(tiny, steps=1)).training["validation_slice"] is None
 
 
 def _with_rare_class(slices: int, *where: int) -> SupportSet:
@@ -192,34 +194,34 @@ def _with_rare_class(slices: int, *where: int) -> SupportSet:
 @pytest.mark.parametrize(("where", "left_out"), [((4,), 3), ((3,), 4), ((3, 4), 4)])
 def test_what_only_one_slice_shows_is_learnt_from_it(tiny, where: tuple[int, ...], left_out: int) -> None:
     run = iter_distill(_with_rare_class(8, *where), replace(tiny, steps=1))
-    assert run.result().training["left_out_slice"] == left_out
+    assert run.result().training["validation_slice"] == left_out
 
 
 def test_no_slice_is_left_out_where_each_alone_shows_something(tiny) -> None:
     names = tuple(f"class {k}" for k in range(1, 9))
     slices = [replace(s, labels=s.labels * np.uint8(k)) for k, s in enumerate((blobs(i, 64) for i in range(8)), 1)]
     run = iter_distill(SupportSet(slices, names), replace(tiny, steps=1))
-    assert run.result().training["left_out_slice"] is None
+    assert run.result().training["validation_slice"] is None
 
 
 def test_the_only_slice_of_a_class_cannot_be_left_out(tiny) -> None:
-    with pytest.raises(SettingsError, match=r"left_out is 1, but no other slice shows 'rare'.*give another"):
-        iter_distill(_with_rare_class(3, 1), replace(tiny, left_out="1"))
+    with pytest.raises(SettingsError, match=r"validation_slice is 1, but no other slice shows 'rare'.*give another"):
+        iter_distill(_with_rare_class(3, 1), replace(tiny, validation_slice="1"))
     scribbled = [
         replace(s, labels=np.where(s.labels == 0, IGNORE, s.labels).astype(np.uint8)) for s in map(blobs, (0, 1))
     ]
-    with pytest.raises(SettingsError, match=r"left_out is 2, but no other slice shows background"):
-        iter_distill(SupportSet((*scribbled, blobs(2))), replace(tiny, left_out="2"))
+    with pytest.raises(SettingsError, match=r"validation_slice is 2, but no other slice shows background"):
+        iter_distill(SupportSet((*scribbled, blobs(2))), replace(tiny, validation_slice="2"))
 
 
 @pytest.mark.parametrize("left_out", ["3", "x", "-1"])
 def test_a_slice_that_is_not_there_cannot_be_left_out(support, tiny, left_out: str) -> None:
-    with pytest.raises(SettingsError, match="left_out"):
-        iter_distill(support, replace(tiny, left_out=left_out))
+    with pytest.raises(SettingsError, match="validation_slice"):
+        iter_distill(support, replace(tiny, validation_slice=left_out))
 
 
 def test_a_single_slice_works_through_crops(tiny) -> None:
-    model = distill(SupportSet((blobs(0, 160),)), replace(tiny, steps=50, views=24))
+    model = distill(SupportSet((blobs(0, 160),)), replace(tiny, steps=50, crops=24))
     assert _iou(model, [blobs(10)]) > 0.5
 
 
@@ -230,13 +232,13 @@ def test_scribbles_are_enough(tiny) -> None:
         labels = np.full_like(dense.labels, IGNORE)
         labels[::12] = dense.labels[::12]  # one row in twelve
         slices.append(AnnotatedSlice(dense.image, labels, f"scribbles {i}"))
-    model = distill(SupportSet(tuple(slices)), replace(tiny, steps=60, views=24))
+    model = distill(SupportSet(tuple(slices)), replace(tiny, steps=60, crops=24))
     assert _iou(model, [blobs(10), blobs(11)]) > 0.5
 
 
 def test_several_classes_some_of_them_missing_in_some_slices(tiny) -> None:
     slices = (blobs(0, classes=2), blobs(1), blobs(2, classes=2), blobs(3))
-    model = distill(SupportSet(slices, ("bright", "dark")), replace(tiny, steps=80, views=24))
+    model = distill(SupportSet(slices, ("bright", "dark")), replace(tiny, steps=80, crops=24))
     query = blobs(10, classes=2)
     scores = evaluate([(model.predict_labels(query.image), query.labels)], 2)
     assert min(scores.pooled.iou) > 0.4
@@ -255,12 +257,12 @@ def test_rare_objects_do_not_collapse_to_background(tiny) -> None:
 
     support = SupportSet(tuple(rare(i) for i in range(3)))
     assert support.shares()[1] < 0.006
-    assert _iou(distill(support, replace(tiny, steps=60, views=24)), [rare(10), rare(11)]) > 0.4
+    assert _iou(distill(support, replace(tiny, steps=60, crops=24)), [rare(10), rare(11)]) > 0.4
 
 
 def test_refining_again_goes_on_from_where_it_was(support, student, tiny) -> None:
     more = SupportSet((*support.slices, blobs(7)), support.class_names)
-    again = iter_distill(more, replace(tiny, zoom="auto"), start=student)
+    again = iter_distill(more, replace(tiny, zoom="auto"), init_from=student)
     assert torch.equal(_weights(again.result()), _weights(student))
     assert again.preprocess == student.preprocess
     list(again)
@@ -270,8 +272,8 @@ def test_refining_again_goes_on_from_where_it_was(support, student, tiny) -> Non
 def test_a_warm_start_keeps_the_pixel_size_and_follows_another(support, tiny) -> None:
     sized = replace(support, pixel_size=(0.5, 0.5))
     first = distill(sized, replace(tiny, steps=1))
-    assert iter_distill(support, tiny, start=first).result().pixel_size == (0.5, 0.5)
-    finer = iter_distill(replace(support, pixel_size=(0.25, 0.25)), tiny, start=first)
+    assert iter_distill(support, tiny, init_from=first).result().pixel_size == (0.5, 0.5)
+    finer = iter_distill(replace(support, pixel_size=(0.25, 0.25)), tiny, init_from=first)
     assert finer.preprocess.zoom == "1/2"
     assert first.preprocess.zoom == "1"
 
@@ -279,7 +281,7 @@ def test_a_warm_start_keeps_the_pixel_size_and_follows_another(support, tiny) ->
 def test_a_warm_start_needs_the_same_classes(support, student, tiny) -> None:
     other = SupportSet(support.slices, ("cell",))
     with pytest.raises(SupportSetError, match=r"blob.*cell"):
-        iter_distill(other, tiny, start=student)
+        iter_distill(other, tiny, init_from=student)
 
 
 def test_published_forms_train_too(support, tiny) -> None:
@@ -343,7 +345,7 @@ def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() 
         ({"seed": -1}, "seed"),
         ({"device": "tpu"}, "device"),
         ({"zoom": "9"}, "zoom 9"),
-        ({"polarity": "2"}, "polarity is '2'; give auto or a probability"),
+        ({"invert_prob": "2"}, "invert_prob is '2'; give auto or a probability"),
         ({"backbone": "vgg"}, "vgg"),
     ],
 )
@@ -393,7 +395,7 @@ def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> Non
 
 def test_a_student_keeps_small_samples_of_every_slice(tiny) -> None:
     slices = tuple(blobs(i, 200) for i in range(3))
-    samples = distill(SupportSet(slices, ("blob",)), replace(tiny, crop=128)).samples
+    samples = distill(SupportSet(slices, ("blob",)), replace(tiny, crop_size=128)).samples
     assert (samples.shape, samples.dtype) == ((6, 3, 96, 96), np.uint8)
     assert len(np.unique(samples.reshape(6, -1), axis=0)) == 6
     assert samples.max() > 200
