@@ -63,7 +63,7 @@ def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys,
 
     monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)  # takes longer than these trainings
 
-    few = ["--steps=2", "--crops=4", "--queries=1", "--shots=1", "--crop_size=64", "--zoom=1"]
+    few = ["--steps=2", "--crops=4", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1"]
     for arguments in commands(readme):
         trains = arguments[0] in ("distill", "demo")
         assert main([*arguments, *(few if trains else [])]) == 0, capsys.readouterr().err

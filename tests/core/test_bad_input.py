@@ -32,7 +32,7 @@ from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.training.crops import ViewBank
 from pictures import blobs
 
-FEW = ["--steps=2", "--crops=2", "--queries=1", "--shots=1", "--crop_size=64", "--zoom=1", "--device=cpu"]
+FEW = ["--steps=2", "--crops=2", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
 TINY = DistillSettings(steps=2, crops=2, queries=1, shots=1, crop_size=64, zoom="1", device="cpu")
 IMAGE = np.random.default_rng(0).integers(0, 200, (96, 96)).astype(np.uint8)
 LABELS = np.zeros((96, 96), np.uint8)

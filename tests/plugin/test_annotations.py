@@ -70,6 +70,14 @@ def test_beginning_anew_deletes_nothing(tmp_path):
     assert make(tmp_path / "a.old1").planes() == [0]
 
 
+def test_annotations_of_before_keep_their_colors(tmp_path):
+    make(tmp_path / "a").classes = (Class("cell", "#123456"),)
+    notes = tmp_path / "a" / "notes.json"
+    assert '"color"' in notes.read_text()
+    notes.write_text(notes.read_text().replace('"color"', '"colour"'))
+    assert make(tmp_path / "a").classes == (Class("cell", "#123456"),)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
     tmp_path.chmod(0o500)

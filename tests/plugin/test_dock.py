@@ -141,7 +141,7 @@ def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
 
 def test_impossible_settings_are_said(dock, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.distill.settings.form.boxes["crop"].setValue(100)
+    dock.distill.settings.form.boxes["crop_size"].setValue(100)
     dock.distill.start()
     assert "multiple of 32" in dock.distill.message.text()
 

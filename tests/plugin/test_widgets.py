@@ -61,10 +61,10 @@ def test_an_edited_box_changes_the_value(qtbot):
 def test_impossible_settings_are_said_and_not_taken(qtbot):
     form = SettingsForm()
     qtbot.addWidget(form)
-    form.boxes["crop"].setValue(100)
+    form.boxes["crop_size"].setValue(100)
     assert "multiple of 32" in form.fault
-    assert form.value().crop == 256
-    form.boxes["crop"].setValue(128)
+    assert form.value().crop_size == 256
+    form.boxes["crop_size"].setValue(128)
     assert not form.fault
 
 

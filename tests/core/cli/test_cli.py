@@ -25,7 +25,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.training import DistillRun
 from volumes import write_ome_zarr
 
-FEW = ["--steps=3", "--crops=4", "--queries=1", "--shots=1", "--crop_size=64", "--zoom=1", "--device=cpu"]
+FEW = ["--steps=3", "--crops=4", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -141,7 +141,7 @@ def test_every_setting_has_an_option_of_its_kind(command, setting):
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=-1", "--crop_size=33", "--learning-rate=nan", "--validation-slice=all", "--zoom=7"]
+    "option", ["--steps=-1", "--crop-size=33", "--learning-rate=nan", "--validation-slice=all", "--zoom=7"]
 )
 def test_a_setting_outside_its_limits_is_a_fault(here, capsys, option):
     name = option[2:].partition("=")[0].replace("-", "_")
@@ -528,7 +528,7 @@ def test_backbones_lists_all_and_says_which_is_here(capsys):
 
 
 def test_the_demo_learns_and_writes_what_it_says(here, capsys):
-    demo = ("demo", "-o", "out", "--planes=4", "--size=96", "--supports=2", *FEW, "--crop_size=96", "--steps=25")
+    demo = ("demo", "-o", "out", "--planes=4", "--size=96", "--supports=2", *FEW, "--crop-size=96", "--steps=25")
     report = json_of(capsys, *demo)
     assert report["supports"] == ["plane 00", "plane 03"]
     assert report["queries"] == ["plane 01", "plane 02"]

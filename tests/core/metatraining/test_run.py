@@ -187,6 +187,20 @@ def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(t
         PretrainRun(replace(TINY, backbone_lr_scale=0.5), tmp_path)
 
 
+def test_a_checkpoint_of_before_with_other_names_goes_on(tmp_path, whole):
+    record, tensors, _ = read_card_file(whole.folder / CHECKPOINT, CHECKPOINT_FILE)
+    older = {"init_from": "start", "synthetic_fraction": "synthetic", "backbone_lr_scale": "backbone_rate"}
+    older |= {"ema_decay": "average", "eval_every": "judge_every", "eval_tasks": "judged"}
+    record["settings"] = {older.get(name, name): value for name, value in record["settings"].items()}
+    tensors = {name.replace("optimizer.", "optimiser."): value for name, value in tensors.items()}
+    assert any(name.startswith("optimiser.") for name in tensors)
+    write_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+    again = PretrainRun(TINY, tmp_path)
+    assert again.step == 4
+    assert same(weights(again), weights(whole))
+    assert again._optimizer.state_dict()["state"].keys() == whole._optimizer.state_dict()["state"].keys()
+
+
 def test_what_is_interrupted_within_a_step_is_not_kept(tmp_path, monkeypatch, whole):
     run = PretrainRun(TINY, tmp_path)
     next(run)
@@ -502,7 +516,7 @@ def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsy
     few = [
         "--steps=1",
         "--zoom=1",
-        "--crop_size=64",
+        "--crop-size=64",
         "--queries=1",
         "--shots=1",
         "--crops=4",

@@ -14,9 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distillfss_core.errors import ImageError, ModelFileError, OutputError, SettingsError
-from distillfss_core.models.card import read_card, read_thumbnails
+from distillfss_core.models.card import STUDENT_FILE, read_card, read_thumbnails
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import backbone_spec
+from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, unrefined_teacher
 from distillfss_core.types import Segmentation
@@ -121,6 +122,21 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ModelFileError):
         StudentModel.load(path)
+
+
+def test_a_file_of_before_with_other_words_is_read_as_it_was_meant(student, saved: Path, tmp_path: Path) -> None:
+    card, tensors, header = read_card_file(saved, STUDENT_FILE)
+    card["head"] |= {"student": "light", "decoder": "slim", "teacher": "ours"}
+    card["training"]["left_out_iou"] = card["training"].pop("validation_iou")
+    card["training"]["left_out_slice"] = card["training"].pop("validation_slice")
+    older = tmp_path / "older.safetensors"
+    write_card_file(older, STUDENT_FILE, card, tensors, backbone=header["backbone"])
+    model = StudentModel.load(older, device="cpu")
+    assert model.card == StudentModel.load(saved, device="cpu").card
+    assert read_card(older)["head"] == read_card(saved)["head"]
+    assert read_card(older)["training"] == read_card(saved)["training"]
+    image = blobs(10).image
+    assert np.array_equal(model.predict_labels(image), StudentModel.load(saved, device="cpu").predict_labels(image))
 
 
 def test_saving_into_a_folder_that_is_not_there_says_so(student, tmp_path: Path) -> None:

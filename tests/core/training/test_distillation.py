@@ -341,7 +341,7 @@ def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() 
         ({"steps": -1}, "steps is -1; give a whole number from 0"),
         ({"learning_rate": float("nan")}, "learning_rate"),
         ({"method": "magic"}, "method is 'magic'; choose joint"),
-        ({"crop": 100}, "crop is 100; give a multiple of 32"),
+        ({"crop_size": 100}, "crop_size is 100; give a multiple of 32"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu"}, "device"),
         ({"zoom": "9"}, "zoom 9"),
