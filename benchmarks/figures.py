@@ -50,11 +50,11 @@ from distillfss_core.nn.device import choose_device
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.plotting import Panel, Row, draw_panels
 from distillfss_core.samples import generate_sample
-from distillfss_core.segmentation.modes import make_labeller
+from distillfss_core.segmentation.modes import make_mode
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, iter_refine, unrefined_teacher
-from distillfss_core.training.crops import Augmentation, ViewBank, ViewCutter
+from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.episodes import Episode
 from distillfss_core.training.loop import STAGES, episode_losses
 from distillfss_core.types import AnnotatedSlice, Array
@@ -191,9 +191,9 @@ def _consensus(model: Segmenter, task: Task) -> Iterator[Array]:
     queries = {id(query) for query in task.queries}
     for planes in task.volumes:
         cube = np.stack([plane.image for plane in planes])
-        labeller = make_labeller("consensus", open_volume(cube), model)
+        mode_labels = make_mode("consensus", open_volume(cube), model)
         z, y, x = ((0, n) for n in cube.shape)
-        found = labeller.labels((z, y, x), labeller.read((z, y, x)))
+        found = mode_labels.labels((z, y, x), mode_labels.read((z, y, x)))
         yield from (labels for plane, labels in zip(planes, found, strict=True) if id(plane) in queries)
 
 
@@ -350,11 +350,11 @@ def cost(out: Path, backbone_name: str, view: int) -> None:
     # one walk over five slices, each query answered by the four others
     slices = [AnnotatedSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m) for m in labels]
     support = SupportSet(tuple(slices))
-    cutter = ViewCutter(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
-    bank = ViewBank(backbone, device, memory=1 << 30, most=5)
-    views = [cutter.cut(i, rng) for i in range(5)]
+    sampler = CropSampler(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
+    cache = FeatureCache(backbone, device, memory=1 << 30, most=5)
+    views = [sampler.cut(i, rng) for i in range(5)]
     for each in views:
-        bank.add(each)
+        cache.add(each)
     head.train()
     walk = [Episode((i,), tuple(j for j in range(5) if j != i)) for i in range(5)]
     settings = DistillSettings(backbone=backbone_name)
@@ -363,8 +363,8 @@ def cost(out: Path, backbone_name: str, view: int) -> None:
         for episode in walk:
             if not cached:
                 for i in (*episode.query, *episode.support):
-                    bank.replace(i, views[i])
-            losses = episode_losses(head, STAGES["joint"], bank, episode, settings)
+                    cache.replace(i, views[i])
+            losses = episode_losses(head, STAGES["joint"], cache, episode, settings)
             torch.stack(list(losses.values())).sum().backward()
 
     cached, fresh = _median_ms(lambda: step(True), 5), _median_ms(lambda: step(False), 5)

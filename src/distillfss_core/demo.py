@@ -287,8 +287,8 @@ def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise OutputError(f"cannot make the folder {folder}: {fault.strerror}; give another with -o") from fault
+    except OSError as error:
+        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; give another with -o") from error
 
 
 def _file_stem(source: str) -> str:

@@ -1,8 +1,8 @@
-"""The family of expected faults: each message says what happened, with which value, and what to do."""
+"""The family of expected errors: each message says what happened, with which value, and what to do."""
 
 
 class DistillFSSError(Exception):
-    """An expected fault; its message is one line, fit to be shown to a user as it is."""
+    """An expected error; its message is one line, fit to be shown to a user as it is."""
 
 
 class SettingsError(DistillFSSError, ValueError):

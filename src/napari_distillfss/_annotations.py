@@ -82,8 +82,8 @@ class Annotations:
             (folder / "owner").write_text(_process(os.getpid()))
             if self._path.is_dir():
                 self._array = zarr.open_array(self._path, mode="r+")
-        except OSError as fault:
-            raise self._fault(fault) from fault
+        except OSError as error:
+            raise self._error(error) from error
         notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
         classes = notes.get("classes", [{"name": "object", "color": COLORS[0]}])
         self._classes = tuple(
@@ -107,8 +107,8 @@ class Annotations:
                 self._array = zarr.create_array(
                     self._path, shape=self._shape, chunks=tuple(side), dtype="uint8", fill_value=0
                 )
-            except OSError as fault:
-                raise self._fault(fault) from fault
+            except OSError as error:
+                raise self._error(error) from error
         return self._array
 
     @property
@@ -168,8 +168,8 @@ class Annotations:
         with suppress(OSError):  # not empty
             self.folder.rmdir()
 
-    def _fault(self, fault: OSError) -> core.OutputError:
-        return core.OutputError(f"annotations cannot be kept in {self.folder}: {fault.strerror or fault}")
+    def _error(self, error: OSError) -> core.OutputError:
+        return core.OutputError(f"annotations cannot be kept in {self.folder}: {error.strerror or error}")
 
     @property
     def _path(self) -> Path:
@@ -233,8 +233,8 @@ def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray
             tifffile.imwrite(folder / "images" / file, image, photometric=kind)
             core.write_labels(folder / "labels" / file, labels)
             written += [str(folder / "images" / file), str(folder / "labels" / file)]
-    except OSError as fault:
-        raise core.OutputError(f"cannot write {folder}: {fault.strerror or fault}") from fault
+    except OSError as error:
+        raise core.OutputError(f"cannot write {folder}: {error.strerror or error}") from error
     return written
 
 

@@ -103,8 +103,8 @@ class Session:
         try:
             if chosen is not None:
                 self._open_annotations(chosen)
-        except (core.OutputError, core.InputFileError) as fault:  # the volume can still be previewed and segmented
-            self.no_annotations = str(fault)
+        except (core.OutputError, core.InputFileError) as error:  # the volume can still be previewed and segmented
+            self.no_annotations = str(error)
             raise
         finally:
             self._told = self._slices()

@@ -42,13 +42,13 @@ class Written:
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """A new student, where it and its support were kept (None if that failed: ``fault``); ``stopped`` if cancelled."""
+    """A new student, where it and its support were kept (None if that failed: ``error``); ``stopped`` if cancelled."""
 
     model: Any
     path: Path | None
     stopped: bool
     support: Path | None
-    fault: str = ""
+    error: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +131,8 @@ def iter_training(
         kept = None
     try:
         model.save(keep)
-    except core.OutputError as fault:  # it can be saved elsewhere
-        return Distilled(model, None, stop.is_set(), kept, str(fault))
+    except core.OutputError as error:  # it can be saved elsewhere
+        return Distilled(model, None, stop.is_set(), kept, str(error))
     return Distilled(model, keep, stop.is_set(), kept)
 
 

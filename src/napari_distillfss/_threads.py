@@ -1,4 +1,4 @@
-"""Work in another thread: progress out, a wish to stop in; expected faults come out as one sentence."""
+"""Work in another thread: progress out, a wish to stop in; expected errors come out as one sentence."""
 
 from __future__ import annotations
 
@@ -206,5 +206,5 @@ def _outcome(work: Work, stop: Event, out: _Out) -> Any:
             out.step.emit(next(run))
     except StopIteration as end:
         return end.value
-    except BaseException as fault:  # noqa: BLE001  (raised again in the window's thread)
-        return fault
+    except BaseException as error:  # noqa: BLE001  (raised again in the window's thread)
+        return error

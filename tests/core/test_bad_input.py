@@ -1,4 +1,4 @@
-"""What users really give and what machines really do: each expected fault is one line, and nothing is lost."""
+"""What users really give and what machines really do: each expected error is one line, and nothing is lost."""
 
 import copy
 import errno
@@ -25,11 +25,11 @@ from distillfss_core import (
     SupportSetError,
     distill,
 )
-from distillfss_core.cli.console import FAULT, FINE
+from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.io import labels as label_files
 from distillfss_core.models.segmenter import Segmenter
-from distillfss_core.training.crops import ViewBank
+from distillfss_core.training.crops import FeatureCache
 from pictures import blobs
 
 FEW = ["--steps=2", "--crops=2", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
@@ -70,12 +70,12 @@ def segment(source: str, *options: str) -> int:
 
 
 @pytest.fixture
-def fault(capsys):
+def error(capsys):
     """Check a command's exit code and give its one line on stderr."""
 
     def check(code: int) -> str:
         said = capsys.readouterr()
-        assert code == FAULT
+        assert code == ERROR
         assert said.err.count("\n") == 1, said.err
         assert said.err.startswith("distillfss: error: ")
         assert "Traceback" not in said.out + said.err
@@ -87,37 +87,37 @@ def fault(capsys):
 # labels that do not make a support set
 
 
-def test_a_label_image_of_another_size(here, fault):
+def test_a_label_image_of_another_size(here, error):
     tifffile.imwrite("labels/b.tif", LABELS[:90])
-    assert "b.tif: the image is 96 x 96 but its labels are 90 x 96" in fault(run_distill())
+    assert "b.tif: the image is 96 x 96 but its labels are 90 x 96" in error(run_distill())
     assert not Path("new.safetensors").exists()
 
 
-def test_labels_without_any_object(here, fault):
+def test_labels_without_any_object(here, error):
     for name in "ab":
         tifffile.imwrite(f"labels/{name}.tif", np.zeros_like(LABELS))
-    assert "no slice has a pixel of class 'object'" in fault(run_distill())
+    assert "no slice has a pixel of class 'object'" in error(run_distill())
 
 
-def test_labels_without_any_background(here, fault):
+def test_labels_without_any_background(here, error):
     for name in "ab":
         tifffile.imwrite(f"labels/{name}.tif", np.ones_like(LABELS))
-    assert "no pixel is labeled background" in fault(run_distill())
+    assert "no pixel is labeled background" in error(run_distill())
 
 
-def test_a_class_that_is_named_but_never_painted(here, fault):
-    assert "no slice has a pixel of class 'debris'" in fault(run_distill("--classes=nucleus,debris"))
+def test_a_class_that_is_named_but_never_painted(here, error):
+    assert "no slice has a pixel of class 'debris'" in error(run_distill("--classes=nucleus,debris"))
 
 
-def test_a_class_that_is_painted_but_never_named(here, fault):
+def test_a_class_that_is_painted_but_never_named(here, error):
     tifffile.imwrite("labels/b.tif", LABELS * 3)
-    assert "b.tif: holds the label 3, but there are 2 classes" in fault(run_distill("--classes=nucleus,debris"))
+    assert "b.tif: holds the label 3, but there are 2 classes" in error(run_distill("--classes=nucleus,debris"))
 
 
-def test_a_scribble_image_with_nothing_scribbled(here, fault):
+def test_a_scribble_image_with_nothing_scribbled(here, error):
     tifffile.imwrite("labels/a.tif", LABELS + 1)
     tifffile.imwrite("labels/b.tif", np.zeros_like(LABELS))
-    assert "b.tif: nothing is annotated" in fault(run_distill("--scribbles"))
+    assert "b.tif: nothing is annotated" in error(run_distill("--scribbles"))
 
 
 def test_bool_and_float_labels_are_labels(here, capsys):
@@ -128,29 +128,29 @@ def test_bool_and_float_labels_are_labels(here, capsys):
     assert StudentModel.load("new.safetensors").training["support_shares"][1] == pytest.approx(1200 / 9216, abs=1e-5)
 
 
-def test_fractional_labels_are_none(here, fault):
+def test_fractional_labels_are_none(here, error):
     tifffile.imwrite("labels/b.tif", LABELS.astype(np.float32) * 0.5)
-    assert "b.tif: holds 0.5" in fault(run_distill())
+    assert "b.tif: holds 0.5" in error(run_distill())
 
 
 # images that are not what they should be
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixels_that_are_no_number(here, fault, value):
+def test_pixels_that_are_no_number(here, error, value):
     image = IMAGE.astype(np.float32)
     image[3, 4] = value
     tifffile.imwrite("images/b.tif", image)
-    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(run_distill())
-    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in fault(segment("images/b.tif"))
+    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in error(run_distill())
+    assert "b.tif: 1 of 9216 pixels are NaN or infinite" in error(segment("images/b.tif"))
     assert not Path("out.tif").exists()
 
 
-def test_a_bad_plane_is_named_and_no_half_stack_stays(here, fault):
+def test_a_bad_plane_is_named_and_no_half_stack_stays(here, error):
     stack = np.stack([IMAGE.astype(np.float32)] * 3)
     stack[1, 0, 0] = np.nan
     tifffile.imwrite("stack.tif", stack, photometric="minisblack")
-    assert "stack.tif plane 1: 1 of 9216 pixels" in fault(segment("stack.tif", "--uncertainty"))
+    assert "stack.tif plane 1: 1 of 9216 pixels" in error(segment("stack.tif", "--uncertainty"))
     assert not [p.name for p in here.iterdir() if "out" in p.name]
 
 
@@ -165,14 +165,14 @@ def test_constant_images_are_segmented_and_learnt_from(here, value):
     assert np.isfinite(StudentModel.load("new.safetensors").predict(flat).probabilities).all()
 
 
-def test_empty_files_and_arrays(here, fault):
+def test_empty_files_and_arrays(here, error):
     Path("images/b.tif").write_bytes(b"")
-    assert "b.tif" in fault(run_distill())
+    assert "b.tif" in error(run_distill())
     np.save("empty.npy", np.zeros((0, 5)))
-    assert "empty.npy" in fault(segment("empty.npy"))
+    assert "empty.npy" in error(segment("empty.npy"))
     (here / "nothing").mkdir()
-    assert "holds no image" in fault(main(["segment", "nothing", "-m", "model.safetensors", "-o", "out"]))
-    assert "no label image" in fault(main(["distill", "images", "nothing", "-o", "new.safetensors"]))
+    assert "holds no image" in error(main(["segment", "nothing", "-m", "model.safetensors", "-o", "out"]))
+    assert "no label image" in error(main(["distill", "images", "nothing", "-o", "new.safetensors"]))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (2, 3), (33, 31)])
@@ -201,7 +201,7 @@ def test_two_scribbled_pixels_are_little_but_no_crash(zoom):
     assert np.isfinite(model.predict(image).probabilities).all()
 
 
-def test_five_channels_are_learnt_from_and_others_refused(here, fault):
+def test_five_channels_are_learnt_from_and_others_refused(here, error):
     five = np.random.default_rng(3).integers(0, 4000, (96, 96, 5)).astype(np.uint16)
     for name in "ab":
         np.save(f"images/{name}.npy", five)
@@ -210,9 +210,9 @@ def test_five_channels_are_learnt_from_and_others_refused(here, fault):
     Path("new.safetensors").rename("model.safetensors")
     assert segment("images/a.npy") == FINE
     tifffile.imwrite("gray.tif", IMAGE)
-    assert "gray.tif: the image has 1 channel(s), the model was made for 5" in fault(segment("gray.tif", "--overwrite"))
+    assert "gray.tif: the image has 1 channel(s), the model was made for 5" in error(segment("gray.tif", "--overwrite"))
     np.save("images/b.npy", five[..., :4])
-    assert "different numbers of channels" in fault(run_distill())
+    assert "different numbers of channels" in error(run_distill())
 
 
 def test_complex_pixels_are_refused(student):
@@ -266,7 +266,7 @@ def test_a_slice_of_8k_is_learnt_from_in_crops():
 # machines that fail
 
 
-def test_a_label_file_that_vanishes_after_it_was_listed(here, fault, monkeypatch):
+def test_a_label_file_that_vanishes_after_it_was_listed(here, error, monkeypatch):
     listed = label_files.pair_files
 
     def vanish(images, labels):
@@ -275,18 +275,18 @@ def test_a_label_file_that_vanishes_after_it_was_listed(here, fault, monkeypatch
         return pairs
 
     monkeypatch.setattr(label_files, "pair_files", vanish)
-    assert "b.tif: no such file" in fault(run_distill())
+    assert "b.tif: no such file" in error(run_distill())
 
 
 def test_an_image_that_vanishes_after_it_was_listed(here, capsys):
     Path("images/b.tif").unlink()
     Path("images/b.tif").symlink_to("nowhere")  # listed by its folder, but not there
-    assert main(["segment", "images", "-m", "model.safetensors", "-o", "out", "--device=cpu"]) == FAULT
+    assert main(["segment", "images", "-m", "model.safetensors", "-o", "out", "--device=cpu"]) == ERROR
     assert capsys.readouterr().err == "distillfss: error: images/b.tif: no such file; check the name\n"
     assert Path("out/a.tif").exists()
 
 
-def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, fault, monkeypatch):
+def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, error, monkeypatch):
     old = Path("model.safetensors").read_bytes()
     before = sorted(os.listdir())
 
@@ -296,7 +296,7 @@ def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, fault, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    line = fault(main(["distill", "images", "labels", "-o", "model.safetensors", *FEW]))
+    line = error(main(["distill", "images", "labels", "-o", "model.safetensors", *FEW]))
     assert "model.safetensors: No space left on device; free some space" in line
     assert Path("model.safetensors").read_bytes() == old
     assert sorted(os.listdir()) == before
@@ -317,7 +317,7 @@ def little_room():
 
 
 @pytest.mark.parametrize("planes", [1, 5])
-def test_a_write_that_fails_midway_keeps_the_old_results(here, fault, planes):
+def test_a_write_that_fails_midway_keeps_the_old_results(here, error, planes):
     tifffile.imwrite("in.tif", np.stack([IMAGE] * planes)[:, :40, :40], compression="zlib")
     names = ("out.tif", "out_probabilities.tif")
     for name in names:
@@ -326,7 +326,7 @@ def test_a_write_that_fails_midway_keeps_the_old_results(here, fault, planes):
         tifffile.imwrite("in.tif", IMAGE)
     with little_room():
         code = segment("in.tif", "--probabilities", "--overwrite")
-    assert "cannot write out_probabilities.tif: File too large" in fault(code)
+    assert "cannot write out_probabilities.tif: File too large" in error(code)
     assert [Path(name).read_bytes() for name in names] == [b"old", b"old"]
     assert not [name for name in os.listdir() if name.startswith(".")]
 
@@ -390,50 +390,50 @@ def test_what_does_not_fit_is_tried_and_told_once(student, monkeypatch, caplog):
     assert len(caplog.records) == 2
 
 
-def test_out_of_memory_even_for_the_smallest_tile_is_a_fault(here, capsys, student, monkeypatch):
+def test_out_of_memory_even_for_the_smallest_tile_is_an_error(here, capsys, student, monkeypatch):
     out_of_memory_beyond(100, monkeypatch)
     with pytest.raises(OutOfMemoryError, match="--device cpu"):
         student.predict(IMAGE)
-    assert segment("images/a.tif") == FAULT
+    assert segment("images/a.tif") == ERROR
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1].startswith("distillfss: error: cpu has no memory left")
     assert all(line.startswith("distillfss: warning: cpu is out of memory") for line in lines[:-1])
     assert not Path("out.tif").exists()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_out_of_memory_in_training_is_a_fault(here, fault, monkeypatch, error):
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory_in_training_is_an_error(here, raised, monkeypatch, error):
     def fail(*_, **__):
-        raise error
+        raise raised
 
-    monkeypatch.setattr(ViewBank, "fill", fail)
-    assert "out of memory" in fault(run_distill())
+    monkeypatch.setattr(FeatureCache, "fill", fail)
+    assert "out of memory" in error(run_distill())
 
 
 def test_a_bug_is_not_hidden(here, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(ViewBank, "fill", fail)
+    monkeypatch.setattr(FeatureCache, "fill", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run_distill()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read(here, fault):
+def test_a_folder_that_may_not_be_read(here, error):
     Path("images").chmod(0)
     try:
-        assert "images" in fault(run_distill())
+        assert "images" in error(run_distill())
     finally:
         Path("images").chmod(0o755)
 
 
-def test_an_error_of_the_system_is_one_line(here, fault, monkeypatch):
+def test_an_error_of_the_system_is_one_line(here, error, monkeypatch):
     def denied(*_):
         raise PermissionError(errno.EACCES, "Permission denied", "images")
 
     monkeypatch.setattr(label_files, "_by_stem", denied)
-    assert fault(run_distill()) == "distillfss: error: images: Permission denied\n"
+    assert error(run_distill()) == "distillfss: error: images: Permission denied\n"
 
 
 def test_a_support_set_says_itself_what_is_wrong():

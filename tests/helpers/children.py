@@ -7,7 +7,7 @@ from distillfss_core.errors import SettingsError
 
 
 def in_the_child(record):
-    if record["fault"]:
+    if record["error"]:
         raise SettingsError("as expected")
     return {"threads": os.environ["OMP_NUM_THREADS"], "torch": "torch" in sys.modules}
 

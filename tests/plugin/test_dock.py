@@ -220,7 +220,7 @@ def test_closing_while_a_gpu_is_looked_for_leaves_nothing_to_answer(viewer, nucl
     with qtbot.waitSignal(dock.destroyed):
         dock.deleteLater()
     del dock
-    with qtbot.waitSignal(looking.ended):  # a fault in between fails this test
+    with qtbot.waitSignal(looking.ended):  # an error in between fails this test
         closed.set()
     qtbot.waitUntil(lambda: not any("distillfss" in t.name for t in enumerate()), timeout=60_000)
 

@@ -36,7 +36,7 @@ def test_a_job_that_is_cancelled_stops_at_its_next_step(qtbot):
     assert done.args == ["stopped"]
 
 
-def test_a_fault_that_was_expected_is_a_sentence(qtbot):
+def test_an_error_that_was_expected_is_a_sentence(qtbot):
     def faulty(stop):
         yield 1
         raise DistillFSSError("the disk is full")

@@ -62,10 +62,10 @@ def test_impossible_settings_are_said_and_not_taken(qtbot):
     form = SettingsForm()
     qtbot.addWidget(form)
     form.boxes["crop_size"].setValue(100)
-    assert "multiple of 32" in form.fault
+    assert "multiple of 32" in form.error
     assert form.value().crop_size == 256
     form.boxes["crop_size"].setValue(128)
-    assert not form.fault
+    assert not form.error
 
 
 def test_every_setting_has_a_box_with_its_help(qtbot):

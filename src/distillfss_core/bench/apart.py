@@ -56,8 +56,8 @@ def call_apart(function: Callable[[Record], Record], argument: Record, threads: 
             said = done.stderr.strip().splitlines()
             raise DistillFSSError(f"its process ended with code {done.returncode}: {said[-1] if said else 'no word'}")
         told: Record = json.loads(told_in.read_text())
-    if "fault" in told:
-        raise DistillFSSError(told["fault"])
+    if "error" in told:
+        raise DistillFSSError(told["error"])
     found: Record = told["found"]
     return found
 
@@ -71,6 +71,6 @@ def answer(text: str) -> None:
     function = getattr(importlib.import_module(order["module"]), order["function"])
     try:
         told = {"found": function(order["argument"])}
-    except DistillFSSError as fault:
-        told = {"fault": str(fault)}
+    except DistillFSSError as error:
+        told = {"error": str(error)}
     Path(order["answer"]).write_text(json.dumps(told))

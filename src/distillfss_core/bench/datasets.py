@@ -20,7 +20,7 @@ from PIL import Image
 
 from distillfss_core.bench.pickled import read_pickled_table
 from distillfss_core.errors import InputFileError, SettingsError
-from distillfss_core.io.images import DECODER_FAULTS, PILLOW_SUFFIXES, read_image
+from distillfss_core.io.images import DECODER_ERRORS, PILLOW_SUFFIXES, read_image
 from distillfss_core.io.labels import pair_files, read_labels
 from distillfss_core.types import AnnotatedSlice, Array
 
@@ -263,8 +263,8 @@ def _industrial(folder: Path) -> Split:
         record = json.loads(listing.read_text())
         names = [str(name) for name in record["clsName"]]
         listed = [(str(path), kind) for kind, found in record["clsDic"].items() for path in found["bad"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise InputFileError(f"{listing}: has no lists clsName and clsDic ({fault}); download it anew") from fault
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputFileError(f"{listing}: has no lists clsName and clsDic ({error}); download it anew") from error
     chosen = {name: i for i, name in enumerate(names[FOLD::FOLDS][: len(names) // FOLDS], 1)}
     training, test = _published_split(listed)
 
@@ -361,8 +361,8 @@ def _opened(path: Path) -> Image.Image:
         picture = Image.open(path)
         picture.load()
         return picture
-    except DECODER_FAULTS as fault:
-        raise InputFileError(f"{path}: cannot be read ({fault}); download it anew") from fault
+    except DECODER_ERRORS as error:
+        raise InputFileError(f"{path}: cannot be read ({error}); download it anew") from error
 
 
 SETS = {

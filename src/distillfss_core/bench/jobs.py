@@ -63,7 +63,7 @@ class Outcome:
 
     job: Job
     row: Row | None
-    fault: str | None = None
+    error: str | None = None
 
 
 def run_job(job: Job) -> Row:
@@ -144,8 +144,8 @@ def iter_jobs(jobs: Sequence[Job], rows: Rows, run: Callable[[Job], Row]) -> Ite
         try:
             about = digests(job.data, job.folder, job.shots, job.seed, job.annotation, job.tests)
             outcome = _outcome(job, job.key() | program | about, rows, run)
-        except DistillFSSError as fault:
-            outcome = Outcome(job, None, str(fault))
+        except DistillFSSError as error:
+            outcome = Outcome(job, None, str(error))
         yield outcome
 
 

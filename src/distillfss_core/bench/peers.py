@@ -27,7 +27,7 @@ from distillfss_core.nn.losses import dice_loss
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, refine, unrefined_teacher
-from distillfss_core.training.crops import ViewCutter
+from distillfss_core.training.crops import CropSampler
 from distillfss_core.training.distillation import augmentation, auto_steps
 from distillfss_core.training.zoom import point_features
 from distillfss_core.types import IGNORE, Array
@@ -164,10 +164,10 @@ class Convpaint:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of feature extractors that nobody asked for
                 self._model = ConvpaintModel(alias)
-        except ValueError as fault:
-            if "download" not in str(fault).lower():
+        except ValueError as error:
+            if "download" not in str(error).lower():
                 raise
-            raise PeerUnavailableError(f"{_VGG_FILE} are not here and cannot be downloaded") from fault
+            raise PeerUnavailableError(f"{_VGG_FILE} are not here and cannot be downloaded") from error
         self._model.set_param("channel_mode", "rgb" if color else "single")
         annotations = []
         for labeled, points in zip(support.slices, _points(support, seed), strict=True):
@@ -230,7 +230,7 @@ class UNet:
         self._train(support, settings)
 
     def _train(self, support: SupportSet, settings: DistillSettings) -> None:
-        cutter = ViewCutter(support, self.preprocess, settings.crop_size, augmentation(settings, support))
+        sampler = CropSampler(support, self.preprocess, settings.crop_size, augmentation(settings, support))
         rng = np.random.default_rng(settings.seed)
         steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()
@@ -238,7 +238,7 @@ class UNet:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
         self._net.train()
         for _ in range(steps):
-            views = [cutter.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
+            views = [sampler.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
             x = self._input(torch.stack([v.image for v in views]))
             y = torch.stack([v.labels for v in views]).long().to(self.device.torch)
             logits = self._net(x)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError
-from distillfss_core.io.images import DECODER_FAULTS
+from distillfss_core.io.images import DECODER_ERRORS
 
 _KNOWN = {
     "builtins": ("slice", "bytearray", "complex", "range"),
@@ -55,8 +55,8 @@ def read_pickled_table(path: Path, columns: Sequence[str]) -> dict[str, list[Any
     """
     try:
         import pandas
-    except ModuleNotFoundError as fault:
-        raise InputFileError(f"{path}: pandas is needed to read it; pip install 'napari-distillfss[bench]'") from fault
+    except ModuleNotFoundError as error:
+        raise InputFileError(f"{path}: pandas is needed to read it; pip install 'napari-distillfss[bench]'") from error
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
@@ -68,9 +68,9 @@ def read_pickled_table(path: Path, columns: Sequence[str]) -> dict[str, list[Any
         table = Unpickler(io.BytesIO(path.read_bytes())).load()
     except _Refused as refused:
         raise InputFileError(f"{path}: asks for {refused}, which no table needs; it was not read") from None
-    except (pickle.UnpicklingError, *DECODER_FAULTS, AttributeError, ImportError) as fault:
-        why = " ".join(str(fault).split())[:160] or type(fault).__name__
-        raise InputFileError(f"{path}: cannot be read as a table ({why}); download it anew") from fault
+    except (pickle.UnpicklingError, *DECODER_ERRORS, AttributeError, ImportError) as error:
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputFileError(f"{path}: cannot be read as a table ({why}); download it anew") from error
     if not isinstance(table, pandas.DataFrame):
         raise InputFileError(f"{path}: holds a {type(table).__name__}, not a table")
     for column in columns:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io.writing import fault_reason
+from distillfss_core.io.writing import error_reason
 
 Row = dict[str, Any]
 
@@ -78,13 +78,13 @@ class Rows:
             self._file.seek(0)
             whole = self._file.read().rpartition(b"\n")[0]
             self._file.truncate(len(whole) + 1 if whole else 0)
-        except OSError as fault:
-            raise OutputError(f"cannot write {path}: {fault_reason(fault)}") from fault
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
         try:
             self._rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
             others = [row["machine"] for row in self._rows if row["machine"] != machine.to_json()]
-        except (ValueError, KeyError, TypeError) as fault:
-            raise InputFileError(f"{path}: holds lines that are no figures; give another folder with -o") from fault
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputFileError(f"{path}: holds lines that are no figures; give another folder with -o") from error
         if others:
             was = Machine(**others[0])
             raise InputFileError(f"{path}: its figures are of {was}; this is {machine}; give another folder with -o")
@@ -103,8 +103,8 @@ class Rows:
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
             os.fsync(self._file.fileno())
-        except OSError as fault:
-            raise OutputError(f"cannot write {self.path}: {fault_reason(fault)}") from fault
+        except OSError as error:
+            raise OutputError(f"cannot write {self.path}: {error_reason(error)}") from error
         self._rows.append(row)
         return row
 

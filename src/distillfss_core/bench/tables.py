@@ -58,8 +58,8 @@ def peers_tables(outcomes: Sequence[Outcome]) -> str:
             if of_peer:
                 lines.append([PEERS[peer].title, *_peer_cells(of_peer)])
             else:
-                fault = next(o.fault for o in group if o.job.peer == peer)
-                lines.append([PEERS[peer].title, f"skipped: {fault}", *[NONE] * 6])
+                error = next(o.error for o in group if o.job.peer == peer)
+                lines.append([PEERS[peer].title, f"skipped: {error}", *[NONE] * 6])
         head = f"{SETS[name].title}, {shots} shots, {kind}"
         if rows:
             share = spread([100 * share for share in {r["annotated"] for r in rows}], 1)

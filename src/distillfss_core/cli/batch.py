@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED, add_common, print_json, progress, say
+from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, print_json, progress, say
 from distillfss_core.cli.options import add_model_options, add_opening, given_opening, load_model, opening_options
 from distillfss_core.cli.segment import show_shard
 from distillfss_core.errors import OutputError
@@ -43,8 +43,8 @@ def _batch(args: argparse.Namespace) -> int:
     model = load_model(args)
     try:
         args.output.mkdir(exist_ok=True)
-    except OSError as fault:
-        raise OutputError(f"cannot make {args.output}: {fault.strerror}; give another with -o") from fault
+    except OSError as error:
+        raise OutputError(f"cannot make {args.output}: {error.strerror}; give another with -o") from error
     try:
         with ExitStack() as stack, progress("batch", unit="shard") as bar:
             run = stack.enter_context(closing(iter_batch(jobs, model, report, **opening_options(args, stack))))
@@ -59,7 +59,7 @@ def _batch(args: argparse.Namespace) -> int:
         print_json(rows)
     else:
         print(f"{len(rows) - len(failed)} of {len(rows)} volumes segmented: {report}")
-    return FAULT if failed else FINE
+    return ERROR if failed else FINE
 
 
 def _show_batch(bar: tqdm[NoReturn], step: BatchStep) -> None:

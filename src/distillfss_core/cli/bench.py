@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED, add_common, positive, print_json, progress, say
+from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, positive, print_json, progress, say
 from distillfss_core.errors import OutputError, SettingsError
 
 if TYPE_CHECKING:
@@ -176,18 +176,18 @@ def _run(args: argparse.Namespace, name: str, jobs: list[Job], table: Callable[[
             for outcome in iter_jobs(jobs, rows, lambda job: run_apart(job, machine.threads)):
                 outcomes.append(outcome)
                 bar.update()
-                if outcome.fault:
-                    say(f"warning: {outcome.job.peer} on {outcome.job.data} is left out: {outcome.fault}")
+                if outcome.error:
+                    say(f"warning: {outcome.job.peer} on {outcome.job.data} is left out: {outcome.error}")
         except KeyboardInterrupt:
             stopped = True
             say(f"interrupted; what is finished is kept in {args.output}, and the same command goes on")
     text = f"{table(outcomes)}\n\n{note(machine)}\n"
     _write(args.output / f"{name}.md", text)
     if args.json:
-        print_json([o.row or {**o.job.key(), "fault": o.fault} for o in outcomes])
+        print_json([o.row or {**o.job.key(), "error": o.error} for o in outcomes])
     else:
         print(text, end="")
-    return INTERRUPTED if stopped else FINE if any(o.row for o in outcomes) else FAULT
+    return INTERRUPTED if stopped else FINE if any(o.row for o in outcomes) else ERROR
 
 
 def _speed(args: argparse.Namespace) -> int:
@@ -233,8 +233,8 @@ def _known(given: Sequence[str], known: Any, option: str) -> None:
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise OutputError(f"cannot make {folder}: {fault.strerror}; give another with -o") from fault
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; give another with -o") from error
 
 
 def _write(path: Path, text: str) -> None:

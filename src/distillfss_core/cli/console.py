@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distillfss_core.types import TrainStep
 
 
-FINE, FAULT, USAGE, INTERRUPTED = 0, 1, 2, 130
+FINE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def add_common(
@@ -75,9 +75,9 @@ def progress(what: str, total: int | None = None, unit: str = "step") -> Iterato
         yield bar
 
 
-def fail(fault: Exception | str) -> int:
-    say(f"error: {fault}")
-    return FAULT
+def fail(error: Exception | str) -> int:
+    say(f"error: {error}")
+    return ERROR
 
 
 def say(text: str) -> None:
@@ -119,10 +119,10 @@ def cell(value: float) -> str:
 def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
-    except FileNotFoundError as fault:
-        raise OutputError(f"cannot make {folder}: there is no folder {folder.parent}; make it first") from fault
-    except OSError as fault:
-        raise OutputError(f"cannot make {folder}: {fault.strerror}; give another with -o") from fault
+    except FileNotFoundError as error:
+        raise OutputError(f"cannot make {folder}: there is no folder {folder.parent}; make it first") from error
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; give another with -o") from error
 
 
 @contextmanager
@@ -130,8 +130,8 @@ def source_named(source: str) -> Iterator[None]:
     """Begin the message of an `ImageError` with the file it is about."""
     try:
         yield
-    except ImageError as fault:
-        raise ImageError(f"{source}: {str(fault).removeprefix('image: ')}") from fault
+    except ImageError as error:
+        raise ImageError(f"{source}: {str(error).removeprefix('image: ')}") from error
 
 
 # what is printed

@@ -49,7 +49,7 @@ def add_demo(commands: Any) -> None:
 
 def _demo(args: argparse.Namespace) -> int:
     given = given_settings(args)
-    DistillSettings(**given)  # faults are told before torch is loaded
+    DistillSettings(**given)  # errors are told before torch is loaded
     if args.data and len(args.data) > 2:
         raise SettingsError(f"--data has {len(args.data)} paths; give a folder, or images and labels")
     if not args.data and (args.classes or args.scribbles):

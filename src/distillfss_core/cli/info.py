@@ -30,8 +30,8 @@ def _info(args: argparse.Namespace) -> int:
         return FINE
     try:
         lines = _head_lines(card) if is_head else _card_lines(card)
-    except (KeyError, TypeError, ValueError) as fault:
-        raise ModelFileError(f"{args.file}: its card is damaged ({type(fault).__name__} {fault})") from fault
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{args.file}: its card is damaged ({type(error).__name__} {error})") from error
     print(f"{'file':12}{args.file}, {format_mb(card['bytes'])}")
     for name, text in lines:
         print(f"{name:12}{text}")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from distillfss_core.cli.backbones import add_backbones
 from distillfss_core.cli.batch import add_batch
 from distillfss_core.cli.bench import add_bench
-from distillfss_core.cli.console import FAULT, INTERRUPTED, USAGE, fail, one_line, say, warnings_shown
+from distillfss_core.cli.console import ERROR, INTERRUPTED, USAGE, fail, one_line, say, warnings_shown
 from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
 from distillfss_core.cli.evaluate import add_evaluate
@@ -34,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 an expected fault (one line on stderr said which), 2 wrong usage, 130 interrupted.
+        0 fine, 1 an expected error (one line on stderr said which), 2 wrong usage, 130 interrupted.
     """
     try:
         args = build_parser().parse_args(argv)
-    except SystemExit as end:  # argparse: --help, --version, or a usage fault that it has told
+    except SystemExit as end:  # argparse: --help, --version, or a usage error that it has told
         return int(end.code or 0)
     try:
         with warnings_shown():
@@ -49,21 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             code: int = args.run(args)
             sys.stdout.flush()
             return code
-    except DistillFSSError as fault:
-        return fail(fault)
+    except DistillFSSError as error:
+        return fail(error)
     except KeyboardInterrupt:
         say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # "distillfss ... | head": the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAULT
-    except OSError as fault:
-        where = f"{fault.filename}: " if fault.filename else ""
-        return fail(f"{where}{fault.strerror or fault}")
+        return ERROR
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}")
     except MemoryError:
         return fail("the machine is out of memory; give smaller images, or fewer crops (--crops, --cache-mb)")
-    except RuntimeError as fault:
-        if not _is_out_of_memory(fault):
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
             raise
         return fail("the device is out of memory; lower --cache-mb, --crop-size or --queries, or use --device cpu")
 
@@ -114,10 +114,10 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _is_out_of_memory(fault: RuntimeError) -> bool:
+def _is_out_of_memory(error: RuntimeError) -> bool:
     from distillfss_core.nn.device import out_of_memory
 
-    return out_of_memory(fault)
+    return out_of_memory(error)
 
 
 if __name__ == "__main__":

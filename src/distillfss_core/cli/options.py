@@ -186,8 +186,8 @@ def _region(text: str) -> Part:
 
     try:
         return parse_region(text)
-    except SettingsError as fault:
-        raise argparse.ArgumentTypeError(str(fault)) from fault
+    except SettingsError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse_whole(text: str) -> int:

@@ -59,8 +59,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         raise SettingsError("--holdout names sets of --real; give it too")
     try:
         from distillfss_core.metatraining.run import PretrainRun, sources
-    except ModuleNotFoundError as fault:
-        raise SettingsError(f"meta-training needs {fault.name}: pip install 'napari-distillfss[pretrain]'") from fault
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"meta-training needs {error.name}: pip install 'napari-distillfss[pretrain]'") from error
 
     make_folder(args.output)
     real, held_out = sources(args.real, args.holdout)

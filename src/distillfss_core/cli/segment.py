@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.console import (
-    FAULT,
+    ERROR,
     FINE,
     INTERRUPTED,
     add_common,
@@ -80,7 +80,7 @@ def _segment(args: argparse.Namespace) -> int:
     elif done:
         what = f"{len(jobs) - failed} of {len(jobs)} files segmented" if failed or len(jobs) > 1 else "segmented"
         print(f"{what}: {args.output}")
-    return FAULT if failed else FINE
+    return ERROR if failed else FINE
 
 
 _FileJob = tuple[Path, dict[str, Path]]

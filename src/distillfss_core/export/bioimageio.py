@@ -88,17 +88,17 @@ def export_bioimageio(
         (folder / "README.md").write_text(_readme(model, name), encoding="utf-8")
         try:
             described = _describe(model, folder, authors, name, description, license)
-        except ValidationError as fault:
-            first = fault.errors()[0]
+        except ValidationError as error:
+            first = error.errors()[0]
             where = str(first["loc"][0])
             remedy = REMEDIES.get(where, first["msg"][:120])
-            raise SettingsError(f"BioImage.IO does not take {where} {first['input']!r}; {remedy}") from fault
+            raise SettingsError(f"BioImage.IO does not take {where} {first['input']!r}; {remedy}") from error
         package = folder / "package.zip"
         save_bioimageio_package(described, output_path=package)
         summary = test_description(package)
         if summary.status == "failed":
-            faults = [error.msg for detail in summary.details for error in detail.errors]
-            raise OutputError(f"{path}: does not pass the test of bioimageio.core ({'; '.join(faults)[:300]})")
+            errors = [error.msg for detail in summary.details for error in detail.errors]
+            raise OutputError(f"{path}: does not pass the test of bioimageio.core ({'; '.join(errors)[:300]})")
         temporary.write_bytes(package.read_bytes())
 
 

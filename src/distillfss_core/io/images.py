@@ -28,7 +28,7 @@ _MOST_PIXELS = 1 << 31
 PathLike = str | os.PathLike[str]
 
 # What decoders raise on files that are cut short or damaged.
-DECODER_FAULTS = (
+DECODER_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
@@ -105,11 +105,11 @@ def read_pixels(path: Path, palette_numbers: bool = False, npy_stack: bool = Fal
         return _plane(_read_pillow(path, palette_numbers))
     except (ImageError, InputFileError):
         raise
-    except MemoryError as fault:
-        raise InputFileError(f"{path}: does not fit into memory; cut it into smaller files") from fault
-    except DECODER_FAULTS as fault:
-        why = " ".join(str(fault).split())[:160] or type(fault).__name__
-        raise InputFileError(f"{path}: cannot be read ({why}); check that the file is whole") from fault
+    except MemoryError as error:
+        raise InputFileError(f"{path}: does not fit into memory; cut it into smaller files") from error
+    except DECODER_ERRORS as error:
+        why = " ".join(str(error).split())[:160] or type(error).__name__
+        raise InputFileError(f"{path}: cannot be read ({why}); check that the file is whole") from error
 
 
 def _plane(array: Array) -> Pixels:

@@ -112,8 +112,8 @@ def check_output(path: Path) -> None:
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
-    except OSError as fault:
-        raise OutputError(f"cannot write {path}: {fault.strerror}; write elsewhere") from fault
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; write elsewhere") from error
 
 
 def _target(path: Path) -> Path:
@@ -150,14 +150,14 @@ def atomic_path(path: PathLike) -> Iterator[Path]:
         os.replace(temporary, target)
     except OutputError:
         raise
-    except OSError as fault:
-        raise OutputError(f"cannot write {named}: {fault_reason(fault)}") from fault
+    except OSError as error:
+        raise OutputError(f"cannot write {named}: {error_reason(error)}") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def fault_reason(fault: OSError) -> str:
+def error_reason(error: OSError) -> str:
     """What went wrong and what to do, in a line."""
     advice = {
         errno.ENOSPC: "free some space or write elsewhere",
@@ -165,8 +165,8 @@ def fault_reason(fault: OSError) -> str:
         errno.EACCES: "choose a folder you may write to",
         errno.EPERM: "choose a folder you may write to",
         errno.EROFS: "choose a folder you may write to",
-    }.get(fault.errno or 0, "nothing was changed")
-    what = fault.strerror or " ".join(str(fault).split()) or type(fault).__name__
+    }.get(error.errno or 0, "nothing was changed")
+    what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return f"{what}; {advice}"
 
 

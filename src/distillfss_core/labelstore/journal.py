@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io.writing import fault_reason
+from distillfss_core.io.writing import error_reason
 
 FORMAT = "distillfss-record"
 VERSION = 1
 
 
-class Record:
+class Journal:
     """A header that says what the run is, then a line for each piece of work that is done.
 
     A line is a CRC-32 and JSON. Lines are added and forced to disk one by one, so that after a kill or a power cut all
@@ -71,11 +71,11 @@ class Record:
             if self._file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file.fileno())
-        except OSError as fault:
+        except OSError as error:
             with suppress(OSError):
                 self._file.truncate(start)
             self._file.seek(start)
-            raise OutputError(f"cannot write {self.path}: {fault_reason(fault)}") from fault
+            raise OutputError(f"cannot write {self.path}: {error_reason(error)}") from error
 
     def _read(self, header: Mapping[str, Any] | None) -> dict[str, Any]:
         content = self._file.readall()
@@ -124,8 +124,8 @@ def _open(path: Path, *, create: bool) -> FileIO:
     while True:
         try:
             file = FileIO(str(path), "r+", opener=opener)
-        except OSError as fault:
-            raise OutputError(f"cannot write {path}: {fault_reason(fault)}") from fault
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
         try:
             _lock(file, path)
             with suppress(FileNotFoundError):
@@ -145,5 +145,5 @@ def _lock(file: FileIO, path: Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as fault:
-        raise OutputError(f"{path}: another run is writing here; wait for it, or stop it") from fault
+    except OSError as error:
+        raise OutputError(f"{path}: another run is writing here; wait for it, or stop it") from error

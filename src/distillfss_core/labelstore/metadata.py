@@ -13,7 +13,7 @@ import zarr.codecs
 import zarr.errors
 
 from distillfss_core.errors import OutputError
-from distillfss_core.io.images import DECODER_FAULTS
+from distillfss_core.io.images import DECODER_ERRORS
 from distillfss_core.labelstore.layout import Layout
 
 OME_VERSION = "0.5"
@@ -69,7 +69,7 @@ def write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str,
     """Groups and arrays as they must be; those that are there already stay."""
     arrays = []
     for level, shape in enumerate(layout.shapes):
-        with suppress(*DECODER_FAULTS):
+        with suppress(*DECODER_ERRORS):
             arrays.append(zarr.open_array(path / str(level), mode="r+"))
             continue
         (path / str(level) / "zarr.json").unlink(missing_ok=True)
@@ -104,7 +104,7 @@ def write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str,
 
 def _open_group(path: Path) -> Any:
     """The group in a folder, made if it is not there or was not written to its end."""
-    with suppress(*DECODER_FAULTS):
+    with suppress(*DECODER_ERRORS):
         return zarr.open_group(path, mode="r+", zarr_format=3)
     (path / "zarr.json").unlink(missing_ok=True)
     return zarr.open_group(path, mode="a", zarr_format=3)

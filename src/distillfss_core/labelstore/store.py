@@ -28,8 +28,8 @@ import zarr.codecs
 import zarr.errors
 
 from distillfss_core.errors import InputFileError, OutputError, SettingsError
-from distillfss_core.io.writing import fault_reason
-from distillfss_core.labelstore.journal import Record
+from distillfss_core.io.writing import error_reason
+from distillfss_core.labelstore.journal import Journal
 from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, slices
 from distillfss_core.labelstore.metadata import About, check_place, image_of, write_metadata
 from distillfss_core.labelstore.pyramid import coarsen_labels
@@ -88,7 +88,7 @@ class LabelStore:
             raise OutputError(f"{path}: is there already and not from here; give another name")
         with _told(path):
             (path / RECORD).parent.mkdir(parents=True, exist_ok=True)
-        self.record = Record(path / RECORD, {"settings": settings, "notes": dict(notes or {})})
+        self.record = Journal(path / RECORD, {"settings": settings, "notes": dict(notes or {})})
         try:
             self._check_settings(settings)
             self.notes: dict[str, Any] = self.record.header["notes"]
@@ -267,7 +267,7 @@ def remove_labels(path: Path) -> None:
         return
     if not (path / RECORD).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
-    Record(path / RECORD, {}).close()  # nobody else has it open
+    Journal(path / RECORD, {}).close()  # nobody else has it open
     with _told(path):
         _remove_rest(path)
         path.rename(_renamed(path))
@@ -316,13 +316,13 @@ def _told(path: Path) -> Iterator[None]:
     """What the file system refuses, in a line."""
     try:
         yield
-    except OSError as fault:
-        if isinstance(fault, (OutputError, InputFileError)):
+    except OSError as error:
+        if isinstance(error, (OutputError, InputFileError)):
             raise
         raise OutputError(
-            f"cannot write {path}: {fault_reason(fault)}; what is finished is kept, and can be resumed"
-        ) from fault
-    except (ValueError, RuntimeError) as fault:
+            f"cannot write {path}: {error_reason(error)}; what is finished is kept, and can be resumed"
+        ) from error
+    except (ValueError, RuntimeError) as error:
         raise OutputError(
-            f"{path}: cannot be written, as what is there is damaged ({' '.join(str(fault).split())[:120]})"
-        ) from fault
+            f"{path}: cannot be written, as what is there is damaged ({' '.join(str(error).split())[:120]})"
+        ) from error

@@ -1,4 +1,4 @@
-"""How a scene becomes a picture: the light and the dyes of a task, and the faults of one exposure."""
+"""How a scene becomes a picture: the light and the dyes of a task, and the errors of one exposure."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _chroma(angle: float, depth: float) -> tuple[float, float]:
 
 
 def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F32:
-    """Take a picture through a random choice of the faults that microscopes, cameras and files have.
+    """Take a picture through a random choice of the errors that microscopes, cameras and files have.
 
     A gray picture (three equal channels) stays gray.
 
@@ -137,7 +137,7 @@ def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F
     rng : numpy.random.Generator
         Where every choice comes from.
     strength : float
-        0 changes nothing, 1 is usual; how strong the faults are and how often they occur.
+        0 changes nothing, 1 is usual; how strong the errors are and how often they occur.
 
     Returns
     -------
@@ -148,9 +148,9 @@ def degrade(image: F32, rng: np.random.Generator, *, strength: float = 1.0) -> F
         return image.copy()
     gray = bool((image[..., 0] == image[..., 1]).all() and (image[..., 1] == image[..., 2]).all())
     out = image[..., :1].copy() if gray else image.copy()
-    for fault, often in FAULTS:
+    for error, often in READ_ERRORS:
         if rng.random() < often * min(1.0, strength**0.5):
-            out = fault(out, rng, strength)
+            out = error(out, rng, strength)
             np.clip(out, 0, 1, out=out)
     return np.repeat(out, 3, axis=-1) if gray else out
 
@@ -228,7 +228,7 @@ def _enlarged(few: F32, shape: tuple[int, int]) -> F32:
     return np.asarray(Image.fromarray(few).resize(shape[::-1], Image.Resampling.BICUBIC), np.float32)
 
 
-FAULTS: tuple[tuple[Callable[[F32, np.random.Generator, float], F32], float], ...] = (
+READ_ERRORS: tuple[tuple[Callable[[F32, np.random.Generator, float], F32], float], ...] = (
     (_uneven, 0.35),
     (_vignette, 0.2),
     (_cast, 0.3),
@@ -239,4 +239,4 @@ FAULTS: tuple[tuple[Callable[[F32, np.random.Generator, float], F32], float], ..
     (_stripes, 0.07),
     (_jpeg, 0.2),
 )
-"""Each fault and how often it occurs, in the order in which light meets them."""
+"""Each error and how often it occurs, in the order in which light meets them."""

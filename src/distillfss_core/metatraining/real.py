@@ -430,8 +430,8 @@ def _about(folder: Path) -> dict[str, Any]:
         return {}
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as fault:
-        raise InputFileError(f"{path}: is no JSON ({' '.join(str(fault).split())}); mend or remove it") from fault
+    except ValueError as error:
+        raise InputFileError(f"{path}: is no JSON ({' '.join(str(error).split())}); mend or remove it") from error
     return about if isinstance(about, dict) else {}
 
 
@@ -630,14 +630,14 @@ def _draw_box(rng: np.random.Generator, image: U8, mask: U8, base: float, on: bo
         box = _Box(_placed(y - side // 2, side, height), _placed(x - side // 2, side, width), side)
         seen = (slice(max(box.y, 0), box.y + side), slice(max(box.x, 0), box.x + side))
         share = np.count_nonzero(inside[seen]) / inside[seen].size
-        fault = max((box.overlap(other) for other in used), default=0.0)
+        penalty = max((box.overlap(other) for other in used), default=0.0)
         if on:
-            fault += 0.6 * (share < 0.005) + 0.6 * (share > 0.85) + 2 * (share == 0)
+            penalty += 0.6 * (share < 0.005) + 0.6 * (share > 0.85) + 2 * (share == 0)
         elif np.ptp(image[seen][::4, ::4]) < 16 or (mask[seen] == IGNORE).all():  # the black round a scan
-            fault += 0.6
-        if fault < least:
-            best, least = box, fault
-        if fault < 0.3:
+            penalty += 0.6
+        if penalty < least:
+            best, least = box, penalty
+        if penalty < 0.3:
             break
     return best
 

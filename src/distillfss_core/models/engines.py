@@ -256,12 +256,12 @@ def network_graph(network: StudentNetwork) -> bytes:
     side = 2 * network.backbone.spec.multiple
     try:
         return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
-    except (RuntimeError, TypeError, ValueError) as fault:
-        reason = str(fault).partition("\n")[0][:120]
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:120]
         name = network.backbone.spec.name
         raise SettingsError(
             f"{describe_engine('torch')} cannot write {name} as ONNX ({reason}); choose engine torch"
-        ) from fault
+        ) from error
 
 
 def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str, found: str) -> bytes:

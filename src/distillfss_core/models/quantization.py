@@ -67,9 +67,9 @@ def quantized(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, nar
                 weight_type=QuantType.QInt8,
             )
             return done.read_bytes()
-    except OSError as fault:
-        reason = fault.strerror or fault
+    except OSError as error:
+        reason = error.strerror or error
         raise SettingsError(
             f"precision int8 needs temporary files in {tempfile.gettempdir()} ({reason}); free some room, set TMPDIR, "
             "or use precision float32"
-        ) from fault
+        ) from error

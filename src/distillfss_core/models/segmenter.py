@@ -289,7 +289,7 @@ class Segmenter:
         short = False
         while todo:
             where = todo[0]
-            fault: Exception | None = None
+            shortage: Exception | None = None
             try:
                 pixels = self.preprocess.as_channels(read(*where.outer))
                 check_image(pixels)
@@ -297,8 +297,8 @@ class Segmenter:
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                fault = error.with_traceback(None)  # a traceback would keep the failed tensors alive
-            if fault is None:
+                shortage = error.with_traceback(None)  # a traceback would keep the failed tensors alive
+            if shortage is None:
                 if short:
                     self._room = side * zoom
                 todo.pop(0)
@@ -309,7 +309,7 @@ class Segmenter:
                 raise OutOfMemoryError(
                     f"{self.device.name} has no memory left even for a tile of {2 * side} pixels; "
                     "use --device cpu, or free the device"
-                ) from fault
+                ) from shortage
             log.warning("%s is out of memory; going on with tiles of %d pixels", self.device.name, side)
             release_memory(self.device)
             todo = split(todo, side)

@@ -143,15 +143,15 @@ def iter_batch(
                 yield BatchStep(index, len(jobs), job, next(run))
         except StopIteration as end:
             row |= end.value
-        except DistillFSSError as fault:
-            row |= {"status": "failed", "error": str(fault)}
+        except DistillFSSError as error:
+            row |= {"status": "failed", "error": str(error)}
         rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
         try:
             write_report(report, rows)
             unwritten = None
-        except OutputError as fault:
-            log.warning("%s (%d of %d volumes; the others go on)", fault, index, len(jobs))
-            unwritten = fault
+        except OutputError as error:
+            log.warning("%s (%d of %d volumes; the others go on)", error, index, len(jobs))
+            unwritten = error
         yield BatchStep(index, len(jobs), job, None)
     if unwritten is not None:
         raise unwritten
@@ -205,8 +205,8 @@ def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | No
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as fault:
-        raise InputFileError(f"{path}: cannot be read as a table ({fault}); give a folder or a CSV file") from fault
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputFileError(f"{path}: cannot be read as a table ({error}); give a folder or a CSV file") from error
     if not rows or "volume" not in rows[0]:
         raise InputFileError(f"{path}: has no row with a column 'volume'; name the volumes there, one a line")
     jobs = []
@@ -220,8 +220,8 @@ def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | No
         try:
             part = parse_region(given["region"]) if "region" in given else region
             own = {name: _option(name, given[name]) for name in _OPTIONS if name in given}
-        except ValueError as fault:
-            raise InputFileError(f"{path} line {line}: {fault}") from fault
+        except ValueError as error:
+            raise InputFileError(f"{path} line {line}: {error}") from error
         jobs.append(Job(source, output, part, {**how, **own}, notes))
     return jobs
 

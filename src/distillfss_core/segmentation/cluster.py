@@ -54,10 +54,10 @@ class Connection:
         """
         try:
             found = set(self.client.run(_describe_device, self.device, self.precision).values())
-        except ModuleNotFoundError as fault:
+        except ModuleNotFoundError as error:
             raise SettingsError(
-                f"the workers have no {fault.name}; install napari-distillfss where they run"
-            ) from fault
+                f"the workers have no {error.name}; install napari-distillfss where they run"
+            ) from error
         if not found:
             raise SettingsError("the scheduler has no worker yet; start some by dask worker")
         if len(found) > 1:
@@ -100,8 +100,8 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
     if kind in ("tcp", "tls"):
         try:
             client = Client(address, timeout="30s")
-        except OSError as fault:
-            raise SettingsError(f"no scheduler answers at {address}; start one by dask scheduler") from fault
+        except OSError as error:
+            raise SettingsError(f"no scheduler answers at {address}; start one by dask scheduler") from error
         with client:
             yield Connection(client, device, precision)
         return
@@ -116,7 +116,7 @@ def iter_shards(
     connection: Connection,
     model: StudentModel,
     engine: str,
-    labeller: PlaneLabels,
+    mode_labels: PlaneLabels,
     path: Path,
     layout: Layout,
     todo: Mapping[Index, Sequence[Box]],
@@ -145,9 +145,9 @@ def iter_shards(
     client, name = connection.client, f"distillfss-{secrets.token_hex(4)}"
     spec = Spec(
         _model_bytes(model),
-        labeller.volume,
-        labeller.mode,
-        labeller.tile,
+        mode_labels.volume,
+        mode_labels.mode,
+        mode_labels.tile,
         path.absolute(),
         layout,
         connection.device,
@@ -172,11 +172,11 @@ def iter_shards(
             index, boxes = running.pop(future)
             try:
                 digest, missing = future.result()
-            except KilledWorker as fault:
+            except KilledWorker as error:
                 raise OutOfMemoryError(
                     f"{path}: shard {index} ended one worker after another, most likely for want of memory; what is "
                     "finished is kept, give workers more memory and resume"
-                ) from fault
+                ) from error
             yield index, boxes, digest, missing
     finally:
         client.cancel(list(running))
@@ -204,10 +204,10 @@ def _start(kind: str, count: int) -> Any:
 
         try:
             cluster: Any = SLURMCluster()
-        except ValueError as fault:
+        except ValueError as error:
             raise SettingsError(
-                f"dask-jobqueue is not configured for SLURM ({' '.join(str(fault).split())[:120]}); see docs/volumes.md"
-            ) from fault
+                f"dask-jobqueue is not configured for SLURM ({' '.join(str(error).split())[:120]}); see docs/volumes.md"
+            ) from error
         cluster.scale(jobs=count or 1)
         return cluster
     if torch.cuda.is_available() and find_spec("dask_cuda") is not None:

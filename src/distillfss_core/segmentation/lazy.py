@@ -134,9 +134,9 @@ class VolumeSegmenter:
         """Errors about pixels name the volume and the plane."""
         try:
             yield
-        except ImageError as fault:
-            text = str(fault).removeprefix("image: ")
-            raise ImageError(f"{self.volume.name} plane {z}: {text}") from fault
+        except ImageError as error:
+            text = str(error).removeprefix("image: ")
+            raise ImageError(f"{self.volume.name} plane {z}: {text}") from error
 
     def _look_up(self, start: int, stop: int) -> None:
         """Limits of those planes that are not known yet; each chunk is decoded once for all planes that it holds."""

@@ -143,7 +143,7 @@ class ConsensusLabels(PlaneLabels):
 MODES = {kind.mode: kind for kind in (PlaneLabels, SmoothLabels, ConsensusLabels)}
 
 
-def make_labeller(mode: str, volume: Volume, model: Segmenter, tile: int | None = None) -> PlaneLabels:
+def make_mode(mode: str, volume: Volume, model: Segmenter, tile: int | None = None) -> PlaneLabels:
     """The way of labeling that goes by this name.
 
     Raises

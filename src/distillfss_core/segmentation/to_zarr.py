@@ -38,7 +38,7 @@ from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
-from distillfss_core.segmentation.modes import PlaneLabels, make_labeller
+from distillfss_core.segmentation.modes import PlaneLabels, make_mode
 from distillfss_core.types import Array, drain
 from distillfss_core.volumes.volume import Volume
 
@@ -124,7 +124,7 @@ def iter_segment(
         Begin anew in place of labels that were written from here.
     mode : {"planes", "smooth", "consensus"}
         Each plane on its own; with its neighbors along z; or the mean of what planes in three directions say, where
-        voxels are about as long as wide (some ten times slower). See `labellers`.
+        voxels are about as long as wide (some ten times slower). See `modes`.
     tile : int, optional
         Inner side of a tile in pixels after zooming.
     cluster : str or Connection, optional
@@ -152,7 +152,7 @@ def iter_segment(
     start = time.monotonic()
     _return_memory()
     wanted = check_region(volume, region)
-    labeller = make_labeller(mode, volume, model, tile)
+    mode_labels = make_mode(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
     with ExitStack() as stack:
@@ -164,19 +164,19 @@ def iter_segment(
         notes = {"threads": 1 if workers else torch.get_num_threads(), "engine": describe_engine(engine)}
         if overwrite:
             remove_labels(out)
-        store = open_store(labeller, model, out, device=device, notes=notes, resume=resume)
+        store = open_store(mode_labels, model, out, device=device, notes=notes, resume=resume)
         stack.callback(store.close)
         if (begun_with := _engine_of(store, engine)) != engine:
             engine, model = begun_with, _run_by(begun_with, model, store)
-            labeller = make_labeller(mode, volume, model, tile)
+            mode_labels = make_mode(mode, volume, model, tile)
         plan = plan_work(store, wanted)
         clock = _Clock(start, plan.total, plan.found)
         if plan.found:
             yield clock.step(0, computed=False, count=0)
         if workers:
-            run = _segmented_by(workers, model, engine, labeller, store, plan.todo, missing)
+            run = _segmented_by(workers, model, engine, mode_labels, store, plan.todo, missing)
         else:
-            run = _segmented(labeller, store, plan.todo)
+            run = _segmented(mode_labels, store, plan.todo)
             stack.enter_context(_threads(model, store.notes["threads"]))
         with closing(run):
             for _ in run:
@@ -206,11 +206,11 @@ def check_region(volume: Volume, region: Part | None) -> Box:
 
 
 def open_store(
-    labeller: PlaneLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
+    mode_labels: PlaneLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
 ) -> LabelStore:
     """The labels to be written, new or begun; errors are those of `LabelStore`."""
-    volume = labeller.volume
-    layout = labeller.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
+    volume = mode_labels.volume
+    layout = mode_labels.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
     digest = model.digest()
     about = About(
         name=out.name.partition(".")[0],
@@ -229,8 +229,8 @@ def open_store(
     settings = {
         "volume": volume.identity,
         "model": digest,
-        "mode": labeller.mode,
-        "tile": labeller.tile,
+        "mode": mode_labels.mode,
+        "tile": mode_labels.tile,
         "device": device,
     }
     return LabelStore(out, layout, about, settings, resume=resume, notes=notes)
@@ -272,14 +272,16 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
     return Plan(todo, coarser, found)
 
 
-def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]) -> Generator[Index, None, None]:
+def _segmented(
+    mode_labels: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]
+) -> Generator[Index, None, None]:
     """Read, infer and write at the same time; gives each shard when it is in the record.
 
     Left early, what is being written is still written and noted.
     """
 
     def read(boxes: list[Box]) -> list[Array]:
-        return [labeller.read(box) for box in boxes]
+        return [mode_labels.read(box) for box in boxes]
 
     def write(index: Index, boxes: list[Box], labels: list[Array]) -> Index:
         digests = [store.write(0, box, part) for box, part in zip(boxes, labels, strict=True)]
@@ -287,7 +289,7 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
             store.note(0, index, boxes, digests[-1])
         return index
 
-    threads = _io_threads(labeller.model.device)
+    threads = _io_threads(mode_labels.model.device)
     noting = threading.Lock()
     readers, writers = ThreadPoolExecutor(threads.readers), ThreadPoolExecutor(threads.writers)
     ahead = iter(todo.items())
@@ -301,7 +303,7 @@ def _segmented(labeller: PlaneLabels, store: LabelStore, todo: dict[Index, list[
                 break
             index, boxes, coming = reading.popleft()
             blocks = coming.result()
-            labels = [labeller.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
+            labels = [mode_labels.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
             del blocks, coming
             writing.append(writers.submit(write, index, boxes, labels))
             while writing and (writing[0].done() or len(writing) > threads.writers):
@@ -332,14 +334,14 @@ def _segmented_by(
     workers: Connection,
     model: StudentModel,
     engine: str,
-    labeller: PlaneLabels,
+    mode_labels: PlaneLabels,
     store: LabelStore,
     todo: dict[Index, list[Box]],
     missing: set[str],
 ) -> Generator[Index, None, None]:
     """Have the workers do it; gives each shard when it is in the record, and adds to the chunks that have no file."""
     threads = store.notes["threads"]
-    with closing(iter_shards(workers, model, engine, labeller, store.path, store.layout, todo, threads)) as shards:
+    with closing(iter_shards(workers, model, engine, mode_labels, store.path, store.layout, todo, threads)) as shards:
         for index, boxes, digest, gone in shards:
             store.note(0, index, list(boxes), digest)
             missing |= gone
@@ -380,10 +382,10 @@ def _engine_of(store: LabelStore, engine: str) -> str:
 def _run_by(engine: str, model: StudentModel, store: LabelStore) -> StudentModel:
     try:
         other = model.with_engine(engine)
-    except SettingsError as fault:
+    except SettingsError as error:
         raise SettingsError(
-            f"{store.path}: was begun with engine {engine}, and goes on with it only: {fault}"
-        ) from fault
+            f"{store.path}: was begun with engine {engine}, and goes on with it only: {error}"
+        ) from error
     log.warning("going on with engine %s, as the run was begun with, not %s", engine, model.engine)
     return other
 

@@ -17,7 +17,7 @@ from distillfss_core.labelstore.layout import Box, Layout
 from distillfss_core.labelstore.store import write_shard
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
-from distillfss_core.segmentation.modes import PlaneLabels, make_labeller
+from distillfss_core.segmentation.modes import PlaneLabels, make_mode
 from distillfss_core.volumes.volume import Volume
 
 
@@ -53,14 +53,14 @@ class Job(WorkerPlugin):
 
     def segment(self, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
         """Write (parts of) a shard; gives the digest of its file, and the volume's chunks that had no file."""
-        labeller, spec = self._ready(), self.spec
+        mode_labels, spec = self._ready(), self.spec
         array = zarr.open_array(spec.path / "0", mode="r+")
-        before = labeller.volume.missing
+        before = mode_labels.volume.missing
         digest = ""
         for box in boxes:
-            labels = labeller.labels(box, labeller.read(box))
+            labels = mode_labels.labels(box, mode_labels.read(box))
             digest = write_shard(spec.path, array, spec.layout, 0, box, labels)
-        return digest, labeller.volume.missing - before
+        return digest, mode_labels.volume.missing - before
 
     def _ready(self) -> PlaneLabels:
         with self._lock:
@@ -72,7 +72,7 @@ class Job(WorkerPlugin):
                     file.write_bytes(spec.model)
                     device = choose_device(spec.device, spec.precision)  # "auto" is the same for all CPUs here
                     model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
-                self._labeller = make_labeller(spec.mode, spec.volume, model, spec.tile)
+                self._labeller = make_mode(spec.mode, spec.volume, model, spec.tile)
             return self._labeller
 
 

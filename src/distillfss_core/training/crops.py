@@ -1,6 +1,6 @@
 """Augmented crops of the support slices, and a bounded store of their features.
 
-The backbone is frozen, so a view goes through it once; training steps then read the stored features.
+The backbone is frozen, so a crop goes through it once; training steps then read the stored features.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyra
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import IGNORE, Array
 
-STEP = 32  # pixels that sides of views are multiples of
+STEP = 32  # pixels that sides of crops are multiples of
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly views differ from the slice they are cut from; everything at zero gives plain crops.
+    """How strongly crops differ from the slice they are cut from; everything at zero gives plain crops.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ PLAIN = Augmentation(scale=0, gamma=0, contrast=0, brightness=0, noise=0, polari
 
 
 @dataclass(frozen=True, eq=False)
-class View:
+class Crop:
     """One augmented crop.
 
     ``image`` "3 s s" in [0, 1]; ``labels`` "s s" uint8 with IGNORE outside the slice; ``slice`` is the index in
@@ -68,21 +68,21 @@ class View:
     slice: int
     box: tuple[int, int, int, int]
 
-    def without_pixels(self) -> View:
+    def without_pixels(self) -> Crop:
         """Only where it came from."""
-        return View(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box)
+        return Crop(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box)
 
 
-class ViewCutter:
-    """Cuts views out of a support set, at native resolution times the model's zoom.
+class CropSampler:
+    """Cuts crops out of a support set, at native resolution times the model's zoom.
 
-    Three views out of four are centered on an annotated object (each class as often as another), the others
+    Three crops out of four are centered on an annotated object (each class as often as another), the others
     lie anywhere that something is annotated: rare classes are seen in most steps.
 
     Parameters
     ----------
     size : int
-        Side of a view in pixels, after zooming; no more than the longest slice needs.
+        Side of a crop in pixels, after zooming; no more than the longest slice needs.
     """
 
     def __init__(self, support: SupportSet, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
@@ -94,14 +94,14 @@ class ViewCutter:
         self._limits = [preprocess.limits(image) for image in self._images]
         self._anchors = [_anchors(labels, support.classes) for labels in self._labels]
 
-    def with_size(self, size: int) -> ViewCutter:
-        """The same cutter for smaller views, if these are larger."""
+    def with_size(self, size: int) -> CropSampler:
+        """The same sampler for smaller crops, if these are larger."""
         other = copy.copy(self)
         other.size = min(size, self.size)
         return other
 
-    def cut(self, slice_index: int, rng: np.random.Generator) -> View:
-        """A random view of one slice."""
+    def cut(self, slice_index: int, rng: np.random.Generator) -> Crop:
+        """A random crop of one slice."""
         aug = self.augmentation
         scale = float(np.exp(rng.uniform(-1, 1) * np.log1p(aug.scale)))
         side = max(2, round(self.size / (float(self.preprocess.zoom_factor) * scale)))
@@ -113,8 +113,8 @@ class ViewCutter:
         )
         return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), aug, rng)
 
-    def grid(self, slice_index: int, most: int) -> list[View]:
-        """Plain views that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
+    def grid(self, slice_index: int, most: int) -> list[Crop]:
+        """Plain crops that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
         side = max(2, round(self.size / float(self.preprocess.zoom_factor)))
         h, w = self._labels[slice_index].shape
         corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
@@ -147,7 +147,7 @@ class ViewCutter:
 
     def _finish(
         self, index: int, box: tuple[int, int, int, int], augmentation: Augmentation, rng: np.random.Generator
-    ) -> View:
+    ) -> Crop:
         """Cut a box, which may reach beyond the slice (mirrored there, and not annotated), and augment it."""
         image, labels = self._images[index], self._labels[index]
         y0, x0, y1, x1 = box
@@ -168,7 +168,7 @@ class ViewCutter:
             x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
             if mirror:
                 x, target = x.flip(2), target.flip(1)
-        return View(_recolor(x, augmentation, rng), target.contiguous(), index, box)
+        return Crop(_recolor(x, augmentation, rng), target.contiguous(), index, box)
 
 
 def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
@@ -225,59 +225,59 @@ def resize_labels(labels: Array, size: int) -> Array:
     return small
 
 
-class ViewBank:
-    """Features and labels of many views, in half precision and within a memory limit.
+class FeatureCache:
+    """Features and labels of many crops, in half precision and within a memory limit.
 
     Parameters
     ----------
     memory : int
         Bytes for stored features at most.
     most : int
-        Views stored at most. At least two a slice are kept whatever the limit.
+        Crops stored at most. At least two a slice are kept whatever the limit.
     """
 
     def __init__(self, backbone: Backbone, device: Device, *, memory: int, most: int) -> None:
         self.backbone, self.device = backbone, device
         self.memory, self.most = memory, most
-        self.views: list[View] = []
+        self.crops: list[Crop] = []
         self.features: list[FeaturePyramid] = []
         self._labels: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.features)
 
-    def encode(self, views: Sequence[View]) -> FeaturePyramid:
-        """Features of views, straight from the backbone, in single precision."""
-        batch = self.device.upload(torch.stack([v.image for v in views]))
+    def encode(self, crops: Sequence[Crop]) -> FeaturePyramid:
+        """Features of crops, straight from the backbone, in single precision."""
+        batch = self.device.upload(torch.stack([v.image for v in crops]))
         with torch.no_grad(), self.device.autocast():
             features = self.backbone(batch).lean()
         result: FeaturePyramid = features.map(Tensor.float)
         return result
 
-    def fill(self, cutter: ViewCutter, slices: Sequence[int], rng: np.random.Generator) -> None:
-        """Cut and store views of the slices in turn until the limits are reached."""
+    def fill(self, sampler: CropSampler, slices: Sequence[int], rng: np.random.Generator) -> None:
+        """Cut and store crops of the slices in turn until the limits are reached."""
         while True:
             for index in slices:
-                self.add(cutter.cut(index, rng))
+                self.add(sampler.cut(index, rng))
             each = self.features[0].nbytes
             room = min(self.most, self.memory // each)
             if len(self) + len(slices) > max(room, 2 * len(slices)):
                 return
 
-    def add(self, view: View) -> None:
-        """Encode and store a view."""
-        self.features.append(self._stored(view))
-        self._labels.append(view.labels.to(self.device.torch))
-        self.views.append(view.without_pixels())
+    def add(self, crop: Crop) -> None:
+        """Encode and store a crop."""
+        self.features.append(self._stored(crop))
+        self._labels.append(crop.labels.to(self.device.torch))
+        self.crops.append(crop.without_pixels())
 
-    def replace(self, index: int, view: View) -> None:
-        """Put a view in the place of a stored one."""
-        self.features[index] = self._stored(view)
-        self._labels[index] = view.labels.to(self.device.torch)
-        self.views[index] = view.without_pixels()
+    def replace(self, index: int, crop: Crop) -> None:
+        """Put a crop in the place of a stored one."""
+        self.features[index] = self._stored(crop)
+        self._labels[index] = crop.labels.to(self.device.torch)
+        self.crops[index] = crop.without_pixels()
 
-    def _stored(self, view: View) -> FeaturePyramid:
-        return self.encode([view]).map(lambda block: block.half())
+    def _stored(self, crop: Crop) -> FeaturePyramid:
+        return self.encode([crop]).map(lambda block: block.half())
 
     def pyramid(self, indices: Sequence[int]) -> FeaturePyramid:
         return cat_pyramids([self.features[i].map(_as_float) for i in indices])
@@ -289,8 +289,8 @@ class ViewBank:
         return EncodedSupport.of(self.pyramid(indices), self.labels(indices), classes)
 
     def slices(self) -> Array:
-        """Slice index of every stored view."""
-        return np.array([v.slice for v in self.views])
+        """Slice index of every stored crop."""
+        return np.array([v.slice for v in self.crops])
 
 
 def _as_float(block: Tensor) -> Tensor:

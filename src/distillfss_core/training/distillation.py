@@ -29,7 +29,7 @@ from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head
 from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training.crops import PLAIN, Augmentation, View, ViewBank, ViewCutter
+from distillfss_core.training.crops import PLAIN, Augmentation, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.training.zoom import choose_zoom
@@ -40,9 +40,9 @@ AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
 FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
-START_VIEWS = 24  # stored views that tell a student what its teacher attends to
+INIT_CROPS = 24  # stored crops that tell a student what its teacher attends to
 SAMPLES, SAMPLE_SIDE = 8, 96  # parts of the support that a student keeps, and their side in pixels after zooming
-SUPPORT_VIEWS = 80  # plain views of all slices together, from which a teacher answers
+SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher answers
 
 
 class DistillRun(Iterator[TrainStep]):
@@ -85,16 +85,16 @@ class DistillRun(Iterator[TrainStep]):
         skilled = init_from is not None or (self._told is not None and settings.method != "direct")
         few = skilled and not support.planes_of_one_volume
         self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
-        views = min(settings.crops, self._steps * settings.queries)
-        self._bank = ViewBank(self.backbone, self.device, memory=settings.cache_mb << 20, most=views)
+        crops = min(settings.crops, self._steps * settings.queries)
+        self._cache = FeatureCache(self.backbone, self.device, memory=settings.cache_mb << 20, most=crops)
         head = copy.deepcopy(init_from.head) if init_from else _new_head(settings, self.backbone, support, self._told)
         self.head = head.requires_grad_(True).eval()
         self.head.to(self.device.torch)
         judge = self.head.teacher if self._told else None
         self.preprocess, self.zoom_scores = (
-            (init_from.preprocess, {}) if init_from else _fit_preprocess(support, settings, self._bank, judge)
+            (init_from.preprocess, {}) if init_from else _fit_preprocess(support, settings, self._cache, judge)
         )
-        self._cutter = ViewCutter(support, self.preprocess, settings.crop_size, augmentation(settings, support))
+        self._sampler = CropSampler(support, self.preprocess, settings.crop_size, augmentation(settings, support))
         self._best = Best(self.head)
         self._pixel_size = support.pixel_size or (init_from.pixel_size if init_from else None)
         self._refined: FewShotHead | None = None
@@ -116,9 +116,9 @@ class DistillRun(Iterator[TrainStep]):
 
     def _run(self, init_from: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
         validation = self._validation_crops()
-        self._bank.fill(self._cutter, self._slices, np.random.default_rng(self.settings.seed))
+        self._cache.fill(self._sampler, self._slices, np.random.default_rng(self.settings.seed))
         if isinstance(self.head.decoder, SlimDecoder) and init_from is None and self._told is None:
-            self.head.decoder.fit_norms(self._bank.pyramid(range(min(len(self._bank), 32))))
+            self.head.decoder.fit_norms(self._cache.pyramid(range(min(len(self._cache), 32))))
         stages = (
             ["refine"]
             if teacher_only
@@ -131,21 +131,21 @@ class DistillRun(Iterator[TrainStep]):
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
             if stage in ("joint", "distill") and init_from is None:
-                views = evenly(len(self._bank), START_VIEWS)
-                start_from_attention(self.head, self._bank.support(views, self.support.classes))
+                crops = evenly(len(self._cache), INIT_CROPS)
+                start_from_attention(self.head, self._cache.support(crops, self.support.classes))
             self._best = Best(self.head)
             judge = validation if stage != "refine" else None
             yield from iter_fit(
-                self.head, stage, self._bank, self._cutter, self.settings, self._steps, judge, self._best, fixed
+                self.head, stage, self._cache, self._sampler, self.settings, self._steps, judge, self._best, fixed
             )
         self._finished = True
 
     def _validation_crops(self) -> ValidationCrops | None:
         if self._validation_index is None:
             return None
-        views = self._cutter.grid(self._validation_index, 8)
-        features = [self._bank.encode([v]) for v in views]
-        return ValidationCrops(features, [v.labels[None].long().to(self.device.torch) for v in views])
+        crops = self._sampler.grid(self._validation_index, 8)
+        features = [self._cache.encode([v]) for v in crops]
+        return ValidationCrops(features, [v.labels[None].long().to(self.device.torch) for v in crops])
 
     def _best_head(self) -> FewShotHead:
         head = copy.deepcopy(self._best.average)
@@ -187,7 +187,7 @@ class DistillRun(Iterator[TrainStep]):
             pixel_size=self._pixel_size,
             training=record,
             thumbnails=thumbnails(self.support),
-            samples=_samples(self._cutter, len(self.support)),
+            samples=_samples(self._sampler, len(self.support)),
             device=self.device,
         )
         if self._finished:
@@ -252,15 +252,15 @@ def unrefined_teacher(
 ) -> FewShotModel:
     """A teacher that answers at once: DCAMA as its weights come, or prototypes (kind "prototype").
 
-    With ``voting`` every support view answers for itself and the surest one counts; otherwise all views stand in one
+    With ``voting`` every support crop answers for itself and the surest one counts; otherwise all crops stand in one
     attention.
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
     backbone, told = _load_start(settings)
-    bank = ViewBank(backbone.to(device.torch), device, memory=1, most=1)
+    cache = FeatureCache(backbone.to(device.torch), device, memory=1, most=1)
     ours = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
-    preprocess, _ = _fit_preprocess(support, settings, bank, ours if told else None)
+    preprocess, _ = _fit_preprocess(support, settings, cache, ours if told else None)
     teacher: Teacher = ours if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)
@@ -275,26 +275,26 @@ def _tell(
     settings: DistillSettings,
     device: Device,
 ) -> FewShotModel:
-    cutter = ViewCutter(support, preprocess, settings.crop_size, PLAIN)
-    bank = ViewBank(backbone, device, memory=1, most=1)
-    views = [v for i in range(len(support)) for v in cutter.grid(i, max(1, SUPPORT_VIEWS // len(support)))]
+    sampler = CropSampler(support, preprocess, settings.crop_size, PLAIN)
+    cache = FeatureCache(backbone, device, memory=1, most=1)
+    crops = [v for i in range(len(support)) for v in sampler.grid(i, max(1, SUPPORT_CROPS // len(support)))]
     with torch.no_grad(), device.autocast():
-        keys = teacher.encode(_encode(views, bank, support.classes))
+        keys = teacher.encode(_encode(crops, cache, support.classes))
     return FewShotModel(backbone, teacher, keys, preprocess, support.class_names, device=device)
 
 
-def _encode(views: list[View], bank: ViewBank, classes: int) -> EncodedSupport:
-    labels = torch.stack([v.labels for v in views]).to(bank.device.torch)
-    features = cat_pyramids([bank.encode([view]) for view in views])
+def _encode(crops: list[Crop], cache: FeatureCache, classes: int) -> EncodedSupport:
+    labels = torch.stack([v.labels for v in crops]).to(cache.device.torch)
+    features = cat_pyramids([cache.encode([crop]) for crop in crops])
     return EncodedSupport.of(features, labels, classes)
 
 
-def _samples(cutter: ViewCutter, slices: int) -> UInt8[Array, "n 3 s s"]:
+def _samples(sampler: CropSampler, slices: int) -> UInt8[Array, "n 3 s s"]:
     """Small parts of the slices as the network is shown them, 255 for 1.0."""
-    small = cutter.with_size(SAMPLE_SIDE)
+    small = sampler.with_size(SAMPLE_SIDE)
     chosen = evenly(slices, SAMPLES)
-    views = [v for i in chosen for v in small.grid(i, SAMPLES // len(chosen))]
-    return (torch.stack([v.image for v in views]) * 255).round().to(torch.uint8).numpy()
+    crops = [v for i in chosen for v in small.grid(i, SAMPLES // len(chosen))]
+    return (torch.stack([v.image for v in crops]) * 255).round().to(torch.uint8).numpy()
 
 
 def _validation_index(settings: DistillSettings, support: SupportSet) -> int | None:
@@ -320,7 +320,7 @@ def _validation_index(settings: DistillSettings, support: SupportSet) -> int | N
 
 
 def _fit_preprocess(
-    support: SupportSet, settings: DistillSettings, bank: ViewBank, judge: Teacher | None
+    support: SupportSet, settings: DistillSettings, cache: FeatureCache, judge: Teacher | None
 ) -> tuple[Preprocess, dict[str, float]]:
     scope = settings.normalization.removeprefix("per-")
     if scope == "auto":
@@ -329,12 +329,12 @@ def _fit_preprocess(
     if settings.zoom != "auto":
         return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
     preprocess = fit_preprocess(images, scope=scope)
-    zoom, scores = choose_zoom(support, preprocess, bank, settings.seed, judge)
+    zoom, scores = choose_zoom(support, preprocess, cache, settings.seed, judge)
     return replace(preprocess, zoom=str(zoom)), scores
 
 
 def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
-    """How views of a support set are varied where the settings leave it open."""
+    """How crops of a support set are varied where the settings leave it open."""
     if settings.invert_prob != "auto":
         return Augmentation(polarity=float(settings.invert_prob))
     one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark

@@ -1,4 +1,4 @@
-"""Which views ask and which answer: pure indices, so that no query ever sits in its own support."""
+"""Which crops ask and which answer: pure indices, so that no query ever sits in its own support."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distillfss_core.types import Array
 
 @dataclass(frozen=True)
 class Episode:
-    """Indices of stored views."""
+    """Indices of stored crops."""
 
     query: tuple[int, ...]
     support: tuple[int, ...]
@@ -30,17 +30,17 @@ def draw_episode(
     """One step of the leave-one-out walk.
 
     With several slices, the slice number ``walk`` (taken in turn) and at most half of the slices are asked, the
-    others answer. With one slice, views of it that do not overlap the queries answer, or, where all overlap,
+    others answer. With one slice, crops of it that do not overlap the queries answer, or, where all overlap,
     the ones that overlap least.
 
     Parameters
     ----------
     slices : int array
-        Slice of every stored view.
+        Slice of every stored crop.
     boxes : sequence of (y0, x0, y1, x1)
-        Where every view was cut.
+        Where every crop was cut.
     queries, shots : int
-        Views to ask and to answer at most.
+        Crops to ask and to answer at most.
     """
     present = np.unique(slices)
     if len(present) > 1:

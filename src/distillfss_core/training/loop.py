@@ -1,4 +1,4 @@
-"""The one training loop: episodes of stored views, AdamW, a moving average of the weights, the best kept."""
+"""The one training loop: episodes of stored crops, AdamW, a moving average of the weights, the best kept."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from distillfss_core.nn.losses import (
 )
 from distillfss_core.nn.teachers.protocol import hide_absent
 from distillfss_core.settings import DistillSettings
-from distillfss_core.training.crops import ViewBank, ViewCutter
+from distillfss_core.training.crops import CropSampler, FeatureCache
 from distillfss_core.training.episodes import Episode, draw_episode
 from distillfss_core.types import IGNORE, TrainStep
 
 PATIENCE = 5  # looks at the validation slice that found it worse than the best, then training stops
 NOISE = 0.02  # by how much IoU on a single slice must fall to say that more training harms
-REFRESH = 4  # steps between two fresh views
+REFRESH = 4  # steps between two fresh crops
 TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
 
 
@@ -60,7 +60,7 @@ STAGES = {
 
 @dataclass(frozen=True, eq=False)
 class ValidationCrops:
-    """Plain views of the slice that is kept apart: features and labels of each."""
+    """Plain crops of the slice that is kept apart: features and labels of each."""
 
     features: list[FeaturePyramid]
     labels: list[Int[Tensor, "b h w"]]
@@ -69,8 +69,8 @@ class ValidationCrops:
 def iter_fit(
     head: FewShotHead,
     stage: str,
-    bank: ViewBank,
-    cutter: ViewCutter,
+    cache: FeatureCache,
+    sampler: CropSampler,
     settings: DistillSettings,
     steps: int,
     validation: ValidationCrops | None,
@@ -94,19 +94,19 @@ def iter_fit(
     if not roles.teacher:
         head.teacher.DCAMA_blocks.eval()  # a fixed teacher has no dropout
     for step in range(steps):
-        _refresh(bank, cutter, rng, step)
+        _refresh(cache, sampler, rng, step)
         episode = draw_episode(
-            bank.slices(),
-            [v.box for v in bank.views],
+            cache.slices(),
+            [v.box for v in cache.crops],
             rng,
             queries=settings.queries,
             shots=settings.shots,
             walk=step,
         )
         optimizer.zero_grad(set_to_none=True)
-        with bank.device.reproducible():
-            with seeded(int(rng.integers(2**31))), bank.device.autocast():
-                losses = episode_losses(head, roles, bank, episode, settings, fixed_decoder, rng.random())
+        with cache.device.reproducible():
+            with seeded(int(rng.integers(2**31))), cache.device.autocast():
+                losses = episode_losses(head, roles, cache, episode, settings, fixed_decoder, rng.random())
             torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -115,7 +115,7 @@ def iter_fit(
         metrics: dict[str, float] = {}
         last = step + 1 == steps
         if validation is not None and ((step + 1) % every == 0 or last):
-            metrics["iou"] = best.judge(validation, bank)
+            metrics["iou"] = best.judge(validation, cache)
         yield TrainStep(
             step + 1, steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
         )
@@ -128,7 +128,7 @@ def iter_fit(
 def episode_losses(
     head: FewShotHead,
     roles: Roles,
-    bank: ViewBank,
+    cache: FeatureCache,
     episode: Episode,
     settings: DistillSettings,
     fixed_decoder: nn.Module | None = None,
@@ -141,13 +141,13 @@ def episode_losses(
     Teacher and student ride through the shared decoder together, as if they were twice as many classes: what the
     decoder computes from the query alone is computed once.
     """
-    query, labels = bank.pyramid(episode.query), bank.labels(episode.query).long()
+    query, labels = cache.pyramid(episode.query), cache.labels(episode.query).long()
     k = head.classes
     teacher_maps = student_maps = None
     present = torch.ones(k, dtype=torch.bool, device=labels.device)
     if roles.uses_teacher:
         with torch.set_grad_enabled(roles.teacher):
-            support = bank.support(episode.support, k)
+            support = cache.support(episode.support, k)
             budget = None if head.teacher.settings.max_keys is None else TRAIN_KEYS
             keys = head.teacher.encode(support, max_keys=budget, offset=offset)
             teacher_maps, present = head.teacher.coarse(query, keys), keys.present
@@ -257,9 +257,9 @@ class Best:
         for name, old in self.average.named_parameters():
             old.lerp_(new[name], 1 - keep)
 
-    def judge(self, validation: ValidationCrops, bank: ViewBank) -> float:
+    def judge(self, validation: ValidationCrops, cache: FeatureCache) -> float:
         """IoU of the average on the validation crops; remembers the latest that did well."""
-        iou = validation_iou(self.average, validation, bank)
+        iou = validation_iou(self.average, validation, cache)
         self.waited += 1
         if iou > self.iou - NOISE:
             self.iou, self.score, self.waited, self.best_step = max(self.iou, iou), iou, 0, self.steps
@@ -272,12 +272,12 @@ class Best:
 
 
 @torch.no_grad()
-def validation_iou(head: FewShotHead, validation: ValidationCrops, bank: ViewBank) -> float:
+def validation_iou(head: FewShotHead, validation: ValidationCrops, cache: FeatureCache) -> float:
     """Foreground IoU of the student, pooled over the validation crops, mean over the classes they hold."""
     k = head.classes
     overlap, union = torch.zeros(k), torch.zeros(k)
     for features, labels in zip(validation.features, validation.labels, strict=True):
-        with bank.device.autocast():
+        with cache.device.autocast():
             found = merge_classes(head.student_logits(features)).argmax(1)
         known = labels != IGNORE
         for c in range(1, k + 1):
@@ -297,11 +297,11 @@ def _trained(head: FewShotHead, roles: Roles) -> list[nn.Parameter]:
     return [p for part in parts for p in part.parameters()]
 
 
-def _refresh(bank: ViewBank, cutter: ViewCutter, rng: np.random.Generator, step: int) -> None:
-    """Put a fresh view in place of an old one now and then."""
+def _refresh(cache: FeatureCache, sampler: CropSampler, rng: np.random.Generator, step: int) -> None:
+    """Put a fresh crop in place of an old one now and then."""
     if step % REFRESH == 0:
-        index = int(rng.integers(len(bank)))
-        bank.replace(index, cutter.cut(bank.views[index].slice, rng))
+        index = int(rng.integers(len(cache)))
+        cache.replace(index, sampler.cut(cache.crops[index].slice, rng))
 
 
 def _hide_labels(labels: Int[Tensor, "b h w"], present: Bool[Tensor, " k"]) -> Int[Tensor, "b h w"]:

@@ -14,7 +14,7 @@ from distillfss_core.nn.teachers.dcama import CrossAttention, StageKeys, class_s
 from distillfss_core.nn.teachers.prototype import cluster
 
 LOOK = 0.1  # share of the random start that stays, beside what is known
-SEEN = 8  # views over which the spread of scores is measured
+SEEN = 8  # crops over which the spread of scores is measured
 READ = 0.5  # what the channels of a class say for it together, where they answer as strongly as usual
 
 
@@ -26,7 +26,7 @@ def start_from_attention(head: FewShotHead, support: EncodedSupport) -> None:
     normalized token t. The student's channels become the scores of a few centers m of the keys of each class, against
     the mean center; they speak for their class and against the others::
 
-        reduce   s (W_q t + b_q) (m - mean m) / sqrt(d), with s such that its spread over some views is 1
+        reduce   s (W_q t + b_q) (m - mean m) / sqrt(d), with s such that its spread over some crops is 1
         look     the identity
         read     1/2 + READ times the mean over the channels of the class, less that over the others
 
@@ -37,7 +37,7 @@ def start_from_attention(head: FewShotHead, support: EncodedSupport) -> None:
     Parameters
     ----------
     support : EncodedSupport
-        Views of the annotated slices.
+        Crops of the annotated slices.
     """
     student, settings = head.student, head.teacher.settings
     if not isinstance(student, LightConvDist) or settings.position or not settings.normalize:

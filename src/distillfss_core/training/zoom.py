@@ -16,34 +16,34 @@ from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training.crops import PLAIN, View, ViewBank, ViewCutter
+from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.types import IGNORE
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
 ALIKE = 0.005  # scores closer than this say nothing of the zoom: scribbles that any zoom gets right, objects none finds
 TELLS = 0.5  # IoU from which a score tells that half the pixels lose next to nothing
-_SIDE = 192  # pixels of the slice in a probe view
-_VIEWS = 12
+_SIDE = 192  # pixels of the slice in a probe crop
+_CROPS = 12
 _POINTS = 1500
 _FOLDS = 5
 
 Answer = Callable[[Tensor], Tensor]
-"""From which views are asked, a bool of each, to the shares of the classes at their points: "asked points k+1"."""
+"""From which crops are asked, a bool of each, to the shares of the classes at their points: "asked points k+1"."""
 
 
 def choose_zoom(
-    support: SupportSet, preprocess: Preprocess, bank: ViewBank, seed: int, teacher: Teacher | None = None
+    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
 ) -> tuple[Fraction, dict[str, float]]:
-    """The zoom at which views of left-out slices are segmented best by what the other slices show.
+    """The zoom at which crops of left-out slices are segmented best by what the other slices show.
 
-    Every fifth of the slices (of a single slice: of its views) is left out in turn. A meta-trained teacher is told by
+    Every fifth of the slices (of a single slice: of its crops) is left out in turn. A meta-trained teacher is told by
     the rest and answers; without one, ridge regression from the features under a pixel to its class is fitted on it.
 
     Parameters
     ----------
     teacher : Teacher, optional
-        On the bank's device.
+        On the cache's device.
 
     Returns
     -------
@@ -56,12 +56,12 @@ def choose_zoom(
     scores = {}
     for zoom in CANDIDATES:
         size = int(_SIDE * zoom)
-        cutter = ViewCutter(support, replace(preprocess, zoom=str(zoom)), size, PLAIN)
+        sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), size, PLAIN)
         rng = np.random.default_rng(seed)
         order = [int(i) for i in rng.permutation(len(support))]
-        views = [cutter.cut(order[i % len(order)], rng) for i in range(max(_VIEWS, min(len(order), 2 * _VIEWS)))]
-        views = [view for view in views if bool((view.labels != IGNORE).any())]
-        scores[str(zoom)] = _probe(views, bank, support.classes, rng, teacher)
+        crops = [sampler.cut(order[i % len(order)], rng) for i in range(max(_CROPS, min(len(order), 2 * _CROPS)))]
+        crops = [crop for crop in crops if bool((crop.labels != IGNORE).any())]
+        scores[str(zoom)] = _probe(crops, cache, support.classes, rng, teacher)
     best = max(scores.values())
     if best - min(scores.values()) < ALIKE:
         return Fraction(1), scores
@@ -71,19 +71,21 @@ def choose_zoom(
 
 
 @torch.no_grad()
-def _probe(views: list[View], bank: ViewBank, classes: int, rng: np.random.Generator, teacher: Teacher | None) -> float:
-    """Mean IoU over the classes at points of the views, each fold judged by the others."""
-    features = [bank.encode([view]) for view in views]
-    points = [_draw_points(view, rng) for view in views]
-    y = torch.stack([v.labels[at[:, 0], at[:, 1]].long() for v, at in zip(views, points, strict=True)])
-    several = len({v.slice for v in views}) > 1
-    folds = torch.tensor([(v.slice if several else number) % _FOLDS for number, v in enumerate(views)])
+def _probe(
+    crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teacher: Teacher | None
+) -> float:
+    """Mean IoU over the classes at points of the crops, each fold judged by the others."""
+    features = [cache.encode([crop]) for crop in crops]
+    points = [_draw_points(crop, rng) for crop in crops]
+    y = torch.stack([v.labels[at[:, 0], at[:, 1]].long() for v, at in zip(crops, points, strict=True)])
+    several = len({v.slice for v in crops}) > 1
+    folds = torch.tensor([(v.slice if several else number) % _FOLDS for number, v in enumerate(crops)])
     if len(folds.unique()) < 2:
-        folds = torch.arange(len(views)) % 2
+        folds = torch.arange(len(crops)) % 2
     if teacher is None:
         answer = _by_ridge(features, points, y, classes)
     else:
-        answer = _by_teacher(teacher, features, points, views, bank, classes)
+        answer = _by_teacher(teacher, features, points, crops, cache, classes)
     found = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     for fold in folds.unique():
         found[folds == fold] = answer(folds == fold).double()
@@ -104,17 +106,17 @@ def _by_teacher(
     teacher: Teacher,
     features: list[FeaturePyramid],
     points: list[Tensor],
-    views: list[View],
-    bank: ViewBank,
+    crops: list[Crop],
+    cache: FeatureCache,
     classes: int,
 ) -> Answer:
-    """A teacher that the views not asked are shown to."""
+    """A teacher that the crops not asked are shown to."""
 
     def answer(asked: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
         told = torch.nonzero(~asked).flatten().tolist()
-        labels = torch.stack([views[i].labels for i in told]).to(bank.device.torch)
+        labels = torch.stack([crops[i].labels for i in told]).to(cache.device.torch)
         found = []
-        with bank.device.autocast():
+        with cache.device.autocast():
             keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in told]), labels, classes))
             for i in torch.nonzero(asked).flatten().tolist():
                 shares = merge_classes(teacher(features[i], keys).logits).softmax(1)[0].cpu()
@@ -124,8 +126,8 @@ def _by_teacher(
     return answer
 
 
-def _draw_points(view: View, rng: np.random.Generator) -> Int[Tensor, "n 2"]:
-    known = torch.nonzero(view.labels != IGNORE)
+def _draw_points(crop: Crop, rng: np.random.Generator) -> Int[Tensor, "n 2"]:
+    known = torch.nonzero(crop.labels != IGNORE)
     return known[torch.from_numpy(rng.integers(len(known), size=_POINTS))]
 
 
@@ -144,7 +146,7 @@ def _ridge(x: Float[Tensor, "n f"], y: Tensor, classes: int, query: Float[Tensor
 
 
 def point_features(features: FeaturePyramid, points: Tensor) -> Float[Tensor, "n f"]:
-    """Features of every stage's last block under pixels (y, x) of one view, interpolated bilinearly."""
+    """Features of every stage's last block under pixels (y, x) of one crop, interpolated bilinearly."""
     h, w = features.size
     grid = torch.stack([(points[:, 1] + 0.5) * 2 / w - 1, (points[:, 0] + 0.5) * 2 / h - 1], 1)
     columns = []

@@ -35,10 +35,10 @@ _NIFTI_UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
 def _library(module: str, path: Path) -> Any:
     try:
         return import_module(module)
-    except ModuleNotFoundError as fault:
+    except ModuleNotFoundError as error:
         raise SettingsError(
             f"{path}: reading it needs {module.partition('.')[0]}: pip install 'napari-distillfss[formats]'"
-        ) from fault
+        ) from error
 
 
 # MRC
@@ -80,8 +80,8 @@ def open_nifti(path: Path, axes: str | None, series: int | None) -> Found:
     nibabel = _library("nibabel", path)
     try:
         image: Any = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as fault:
-        raise InputFileError(f"{path}: is no NIfTI file, or damaged; copy it again") from fault
+    except nibabel.filebasedimages.ImageFileError as error:
+        raise InputFileError(f"{path}: is no NIfTI file, or damaged; copy it again") from error
     proxy, header = image.dataobj, image.header
     shape = tuple(int(n) for n in proxy.shape)
     if axes is None and 2 <= len(shape) <= 4:
@@ -128,8 +128,8 @@ class _DicomSource:
         file, header = (self.files[z], self.headers[z]) if series else (self.files[0], self.headers[0])
         try:
             stored = import_module("pydicom.pixels").pixel_array(file, index=0 if series else z)
-        except pydicom.errors.InvalidDicomError as fault:
-            raise InputFileError(f"{file}: is no DICOM file any more; copy it again") from fault
+        except pydicom.errors.InvalidDicomError as error:
+            raise InputFileError(f"{file}: is no DICOM file any more; copy it again") from error
         if stored.shape != self.shape[1:]:
             raise InputFileError(f"{file}: is {stored.shape}, but {self.files[0].name} is {self.shape[1:]}")
         slope, intercept = _rescale(header)
@@ -181,8 +181,8 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
     for file in files:
         try:
             headers.append(pydicom.dcmread(file, stop_before_pixels=True, specific_tags=_TAGS))
-        except pydicom.errors.InvalidDicomError as fault:
-            raise InputFileError(f"{file}: is no DICOM file; remove it from the series, or copy it again") from fault
+        except pydicom.errors.InvalidDicomError as error:
+            raise InputFileError(f"{file}: is no DICOM file; remove it from the series, or copy it again") from error
     pairs = _one_series(path, list(zip(files, headers, strict=True)), series)
     for file, header in pairs:
         if "Rows" not in header or "Columns" not in header:

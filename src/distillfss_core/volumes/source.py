@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.io.images import DECODER_FAULTS
+from distillfss_core.io.images import DECODER_ERRORS
 from distillfss_core.types import Array
 
 MICROMETER = "micrometer"
@@ -40,7 +40,7 @@ UNITS = {  # of one of them in micrometers
 _HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
 _SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
 _TILES = 8  # of an array that lies elsewhere: each may cost a chunk of it
-FAULTS = (*DECODER_FAULTS, AssertionError, AttributeError, NotImplementedError)
+READ_ERRORS = (*DECODER_ERRORS, AssertionError, AttributeError, NotImplementedError)
 
 
 @runtime_checkable
@@ -127,8 +127,8 @@ def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
     return axes
 
 
-def reason(fault: BaseException) -> str:
-    return " ".join(str(fault).split())[:160] or type(fault).__name__
+def reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 # arrays

@@ -14,7 +14,7 @@ import numpy as np
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
 from distillfss_core.volumes.opening import open_any, open_array
-from distillfss_core.volumes.source import FAULTS, Found, Source, reason
+from distillfss_core.volumes.source import READ_ERRORS, Found, Source, reason
 
 Scale = tuple[float | None, float | None, float | None]
 
@@ -99,11 +99,11 @@ class Volume:
             found = np.asarray(self._source.get(box))
         except (ImageError, InputFileError):
             raise
-        except FAULTS as fault:
+        except READ_ERRORS as error:
             at = ", ".join(f"{a} {s.start}:{s.stop}" for a, s in spans.items())
             raise InputFileError(
-                f"{self.name}: cannot be read at {at} ({reason(fault)}); check that the file is whole"
-            ) from fault
+                f"{self.name}: cannot be read at {at} ({reason(error)}); check that the file is whole"
+            ) from error
         return self._ordered(found)
 
     def plane(self, z: int) -> Array:
@@ -268,8 +268,8 @@ def _find(source: Any, name: str, level: int, axes: str | None, series: int | No
         )
     except (SettingsError, ImageError, InputFileError):
         raise
-    except FAULTS as fault:
-        raise InputFileError(f"{name}: cannot be opened ({reason(fault)}); check that it is whole") from fault
+    except READ_ERRORS as error:
+        raise InputFileError(f"{name}: cannot be opened ({reason(error)}); check that it is whole") from error
 
 
 def count_choices(path: str | Path, *, axes: str | None = None, series: int | None = None) -> dict[str, int]:
@@ -310,8 +310,8 @@ def _identity(found: Found, about: Mapping[str, Any], name: str) -> dict[str, An
     if found.content is not None:
         try:
             identity["content"] = found.content()
-        except FAULTS as fault:
-            raise InputFileError(f"{name}: cannot be read ({reason(fault)}); check that it is whole") from fault
+        except READ_ERRORS as error:
+            raise InputFileError(f"{name}: cannot be read ({reason(error)}); check that it is whole") from error
     return identity
 
 

@@ -25,7 +25,7 @@ from zarr.core.sync import sync
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import FAULTS, MICROMETER, UNITS, Found, letters_of, reason, spread
+from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Found, letters_of, reason, spread
 
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,7 @@ def _arrays_of_levels(node: Any, names: Sequence[str]) -> list[Any]:
     arrays: list[Any] = []
     for name in names:
         found = None
-        with suppress(KeyError, *FAULTS):
+        with suppress(KeyError, *READ_ERRORS):
             found = node[name]
         arrays.append(found if isinstance(found, zarr.Array) else None)
     return arrays

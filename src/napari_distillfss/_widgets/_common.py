@@ -28,7 +28,7 @@ FAULT_COLOR = "#e0524d"  # readable on napari's light and dark
 
 
 class Message(QLabel):
-    """State in words; faults in red."""
+    """State in words; errors in red."""
 
     def __init__(self, text: str = "", parent: QWidget | None = None) -> None:
         super().__init__(text, parent)
@@ -38,7 +38,7 @@ class Message(QLabel):
 
     @property
     def warns(self) -> bool:
-        """Whether a fault is shown."""
+        """Whether an error is shown."""
         return bool(self.styleSheet())
 
     def tell(self, text: str) -> None:
@@ -169,10 +169,10 @@ def column(holder: QWidget, *parts: QWidget, margin: int = 4) -> None:
 
 
 def attempt(message: Message, action: Callable[[], object]) -> bool:
-    """Do something; an expected fault is shown in a sentence. Whether it was done."""
+    """Do something; an expected error is shown in a sentence. Whether it was done."""
     try:
         action()
-    except core.DistillFSSError as fault:
-        message.warn(str(fault))
+    except core.DistillFSSError as error:
+        message.warn(str(error))
         return False
     return True

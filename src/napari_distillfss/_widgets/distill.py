@@ -63,8 +63,8 @@ class DistillWidget(QWidget):
 
     def _start(self, model: Any) -> None:
         def start() -> None:
-            if self.settings.fault:
-                raise core.SettingsError(self.settings.fault)
+            if self.settings.error:
+                raise core.SettingsError(self.settings.error)
             settings, maker = self.settings.value(), self._session.support_maker()
             keep = self._session.next_model_path()
             assert keep is not None  # there are annotations
@@ -96,8 +96,8 @@ class DistillWidget(QWidget):
             line += f", IoU {record['validation_iou']:.3f} on the slice left out"
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
-        if found.fault:
-            self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({found.fault})")
+        if found.error:
+            self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({found.error})")
             return
         self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
 

@@ -21,7 +21,7 @@ _Box = QComboBox | QSpinBox | QDoubleSpinBox | QLineEdit
 
 
 class SettingsForm(QWidget):
-    """Edits DistillSettings, each by a box with its limits and its help; what is impossible is said by `fault`."""
+    """Edits DistillSettings, each by a box with its limits and its help; what is impossible is said by `error`."""
 
     valueChanged = Signal(object)
 
@@ -37,10 +37,10 @@ class SettingsForm(QWidget):
             form.addRow(setting.metadata["label"], box)
             _edited(box).connect(self._on_box_edited)
         self._value = core.DistillSettings()
-        self.fault = ""
+        self.error = ""
 
     def value(self) -> core.DistillSettings:
-        """The last possible settings; while ``fault`` is not empty, the boxes show others."""
+        """The last possible settings; while ``error`` is not empty, the boxes show others."""
         return self._value
 
     def setValue(self, value: core.DistillSettings) -> None:
@@ -53,10 +53,10 @@ class SettingsForm(QWidget):
     def _on_box_edited(self, *_: object) -> None:
         try:
             self._value = core.DistillSettings(**{name: _read(box) for name, box in self.boxes.items()})
-        except core.SettingsError as fault:
-            self.fault = str(fault)
+        except core.SettingsError as error:
+            self.error = str(error)
         else:
-            self.fault = ""
+            self.error = ""
         self.valueChanged.emit(self._value)
 
 
@@ -78,8 +78,8 @@ class PresetPicker(QWidget):
         self.setPreset("balanced")
 
     @property
-    def fault(self) -> str:
-        return self.form.fault
+    def error(self) -> str:
+        return self.form.error
 
     def value(self) -> core.DistillSettings:
         return self.form.value()

@@ -97,9 +97,9 @@ def test_weeds_and_crops_are_told_apart(made):
 
 @pytest.mark.parametrize("name", SETS)
 def test_what_is_missing_is_one_line_with_the_source(name, tmp_path):
-    with pytest.raises(InputFileError) as fault:
+    with pytest.raises(InputFileError) as error:
         SETS[name].open(tmp_path)
-    text = str(fault.value)
+    text = str(error.value)
     assert "\n" not in text
     assert text.startswith(SETS[name].title)
     assert SETS[name].home in text

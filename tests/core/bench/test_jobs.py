@@ -83,7 +83,7 @@ def test_what_is_not_installed_is_skipped_by_name_and_stops_nothing(pictures, tm
     rows = Rows(tmp_path / "rows.jsonl", MACHINE)
     done = list(iter_jobs([job(pictures, "unet"), job(pictures, "forest")], rows, lambda j: {**j.key(), "pooled": 1}))
     assert done[0].row is None
-    assert done[0].fault == "not installed: pip install some-package"
+    assert done[0].error == "not installed: pip install some-package"
     assert done[1].row["pooled"] == 1
     assert done[1].row["machine"]["cpu"] == "some cpu"
 
@@ -99,7 +99,7 @@ def test_figures_that_are_there_are_not_measured_again(pictures, tmp_path):
 
     three = [job(pictures, seed=s) for s in (0, 1, 2)]
     first = Rows(tmp_path / "rows.jsonl", MACHINE)
-    assert [o.fault for o in iter_jobs(three, first, measure)] == [None, "out of luck", None]
+    assert [o.error for o in iter_jobs(three, first, measure)] == [None, "out of luck", None]
     first.close()
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"data": "ow')  # killed while it wrote
@@ -145,9 +145,9 @@ def test_figures_of_two_machines_are_not_mixed(tmp_path):
 
 
 def test_a_process_of_its_own_answers_fails_or_falls_over():
-    assert call_apart(in_the_child, {"fault": False}, 1) == {"threads": "1", "torch": False}
+    assert call_apart(in_the_child, {"error": False}, 1) == {"threads": "1", "torch": False}
     with pytest.raises(DistillFSSError, match=r"^as expected$"):
-        call_apart(in_the_child, {"fault": True}, 1)
+        call_apart(in_the_child, {"error": True}, 1)
     with pytest.raises(DistillFSSError, match="code 1: fell over"):
         call_apart(crash, {}, 1)
 

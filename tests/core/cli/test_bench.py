@@ -9,7 +9,7 @@ import pytest
 
 from distillfss_core.bench import jobs
 from distillfss_core.cli import bench as cli_bench
-from distillfss_core.cli.console import FAULT, FINE, USAGE
+from distillfss_core.cli.console import ERROR, FINE, USAGE
 from distillfss_core.cli.main import main
 from layouts import write_pairs
 
@@ -83,7 +83,7 @@ def test_accuracy_stands_beside_the_paper(here, in_this_process, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_one_line(here, capsys, arguments, text):
-    assert main(["bench", *arguments]) == FAULT
+    assert main(["bench", *arguments]) == ERROR
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert text in said

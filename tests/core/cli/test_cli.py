@@ -15,7 +15,7 @@ import tifffile
 from PIL import Image
 
 from distillfss_core import DistillSettings, SettingsError, generate_sample
-from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED, USAGE
+from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, USAGE
 from distillfss_core.cli.main import build_parser, main
 from distillfss_core.io.images import read_image, read_stack
 from distillfss_core.io.labels import read_labels
@@ -71,7 +71,7 @@ def json_of(capsys, *arguments: str):
     return json.loads(capsys.readouterr().out)
 
 
-def fault_of(capsys, *arguments: str, code: int = FAULT) -> str:
+def error_of(capsys, *arguments: str, code: int = ERROR) -> str:
     """The one line on stderr with which a command fails."""
     capsys.readouterr()
     assert run(*arguments) == code
@@ -127,7 +127,7 @@ def test_the_version_is_printed(capsys):
     ],
 )
 def test_wrong_usage_is_one_line_and_code_2(capsys, arguments):
-    assert "--help" in fault_of(capsys, *arguments, code=USAGE)
+    assert "--help" in error_of(capsys, *arguments, code=USAGE)
 
 
 @pytest.mark.parametrize("setting", fields(DistillSettings), ids=lambda s: s.name)
@@ -143,9 +143,9 @@ def test_every_setting_has_an_option_of_its_kind(command, setting):
 @pytest.mark.parametrize(
     "option", ["--steps=-1", "--crop-size=33", "--learning-rate=nan", "--validation-slice=all", "--zoom=7"]
 )
-def test_a_setting_outside_its_limits_is_a_fault(here, capsys, option):
+def test_a_setting_outside_its_limits_is_an_error(here, capsys, option):
     name = option[2:].partition("=")[0].replace("-", "_")
-    assert name in fault_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option)
+    assert name in error_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option)
     assert not (here / "new.safetensors").exists()
 
 
@@ -212,7 +212,7 @@ def test_without_backbone_is_smaller_and_segments_the_same(here, capsys):
     capsys.readouterr()
     assert run("info", "without.safetensors") == FINE
     assert "not in the file" in capsys.readouterr().out
-    assert "random" in fault_of(
+    assert "random" in error_of(
         capsys, "distill", "images", "labels", "-o", "new.safetensors", "--without-backbone", "--weights=random"
     )
 
@@ -227,7 +227,7 @@ def test_a_model_to_start_from_keeps_its_form(here, capsys):
     assert card["training"]["settings"]["zoom"] == before.preprocess.zoom
     changed = [n for n, v in after.head.state_dict().items() if not v.equal(before.head.state_dict()[n])]
     assert any(name.startswith("student.") for name in changed)
-    assert "--width 16 does not go with --init-from" in fault_of(capsys, *arguments, *few, "--width=16")
+    assert "--width 16 does not go with --init-from" in error_of(capsys, *arguments, *few, "--width=16")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_training(here, capsys, monkeypatch):
@@ -236,10 +236,10 @@ def test_an_output_that_cannot_be_written_is_found_before_the_training(here, cap
 
     monkeypatch.setattr("distillfss_core.training.iter_distill", no_training)
     arguments = ("distill", "images", "labels", "-o")
-    assert "there is no folder" in fault_of(capsys, *arguments, "missing/model.safetensors")
-    assert "it is a folder" in fault_of(capsys, *arguments, "labels")
-    assert "is no image" in fault_of(capsys, *arguments, "stack.tif")
-    assert "write elsewhere" in fault_of(capsys, *arguments, "/proc/model.safetensors")
+    assert "there is no folder" in error_of(capsys, *arguments, "missing/model.safetensors")
+    assert "it is a folder" in error_of(capsys, *arguments, "labels")
+    assert "is no image" in error_of(capsys, *arguments, "stack.tif")
+    assert "write elsewhere" in error_of(capsys, *arguments, "/proc/model.safetensors")
     with pytest.raises(AssertionError, match="began"):
         run(*arguments, "model.safetensors")
 
@@ -333,7 +333,7 @@ def test_an_image_gives_an_image_of_the_kind_asked_for(here, capsys):
     Image.fromarray((plane // 16).astype(np.uint8)).save("plane.png")
     assert run("segment", "plane.png", "-m", "model.safetensors", "-o", "out.png") == FINE
     assert read_labels("out.png").shape == (96, 96)
-    assert "a PNG holds one plane" in fault_of(capsys, "segment", "stack.tif", "-m", "model.safetensors", "-o", "s.png")
+    assert "a PNG holds one plane" in error_of(capsys, "segment", "stack.tif", "-m", "model.safetensors", "-o", "s.png")
     assert not (here / "s.png").exists()
 
 
@@ -341,7 +341,7 @@ def test_a_pixel_size_zooms_as_the_model_needs(here, capsys):
     model = StudentModel.load("model.safetensors")
     segment = ("segment", "images/plane_0.tif", "-m", "sized.safetensors", "--pixel-size=0.25,0.25", "-o")
     model.save("sized.safetensors")
-    assert "pixel size" in fault_of(capsys, *segment, "out.tif")
+    assert "pixel size" in error_of(capsys, *segment, "out.tif")
     model.pixel_size = (0.5, 0.5)
     model.save("sized.safetensors")
     assert run(*segment, "out.tif") == FINE
@@ -364,7 +364,7 @@ def test_results_are_not_overwritten_unless_asked(here, capsys):
     (here / "out").mkdir()
     (here / "out" / "plane_1.tif").write_bytes(b"mine")
     arguments = ("segment", "images", "-m", "model.safetensors", "-o", "out")
-    assert "--overwrite" in fault_of(capsys, *arguments)
+    assert "--overwrite" in error_of(capsys, *arguments)
     assert (here / "out" / "plane_1.tif").read_bytes() == b"mine"
     assert not (here / "out" / "plane_0.tif").exists()
     assert run(*arguments, "--overwrite") == FINE
@@ -390,7 +390,7 @@ def test_results_are_not_overwritten_unless_asked(here, capsys):
 )
 def test_outputs_that_make_no_sense_are_refused_and_nothing_is_touched(here, capsys, source, out):
     before = {p: p.read_bytes() for p in here.rglob("*") if p.is_file()}
-    fault_of(capsys, "segment", source, "-m", "model.safetensors", "-o", out, "--overwrite")
+    error_of(capsys, "segment", source, "-m", "model.safetensors", "-o", out, "--overwrite")
     assert {p: p.read_bytes() for p in here.rglob("*") if p.is_file()} == before
 
 
@@ -398,7 +398,7 @@ def test_outputs_that_make_no_sense_are_refused_and_nothing_is_touched(here, cap
 def test_a_volume_is_no_folder_of_images(here, capsys, out):
     write_ome_zarr(Path("x.ome.zarr"), np.zeros((2, 8, 8), np.uint8))
     Path("labels").mkdir(exist_ok=True)
-    said = fault_of(capsys, "segment", "x.ome.zarr", "-m", "model.safetensors", "-o", out)
+    said = error_of(capsys, "segment", "x.ome.zarr", "-m", "model.safetensors", "-o", out)
     assert f"{out} is no name for its labels: x.ome.zarr is a volume; end OUT in .ome.zarr" in said
 
 
@@ -414,7 +414,7 @@ def test_what_is_left_out_of_a_folder_is_said(here, capsys):
 
 def test_one_damaged_file_does_not_stop_the_others(here, capsys):
     (here / "images" / "plane_1.tif").write_bytes(b"II*\0nonsense")
-    assert run("segment", "images", "-m", "model.safetensors", "-o", "out", "--json") == FAULT
+    assert run("segment", "images", "-m", "model.safetensors", "-o", "out", "--json") == ERROR
     said = capsys.readouterr()
     assert json.loads(said.out)["failed"] == 1
     assert said.err.count("\n") == 1
@@ -424,11 +424,11 @@ def test_one_damaged_file_does_not_stop_the_others(here, capsys):
 
 def test_two_images_of_one_stem_are_refused(here, capsys):
     shutil.copy("images/plane_0.tif", "images/plane_0.ome.tif")
-    assert "same stem" in fault_of(capsys, "segment", "images", "-m", "model.safetensors", "-o", "out")
+    assert "same stem" in error_of(capsys, "segment", "images", "-m", "model.safetensors", "-o", "out")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty", "other", "folder"])
-def test_a_model_file_that_is_none_is_a_fault(here, capsys, damage):
+def test_a_model_file_that_is_none_is_an_error(here, capsys, damage):
     path = here / "broken.safetensors"
     whole = (here / "model.safetensors").read_bytes()
     if damage == "folder":
@@ -437,12 +437,12 @@ def test_a_model_file_that_is_none_is_a_fault(here, capsys, damage):
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
         path.write_bytes({"truncated": whole[:-100], "flipped": flipped, "empty": b"", "other": b"II*\0" * 9}[damage])
-    assert "broken.safetensors" in fault_of(capsys, "segment", "stack.tif", "-m", str(path), "-o", "out.tif")
+    assert "broken.safetensors" in error_of(capsys, "segment", "stack.tif", "-m", str(path), "-o", "out.tif")
     assert not (here / "out.tif").exists()
 
 
-def test_a_device_that_is_not_there_is_a_fault(here, capsys):
-    assert "cuda:99" in fault_of(
+def test_a_device_that_is_not_there_is_an_error(here, capsys):
+    assert "cuda:99" in error_of(
         capsys, "segment", "stack.tif", "-m", "model.safetensors", "-o", "out.tif", "--device=cuda:99"
     )
 
@@ -488,17 +488,17 @@ def test_evaluate_knows_classes_scribbles_and_planes(here, capsys):
     write_labels("scribbles.tif", scribbled)
     seen = json_of(capsys, "evaluate", "found.tif", "scribbles.tif", "--classes=a,b", "--scribbles")
     assert seen["iou"] == 1.0
-    assert "plane 5" in fault_of(capsys, "evaluate", "found.tif", "true.tif", "--planes=5")
+    assert "plane 5" in error_of(capsys, "evaluate", "found.tif", "true.tif", "--planes=5")
 
 
 def test_evaluate_names_what_does_not_fit(here, capsys):
     write_labels("small.tif", np.zeros((5, 5), np.uint8))
     write_labels("large.tif", np.zeros((6, 5), np.uint8))
-    assert "small.tif: the prediction has shape" in fault_of(capsys, "evaluate", "small.tif", "large.tif")
-    assert "small.tif has 1 plane(s)" in fault_of(capsys, "evaluate", "small.tif", "stack_labels.tif")
-    assert "no such file" in fault_of(capsys, "evaluate", "small.tif", "missing.tif")
+    assert "small.tif: the prediction has shape" in error_of(capsys, "evaluate", "small.tif", "large.tif")
+    assert "small.tif has 1 plane(s)" in error_of(capsys, "evaluate", "small.tif", "stack_labels.tif")
+    assert "no such file" in error_of(capsys, "evaluate", "small.tif", "missing.tif")
     write_labels("three.tif", np.full((5, 5), 3, np.uint8))
-    assert "three.tif" in fault_of(capsys, "evaluate", "small.tif", "three.tif", "--classes=a,b")
+    assert "three.tif" in error_of(capsys, "evaluate", "small.tif", "three.tif", "--classes=a,b")
 
 
 # info, backbones, demo
@@ -512,7 +512,7 @@ def test_info_prints_the_card(here, capsys):
     text = capsys.readouterr().out
     for part in ("efficientnet_lite0", "1 object", "12 steps", "plane_0.tif, plane_2.tif", "in the file", "not given"):
         assert part in text
-    assert "stack.tif" in fault_of(capsys, "info", "stack.tif")
+    assert "stack.tif" in error_of(capsys, "info", "stack.tif")
 
 
 def test_backbones_lists_all_and_says_which_is_here(capsys):
@@ -555,16 +555,16 @@ def test_the_demo_runs_on_own_data_and_prints_a_table(here, capsys):
     assert "judged on plane_2.tif" in said.out
     assert "student" in said.out
     assert read_labels("distillfss-demo/segmented/plane_2.tif").shape == (96, 96)
-    assert "no folders images and labels" in fault_of(capsys, "demo", "--data", "distillfss-demo")
+    assert "no folders images and labels" in error_of(capsys, "demo", "--data", "distillfss-demo")
     one = ("mine/images/plane_0.tif", "mine/labels/plane_0_mask.tif")
-    assert "holds 1 labeled slice" in fault_of(capsys, "demo", "--data", *one)
+    assert "holds 1 labeled slice" in error_of(capsys, "demo", "--data", *one)
 
 
 @pytest.mark.parametrize(
     "arguments", [["--supports=12"], ["--size=8"], ["--classes=a"], ["--data", "a", "b", "c"], ["-o", "/proc/x"]]
 )
-def test_a_demo_that_cannot_be_is_a_fault(here, capsys, arguments):
-    fault_of(capsys, "demo", "--planes=2", "--size=64", "--supports=1", *FEW, *arguments)
+def test_a_demo_that_cannot_be_is_an_error(here, capsys, arguments):
+    error_of(capsys, "demo", "--planes=2", "--size=64", "--supports=1", *FEW, *arguments)
 
 
 def test_the_demo_may_be_called_from_python(here):
@@ -583,7 +583,7 @@ def test_the_demo_may_be_called_from_python(here):
 
 def test_a_process_ends_with_the_code_and_one_line(here, root):
     done = python("-m", "distillfss_core.cli.main", "info", "stack.tif", root=root)
-    assert done.returncode == FAULT
+    assert done.returncode == ERROR
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("distillfss: error: stack.tif")
@@ -594,12 +594,12 @@ def test_a_damaged_tiff_is_one_line_in_a_process(here, root):
     whole = (here / "stack.tif").read_bytes()
     (here / "short.tif").write_bytes(whole[: len(whole) // 2])
     done = python("-m", "distillfss_core.cli.main", "evaluate", "short.tif", "stack_labels.tif", root=root)
-    assert done.returncode == FAULT
+    assert done.returncode == ERROR
     assert done.stderr.count("\n") == 1, done.stderr
     assert "short.tif" in done.stderr
 
 
-def test_a_reader_that_stops_reading_is_no_fault(here, root):
+def test_a_reader_that_stops_reading_is_no_error(here, root):
     command = f"{sys.executable} -m distillfss_core.cli.main evaluate stack_labels.tif stack_labels.tif"
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     done = subprocess.run(

@@ -12,7 +12,7 @@ import pytest
 
 from distillfss_core.errors import InputFileError, OutputError
 from distillfss_core.labelstore import journal as record_module
-from distillfss_core.labelstore.journal import Record
+from distillfss_core.labelstore.journal import Journal
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def path(tmp_path):
 
 
 def write(path, count: int) -> bytes:
-    record = Record(path, {"run": "a"})
+    record = Journal(path, {"run": "a"})
     for at in range(count):
         record.add({"at": at})
     record.close()
@@ -30,12 +30,12 @@ def write(path, count: int) -> bytes:
 
 def test_what_is_added_is_there_again(path):
     write(path, 3)
-    record = Record(path, {"run": "another"})
+    record = Journal(path, {"run": "another"})
     assert record.header["run"] == "a"
     assert record.entries == [{"at": 0}, {"at": 1}, {"at": 2}]
     record.add({"at": 3})
     record.close()
-    assert [e["at"] for e in Record(path).entries] == [0, 1, 2, 3]
+    assert [e["at"] for e in Journal(path).entries] == [0, 1, 2, 3]
 
 
 def test_a_record_cut_anywhere_keeps_its_whole_lines_and_goes_on(path):
@@ -43,12 +43,12 @@ def test_a_record_cut_anywhere_keeps_its_whole_lines_and_goes_on(path):
     lines = whole.splitlines(keepends=True)
     for size in range(len(lines[0]), len(whole)):
         path.write_bytes(whole[:size])
-        record = Record(path)
+        record = Journal(path)
         kept = sum(size >= len(b"".join(lines[: n + 2])) for n in range(2))
         assert len(record.entries) == kept
         record.add({"at": "new"})
         record.close()
-        again = Record(path)
+        again = Journal(path)
         assert again.entries[-1] == {"at": "new"}
         assert len(again.entries) == kept + 1
         again.close()
@@ -57,22 +57,22 @@ def test_a_record_cut_anywhere_keeps_its_whole_lines_and_goes_on(path):
 def test_a_changed_line_is_not_believed(path):
     whole = write(path, 2)
     path.write_bytes(whole.replace(b'"at":1', b'"at":7'))
-    assert Record(path).entries == [{"at": 0}]
+    assert Journal(path).entries == [{"at": 0}]
 
 
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"00000000 {}\n"])
 def test_what_is_no_record_is_refused(path, content):
     path.write_bytes(content)
     with pytest.raises(InputFileError, match="no record"):
-        Record(path)
+        Journal(path)
 
 
 def test_two_runs_cannot_have_it_open(path):
-    first = Record(path, {})
+    first = Journal(path, {})
     with pytest.raises(OutputError, match="another run"):
-        Record(path)
+        Journal(path)
     first.close()
-    Record(path).close()
+    Journal(path).close()
 
 
 def test_of_runs_that_start_at_once_one_has_it(tmp_path):
@@ -82,14 +82,14 @@ def test_of_runs_that_start_at_once_one_has_it(tmp_path):
         def start(path=path, gate=gate):
             gate.wait()
             with suppress(OutputError):
-                return Record(path, {"run": "a"})
+                return Journal(path, {"run": "a"})
 
         with ThreadPoolExecutor(4) as pool:
             opened = [future.result() for future in [pool.submit(start) for _ in range(4)]]
         (record,) = [r for r in opened if r]
         record.add({"at": 0})
         record.close()
-        assert Record(path).entries == [{"at": 0}]
+        assert Journal(path).entries == [{"at": 0}]
 
 
 def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
@@ -102,12 +102,12 @@ def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
         original(file, name)
 
     monkeypatch.setattr(record_module, "_lock", late)
-    record = Record(path, {"run": "b"})
+    record = Journal(path, {"run": "b"})
     record.add({"at": 7})
     record.close()
-    assert Record(path).header["run"] == "b"
-    assert Record(path).entries == [{"at": 7}]
-    assert len(Record(removed[0]).entries) == 2
+    assert Journal(path).header["run"] == "b"
+    assert Journal(path).entries == [{"at": 7}]
+    assert len(Journal(removed[0]).entries) == 2
 
 
 def test_a_header_that_was_cut_is_written_again(path):
@@ -118,7 +118,7 @@ def test_a_header_that_was_cut_is_written_again(path):
 
 
 def test_a_full_disk_leaves_it_good(path, monkeypatch):
-    record = Record(path, {})
+    record = Journal(path, {})
     record.add({"at": 0})
 
     def full(_):
@@ -130,4 +130,4 @@ def test_a_full_disk_leaves_it_good(path, monkeypatch):
             record.add({"at": 1})
     record.add({"at": 2})
     record.close()
-    assert [e["at"] for e in Record(path).entries] == [0, 2]
+    assert [e["at"] for e in Journal(path).entries] == [0, 2]

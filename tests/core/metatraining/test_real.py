@@ -293,9 +293,9 @@ def broken_folder(tmp_path, what):
 )
 def test_a_file_that_does_not_fit_is_named(tmp_path, what, message):
     source = RealSource([broken_folder(tmp_path, what)])
-    with pytest.raises(ImageError, match=message) as fault:
+    with pytest.raises(ImageError, match=message) as error:
         [source.task(seed, size=64) for seed in range(40)]
-    assert "\n" not in str(fault.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_missing_or_empty_folder_is_named(tmp_path):

@@ -12,7 +12,7 @@ import tifffile
 import torch
 
 from distillfss_core import ModelFileError, PretrainSettings, SettingsError, load_backbone
-from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED
+from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED
 from distillfss_core.cli.main import main
 from distillfss_core.metatraining.episodes import EpisodeMix, sparsely, with_foreign_masks
 from distillfss_core.metatraining.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HEAD, PretrainRun, sources
@@ -497,7 +497,7 @@ def test_the_command_trains_and_goes_on(tmp_path, capsys):
     assert load_head(folder / HEAD).name == "mine"
     assert main(["pretrain", "-o", str(folder), "--steps=2", *options]) == FINE
     assert load_head(folder / HEAD).card["training"]["steps"] == 2
-    assert main(["pretrain", "-o", str(folder), "--steps=3", "--seed=5", *options]) == FAULT
+    assert main(["pretrain", "-o", str(folder), "--steps=3", "--seed=5", *options]) == ERROR
     assert "give the same settings" in capsys.readouterr().err
 
 
@@ -525,7 +525,7 @@ def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsy
     ]
     command = ["distill", str(tmp_path / "image.tif"), str(tmp_path / "labels.tif"), f"--head={head}", *few]
     student = tmp_path / "student.safetensors"
-    assert main([*command, "-o", str(student), "--without-backbone"]) == FAULT
+    assert main([*command, "-o", str(student), "--without-backbone"]) == ERROR
     assert "in no package" in capsys.readouterr().err
     assert not student.exists()
     assert main([*command, "-o", str(student)]) == FINE
@@ -542,7 +542,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
 
 
 def test_sets_to_keep_out_need_real_ones(tmp_path, capsys):
-    assert main(["pretrain", "-o", str(tmp_path), "--holdout=a"]) == FAULT
+    assert main(["pretrain", "-o", str(tmp_path), "--holdout=a"]) == ERROR
     assert "--real" in capsys.readouterr().err
 
 
@@ -561,5 +561,5 @@ def test_info_tells_a_head_from_a_student(whole, capsys):
     assert "tiny" in out
     assert "4 steps of 2 tasks" in out
     assert "(not in the file)" in out
-    assert main(["info", str(whole.folder / CHECKPOINT)]) == FAULT
+    assert main(["info", str(whole.folder / CHECKPOINT)]) == ERROR
     assert "no DistillFSS student" in capsys.readouterr().err

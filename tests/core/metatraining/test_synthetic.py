@@ -1,4 +1,4 @@
-"""Generated tasks: pure, of every family, with an object to find; and the faults that pictures of them have."""
+"""Generated tasks: pure, of every family, with an object to find; and the errors that pictures of them have."""
 
 from __future__ import annotations
 

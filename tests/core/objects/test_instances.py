@@ -12,7 +12,7 @@ from scipy import ndimage
 from skimage.measure import regionprops
 from skimage.segmentation import relabel_sequential
 
-from distillfss_core.cli.console import FAULT, FINE
+from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 from distillfss_core.labelstore.store import RECORD
@@ -227,7 +227,7 @@ def test_a_half_finished_segmentation_is_not_taken_for_whole(worms, tmp_path, ca
     assert (told or "") in caplog.text
 
 
-def test_no_objects_are_no_fault(tmp_path):
+def test_no_objects_are_no_error(tmp_path):
     report = label_instances(open_volume(np.zeros((3, 9, 9), np.uint8)), tmp_path / "o.zarr", table=tmp_path / "t.csv")
     assert report.objects == 0
     assert rows_of(tmp_path / "t.csv") == []
@@ -260,8 +260,8 @@ def test_the_command_numbers_and_measures(worms, tmp_path, monkeypatch, capsys):
     command = ["instances", "labels.zarr", "-o", "out.zarr", "--class-id", "1", "--table", "t.csv"]
     assert main([*command, "--image", "image.zarr"]) == FINE
     assert f"{ndimage.label(worms == 1)[1]} objects" in capsys.readouterr().out
-    assert main([*command, "--image", "image.zarr"]) == FAULT  # is there already
+    assert main([*command, "--image", "image.zarr"]) == ERROR  # is there already
     assert main([*command, "--image", "image.zarr", "--resume", "--json"]) == FINE
-    assert main([*command, "--image", "image.zarr", "--image-level", "1", "--overwrite"]) == FAULT
-    assert main(["instances", "labels.zarr", "-o", "out.tif"]) == FAULT
+    assert main([*command, "--image", "image.zarr", "--image-level", "1", "--overwrite"]) == ERROR
+    assert main(["instances", "labels.zarr", "-o", "out.tif"]) == ERROR
     assert "end its name in .ome.zarr" in capsys.readouterr().err

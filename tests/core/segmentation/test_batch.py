@@ -12,7 +12,7 @@ import tifffile
 import zarr
 
 from distillfss_core import InputFileError, OutputError, SettingsError, StudentModel
-from distillfss_core.cli.console import FAULT, FINE, INTERRUPTED, USAGE
+from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, USAGE
 from distillfss_core.cli.main import main
 from distillfss_core.labelstore.layout import parse_region
 from distillfss_core.labelstore.store import LabelStore
@@ -74,7 +74,7 @@ def test_a_volume_goes_to_ome_zarr_and_is_that_of_the_model(here, capsys):
 def test_going_on_and_replacing_are_asked_for(here, capsys):
     command = ["segment", "volumes/b.tif", "-o", "out.ome.zarr"]
     assert run(*command, "--region", "0:1") == FINE
-    assert run(*command) == FAULT
+    assert run(*command) == ERROR
     assert "resume" in capsys.readouterr().err
     assert run(*command, "--resume") == FINE
     capsys.readouterr()
@@ -109,7 +109,7 @@ def test_an_interrupt_keeps_what_is_finished(here, capsys, monkeypatch):
     ],
 )
 def test_what_cannot_be_done_is_one_line(here, capsys, arguments, told):
-    assert run(*arguments) == FAULT
+    assert run(*arguments) == ERROR
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert told in said[0]
@@ -122,7 +122,7 @@ def test_a_report_that_cannot_be_written_stops_no_volume(here, capsys, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(batch, "write_report", full)
-        assert run("batch", "volumes", "-o", "out") == FAULT
+        assert run("batch", "volumes", "-o", "out") == ERROR
     said = capsys.readouterr().err
     assert "3 of 3 volumes" in said
     assert said.count("error: cannot write") == 1
@@ -141,7 +141,7 @@ def test_regions_are_read_as_written():
 
 def test_a_folder_of_volumes_gives_a_report_and_one_failure_stops_no_other(here, capsys):
     (here / "volumes" / "d.tif").write_bytes(b"nothing")
-    assert run("batch", "volumes", "-o", "out") == FAULT
+    assert run("batch", "volumes", "-o", "out") == ERROR
     said = capsys.readouterr()
     assert "3 of 4 volumes segmented" in said.out
     assert "d.tif" in said.err
@@ -184,4 +184,4 @@ def test_tables_that_make_no_sense_are_refused(here):
     (here / "empty").mkdir()
     with pytest.raises(InputFileError, match="holds no volume"):
         plan_batch(here / "empty", here, {})
-    assert run("batch", "volumes", "-o", "out", "--report", "r.txt") == FAULT
+    assert run("batch", "volumes", "-o", "out", "--report", "r.txt") == ERROR

@@ -64,8 +64,8 @@ def test_a_consensus_is_the_mean_of_three_directions_for_any_blocks(plain_studen
         return np.stack(planes, 1).transpose(0, *(1 + np.argsort(order)))
 
     volume = open_volume(ball)
-    labeller = ConsensusLabels(volume, plain_student, tile=TILE)
-    limits = {order: labeller._others[k].limits(0) for k, order in enumerate([(1, 0, 2), (2, 0, 1)])}
+    mode_labels = ConsensusLabels(volume, plain_student, tile=TILE)
+    limits = {order: mode_labels._others[k].limits(0) for k, order in enumerate([(1, 0, 2), (2, 0, 1)])}
     order = (0, 1, 2)
 
     def whole(plane: np.ndarray):
@@ -105,6 +105,6 @@ def test_a_mode_that_does_not_go_with_the_volume_is_refused(plain_student, tmp_p
 
 def test_one_plane_is_smoothed_to_itself(plain_student, tmp_path):
     plane = blobs(1, 64).image
-    labeller = SmoothLabels(open_volume(plane), plain_student)
+    mode_labels = SmoothLabels(open_volume(plane), plain_student)
     box = ((0, 1), (0, 64), (0, 64))
-    assert np.array_equal(labeller.labels(box, labeller.read(box))[0], plain_student.predict_labels(plane))
+    assert np.array_equal(mode_labels.labels(box, mode_labels.read(box))[0], plain_student.predict_labels(plane))

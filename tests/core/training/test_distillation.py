@@ -21,7 +21,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
 from distillfss_core.training import loop as fit
-from distillfss_core.training.crops import PLAIN, Augmentation, ViewBank, ViewCutter
+from distillfss_core.training.crops import PLAIN, Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.loop import NOISE
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, AnnotatedSlice
@@ -137,13 +137,13 @@ def test_a_result_is_there_before_the_first_step(support, tiny) -> None:
 def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monkeypatch) -> None:
     support = SupportSet(tuple(blobs(i) for i in range(3)))
     cut: set[int] = set()
-    original = ViewCutter.cut
+    original = CropSampler.cut
 
     def spy(self, index, rng):
         cut.add(index)
         return original(self, index, rng)
 
-    monkeypatch.setattr(ViewCutter, "cut", spy)
+    monkeypatch.setattr(CropSampler, "cut", spy)
     run = iter_distill(support, replace(tiny, steps=24, validation_slice="1"))
     scores = {s.index: s.metrics["iou"] for s in run if "iou" in s.metrics}
     record = run.result().training
@@ -292,28 +292,28 @@ def test_published_forms_train_too(support, tiny) -> None:
 
 def test_the_store_of_features_keeps_to_its_memory(support) -> None:
     backbone = load_backbone()
-    bank = ViewBank(backbone, choose_device("cpu"), memory=2_000_000, most=1000)
-    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation())
-    bank.fill(cutter, [0, 1, 2], np.random.default_rng(0))
-    assert 6 <= len(bank) < 60
-    assert sum(f.nbytes for f in bank.features) <= 2_000_000
+    cache = FeatureCache(backbone, choose_device("cpu"), memory=2_000_000, most=1000)
+    sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation())
+    cache.fill(sampler, [0, 1, 2], np.random.default_rng(0))
+    assert 6 <= len(cache) < 60
+    assert sum(f.nbytes for f in cache.features) <= 2_000_000
 
 
 def test_stored_features_are_those_of_the_view(support) -> None:
-    bank = ViewBank(load_backbone(), choose_device("cpu"), memory=1 << 30, most=4)
-    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, PLAIN)
-    view = cutter.cut(0, np.random.default_rng(0))
-    bank.add(view)
-    stored, fresh = bank.pyramid([0]), bank.encode([view])
+    cache = FeatureCache(load_backbone(), choose_device("cpu"), memory=1 << 30, most=4)
+    sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, PLAIN)
+    view = sampler.cut(0, np.random.default_rng(0))
+    cache.add(view)
+    stored, fresh = cache.pyramid([0]), cache.encode([view])
     for a, b in zip(stored.skips, fresh.skips, strict=True):
         torch.testing.assert_close(a, b, atol=2e-2, rtol=2e-3)
 
 
 def test_views_keep_image_and_labels_together(support) -> None:
-    cutter = ViewCutter(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation(noise=0))
+    sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation(noise=0))
     rng = np.random.default_rng(0)
     for _ in range(20):
-        view = cutter.cut(int(rng.integers(3)), rng)
+        view = sampler.cut(int(rng.integers(3)), rng)
         inside, outside = view.image[0][view.labels == 1], view.image[0][view.labels == 0]
         assert view.image.shape == (3, 64, 64)
         assert not len(inside) or float(inside.mean()) > float(outside.mean()) + 0.1
@@ -323,14 +323,14 @@ def test_views_keep_image_and_labels_together(support) -> None:
 def test_views_are_no_larger_than_the_longest_slice_needs(zoom: str, side: int) -> None:
     """A plane of 40 px is segmented with the plane's border around it; views must show it so."""
     small = SupportSet((blobs(0, 40), blobs(1, 24)))
-    cutter = ViewCutter(small, fit_preprocess([s.image for s in small.slices], zoom=zoom), 256, Augmentation())
-    assert cutter.cut(0, np.random.default_rng(0)).image.shape == (3, side, side)
+    sampler = CropSampler(small, fit_preprocess([s.image for s in small.slices], zoom=zoom), 256, Augmentation())
+    assert sampler.cut(0, np.random.default_rng(0)).image.shape == (3, side, side)
 
 
 def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() -> None:
     small = SupportSet((blobs(0, 40),))
-    cutter = ViewCutter(small, fit_preprocess([small.slices[0].image]), 64, PLAIN)
-    view = cutter.cut(0, np.random.default_rng(0))
+    sampler = CropSampler(small, fit_preprocess([small.slices[0].image]), 64, PLAIN)
+    view = sampler.cut(0, np.random.default_rng(0))
     assert int((view.labels != IGNORE).sum()) == 40 * 40
     assert float(view.image[:, 0].std()) > 0
 
@@ -386,7 +386,7 @@ def test_a_thinned_grid_of_views_covers_the_slice_and_shows_every_class() -> Non
     labels[600:, 600:] = 1
     image = np.random.default_rng(0).integers(0, 255, labels.shape, dtype=np.uint8)
     support = SupportSet((AnnotatedSlice(image, labels),))
-    views = ViewCutter(support, fit_preprocess([image]), 64, PLAIN).grid(0, 8)
+    views = CropSampler(support, fit_preprocess([image]), 64, PLAIN).grid(0, 8)
     assert len(views) == 8
     assert len({v.box[1] for v in views}) > 3
     assert len({v.box[0] for v in views}) > 3

@@ -15,7 +15,7 @@ from distillfss_core.nn.teachers import Teacher
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import unrefined_teacher, zoom
-from distillfss_core.training.crops import ViewBank
+from distillfss_core.training.crops import FeatureCache
 from distillfss_core.types import AnnotatedSlice
 
 Choose = Callable[..., tuple[Fraction, dict[str, float]]]
@@ -39,10 +39,10 @@ def discs(radius: int, *, foreign: bool = False) -> SupportSet:
 
 @pytest.fixture(scope="module")
 def choose() -> Choose:
-    bank = ViewBank(load_backbone(), choose_device("cpu", "float32"), memory=1, most=1)
+    cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, most=1)
 
     def run(support: SupportSet, teacher: Teacher | None = None) -> tuple[Fraction, dict[str, float]]:
-        return zoom.choose_zoom(support, fit_preprocess([s.image for s in support.slices]), bank, 0, teacher)
+        return zoom.choose_zoom(support, fit_preprocess([s.image for s in support.slices]), cache, 0, teacher)
 
     return run
 

@@ -149,12 +149,12 @@ def test_a_file_cut_short_is_one_clear_error_and_never_silent_zeros(tmp_path, se
     for file in files:
         file.write_bytes(file.read_bytes()[: rng.randrange(1, file.stat().st_size - 1)])
         source = folder if file.parent == folder else file
-        fault, found = None, data
+        error, found = None, data
         try:
             found = open_volume(source).read()
         except DistillFSSError as error:
-            fault = str(error)
-        assert fault is None or ("\n" not in fault and source.name in fault)
+            error = str(error)
+        assert error is None or ("\n" not in error and source.name in error)
         assert np.array_equal(found, data), file
 
 

@@ -407,11 +407,11 @@ def test_damaged_inputs_give_one_clear_error_and_never_silent_zeros(sound, tmp_p
         copy = tmp_path / f"{number}_{source.name}"
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
         harm(copy)
-        fault, found = None, data
+        error, found = None, data
         try:
             with open_volume(copy) as volume:
                 found = volume.read()
         except DistillFSSError as error:
-            fault = str(error)
-        assert fault is None or ("\n" not in fault and copy.name in fault), (number, fault)
-        assert np.array_equal(found, data), (number, kind)  # without a fault the harm did not reach the voxels
+            error = str(error)
+        assert error is None or ("\n" not in error and copy.name in error), (number, error)
+        assert np.array_equal(found, data), (number, kind)  # without an error the harm did not reach the voxels

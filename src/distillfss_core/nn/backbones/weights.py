@@ -162,11 +162,11 @@ def check_tensors(
     """
     missing = [k for k in wanted if k not in tensors and not k.endswith("num_batches_tracked")]
     extra = [k for k in tensors if k not in wanted and k not in allowed]
-    for keys, fault in ((missing, "is missing"), (extra, "has no place in this backbone")):
+    for keys, error in ((missing, "is missing"), (extra, "has no place in this backbone")):
         if keys:
             more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
             raise WeightsUnavailableError(
-                f"{source}: tensor {keys[0]!r} {fault}{more}; give a file made for this backbone"
+                f"{source}: tensor {keys[0]!r} {error}{more}; give a file made for this backbone"
             )
     check_shapes(tensors, wanted, source)
 
