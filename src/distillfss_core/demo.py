@@ -21,7 +21,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.slice_selection import suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
-from distillfss_core.types import AnnotatedSlice, Array, TrainStep, drain
+from distillfss_core.types import AnnotatedSlice, Array, TrainStep, as_run, finish
 
 DEMO_STEPS = 150
 """Steps of the demo's distillation: all of it takes less than three minutes on two cores."""
@@ -170,10 +170,11 @@ def own_data(
     )
 
 
+@as_run
 def iter_demo(
     data: DemoData, folder: str | Path = DEMO_FOLDER, settings: DistillSettings | None = None
 ) -> Generator[TrainStep, None, DemoReport]:
-    """The demo, step by step; its return value (of ``yield from``) is the `DemoReport`.
+    """The demo, step by step; its result is the `DemoReport`.
 
     Raises
     ------
@@ -251,7 +252,7 @@ def run_demo(
     settings : DistillSettings, optional
         By default those of `distillfss_core.distill`, with fewer steps.
     """
-    return drain(iter_demo(data or generated_data(), folder, settings))
+    return finish(iter_demo(data or generated_data(), folder, settings))
 
 
 def _score(name: str, answers: Sequence[Array], data: DemoData, ms: float) -> DemoScore:

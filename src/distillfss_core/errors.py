@@ -25,6 +25,10 @@ class NoStudentYetError(DistillFSSError):
     """A training that was asked for its student before it had begun to teach one."""
 
 
+class UnfinishedError(DistillFSSError):
+    """A run whose result was asked for before it had ended."""
+
+
 class WeightsUnavailableError(DistillFSSError):
     """Backbone weights that are neither packaged nor on disk, and cannot be downloaded now."""
 

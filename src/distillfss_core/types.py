@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from distillfss_core.errors import ImageError
+from distillfss_core.errors import ImageError, UnfinishedError
 
 IGNORE = 255
 """Label of a pixel that nobody annotated: it teaches nothing and is no key of the attention."""
@@ -19,8 +20,11 @@ MAX_CLASSES = 254
 
 Array = npt.NDArray[Any]
 
+P = ParamSpec("P")
 Step = TypeVar("Step")
-Report = TypeVar("Report")
+Result = TypeVar("Result")
+Step_co = TypeVar("Step_co", covariant=True)
+Result_co = TypeVar("Result_co", covariant=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +153,81 @@ def evenly(length: int, most: int) -> list[int]:
     return [int(i) for i in np.linspace(0, length - 1, min(most, length)).round()]
 
 
-def drain(run: Generator[Step, None, Report], show: Callable[[Step], object] = lambda _: None) -> Report:
-    """Go through a generator, showing each of its steps; give what it returns."""
-    while True:
+@runtime_checkable
+class Run(Protocol[Step_co, Result_co]):
+    """Long work: iterate it for its progress, then take its result.
+
+    Nothing is computed before the first step. Leaving the loop, Ctrl-C and `close` stop the work, and lose nothing that
+    is finished.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from distillfss_core import iter_diverse_planes, open_volume
+    >>> run = iter_diverse_planes(open_volume(np.zeros((4, 8, 8), np.uint8)), 2)
+    >>> [step.index for step in run]
+    [1, 2, 3, 4]
+    >>> run.result()
+    [0, 3]
+    """
+
+    def __iter__(self) -> Iterator[Step_co]: ...
+
+    def __next__(self) -> Step_co: ...
+
+    def close(self) -> None:
+        """Stop; what is finished is kept."""
+
+    def result(self) -> Result_co:
+        """What the work has made. A run that has a result only at its end raises `UnfinishedError` before."""
+
+
+class GeneratorRun(Generic[Step, Result]):
+    """A `Run` whose steps a generator yields, and whose result the generator returns."""
+
+    def __init__(self, steps: Generator[Step, None, Result]) -> None:
+        self._steps = steps
+        self._result: tuple[Result] | None = None
+
+    def __iter__(self) -> GeneratorRun[Step, Result]:
+        return self
+
+    def __next__(self) -> Step:
         try:
-            show(next(run))
+            return next(self._steps)
         except StopIteration as end:
-            report: Report = end.value
-            return report
+            self._result = self._result or (end.value,)
+            raise
+
+    def close(self) -> None:
+        """Stop; what is finished is kept."""
+        self._steps.close()
+
+    def result(self) -> Result:
+        """What the generator returned.
+
+        Raises
+        ------
+        UnfinishedError
+            Before the last step.
+        """
+        if self._result is None:
+            raise UnfinishedError("the run has not ended, so it has no result yet; iterate it to its end")
+        return self._result[0]
+
+
+def as_run(steps: Callable[P, Generator[Step, None, Result]]) -> Callable[P, GeneratorRun[Step, Result]]:
+    """Decorator: a function that yields steps and returns a result becomes one that returns a `Run`."""
+
+    @functools.wraps(steps)
+    def start(*args: P.args, **kwargs: P.kwargs) -> GeneratorRun[Step, Result]:
+        return GeneratorRun(steps(*args, **kwargs))
+
+    return start
+
+
+def finish(run: Run[Step, Result], show: Callable[[Step], object] = lambda _: None) -> Result:
+    """Iterate a run to its end, show each step, and return the result."""
+    for step in run:
+        show(step)
+    return run.result()

@@ -193,7 +193,7 @@ def _open(
 ) -> tuple[Any, Mapping[str, Any]]:
     axes = letters + "zyx"[-(layer.ndim - len(letters)) :] + ("c" if layer.rgb else "")
     channel = "all" if layer.rgb else chosen.get("c")
-    how = {"level": level, "time": chosen.get("t"), "channel": channel}
+    how: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel}
     from_array = core.open_volume(array, axes=axes, time=how["time"], channel=channel)
     known = layer.metadata.get(FROM_FILE)
     if known and known["shown"][level : level + 1] != [getattr(array, "name", "")]:
@@ -257,7 +257,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
     of_file = {name: value for name, value in opening.items() if name in ("axes", "series")}
     counts = {a: n for a, n in core.count_choices(path, **of_file).items() if LEAD_NAMES[a] not in opening}
 
-    def lazy(level: int, letters: str, chosen: dict[str, int]) -> Any:
+    def lazy(level: int, letters: str, chosen: dict[str, Any]) -> Any:
         if letters:
             each = (chosen | {LEAD_NAMES[letters[0]]: n} for n in range(counts[letters[0]]))
             return da.stack([lazy(level, letters[1:], one) for one in each])
@@ -265,7 +265,8 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
         empty = np.empty((0,) * v.ndim, v.dtype)
         return da.from_array(v, chunks=(1, *v.shape[1:]), asarray=False, fancy=False, meta=empty)
 
-    volume = core.open_volume(path, **opening, **{LEAD_NAMES[a]: 0 for a in counts})
+    first: dict[str, Any] = {LEAD_NAMES[a]: 0 for a in counts}
+    volume = core.open_volume(path, **opening, **first)
     levels = [lazy(level, "".join(counts), {}) for level in range(len(volume.levels))]
     lead = len(counts)
     about: dict[str, Any] = {

@@ -136,8 +136,8 @@ def iter_training(
     return Distilled(model, keep, stop.is_set(), kept)
 
 
-def iter_until(run: Generator[Any, None, Any], stop: Event) -> Generator[Any, None, Any]:
-    """A generator of the core until it ends or is told to stop; its report, or None if it was stopped."""
+def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any]:
+    """A run of the core until it ends or is stopped; its result, or None if it was stopped."""
     with closing(run):
         while True:
             try:

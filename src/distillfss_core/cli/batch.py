@@ -36,7 +36,7 @@ def add_batch(commands: Any) -> None:
 
 def _batch(args: argparse.Namespace) -> int:
     from distillfss_core.segmentation.batch import iter_batch, plan_batch
-    from distillfss_core.types import drain
+    from distillfss_core.types import finish
 
     jobs = plan_batch(args.input, args.output, given_opening(args), args.region)
     report = args.report or args.output / "report.csv"
@@ -48,7 +48,7 @@ def _batch(args: argparse.Namespace) -> int:
     try:
         with ExitStack() as stack, progress("batch", unit="shard") as bar:
             run = stack.enter_context(closing(iter_batch(jobs, model, report, **opening_options(args, stack))))
-            rows = drain(run, lambda step: _show_batch(bar, step))
+            rows = finish(run, lambda step: _show_batch(bar, step))
     except KeyboardInterrupt:
         say(f"interrupted; what is finished is kept, and --resume goes on; the volumes so far are in {report}")
         return INTERRUPTED

@@ -56,7 +56,7 @@ def _demo(args: argparse.Namespace) -> int:
         raise SettingsError("--classes and --scribbles speak of your own data; give it with --data")
 
     from distillfss_core.demo import DEMO_FOLDER, DEMO_STEPS, DEMO_SUPPORTS, generated_data, iter_demo, own_data
-    from distillfss_core.types import drain
+    from distillfss_core.types import finish
 
     settings = DistillSettings(**{"steps": DEMO_STEPS, **given})
     supports = args.supports or DEMO_SUPPORTS
@@ -65,7 +65,7 @@ def _demo(args: argparse.Namespace) -> int:
     else:
         data = generated_data(args.planes, args.size, supports, settings.seed, args.sample)
     with progress("preparing") as bar:
-        report = drain(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: show_step(bar, step))
+        report = finish(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: show_step(bar, step))
     if args.json:
         print_json(asdict(report))
     else:

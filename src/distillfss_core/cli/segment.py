@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from distillfss_core.models.student import StudentModel
     from distillfss_core.segmentation.to_zarr import ShardDone
-    from distillfss_core.types import Array, Report, Step
+    from distillfss_core.types import Array, Result, Run, Step
 
 
 # segment
@@ -287,14 +287,14 @@ def segment_volume(args: argparse.Namespace) -> int:
 
 
 def follow_steps(
-    run: Generator[Step, None, Report], what: str, unit: str, show: Callable[[tqdm[NoReturn], Step], None], out: Path
-) -> Report | None:
+    run: Run[Step, Result], what: str, unit: str, show: Callable[[tqdm[NoReturn], Step], None], out: Path
+) -> Result | None:
     """The report of a run that can be resumed; None if it was interrupted."""
-    from distillfss_core.types import drain
+    from distillfss_core.types import finish
 
     try:
         with progress(what, unit=unit) as bar:
-            return drain(run, lambda step: show(bar, step))
+            return finish(run, lambda step: show(bar, step))
     except KeyboardInterrupt:
         run.close()
         say(f"interrupted; what is finished is kept, and --resume goes on from {out}")

@@ -33,7 +33,7 @@ from distillfss_core.labelstore.layout import Box, Index, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
 from distillfss_core.labelstore.store import RECORD, LabelStore, check_apart, finished_regions, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
-from distillfss_core.types import Array, drain
+from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -64,11 +64,43 @@ class InstanceReport:
     seconds: float
 
 
-def label_instances(labels: Volume, out: str | Path, **options: Any) -> InstanceReport:
-    """Give every object a number; `iter_instances` without the steps between."""
-    return drain(iter_instances(labels, out, **options))
+def label_instances(
+    labels: Volume,
+    out: str | Path,
+    *,
+    table: str | Path | None = None,
+    image: Volume | None = None,
+    class_id: int | None = None,
+    method: str = "components",
+    connectivity: int = 6,
+    radius: float | None = None,
+    min_voxels: int = 1,
+    resume: bool = True,
+    overwrite: bool = False,
+    block: Index = BLOCK,
+) -> InstanceReport:
+    """Give every object a number; `iter_instances` without the steps between.
+
+    Parameters, result and errors are those of `iter_instances`.
+    """
+    run = iter_instances(
+        labels,
+        out,
+        table=table,
+        image=image,
+        class_id=class_id,
+        method=method,
+        connectivity=connectivity,
+        radius=radius,
+        min_voxels=min_voxels,
+        resume=resume,
+        overwrite=overwrite,
+        block=block,
+    )
+    return finish(run)
 
 
+@as_run
 def iter_instances(
     labels: Volume,
     out: str | Path,

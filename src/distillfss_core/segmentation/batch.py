@@ -16,7 +16,9 @@ from distillfss_core.io.writing import atomic_path, check_output
 from distillfss_core.labelstore.layout import Part, parse_region
 from distillfss_core.labelstore.store import count_voxels
 from distillfss_core.models.student import StudentModel
+from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_segment
+from distillfss_core.types import as_run
 from distillfss_core.volumes.opening import is_volume, stem_of
 from distillfss_core.volumes.volume import open_volume
 
@@ -96,6 +98,7 @@ def plan_batch(source: Path, out: Path, how: Mapping[str, Any], region: Part | N
     return jobs
 
 
+@as_run
 def iter_batch(
     jobs: Sequence[Job],
     model: StudentModel,
@@ -103,7 +106,9 @@ def iter_batch(
     *,
     resume: bool = True,
     overwrite: bool = False,
-    **options: Any,
+    mode: str = "planes",
+    tile: int | None = None,
+    cluster: str | Connection | None = None,
 ) -> Generator[BatchStep, None, list[dict[str, Any]]]:
     """Segment volumes; one that fails does not stop the others. The report is written anew after each.
 
@@ -113,7 +118,7 @@ def iter_batch(
     model : StudentModel
     report : path
         Ends in .csv or .json.
-    resume, overwrite, options
+    resume, overwrite, mode, tile, cluster
         As for `iter_segment`.
 
     Returns
@@ -138,7 +143,7 @@ def iter_batch(
         start = time.monotonic()
         row: dict[str, Any] = {**job.notes, "volume": str(job.source), "output": str(job.output), "status": "done"}
         try:
-            run = _segment_job(job, model, resume=resume, overwrite=overwrite, **options)
+            run = _segment_job(job, model, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster)
             while True:
                 yield BatchStep(index, len(jobs), job, next(run))
         except StopIteration as end:
@@ -175,13 +180,28 @@ def write_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _segment_job(
-    job: Job, model: StudentModel, *, resume: bool, overwrite: bool, **options: Any
+    job: Job,
+    model: StudentModel,
+    *,
+    resume: bool,
+    overwrite: bool,
+    mode: str,
+    tile: int | None,
+    cluster: str | Connection | None,
 ) -> Generator[ShardDone, None, dict[str, Any]]:
     with open_volume(job.source, **job.how) as volume:
         if not job.output.parent.is_dir():
             raise OutputError(f"cannot make {job.output}: there is no folder {job.output.parent}; make it first")
         done = yield from iter_segment(
-            volume, model, job.output, region=job.region, resume=resume, overwrite=overwrite, **options
+            volume,
+            model,
+            job.output,
+            region=job.region,
+            resume=resume,
+            overwrite=overwrite,
+            mode=mode,
+            tile=tile,
+            cluster=cluster,
         )
         counts = count_voxels(job.output, check_region(volume, job.region), len(model.class_names))
         scale = dict(zip(("scale_z", "scale_y", "scale_x"), volume.scale, strict=True))

@@ -39,7 +39,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
 from distillfss_core.segmentation.modes import PlaneLabels, make_mode
-from distillfss_core.types import Array, drain
+from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
 log = logging.getLogger(__name__)
@@ -86,11 +86,37 @@ class VolumeReport:
     seconds: float
 
 
-def segment_to_zarr(volume: Volume, model: StudentModel, out: str | Path, **options: Any) -> VolumeReport:
-    """Segment a volume into OME-Zarr 0.5 labels; `iter_segment` without the steps between."""
-    return drain(iter_segment(volume, model, out, **options))
+def segment_to_zarr(
+    volume: Volume,
+    model: StudentModel,
+    out: str | Path,
+    *,
+    region: Part | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    mode: str = "planes",
+    tile: int | None = None,
+    cluster: str | Connection | None = None,
+) -> VolumeReport:
+    """Segment a volume into OME-Zarr 0.5 labels; `iter_segment` without the steps between.
+
+    Parameters, result and errors are those of `iter_segment`.
+    """
+    run = iter_segment(
+        volume,
+        model,
+        out,
+        region=region,
+        resume=resume,
+        overwrite=overwrite,
+        mode=mode,
+        tile=tile,
+        cluster=cluster,
+    )
+    return finish(run)
 
 
+@as_run
 def iter_segment(
     volume: Volume,
     model: StudentModel,

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core.errors import SupportSetError
-from distillfss_core.types import Array, TrainStep, drain
+from distillfss_core.types import Array, TrainStep, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
 F32 = npt.NDArray[np.float32]
@@ -82,13 +82,14 @@ def suggest_diverse_planes(volume: Volume, count: int, *, taken: Collection[int]
     InputFileError
         If a plane cannot be read.
     """
-    return drain(iter_diverse_planes(volume, count, taken=taken))
+    return finish(iter_diverse_planes(volume, count, taken=taken))
 
 
+@as_run
 def iter_diverse_planes(
     volume: Volume, count: int, *, taken: Collection[int] = ()
 ) -> Generator[TrainStep, None, list[int]]:
-    """`suggest_diverse_planes` as a generator: a step a plane that was read; closed, it has chosen nothing."""
+    """`suggest_diverse_planes` as a run: a step a plane that was read; closed, it has chosen nothing."""
     planes = volume.shape[0]
     if not 1 <= count <= planes:
         raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")

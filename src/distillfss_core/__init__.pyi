@@ -1,0 +1,116 @@
+"""The public names of the package, for type checkers, editors and documentation; fetched at first use."""
+
+from .errors import (
+    DistillFSSError,
+    ImageError,
+    InputFileError,
+    ModelFileError,
+    NoStudentYetError,
+    OutOfMemoryError,
+    OutputError,
+    SettingsError,
+    SupportSetError,
+    UnfinishedError,
+    WeightsUnavailableError,
+)
+from .export.bioimageio import export_bioimageio
+from .export.onnx import export_onnx
+from .io.images import read_image, read_stack
+from .io.labels import labels_from_image, read_labels
+from .io.writing import write_labels
+from .metrics import Measures, Scores, evaluate
+from .models.card import Thumbnails, read_card, read_thumbnails
+from .models.fewshot import FewShotModel
+from .models.segmenter import Segmenter
+from .models.student import StudentModel
+from .nn.backbones import SPECS, Backbone, BackboneSpec, load_backbone
+from .nn.device import Device, choose_device, leave_a_core_free
+from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
+from .samples import Sample, generate_sample
+from .segmentation.batch import BatchStep, iter_batch, plan_batch
+from .segmentation.cluster import Connection, connect
+from .segmentation.lazy import segment_lazy
+from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
+from .settings import DistillSettings, PretrainSettings
+from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
+from .support.support_set import SupportSet, load_support
+from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
+from .types import IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, finish
+from .volumes.volume import Volume, count_choices, open_volume
+
+__version__: str
+
+__all__ = [
+    "IGNORE",
+    "SPECS",
+    "AnnotatedSlice",
+    "Backbone",
+    "BackboneSpec",
+    "BatchStep",
+    "Connection",
+    "Device",
+    "DistillFSSError",
+    "DistillRun",
+    "DistillSettings",
+    "FewShotModel",
+    "ImageError",
+    "InputFileError",
+    "InstanceReport",
+    "InstanceStep",
+    "Measures",
+    "ModelFileError",
+    "NoStudentYetError",
+    "OutOfMemoryError",
+    "OutputError",
+    "PretrainSettings",
+    "Run",
+    "Sample",
+    "Scores",
+    "Segmentation",
+    "Segmenter",
+    "SettingsError",
+    "ShardDone",
+    "StudentModel",
+    "SupportSet",
+    "SupportSetError",
+    "Thumbnails",
+    "TrainStep",
+    "UnfinishedError",
+    "Volume",
+    "VolumeReport",
+    "WeightsUnavailableError",
+    "choose_device",
+    "connect",
+    "count_choices",
+    "distill",
+    "evaluate",
+    "export_bioimageio",
+    "export_onnx",
+    "finish",
+    "generate_sample",
+    "iter_batch",
+    "iter_distill",
+    "iter_diverse_planes",
+    "iter_instances",
+    "iter_refine",
+    "iter_segment",
+    "label_instances",
+    "labels_from_image",
+    "leave_a_core_free",
+    "load_backbone",
+    "load_support",
+    "open_volume",
+    "plan_batch",
+    "read_card",
+    "read_image",
+    "read_labels",
+    "read_stack",
+    "read_thumbnails",
+    "refine",
+    "segment_lazy",
+    "segment_to_zarr",
+    "suggest_diverse_planes",
+    "suggest_planes",
+    "unrefined_teacher",
+    "write_labels",
+]
