@@ -34,7 +34,11 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.types import Array
 
 LICENSE = "CC-BY-4.0"
-PAPER = "DistillFSS: few-shot segmentation distilled into a light network", "10.48550/arXiv.2512.05613"
+PAPER = (
+    "De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano: DistillFSS: Synthesizing Few-Shot Knowledge into a "
+    "Lightweight Segmentation Model, 2025",
+    "10.48550/arXiv.2512.05613",
+)
 
 
 def export_bioimageio(

@@ -41,10 +41,6 @@ class Volume:
         Pieces in which it is stored: reading less than one costs as much as one.
     path : Path or None
         Where it lies, unless it is an array.
-    identity : mapping
-        JSON-able; two volumes that differ in it are not the same. Files are told apart by size and time, zarr by a few
-        megabytes of its chunks, an array in memory by its voxels (above 256 MB by a sample), any other by a few tiles;
-        they are read when it is first asked for.
     """
 
     name: str
@@ -65,6 +61,11 @@ class Volume:
 
     @property
     def identity(self) -> Mapping[str, Any]:
+        """JSON-able; two volumes that differ in it are not the same.
+
+        Files are distinguished by size and time, zarr by a few megabytes of its chunks, an array in memory by its
+        voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access.
+        """
         return self._identify()
 
     @property
