@@ -73,10 +73,7 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
             f"{training['device']}",
         ),
         ("held out", ", ".join(scores)),
-        *(
-            ("data", f"{row['name']} ({row['pictures']} pictures, {row.get('license', row.get('licence'))})")
-            for row in card["data"]
-        ),
+        *(("data", f"{row['name']} ({row['pictures']} pictures, {row['license']})") for row in card["data"]),
         *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
 

@@ -122,8 +122,21 @@ def load_head(path: str | Path) -> HeadWeights:
     backbone = {name: value.float() for name, value in tensors.items() if name.startswith("backbone.")}
     head = {name: value.float() for name, value in tensors.items() if name not in backbone}
     return HeadWeights(
-        card, head, {name.removeprefix("backbone."): value for name, value in backbone.items()}, Path(path).name
+        _upgraded(card),
+        head,
+        {name.removeprefix("backbone."): value for name, value in backbone.items()},
+        Path(path).name,
     )
+
+
+def _upgraded(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The card of an older file in the words of today."""
+    sets = {part: [_renamed(row) for row in card[part]] for part in ("data", "held_out") if part in card}
+    return {**card, **sets}
+
+
+def _renamed(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"license" if name == "licence" else name: value for name, value in row.items()}
 
 
 def read_head_card(path: str | Path) -> dict[str, Any]:
@@ -135,7 +148,7 @@ def read_head_card(path: str | Path) -> dict[str, Any]:
         As `load_head` does.
     """
     card, _, header = read_card_file(path, HEAD_FILE, tensors=False)
-    return card | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
+    return _upgraded(card) | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
 
 
 def packaged_head(backbone: str) -> HeadWeights | None:

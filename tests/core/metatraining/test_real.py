@@ -316,8 +316,8 @@ def test_a_damaged_source_file_is_named(tmp_path):
 
 
 def test_names_of_sets_are_checked(folder):
-    with pytest.raises(SettingsError, match="no set 'gray' to keep out; there are: color, gray"):
-        RealSource([folder], holdout=["gray"])
+    with pytest.raises(SettingsError, match="no set 'violet' to keep out; there are: color, gray"):
+        RealSource([folder], holdout=["violet"])
     with pytest.raises(SettingsError, match="all sets are kept out"):
         RealSource([folder], holdout=["gray", "color"])
     with pytest.raises(SettingsError, match="two sets have the name 'gray'"):

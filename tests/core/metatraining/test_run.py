@@ -314,7 +314,7 @@ def test_its_average_lags_behind(learnt):
 
 def test_it_starts_from_the_head_it_is_given(tmp_path, learnt, whole):
     path = learnt.finish({"name": "tiny"})
-    run = PretrainRun(replace(WITH_BACKBONE, start=str(path)), tmp_path / "again")
+    run = PretrainRun(replace(WITH_BACKBONE, init_from=str(path)), tmp_path / "again")
     told = load_head(path)
     held = run.teacher.state_dict()
     assert all(torch.equal(held[name], value) for name, value in told.tensors.items())
@@ -326,9 +326,9 @@ def test_it_starts_from_the_head_it_is_given(tmp_path, learnt, whole):
 
 def test_a_head_to_start_from_must_be_of_the_form_asked_for(tmp_path, whole):
     with pytest.raises(SettingsError, match="with width 8, but the settings say efficientnet_lite0 with width 16"):
-        PretrainRun(replace(TINY, width=16, start=str(whole.finish())), tmp_path)
+        PretrainRun(replace(TINY, width=16, init_from=str(whole.finish())), tmp_path)
     with pytest.raises(SettingsError, match="no head for resnet18"):
-        PretrainRun(replace(TINY, backbone="resnet18", weights="random", start="packaged"), tmp_path)
+        PretrainRun(replace(TINY, backbone="resnet18", weights="random", init_from="packaged"), tmp_path)
 
 
 def test_a_heavy_backbone_is_not_trained(tmp_path):
@@ -394,7 +394,7 @@ def test_a_head_brings_the_backbone_that_was_trained_with_it(learnt, support, ti
     np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
     assert again.card == student.card
     assert again.backbone.trained
-    for model in (student, again, distill(support, replace(few, head="none"), start=again)):
+    for model in (student, again, distill(support, replace(few, head="none"), init_from=again)):
         with pytest.raises(SettingsError, match="in no package"):
             model.save(tmp_path / "slim.safetensors", with_backbone=False)
 
@@ -490,7 +490,7 @@ def test_it_reads_the_support(nuclei):
 
 
 def test_the_command_trains_and_goes_on(tmp_path, capsys):
-    options = ["--size=64", "--tasks=1", "--shots=1", "--eval_tasks=1", "--width=8", "--workers=0", "--device=cpu"]
+    options = ["--size=64", "--tasks=1", "--shots=1", "--eval-tasks=1", "--width=8", "--workers=0", "--device=cpu"]
     folder = tmp_path / "run"
     assert main(["pretrain", "-o", str(folder), "--steps=1", "--name=mine", *options]) == FINE
     assert "after 1 steps" in capsys.readouterr().out
@@ -502,7 +502,7 @@ def test_the_command_trains_and_goes_on(tmp_path, capsys):
 
 
 def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsys):
-    options = ["--size=64", "--tasks=1", "--shots=1", "--eval_tasks=1", "--width=8", "--workers=0", "--device=cpu"]
+    options = ["--size=64", "--tasks=1", "--shots=1", "--eval-tasks=1", "--width=8", "--workers=0", "--device=cpu"]
     assert main(["pretrain", "-o", str(tmp_path), "--steps=1", "--backbone-lr-scale=0.1", *options]) == FINE
     head = tmp_path / HEAD
     capsys.readouterr()
@@ -537,7 +537,7 @@ def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(PretrainRun, "__next__", interrupted)
-    assert main(["pretrain", "-o", str(tmp_path), "--size=64", "--eval_tasks=1", "--workers=0"]) == INTERRUPTED
+    assert main(["pretrain", "-o", str(tmp_path), "--size=64", "--eval-tasks=1", "--workers=0"]) == INTERRUPTED
     assert "goes on from" in capsys.readouterr().err
 
 

@@ -21,8 +21,8 @@ def _maps(tensors: dict[str, Tensor], who: str) -> CoarseMaps:
     return CoarseMaps(fine, mid, deep)
 
 
-def test_losses_equal_the_published_ones(shared: Path) -> None:
-    path = shared / "parity" / "losses.safetensors"
+def test_losses_equal_the_published_ones(root: Path) -> None:
+    path = root / "tests" / "data" / "losses.safetensors"
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         expected = {name: float(json.loads(value)) for name, value in file.metadata().items()}

@@ -20,8 +20,8 @@ from distillfss_core.support.slice_selection import (
 from distillfss_core.volumes.volume import open_volume
 
 
-def test_the_published_choice_of_support_images(shared: Path) -> None:
-    published = json.loads((shared / "parity" / "hierarchical_uniform_sampling.json").read_text())
+def test_the_published_choice_of_support_images(root: Path) -> None:
+    published = json.loads((root / "tests" / "data" / "hierarchical_uniform_sampling.json").read_text())
     assert len(published) >= 10
     for key, expected in published.items():
         last, count = (int(n) for n in key.split(","))
