@@ -22,7 +22,7 @@ from layouts import save, write_pairs
 from pictures import blobs
 
 MACHINE = Machine("some cpu", 2, 1, "cpu", "2")
-FEW = {"steps": 2, "zoom": "1", "crop": 64, "queries": 2, "shots": 2, "views": 4, "device": "cpu"}
+FEW = {"steps": 2, "zoom": "1", "crop_size": 64, "queries": 2, "shots": 2, "crops": 4, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
