@@ -3,7 +3,6 @@
 import copy
 import errno
 import os
-import resource
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -248,6 +247,7 @@ def test_a_plane_of_8k_is_segmented_in_windows_of_bounded_size(student, monkeypa
 def test_the_first_tile_of_8k_needs_no_room_for_the_whole(student):
     plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
     next(student.iter_tiles(plane, tile=256))  # what is loaded once is loaded
+    resource = pytest.importorskip("resource", reason="there is no such limit on Windows")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     where, found = next(student.iter_tiles(plane, tile=256))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -308,6 +308,7 @@ def little_room():
 
     No fixture: between tests pytest writes its own progress, and where that goes to a file it is held by the limit too.
     """
+    resource = pytest.importorskip("resource", reason="there is no such limit on Windows")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:

@@ -16,8 +16,6 @@ STROKES = 5  # a class and slice
 STROKE_LENGTH = 8  # of the longer side of a slice, a stroke is at most one part
 PUBLISHED = -1  # the seed of the published choice
 
-Indices = list[int]
-
 
 def draw_support(split: Split, shots: int, seed: int) -> list[Item]:
     """Choose annotated pictures.
