@@ -1,4 +1,4 @@
-"""Which pictures are learnt from and tested, and scribbles made of their truth: decided by a seed, the same for all."""
+"""Which images are supports and which are tested, and scribbles made of their truth: by a seed, the same for all."""
 
 from __future__ import annotations
 
