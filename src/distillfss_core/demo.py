@@ -73,7 +73,7 @@ class DemoReport:
     ----------
     data : str
     supports, queries : tuple of str
-        Names of the slices learnt from and judged on.
+        Names of the slices learned from and judged on.
     scores : tuple of DemoScore
         Prototype teacher, refined teacher (unless the method is "direct"), student.
     steps : int
@@ -281,7 +281,7 @@ def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
         [(found, q.labels) for found, q in zip(answers["student"], data.queries, strict=True)], data.support.classes
     )
     slices = "1 slice" if len(support) == 1 else f"{len(support)} slices"
-    title = f"{data.name}: learnt from {slices}, IoU {student.iou:.2f} on {len(data.queries)} others"
+    title = f"{data.name}: learned from {slices}, IoU {student.iou:.2f} on {len(data.queries)} others"
     draw_panels(rows, path, title=title, class_names=data.support.class_names)
 
 

@@ -78,11 +78,6 @@ class ChosenVolume:
         """Plane ``z`` in an array of `shape`."""
         return (*(0 for _ in self.lead), z) if self.layer.ndim > 2 else ()
 
-    def box_index(self, box: Box) -> tuple[Any, ...]:
-        """A box (z, y, x) in an array of `shape`."""
-        spans = tuple(slice(*span) for span in box)
-        return (*(0 for _ in self.lead), *spans) if self.layer.ndim > 2 else spans[1:]
-
     def place(self, z: int = 0) -> dict[str, Any]:
         """Keywords of a layer whose array has this grid and begins at plane ``z``."""
         layer, factors = self.layer, self._factors()

@@ -24,7 +24,7 @@ def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerT
 
 
 def read_student(path: str | list[str]) -> list[LayerTuple]:
-    """The pictures of the slices that a student learnt from, with its card as metadata."""
+    """The pictures of the slices that a student learned from, with its card as metadata."""
     card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
     if pictures is None:
         raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock's Model section")

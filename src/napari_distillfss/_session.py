@@ -25,7 +25,7 @@ class Training:
     start: Path | None  # the student it went on from
     classes: tuple[str, ...]
     pixel_size: tuple[float, float] | None
-    support: Path | None  # where the slices it learnt from were written; None if they could not be
+    support: Path | None  # where the slices it learned from were written; None if they could not be
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import copy
 import errno
 import os
-import resource
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -155,7 +154,7 @@ def test_a_bad_plane_is_named_and_no_half_stack_stays(here, error):
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_constant_images_are_segmented_and_learnt_from(here, value):
+def test_constant_images_are_segmented_and_learned_from(here, value):
     flat = np.full_like(IMAGE, value)
     for name in "ab":
         tifffile.imwrite(f"images/{name}.tif", flat)
@@ -183,7 +182,7 @@ def test_images_of_any_small_size_are_segmented(student, shape):
     np.testing.assert_allclose(found.probabilities.sum(0), 1, atol=1e-5)
 
 
-def test_a_one_pixel_slice_may_be_learnt_from():
+def test_a_one_pixel_slice_may_be_learned_from():
     slices = (
         AnnotatedSlice(IMAGE, LABELS, "large"),
         AnnotatedSlice(np.array([[7]], np.uint8), np.array([[1]], np.uint8), "dot"),
@@ -201,7 +200,7 @@ def test_two_scribbled_pixels_are_little_but_no_crash(zoom):
     assert np.isfinite(model.predict(image).probabilities).all()
 
 
-def test_five_channels_are_learnt_from_and_others_refused(here, error):
+def test_five_channels_are_learned_from_and_others_refused(here, error):
     five = np.random.default_rng(3).integers(0, 4000, (96, 96, 5)).astype(np.uint16)
     for name in "ab":
         np.save(f"images/{name}.npy", five)
@@ -248,6 +247,7 @@ def test_a_plane_of_8k_is_segmented_in_windows_of_bounded_size(student, monkeypa
 def test_the_first_tile_of_8k_needs_no_room_for_the_whole(student):
     plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
     next(student.iter_tiles(plane, tile=256))  # what is loaded once is loaded
+    resource = pytest.importorskip("resource", reason="there is no such limit on Windows")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     where, found = next(student.iter_tiles(plane, tile=256))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
@@ -255,7 +255,7 @@ def test_the_first_tile_of_8k_needs_no_room_for_the_whole(student):
     assert grown < 200_000  # kilobytes; as float32 the plane alone has 262144
 
 
-def test_a_slice_of_8k_is_learnt_from_in_crops():
+def test_a_slice_of_8k_is_learned_from_in_crops():
     plane = np.tile(IMAGE, (86, 86))[:LARGE, :LARGE]
     labels = np.zeros((LARGE, LARGE), np.uint8)
     labels[4000:4100, 5000:5200] = 1
@@ -308,6 +308,7 @@ def little_room():
 
     No fixture: between tests pytest writes its own progress, and where that goes to a file it is held by the limit too.
     """
+    resource = pytest.importorskip("resource", reason="there is no such limit on Windows")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
     try:

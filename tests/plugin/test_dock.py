@@ -32,7 +32,7 @@ def dock(viewer, nuclei, open_dock, few):
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory, few):
-    """A student that learnt next to nothing, as a file."""
+    """A student that learned next to nothing, as a file."""
     from distillfss_core import AnnotatedSlice, SupportSet, distill
     from distillfss_core.samples import generate_sample
 
@@ -644,7 +644,7 @@ def test_applying_goes_on_when_its_layer_is_deleted_or_another_is_chosen(
     assert "object" in applying.objects.message.text()
 
 
-def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot, painted_truth):
+def test_a_student_belongs_to_the_volume_it_was_learned_from(dock, viewer, qtbot, painted_truth):
     from qtpy.QtWidgets import QApplication
 
     paint(dock, painted_truth, [2])
@@ -661,7 +661,7 @@ def test_a_student_belongs_to_the_volume_it_was_learnt_from(dock, viewer, qtbot,
     assert [f.name for f in (folder / "student-1" / "images").iterdir()] == ["plane_0002.tif"]
 
 
-def test_a_script_names_the_slices_that_were_learnt_from_whatever_is_painted_later(dock, qtbot, painted_truth):
+def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_later(dock, qtbot, painted_truth):
     from qtpy.QtWidgets import QApplication
 
     from distillfss_core import load_support

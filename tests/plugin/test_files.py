@@ -20,7 +20,7 @@ def student(few, tmp_path_factory):
     return path
 
 
-def test_a_student_file_opens_as_the_slices_it_learnt_from(student):
+def test_a_student_file_opens_as_the_slices_it_learned_from(student):
     (image, about, kind), (labels, _, other) = get_reader(str(student))(str(student))
     assert (kind, other) == ("image", "labels")
     assert image.shape == labels.shape

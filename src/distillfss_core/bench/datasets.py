@@ -41,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be learnt from, and what is tested.
+    """What may be learned from, and what is tested.
 
     Parameters
     ----------

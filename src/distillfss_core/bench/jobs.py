@@ -1,4 +1,4 @@
-"""One model on one task: learnt, asked, judged and timed, in a process of its own."""
+"""One model on one task: learned, asked, judged and timed, in a process of its own."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def run_job(job: Job) -> Row:
     reset_peak()
     began = time.perf_counter()
     model = peer.learn(support, settings)
-    learnt = time.perf_counter() - began
+    learned = time.perf_counter() - began
     judge, pixels, asked = Judge(support.classes, about.side), 0, 0.0
     queries = spread_tests(split, job.tests)
     peak = None
@@ -111,7 +111,7 @@ def run_job(job: Job) -> Row:
     return job.key() | {
         **judge.accuracy().to_json(),
         "test_pictures": len(split.test),
-        "seconds": round(learnt, 2),
+        "seconds": round(learned, 2),
         "seconds_per_megapixel": round(asked / pixels * 1e6, 4),
         "peak_mb": peak and round(peak),
         "before_mb": before and round(before),

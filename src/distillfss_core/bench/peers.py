@@ -1,4 +1,4 @@
-"""What people use today beside ours, each learnt from a support set and asked for labels.
+"""What people use today beside ours, each learned from a support set and asked for labels.
 
 None is tuned: a peer has the settings that its makers give it, or those written here, for all data sets alike.
 """
@@ -46,7 +46,7 @@ class PeerUnavailableError(DistillFSSError):
 
 
 class Answers(Protocol):
-    """A model that has learnt."""
+    """A model that has learned."""
 
     def predict_labels(self, image: Array) -> Array:
         """Labels "y x", uint8."""
@@ -201,8 +201,7 @@ def _points(support: SupportSet, seed: int) -> list[Array]:
 class UNet:
     """A U-Net of segmentation-models-pytorch, fine-tuned whole.
 
-    Its encoder is EfficientNet-Lite0 with the ImageNet weights that ours has, so that what differs is what is learnt on
-    top and how. AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (as ours
+    Its encoder is EfficientNet-Lite0 with our ImageNet weights, so only the layers on top and their training differ. AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (as ours
     on planes of one volume; on separate pictures ours takes 150 fewer) of as many views as ours, cut and augmented as
     ours are, at zoom 1.
     """

@@ -1,4 +1,4 @@
-"""Which pictures are learnt from and tested, and scribbles made of their truth: decided by a seed, the same for all."""
+"""Which images are supports and which are tested, and scribbles made of their truth: by a seed, the same for all."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from distillfss_core.types import IGNORE, AnnotatedSlice, Array, evenly
 STROKES = 5  # a class and slice
 STROKE_LENGTH = 8  # of the longer side of a slice, a stroke is at most one part
 PUBLISHED = -1  # the seed of the published choice
-
-Indices = list[int]
 
 
 def draw_support(split: Split, shots: int, seed: int) -> list[Item]:

@@ -74,7 +74,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _print_report(report: DemoReport) -> None:
-    print(f"{report.data}: learnt from {', '.join(report.supports)}")
+    print(f"{report.data}: learned from {', '.join(report.supports)}")
     print(f"{' ' * len(report.data)}  judged on {', '.join(report.queries)}\n")
     rows = [[s.name, cell(s.iou), cell(s.dice), f"{s.ms_per_plane:.0f}"] for s in report.scores]
     print_table(["", "IoU", "Dice", "ms a plane"], rows, left=1)

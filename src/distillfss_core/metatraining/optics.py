@@ -12,7 +12,6 @@ from scipy import ndimage
 
 from distillfss_core.metatraining.task import F32
 
-LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 CB = np.array([0.0, -0.344, 1.772], np.float32)
 CR = np.array([1.402, -0.714, 0.0], np.float32)
 

@@ -156,9 +156,9 @@ class PretrainRun(Iterator[TrainStep]):
         """The frozen backbone; where it learns, one of its averaged weights, rounded as a head file keeps them."""
         if self._encoder_average is None:
             return self.backbone
-        learnt = self._encoder_average.module
-        assert isinstance(learnt, LearningBackbone)
-        found = backbone_from_state(learnt.spec.name, halved(learnt.state()), f"{TRAINED}{self.backbone.weights}")
+        learned = self._encoder_average.module
+        assert isinstance(learned, LearningBackbone)
+        found = backbone_from_state(learned.spec.name, halved(learned.state()), f"{TRAINED}{self.backbone.weights}")
         return found.to(self.device.torch)
 
     def finish(self, card: dict[str, Any] | None = None) -> Path:

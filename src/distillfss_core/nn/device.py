@@ -1,4 +1,4 @@
-"""The only place that asks about hardware: where to compute, and in which precision."""
+"""Devices: where to compute, and in which precision."""
 
 from __future__ import annotations
 

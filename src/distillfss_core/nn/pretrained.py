@@ -24,7 +24,7 @@ PACKAGED = {"efficientnet_lite0": "efficientnet_lite0.safetensors"}
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
-    """What a head learnt from many tasks.
+    """What a head learned from many tasks.
 
     Parameters
     ----------

@@ -45,11 +45,11 @@ class Job(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         self._lock = threading.Lock()
-        self._labeller: PlaneLabels | None = None
+        self._mode: PlaneLabels | None = None
 
     def teardown(self, worker: Any) -> None:
-        if self._labeller is not None:
-            self._labeller.volume.close()
+        if self._mode is not None:
+            self._mode.volume.close()
 
     def segment(self, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
         """Write (parts of) a shard; gives the digest of its file, and the volume's chunks that had no file."""
@@ -64,7 +64,7 @@ class Job(WorkerPlugin):
 
     def _ready(self) -> PlaneLabels:
         with self._lock:
-            if self._labeller is None:
+            if self._mode is None:
                 spec = self.spec
                 torch.set_num_threads(spec.threads)
                 with tempfile.TemporaryDirectory() as folder:
@@ -72,8 +72,8 @@ class Job(WorkerPlugin):
                     file.write_bytes(spec.model)
                     device = choose_device(spec.device, spec.precision)  # "auto" is the same for all CPUs here
                     model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
-                self._labeller = make_mode(spec.mode, spec.volume, model, spec.tile)
-            return self._labeller
+                self._mode = make_mode(spec.mode, spec.volume, model, spec.tile)
+            return self._mode
 
 
 def segment_shard(name: str, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:

@@ -237,7 +237,7 @@ class Best:
     """A moving average of the trained weights, and the latest average that did well on the validation slice.
 
     Well is within `NOISE` of the best: one slice says little of the others, and of states that it cannot tell apart the
-    one that has learnt longer is better. Without a validation slice the latest average is the best.
+    one that has learned longer is better. Without a validation slice the latest average is the best.
     """
 
     def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:

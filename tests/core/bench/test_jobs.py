@@ -1,4 +1,4 @@
-"""Models of the benchmark, learnt and judged; rows that are kept; peers that are not there."""
+"""Models of the benchmark, learned and judged; rows that are kept; peers that are not there."""
 
 import json
 import shutil

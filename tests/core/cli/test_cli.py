@@ -194,7 +194,7 @@ def test_scribbles_leave_pixels_out(here, capsys):
     assert card["training"]["support_shares"] == pytest.approx([800 / 840, 40 / 840], abs=1e-5)
 
 
-def test_files_of_one_volume_are_learnt_from_as_a_stack_is(here, capsys):
+def test_files_of_one_volume_are_learned_from_as_a_stack_is(here, capsys):
     separate, together = (
         json_of(capsys, "distill", "images", "labels", "-o", "new.safetensors", *FEW, *more)
         for more in ([], ["--same-volume"])
@@ -551,7 +551,7 @@ def test_the_demo_runs_on_own_data_and_prints_a_table(here, capsys):
     shutil.move("labels", "mine/labels")
     assert run("demo", "--data", "mine", *FEW, "--method=direct") == FINE
     said = capsys.readouterr()
-    assert "learnt from plane_0.tif" in said.out
+    assert "learned from plane_0.tif" in said.out
     assert "judged on plane_2.tif" in said.out
     assert "student" in said.out
     assert read_labels("distillfss-demo/segmented/plane_2.tif").shape == (96, 96)

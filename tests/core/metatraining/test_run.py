@@ -66,9 +66,9 @@ def whole(tmp_path_factory) -> PretrainRun:
 
 
 @pytest.fixture(scope="module")
-def learnt(tmp_path_factory) -> PretrainRun:
+def learned(tmp_path_factory) -> PretrainRun:
     """A training that changed its backbone too."""
-    return finished(tmp_path_factory.mktemp("learnt"), WITH_BACKBONE)
+    return finished(tmp_path_factory.mktemp("learned"), WITH_BACKBONE)
 
 
 # episodes
@@ -160,7 +160,7 @@ def test_killed_it_goes_on_from_its_last_checkpoint(tmp_path, whole):
     assert same(weights(finished(tmp_path)), weights(whole))
 
 
-def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, learnt):
+def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, learned):
     run = PretrainRun(WITH_BACKBONE, tmp_path)
     next(run)
     next(run)
@@ -170,12 +170,12 @@ def test_killed_it_goes_on_with_the_backbone_that_it_was_changing(tmp_path, lear
     run.close()
     shutil.move(tmp_path / "as_it_was", tmp_path / CHECKPOINT)
     again = finished(tmp_path, WITH_BACKBONE)
-    _, wanted, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+    _, wanted, _ = read_card_file(learned.folder / CHECKPOINT, CHECKPOINT_FILE)
     _, found, _ = read_card_file(tmp_path / CHECKPOINT, CHECKPOINT_FILE)
     assert found.keys() == wanted.keys()
     assert same(found, wanted)
-    assert again.best_backbone().digest() == learnt.best_backbone().digest()
-    assert again.card()["scores"] == learnt.card()["scores"]
+    assert again.best_backbone().digest() == learned.best_backbone().digest()
+    assert again.card()["scores"] == learned.card()["scores"]
 
 
 def test_a_checkpoint_from_before_a_setting_was_there_goes_on_with_its_default(tmp_path, whole):
@@ -267,7 +267,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path, whole):
         PretrainRun(TINY, tmp_path)
 
 
-def test_real_pictures_are_learnt_from_and_kept_out_sets_judged_on(tmp_path, shared):
+def test_real_pictures_are_learned_from_and_kept_out_sets_judged_on(tmp_path, shared):
     real, held_out = sources([shared / "train"], ["wbc_krd"])
     assert real is not None
     assert held_out is not None
@@ -295,25 +295,25 @@ def test_by_default_the_backbone_stays_as_it_was(whole):
     assert told.backbone_digest == whole.backbone.digest()
 
 
-def test_a_backbone_that_learns_moves_but_for_its_statistics(learnt):
-    before, after = learnt.backbone.state(), learnt.best_backbone().state()
+def test_a_backbone_that_learns_moves_but_for_its_statistics(learned):
+    before, after = learned.backbone.state(), learned.best_backbone().state()
     for name, value in halved(before).items():
         fixed = name.endswith(("running_mean", "running_var"))
         assert torch.equal(after[name], value.float()) == fixed, name
-    assert learnt.best_backbone().trained
-    assert not learnt.backbone.trained
+    assert learned.best_backbone().trained
+    assert not learned.backbone.trained
 
 
-def test_its_average_lags_behind(learnt):
-    _, tensors, _ = read_card_file(learnt.folder / CHECKPOINT, CHECKPOINT_FILE)
+def test_its_average_lags_behind(learned):
+    _, tensors, _ = read_card_file(learned.folder / CHECKPOINT, CHECKPOINT_FILE)
     name = "trunk.blocks.2.0.conv_dw.weight"
-    began = learnt.backbone.state()[name.removeprefix("trunk.")]
+    began = learned.backbone.state()[name.removeprefix("trunk.")]
     now, average = tensors[f"backbone.{name}"], tensors[f"backbone_average.module.{name}"]
     assert 0 < (average - began).norm() < (now - began).norm()
 
 
-def test_it_starts_from_the_head_it_is_given(tmp_path, learnt, whole):
-    path = learnt.finish({"name": "tiny"})
+def test_it_starts_from_the_head_it_is_given(tmp_path, learned, whole):
+    path = learned.finish({"name": "tiny"})
     run = PretrainRun(replace(WITH_BACKBONE, init_from=str(path)), tmp_path / "again")
     told = load_head(path)
     held = run.teacher.state_dict()
@@ -375,13 +375,13 @@ def test_training_starts_from_the_head_it_is_given(whole, support, tiny):
     assert all(torch.allclose(held[name], wanted[name], atol=1e-4) for name in wanted)
 
 
-def test_a_head_brings_the_backbone_that_was_trained_with_it(learnt, support, tiny, tmp_path):
-    path = learnt.finish({"name": "both"})
+def test_a_head_brings_the_backbone_that_was_trained_with_it(learned, support, tiny, tmp_path):
+    path = learned.finish({"name": "both"})
     told = load_head(path)
     backbone = told.trained_backbone()
     assert backbone is not None
-    assert backbone.digest() == told.backbone_digest == learnt.best_backbone().digest() != learnt.backbone.digest()
-    assert backbone.weights == f"trained:{learnt.backbone.weights}"
+    assert backbone.digest() == told.backbone_digest == learned.best_backbone().digest() != learned.backbone.digest()
+    assert backbone.weights == f"trained:{learned.backbone.weights}"
 
     few = replace(tiny, width=8, steps=2, head=str(path))
     student = distill(support, few)
@@ -399,30 +399,30 @@ def test_a_head_brings_the_backbone_that_was_trained_with_it(learnt, support, ti
             model.save(tmp_path / "slim.safetensors", with_backbone=False)
 
 
-def test_the_file_holds_exactly_what_was_judged(learnt):
+def test_the_file_holds_exactly_what_was_judged(learned):
     """The scores on the card are those of the rounded weights, so that nothing is lost on the way."""
     image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    backbone = load_head(learnt.finish()).trained_backbone()
+    backbone = load_head(learned.finish()).trained_backbone()
     assert backbone is not None
-    for ours, theirs in zip(backbone(image).stages, learnt.best_backbone()(image).stages, strict=True):
+    for ours, theirs in zip(backbone(image).stages, learned.best_backbone()(image).stages, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_a_head_with_a_backbone_of_its_own_goes_with_no_other(learnt, support, tiny):
-    few = replace(tiny, width=8, head=str(learnt.finish()))
+def test_a_head_with_a_backbone_of_its_own_goes_with_no_other(learned, support, tiny):
+    few = replace(tiny, width=8, head=str(learned.finish()))
     for other in ({"backbone": "resnet18"}, {"weights": "packaged"}):
         with pytest.raises(SettingsError, match=r"head head\.safetensors brings its own backbone; give '"):
             unrefined_teacher(support, replace(few, **other))
 
 
-def test_a_head_whose_backbone_is_not_whole_is_refused(learnt, support, tiny, tmp_path):
-    card, tensors, _ = read_card_file(learnt.finish(), HEAD_FILE)
+def test_a_head_whose_backbone_is_not_whole_is_refused(learned, support, tiny, tmp_path):
+    card, tensors, _ = read_card_file(learned.finish(), HEAD_FILE)
     del tensors["backbone.blocks.2.0.conv_dw.weight"]
     path = tmp_path / "short.safetensors"
     write_card_file(path, HEAD_FILE, card, tensors)
     with pytest.raises(ModelFileError, match=r"short\.safetensors: its backbone cannot be used .*'blocks.2.0.conv_dw"):
         unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
-    path.write_bytes(learnt.finish().read_bytes()[:-100])
+    path.write_bytes(learned.finish().read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="damaged"):
         unrefined_teacher(support, replace(tiny, width=8, head=str(path)))
 

@@ -65,14 +65,14 @@ def test_a_class_more_costs_the_light_student_a_filter_a_block() -> None:
     assert size(ConvDist(CHANNELS, 5)) == 5 * size(ConvDist(CHANNELS, 1))
 
 
-def _randomised(decoder: SlimDecoder) -> SlimDecoder:
+def _randomized(decoder: SlimDecoder) -> SlimDecoder:
     nn.init.normal_(decoder.out.weight)
     return decoder
 
 
 @pytest.mark.parametrize(
     "decoder",
-    [PublishedDecoder(BLOCKS, SKIPS[1:]), _randomised(SlimDecoder(BLOCKS, SKIPS, width=8))],
+    [PublishedDecoder(BLOCKS, SKIPS[1:]), _randomized(SlimDecoder(BLOCKS, SKIPS, width=8))],
     ids=["published", "slim"],
 )
 def test_classes_are_decoded_as_each_would_be_alone(decoder: Decoder) -> None:
@@ -94,7 +94,7 @@ def test_before_training_the_slim_decoder_says_what_the_maps_say() -> None:
 
 
 def test_no_pixel_of_the_slim_decoder_looks_at_the_whole_tile() -> None:
-    decoder = _randomised(SlimDecoder(BLOCKS, SKIPS, width=8))
+    decoder = _randomized(SlimDecoder(BLOCKS, SKIPS, width=8))
     side = 512
     query, coarse = _pyramid(side), _coarse(1, side)
     changed = query.map(torch.clone)
@@ -123,7 +123,7 @@ def test_margins_say_what_the_merged_logits_say(classes: int) -> None:
 
 
 def test_logits_on_the_decoders_grid_need_only_be_enlarged() -> None:
-    decoder = _randomised(SlimDecoder(BLOCKS, SKIPS, width=8))
+    decoder = _randomized(SlimDecoder(BLOCKS, SKIPS, width=8))
     query, coarse = _pyramid(64), _coarse(2, 64)
     with torch.no_grad():
         whole, grid = decoder(coarse, query), decoder.on_grid(coarse, query)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -200,6 +199,7 @@ def test_voting_takes_both_logits_from_the_surest_group() -> None:
 
 
 def test_memory_of_the_fused_path_does_not_grow_with_the_square_of_tokens() -> None:
+    resource = pytest.importorskip("resource", reason="Windows does not tell a process its memory this way")
     code = """
 import resource, torch
 from distillfss_core.nn.teachers.dcama import attend

@@ -192,7 +192,7 @@ def _with_rare_class(slices: int, *where: int) -> SupportSet:
 
 
 @pytest.mark.parametrize(("where", "left_out"), [((4,), 3), ((3,), 4), ((3, 4), 4)])
-def test_what_only_one_slice_shows_is_learnt_from_it(tiny, where: tuple[int, ...], left_out: int) -> None:
+def test_what_only_one_slice_shows_is_learned_from_it(tiny, where: tuple[int, ...], left_out: int) -> None:
     run = iter_distill(_with_rare_class(8, *where), replace(tiny, steps=1))
     assert run.result().training["validation_slice"] == left_out
 
