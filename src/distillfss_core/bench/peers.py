@@ -204,8 +204,7 @@ class UNet:
     Its encoder is EfficientNet-Lite0 with our ImageNet weights, so only the layers on top and their training differ.
     AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (like the default on
     planes of one volume; on separate images the default takes 150 fewer), of as many crops as the default, cut and
-    augmented as
-    ours are, at zoom 1.
+    augmented alike, at zoom 1.
     """
 
     def __init__(self, support: SupportSet, settings: DistillSettings) -> None:
