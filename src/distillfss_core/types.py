@@ -143,7 +143,7 @@ class TrainStep:
     index, total : int
         Steps done (1..total) and steps planned.
     losses, metrics : mapping of str to float
-        Loss terms of this step; scores measured at it (e.g. ``iou`` on the left-out slice), often empty.
+        Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
         What is being done: "refine", "joint", "distill" or "direct".
     """
