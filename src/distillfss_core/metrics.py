@@ -133,6 +133,12 @@ def evaluate(pairs: Iterable[tuple[Array, Array]], n_classes: int | None = None,
     ------
     ImageError
         If there is no pair, shapes differ, or a label is no class.
+
+    Examples
+    --------
+    >>> predicted, truth = np.array([[1, 1, 0]]), np.array([[1, 0, 0]])
+    >>> evaluate([(predicted, truth)]).pooled.iou
+    array([0.5])
     """
     tally = Tally(n_classes, ignore)
     for predicted, truth in pairs:

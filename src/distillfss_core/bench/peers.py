@@ -201,9 +201,10 @@ def _points(support: SupportSet, seed: int) -> list[Array]:
 class UNet:
     """A U-Net of segmentation-models-pytorch, fine-tuned whole.
 
-    Its encoder is EfficientNet-Lite0 with our ImageNet weights, so only the layers on top and their training differ. AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (as ours
-    on planes of one volume; on separate pictures ours takes 150 fewer) of as many views as ours, cut and augmented as
-    ours are, at zoom 1.
+    Its encoder is EfficientNet-Lite0 with our ImageNet weights, so only the layers on top and their training differ.
+    AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (like the default on
+    planes of one volume; on separate images the default takes 150 fewer), of as many crops as the default, cut and
+    augmented alike, at zoom 1.
     """
 
     def __init__(self, support: SupportSet, settings: DistillSettings) -> None:

@@ -77,6 +77,15 @@ def labels_from_image(
         If the mode is unknown.
     ImageError
         If a number stands for no class.
+
+    Examples
+    --------
+    >>> labels_from_image(np.array([[0, 7], [255, 0]], np.uint8))
+    array([[0, 1],
+           [1, 0]], dtype=uint8)
+    >>> labels_from_image(np.array([[0, 1], [2, 0]], np.uint8), "scribbles")
+    array([[255,   0],
+           [  1, 255]], dtype=uint8)
     """
     if mode not in LABEL_MODES:
         raise SettingsError(f"there is no label mode {mode!r}; choose one of: {', '.join(LABEL_MODES)}")

@@ -173,6 +173,11 @@ def parse_zoom(zoom: Fraction | str | float) -> Fraction:
     ------
     SettingsError
         If it is none of `ZOOMS`.
+
+    Examples
+    --------
+    >>> parse_zoom("1/2")
+    Fraction(1, 2)
     """
     try:
         wanted = Fraction(zoom).limit_denominator(16)

@@ -75,6 +75,11 @@ def split_axis(length: int, tile: int, halo: int, step: int) -> list[Span]:
     -------
     list of Span
         Inner parts cover every pixel exactly once, in order.
+
+    Examples
+    --------
+    >>> split_axis(100, 64, 16, 32)
+    [Span(inner=(0, 64), outer=(0, 96)), Span(inner=(64, 100), outer=(32, 100))]
     """
     tile, halo = _round_up(max(tile, 1), step), _round_up(halo, step)
     pieces = max(1, -(-length // tile))

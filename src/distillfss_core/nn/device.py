@@ -85,6 +85,11 @@ def choose_device(name: str = "auto", precision: str = "auto") -> Device:
     ------
     SettingsError
         If the device named is not on this machine, or does not compute in that precision.
+
+    Examples
+    --------
+    >>> choose_device("cpu").precision
+    'float32'
     """
     if precision not in PRECISIONS:
         raise SettingsError(f"precision {precision!r} is unknown; choose one of: {', '.join(PRECISIONS)}")

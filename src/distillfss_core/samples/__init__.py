@@ -75,6 +75,12 @@ def generate_sample(kind: str = "nuclei", planes: int = 12, size: int = 384, see
     ------
     SettingsError
         If the kind is unknown or a number is outside its limits.
+
+    Examples
+    --------
+    >>> sample = generate_sample("nuclei", planes=2, size=64)
+    >>> sample.image.shape, sample.labels.dtype
+    ((2, 64, 64), dtype('uint16'))
     """
     if kind not in KINDS:
         raise SettingsError(f"there is no sample {kind!r}; choose one of: {', '.join(KINDS)}")

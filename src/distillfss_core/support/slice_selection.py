@@ -38,6 +38,11 @@ def suggest_planes(planes: int, count: int) -> list[int]:
         Ascending plane numbers. The choice for fewer planes is part of the choice for more.
 
     Source: DistillFSS (arXiv 2512.05613), choice of the support set.
+
+    Examples
+    --------
+    >>> suggest_planes(50, 5)
+    [0, 12, 24, 36, 49]
     """
     if not 1 <= count <= planes:
         raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")

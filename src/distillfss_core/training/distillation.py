@@ -35,7 +35,7 @@ from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.training.zoom import choose_zoom
 from distillfss_core.types import IGNORE, Array, TrainStep, evenly
 
-AUTO_LEAVE_OUT = 8  # slices from which on one is kept apart by default
+AUTO_VALIDATION = 8  # slices from which on one is the validation slice by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
 FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
@@ -298,8 +298,8 @@ def _samples(sampler: CropSampler, slices: int) -> UInt8[Array, "n 3 s s"]:
 
 
 def _validation_index(settings: DistillSettings, support: SupportSet) -> int | None:
-    """The slice kept apart; of its own accord none that alone shows a class, or the background."""
-    if settings.validation_slice == "none" or (settings.validation_slice == "auto" and len(support) < AUTO_LEAVE_OUT):
+    """The validation slice; of its own accord none that alone shows a class, or the background."""
+    if settings.validation_slice == "none" or (settings.validation_slice == "auto" and len(support) < AUTO_VALIDATION):
         return None
     alone = support.shown_once()
     if settings.validation_slice == "auto":

@@ -60,7 +60,7 @@ STAGES = {
 
 @dataclass(frozen=True, eq=False)
 class ValidationCrops:
-    """Plain crops of the slice that is kept apart: features and labels of each."""
+    """Plain crops of the validation slice: features and labels of each."""
 
     features: list[FeaturePyramid]
     labels: list[Int[Tensor, "b h w"]]

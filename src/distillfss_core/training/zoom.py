@@ -35,7 +35,7 @@ Answer = Callable[[Tensor], Tensor]
 def choose_zoom(
     support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
 ) -> tuple[Fraction, dict[str, float]]:
-    """The zoom at which crops of left-out slices are segmented best by what the other slices show.
+    """The zoom at which crops of held-out slices are segmented best by what the other slices show.
 
     Every fifth of the slices (of a single slice: of its crops) is left out in turn. A meta-trained teacher is told by
     the rest and answers; without one, ridge regression from the features under a pixel to its class is fitted on it.

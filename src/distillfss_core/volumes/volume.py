@@ -248,6 +248,14 @@ def open_volume(
         If there is no such level, channel, time point or series, or one has to be chosen, or the axes are not known.
     ImageError
         If the array cannot be an image (axes, dtype, empty).
+
+    Examples
+    --------
+    >>> volume = open_volume(np.zeros((4, 32, 32), np.uint8))
+    >>> volume.shape, volume.axes
+    ((4, 32, 32), 'zyx')
+    >>> volume.read(slice(0, 1), slice(0, 8), slice(0, 8)).shape
+    (1, 8, 8)
     """
     if not isinstance(level, int) or level < 0:
         raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")

@@ -93,7 +93,7 @@ class DistillWidget(QWidget):
         record = found.model.training
         line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
         if record.get("validation_iou") is not None:
-            line += f", IoU {record['validation_iou']:.3f} on the slice left out"
+            line += f", IoU {record['validation_iou']:.3f} on the validation slice"
         if found.stopped:
             line += f"; the best student so far (step {record['best_step']}) is kept"
         if found.error:

@@ -130,5 +130,5 @@ def describe(card: dict[str, Any]) -> str:
             f"on {training['device']}, {len(training['support'])} slices"
         )
         if training.get("validation_iou") is not None:
-            lines.append(f"left-out IoU: {training['validation_iou']:.3f}")
+            lines.append(f"validation IoU: {training['validation_iou']:.3f}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Two curves over the steps of a training, drawn by Qt alone: its loss, and the IoU on the slice left out."""
+"""Two curves over the steps of a training, drawn by Qt alone: its loss, and the IoU on the validation slice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MOST_POINTS = 400
 
 
 class TrainingPlot(QWidget):
-    """Shows the loss (smoothed, its own scale) and the left-out IoU (0 to 1) as they come."""
+    """Shows the loss (smoothed, its own scale) and the validation IoU (0 to 1) as they come."""
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self.setToolTip(
-            "Blue: the loss of the training, which should fall. Orange: IoU on the slice left out (with eight slices "
+            "Blue: the loss of the training, which should fall. Orange: IoU on the validation slice (with eight slices "
             "and more, or if you choose one), which should rise."
         )
         self.setSizePolicy(QSizePolicy.Policy.Expanding, QSizePolicy.Policy.Fixed)
@@ -56,7 +56,7 @@ class TrainingPlot(QWidget):
             self._write(painter, f"loss {values[-1]:.3f}", LOSS_COLOR, Qt.AlignmentFlag.AlignLeft)
         if self.scores:
             self._draw(painter, frame, self.scores, 0.0, 1.0, IOU_COLOR)
-            text = f"left-out IoU {self.scores[-1][1]:.3f}"
+            text = f"validation IoU {self.scores[-1][1]:.3f}"
             self._write(painter, text, IOU_COLOR, Qt.AlignmentFlag.AlignRight)
         painter.end()
 
