@@ -40,8 +40,8 @@ def cli_page() -> str:
     os.environ |= {"COLUMNS": "100", "NO_COLOR": "1"}
     parts = [
         "# Command line",
-        "Every command has `--json` for scripts. An error is one line on stderr, `distillfss: error: ...`. The exit code "
-        "is 0 after success, 1 after an error, 2 after a wrong option, and 130 after Ctrl-C.",
+        "Every command has `--json` for scripts. An error is one line on stderr, `distillfss: error: ...`. The exit "
+        "code is 0 after success, 1 after an error, 2 after a wrong option, and 130 after Ctrl-C.",
     ]
     for name, parser in commands(build_parser()):
         parts += [f"## {name}", f"```text\n{parser.format_help().rstrip()}\n```"]

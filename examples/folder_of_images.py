@@ -1,6 +1,6 @@
 """Two-dimensional images in a folder: learn from a few annotated ones, segment all of them, and score the result."""
 
-# %% A folder of images, and one of labels for a few of them. Here they are generated; put your own files in their place.
+# %% A folder of images, and one of labels for some of them. Here they are generated; use your own files instead.
 from pathlib import Path
 
 from distillfss_core import (

@@ -1,4 +1,4 @@
-"""The pages of the documentation hold for the code: commands parse, Python compiles, every public name has its entry."""
+"""The documentation holds for the code: commands parse, Python compiles, every public name has its entry."""
 
 import importlib.util
 import re
