@@ -48,7 +48,7 @@ if [[ $what == all ]]; then
     else
         tests=(-m cuda --device cuda)
     fi
-    timeout 150 "$python" -m pytest tests/core/test_cuda.py -q -x --no-header --durations=5 "${tests[@]}" 2>&1 |
+    timeout 150 "$python" -m pytest tests/core/test_cuda.py -q --maxfail=8 --no-header --durations=5 "${tests[@]}" 2>&1 |
         tee "$out/log.txt"
     tested=${PIPESTATUS[0]}
     "$python" benchmarks/gpu.py note "$out" tests "$(tail -n 1 "$out/log.txt")"

@@ -15,6 +15,9 @@ def _setting(default: Any, label: str, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"label": label, "help": help, **limits})
 
 
+SAMPLES = ("nuclei", "mitochondria", "nodules")
+"""Kinds of generated stacks, see `distillfss_core.samples`."""
+
 FORMS = ("default", "published")
 """Of student, decoder, teacher and loss: that of this package, or that of the papers."""
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from distillfss_core.cli.console import FINE, add_common, cell, positive, print_json, print_table, progress, show_step
 from distillfss_core.cli.options import add_label_options, add_settings, given_settings
 from distillfss_core.errors import SettingsError
-from distillfss_core.samples import KINDS
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import SAMPLES, DistillSettings
 
 if TYPE_CHECKING:
     from distillfss_core.demo import DemoReport
@@ -37,7 +36,7 @@ def add_demo(commands: Any) -> None:
         help="a folder that holds images and labels, or IMAGES LABELS as for distill; the last third is judged on",
     )
     parser.add_argument(
-        "--sample", choices=KINDS, default="nuclei", help="what to generate, unless there is --data (default: nuclei)"
+        "--sample", choices=SAMPLES, default="nuclei", help="what to generate, unless there is --data (default: nuclei)"
     )
     parser.add_argument("--supports", type=positive, metavar="N", help="slices to learn from (default: 5)")
     parser.add_argument("--planes", type=positive, default=12, metavar="N", help="planes to generate (default: 12)")

@@ -15,10 +15,9 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.samples.mitochondria import PIXEL_NM, PLANE_NM, draw_mitochondria
 from distillfss_core.samples.nodules import PLANE_MM, draw_nodules, pixel_size
 from distillfss_core.samples.nuclei import Z_STEP, draw_nuclei
+from distillfss_core.settings import SAMPLES
 
-__all__ = ["KINDS", "Sample", "generate_sample"]
-
-KINDS = ("nuclei", "mitochondria", "nodules")
+__all__ = ["Sample", "generate_sample"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +81,8 @@ def generate_sample(kind: str = "nuclei", planes: int = 12, size: int = 384, see
     >>> sample.image.shape, sample.labels.dtype
     ((2, 64, 64), dtype('uint16'))
     """
-    if kind not in KINDS:
-        raise SettingsError(f"there is no sample {kind!r}; choose one of: {', '.join(KINDS)}")
+    if kind not in SAMPLES:
+        raise SettingsError(f"there is no sample {kind!r}; choose one of: {', '.join(SAMPLES)}")
     for name, value, low, high in (("planes", planes, 1, 64), ("size", size, 64, 2048), ("seed", seed, 0, 2**32 - 1)):
         if not low <= value <= high:
             raise SettingsError(f"{name} is {value}; give a number from {low} to {high}")
@@ -92,7 +91,7 @@ def generate_sample(kind: str = "nuclei", planes: int = 12, size: int = 384, see
     if kind == "nuclei":
         image, labels = draw_nuclei(np.random.default_rng([seed, planes, size]), shape)
         return Sample(image, labels, name, (Z_STEP, 1.0, 1.0), "pixel", "nucleus")
-    rng = np.random.default_rng([seed, planes, size, KINDS.index(kind)])
+    rng = np.random.default_rng([seed, planes, size, SAMPLES.index(kind)])
     if kind == "mitochondria":
         image, labels = draw_mitochondria(rng, shape)
         return Sample(image, labels, name, (PLANE_NM, PIXEL_NM, PIXEL_NM), "nanometer", "mitochondrion")

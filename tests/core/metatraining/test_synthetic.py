@@ -8,8 +8,11 @@ from PIL import Image
 
 from distillfss_core.errors import SettingsError
 from distillfss_core.metatraining.gallery import gallery
-from distillfss_core.metatraining.optics import LUMA, MODES, Light, degrade, draw_light
+from distillfss_core.metatraining.optics import MODES, Light, degrade, draw_light
 from distillfss_core.metatraining.synthetic import FAMILIES, SMALLEST_SHARE, synthetic_task
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""Weights of red, green and blue in the brightness (ITU-R BT.601)."""
 
 
 def picture(seed: int = 0, size: int = 64) -> np.ndarray:

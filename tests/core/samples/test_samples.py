@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.samples import KINDS, generate_sample
+from distillfss_core.samples import generate_sample
+from distillfss_core.settings import SAMPLES
 
 
 @pytest.fixture(scope="module")
 def samples():
-    return {kind: generate_sample(kind, planes=6, size=256, seed=3) for kind in KINDS}
+    return {kind: generate_sample(kind, planes=6, size=256, seed=3) for kind in SAMPLES}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=SAMPLES)
 def sample(request, samples):
     return samples[request.param]
 
@@ -23,7 +24,7 @@ def digest(sample) -> str:
     return hashlib.sha256(sample.image.tobytes() + sample.labels.tobytes()).hexdigest()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAMPLES)
 def test_the_same_seed_gives_the_same_bytes(samples, kind):
     assert digest(generate_sample(kind, planes=6, size=256, seed=3)) == digest(samples[kind])
     assert digest(generate_sample(kind, planes=6, size=256, seed=4)) != digest(samples[kind])
@@ -86,7 +87,7 @@ def test_the_thorax_is_in_hounsfield_units():
     assert sample.unit == "millimeter"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", SAMPLES)
 def test_one_small_plane_will_do(kind):
     assert generate_sample(kind, planes=1, size=64).image.shape == (1, 64, 64)
 
