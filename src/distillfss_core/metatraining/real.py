@@ -193,7 +193,8 @@ class RealSource:
         -------
         Task
             Its ``source`` is "real/<set>", or "real/<set>/superpixel" where the object is a pseudo-class (Ouyang et
-            al., "Self-Supervision with Superpixels", ECCV 2020, section 3.2).
+            al., "Self-Supervision with Superpixels: Training Few-shot Medical Image Segmentation without Annotation",
+            ECCV 2020, section 3.2).
 
         Raises
         ------

@@ -16,7 +16,10 @@ from distillfss_core.types import IGNORE
 def focal_loss(
     logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"], gamma: float = 2.0
 ) -> Float[Tensor, ""]:
-    """Mean over annotated pixels of (1 - exp(-CE))^gamma CE. Source: Lin et al., ICCV 2017."""
+    """Mean over annotated pixels of (1 - exp(-CE))^gamma CE.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
+    """
     ce = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
     known = target != IGNORE
     return ((1 - torch.exp(-ce)) ** gamma * ce).sum() / known.sum().clamp_min(1)

@@ -1,7 +1,7 @@
 """DCAMA: dense cross-attention between query and support, weighted by the support's masks.
 
-Source: Shi et al., Dense Cross-Query-and-Support Attention Weighted Mask Aggregation, ECCV 2022; as the
-teacher of DistillFSS, arXiv 2512.05613.
+Source: Shi et al., "Dense Cross-Query-and-Support Attention Weighted Mask Aggregation for Few-Shot Segmentation",
+ECCV 2022; as the teacher of DistillFSS, arXiv:2512.05613.
 """
 
 from __future__ import annotations

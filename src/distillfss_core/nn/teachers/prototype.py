@@ -1,7 +1,8 @@
 """A teacher that needs no training: masked-average and clustered prototypes, cosine maps.
 
-Source: masked average pooling as in Zhang et al., SG-One, IEEE Trans. Cybern. 2020; several prototypes a class
-by k-means as in Yang et al., Prototype Mixture Models, ECCV 2020.
+Source: masked average pooling as in Zhang et al., "SG-One: Similarity Guidance Network for One-Shot Semantic
+Segmentation", IEEE Transactions on Cybernetics 2020; several prototypes for each class by k-means as in Yang et al.,
+"Prototype Mixture Models for Few-shot Semantic Segmentation", ECCV 2020.
 """
 
 from __future__ import annotations
