@@ -206,7 +206,8 @@ def _start(kind: str, count: int) -> Any:
             cluster: Any = SLURMCluster()
         except ValueError as error:
             raise SettingsError(
-                f"dask-jobqueue is not configured for SLURM ({' '.join(str(error).split())[:120]}); see docs/clusters.md"
+                f"dask-jobqueue is not configured for SLURM ({' '.join(str(error).split())[:120]}); "
+                "see docs/clusters.md"
             ) from error
         cluster.scale(jobs=count or 1)
         return cluster
