@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
 from napari_distillfss._widgets.support import MARK
@@ -137,6 +138,13 @@ def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
     dock.distill.start()
     finish(qtbot, dock)
     assert "no slice has a pixel of class 'class 2'" in dock.distill.message.text()
+
+
+def test_no_part_of_the_dock_hides_a_function_of_qt(dock):
+    """As a button named ``screen`` did."""
+    for widget in (dock.apply, dock.support, dock.preview, dock.distill, dock.model, dock.volume):
+        hidden = {name for name in vars(widget) if hasattr(QWidget, name)}
+        assert not hidden, type(widget).__name__
 
 
 def test_impossible_settings_are_said(dock, painted_truth):

@@ -160,21 +160,6 @@ def _describe(
     size = spec.ParameterizedSize(min=smallest_side(model), step=model.step)
     given, found = spec.TensorId(GIVEN), spec.TensorId(FOUND)
     axes = [(spec.AxisId(axis), scale) for axis, scale in zip("yx", pixel, strict=True)]
-    if model.preprocess.scope == "volume":
-        gain, offset = linear_intensity(model)
-        one = channels == 1
-        kwargs: Any = (
-            spec.ScaleLinearKwargs(gain=gain[0], offset=offset[0])
-            if one
-            else spec.ScaleLinearAlongAxisKwargs(axis=spec.AxisId("channel"), gain=gain, offset=offset)
-        )
-        scaling: Any = spec.ScaleLinearDescr(kwargs=kwargs)
-    else:
-        jointly = [spec.AxisId(a) for a in (("channel", "y", "x") if model.preprocess.together else ("y", "x"))]
-        low, high = PERCENTILES
-        scaling = spec.ScaleRangeDescr(
-            kwargs=spec.ScaleRangeKwargs(axes=jointly, min_percentile=low, max_percentile=high)
-        )
     return spec.ModelDescr(
         name=name,
         description=description
@@ -194,7 +179,7 @@ def _describe(
                     *(spec.SpaceInputAxis(id=axis, size=size, scale=scale, **unit) for axis, scale in axes),
                 ],
                 data=spec.IntervalOrRatioDataDescr(type="float32"),
-                preprocessing=[scaling],
+                preprocessing=[_scaling(model)],
                 test_tensor=spec.FileDescr(source=folder / "test_input.npy"),
             )
         ],
@@ -224,6 +209,23 @@ def _describe(
         ),
         config=spec.Config.model_validate({"distillfss": json.loads(json.dumps(model.card))}),
     )
+
+
+def _scaling(model: StudentModel) -> Any:
+    """How intensities are scaled, in the words of the format."""
+    from bioimageio.spec.model import v0_5 as spec
+
+    if model.preprocess.scope == "volume":
+        gain, offset = linear_intensity(model)
+        kwargs: Any = (
+            spec.ScaleLinearKwargs(gain=gain[0], offset=offset[0])
+            if model.preprocess.channels == 1
+            else spec.ScaleLinearAlongAxisKwargs(axis=spec.AxisId("channel"), gain=gain, offset=offset)
+        )
+        return spec.ScaleLinearDescr(kwargs=kwargs)
+    jointly = [spec.AxisId(a) for a in (("channel", "y", "x") if model.preprocess.together else ("y", "x"))]
+    low, high = PERCENTILES
+    return spec.ScaleRangeDescr(kwargs=spec.ScaleRangeKwargs(axes=jointly, min_percentile=low, max_percentile=high))
 
 
 def _identifiers(names: Sequence[str]) -> list[str]:

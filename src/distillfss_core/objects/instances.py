@@ -16,7 +16,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from distillfss_core import __version__
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.writing import atomic_path
-from distillfss_core.labelstore.layout import Box, Index, plan_blocks, slices
+from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
 from distillfss_core.labelstore.store import RECORD, LabelStore, check_apart, finished_regions, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
@@ -178,20 +178,7 @@ def iter_instances(
     _check_finished(labels)
     check_apart(out, labels.path, image.path if image else None)
     settings = {**cutter.settings(), "min_voxels": min_voxels}
-    about = About(
-        name=out.name.partition(".")[0],
-        scale=labels.scale,
-        origin=labels.origin,
-        unit=labels.unit,
-        classes=(),
-        provenance={"program": f"napari-distillfss {__version__}", "instances": settings},
-        image="../.." if image_of(out) else None,
-    )
-    chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
-    levels = len((image or labels).levels) if image_of(out) else None  # as many as the image: OME-Zarr asks so
-    layout = plan_blocks(
-        labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
-    )
+    about, layout = _plan(labels, image, out, block, settings)
     if overwrite:
         remove_labels(out)
     store = LabelStore(out, layout, about, settings, resume=resume)
@@ -222,6 +209,28 @@ def iter_instances(
         store.close()
     small = int((objects["id"] == 0).sum())
     return InstanceReport(out, len(objects) - small, small, time.monotonic() - start)
+
+
+def _plan(
+    labels: Volume, image: Volume | None, out: Path, block: Index, settings: Mapping[str, Any]
+) -> tuple[About, Layout]:
+    """Metadata and shards of the numbered objects."""
+    inside = image_of(out)
+    about = About(
+        name=out.name.partition(".")[0],
+        scale=labels.scale,
+        origin=labels.origin,
+        unit=labels.unit,
+        classes=(),
+        provenance={"program": f"napari-distillfss {__version__}", "instances": settings},
+        image="../.." if inside else None,
+    )
+    chunk = tuple(math.gcd(b, c) for b, c in zip(block, _CHUNK, strict=True))
+    levels = len((image or labels).levels) if inside else None  # as many as the image: OME-Zarr asks so
+    layout = plan_blocks(
+        labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
+    )
+    return about, layout
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ class PreviewWidget(QWidget):
             JobBar(self.job, cancel="Stop"),
             self.message,
         )
+        self._connect(session, viewer)
+
+    def _connect(self, session: Session, viewer: Any) -> None:
         self._soon.timeout.connect(self._ask)
         self._latest.answered.connect(self._on_part)
         self._latest.failed.connect(self._on_failed)

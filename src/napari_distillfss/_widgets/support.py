@@ -114,6 +114,9 @@ class SupportWidget(QWidget):
             JobBar(self.job, cancel="Stop looking"),
             self.message,
         )
+        self._connect(session, viewer)
+
+    def _connect(self, session: Session, viewer: Any) -> None:
         self._soon.timeout.connect(self._on_painted)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
