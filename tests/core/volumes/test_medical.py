@@ -149,12 +149,12 @@ def test_a_file_cut_short_is_one_clear_error_and_never_silent_zeros(tmp_path, se
     for file in files:
         file.write_bytes(file.read_bytes()[: rng.randrange(1, file.stat().st_size - 1)])
         source = folder if file.parent == folder else file
-        error, found = None, data
+        message, found = None, data
         try:
             found = open_volume(source).read()
         except DistillFSSError as error:
-            error = str(error)
-        assert error is None or ("\n" not in error and source.name in error)
+            message = str(error)
+        assert message is None or ("\n" not in message and source.name in message)
         assert np.array_equal(found, data), file
 
 

@@ -407,11 +407,11 @@ def test_damaged_inputs_give_one_clear_error_and_never_silent_zeros(sound, tmp_p
         copy = tmp_path / f"{number}_{source.name}"
         (shutil.copytree if source.is_dir() else shutil.copy)(source, copy)
         harm(copy)
-        error, found = None, data
+        message, found = None, data
         try:
             with open_volume(copy) as volume:
                 found = volume.read()
         except DistillFSSError as error:
-            error = str(error)
-        assert error is None or ("\n" not in error and copy.name in error), (number, error)
+            message = str(error)
+        assert message is None or ("\n" not in message and copy.name in message), (number, message)
         assert np.array_equal(found, data), (number, kind)  # without an error the harm did not reach the voxels
