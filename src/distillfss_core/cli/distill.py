@@ -65,6 +65,8 @@ def _distill(args: argparse.Namespace) -> int:
     from distillfss_core.io.writing import check_output
 
     given = given_settings(args)
+    if args.init_from and args.preset != "default":
+        raise SettingsError("--preset does not go with --init-from: the model has its form; leave the option out")
     settings = DistillSettings.preset(args.preset, **given)
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
