@@ -178,15 +178,15 @@ def _cost(job: Callable[[], object]) -> tuple[float, float]:
 def _labels(models: dict[tuple[str, str], StudentModel], plane: Array) -> Iterator[dict[str, Any]]:
     reference = models[FORMS[0]].predict(plane)
     for (engine, precision), model in models.items():
-        found = model.predict(plane)
-        scores = evaluate([(found.labels, reference.labels)], len(model.class_names))
+        predicted = model.predict(plane)
+        scores = evaluate([(predicted.labels, reference.labels)], len(model.class_names))
         yield {
             "what": "labels",
             "engine": describe_engine(engine),
             "precision": precision,
-            "differing": float((found.labels != reference.labels).mean()),
+            "differing": float((predicted.labels != reference.labels).mean()),
             "iou_with_torch": [round(float(v), 6) for v in scores.pooled.iou],
-            "probability_differs_by": float(np.abs(found.probabilities - reference.probabilities).max()),
+            "probability_differs_by": float(np.abs(predicted.probabilities - reference.probabilities).max()),
         }
 
 

@@ -106,11 +106,11 @@ def stack(data: Path, image: str, labels: str) -> list[AnnotatedSlice]:
 def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
     """The tasks asked for, made when their turn comes."""
     for name in sorted(only):
-        if not (found := re.fullmatch(r"(nucleus|fluorescence|tissue)(\d+)", name)):
+        if not (match := re.fullmatch(r"(nucleus|fluorescence|tissue)(\d+)", name)):
             continue
         training, test = nuclei(data)
         queries = [item.read() for item in test]
-        what, shots = found[1], int(found[2])
+        what, shots = match[1], int(match[2])
         if what != "nucleus":
             training = [item for item in training if kind(item.read()) == what]
             queries = [q for q in queries if kind(q) == what]
@@ -167,12 +167,12 @@ def score(model: Segmenter, task: Task, *, consensus: bool = False) -> dict[str,
     """Pooled and mean IoU, by kind of image where there are several, and seconds a megapixel."""
     tallies: dict[str, Tally] = {}
     pixels, began = 0, time.perf_counter()
-    answers = _consensus(model, task) if consensus else (model.predict_labels(q.image) for q in task.queries)
-    for query, found in zip(task.queries, answers, strict=True):
-        pixels += found.size
+    predictions = _consensus(model, task) if consensus else (model.predict_labels(q.image) for q in task.queries)
+    for query, predicted in zip(task.queries, predictions, strict=True):
+        pixels += predicted.size
         for group in {"all", kind(query)}:
             tallies.setdefault(group, Tally(task.support.classes)).add(
-                at_side(found, task.side), at_side(query.labels, task.side)
+                at_side(predicted, task.side), at_side(query.labels, task.side)
             )
     seconds = time.perf_counter() - began
     scores = {group: tally.scores() for group, tally in tallies.items()}
@@ -193,27 +193,27 @@ def _consensus(model: Segmenter, task: Task) -> Iterator[Array]:
         cube = np.stack([plane.image for plane in planes])
         mode_labels = make_mode("consensus", open_volume(cube), model)
         z, y, x = ((0, n) for n in cube.shape)
-        found = mode_labels.labels((z, y, x), mode_labels.read((z, y, x)))
-        yield from (labels for plane, labels in zip(planes, found, strict=True) if id(plane) in queries)
+        predicted = mode_labels.labels((z, y, x), mode_labels.read((z, y, x)))
+        yield from (labels for plane, labels in zip(planes, predicted, strict=True) if id(plane) in queries)
 
 
 def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
     """Draw the test images on which the distilled student has the lowest IoU."""
     task = next(t for t in tasks(data, {name}, draw + 1) if t.draw == draw)
     model = distill(task.support)
-    found = []
+    examples = []
     for query in task.queries:
-        answer, tally = model.predict_labels(query.image), Tally(task.support.classes)
-        tally.add(answer, query.labels)
-        found.append((_over_classes(tally.scores().pooled.iou), query, answer))
-    found.sort(key=lambda entry: entry[0])
+        predicted, tally = model.predict_labels(query.image), Tally(task.support.classes)
+        tally.add(predicted, query.labels)
+        examples.append((_over_classes(tally.scores().pooled.iou), query, predicted))
+    examples.sort(key=lambda entry: entry[0])
     rows: list[Row] = []
     for i in range(0, count, WORST_COLUMNS):
-        part = found[i : min(i + WORST_COLUMNS, count)]
+        part = examples[i : min(i + WORST_COLUMNS, count)]
         rows.append(Row("image", [Panel(q.image, caption=f"{kind(q)}, IoU {iou:.2f}") for iou, q, _ in part]))
-        rows.append(Row("answer", [Panel(q.image, answer, "errors", q.labels) for _, q, answer in part]))
-    draw_panels(rows, out, title=f"{name}, draw {draw}: the {count} worst of {len(found)}", width=200)
-    for iou, query, _ in found[:count]:
+        rows.append(Row("answer", [Panel(q.image, predicted, "errors", q.labels) for _, q, predicted in part]))
+    draw_panels(rows, out, title=f"{name}, draw {draw}: the {count} worst of {len(examples)}", width=200)
+    for iou, query, _ in examples[:count]:
         print(f"{query.source}: {kind(query)}, {query.image.shape[1]} x {query.image.shape[0]}, IoU {iou:.3f}")
 
 
@@ -303,9 +303,9 @@ def with_foreign_masks(support: SupportSet) -> SupportSet:
 
 
 def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str], head: str) -> None:
-    known = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
+    done = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
     for task in tasks(data, only, draws):
-        missing = {m for m in wanted if (task.name, task.draw, m) not in known}
+        missing = {m for m in wanted if (task.name, task.draw, m) not in done}
         if not task.volumes:
             missing.discard(CONSENSUS)
         if missing.intersection(OF_THE_STUDENT):
@@ -339,21 +339,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def cost(out: Path, backbone_name: str, view: int) -> None:
+def cost(out: Path, backbone_name: str, side: int) -> None:
     """Training steps, cached and not, on views of ``view``."""
     device = choose_device("auto")
     backbone = load_backbone(backbone_name, "auto" if backbone_name.startswith("eff") else "random").to(device.torch)
     head = FewShotHead(backbone.spec, 1, HeadForm("default", "default", "default", 32)).to(device.torch)
     rng = np.random.default_rng(0)
-    labels = np.kron(rng.random((5, view // 32, view // 32)) < 0.2, np.ones((1, 32, 32))).astype(np.uint8)
+    labels = np.kron(rng.random((5, side // 32, side // 32)) < 0.2, np.ones((1, 32, 32))).astype(np.uint8)
 
     # one walk over five slices, each query answered by the four others
-    slices = [AnnotatedSlice(rng.integers(0, 255, (view, view), dtype=np.uint8), m) for m in labels]
+    slices = [AnnotatedSlice(rng.integers(0, 255, (side, side), dtype=np.uint8), m) for m in labels]
     support = SupportSet(tuple(slices))
-    sampler = CropSampler(support, fit_preprocess([s.image for s in slices]), view, Augmentation())
-    cache = FeatureCache(backbone, device, memory=1 << 30, most=5)
-    views = [sampler.cut(i, rng) for i in range(5)]
-    for each in views:
+    sampler = CropSampler(support, fit_preprocess([s.image for s in slices]), side, Augmentation())
+    cache = FeatureCache(backbone, device, memory=1 << 30, limit=5)
+    crops = [sampler.cut(i, rng) for i in range(5)]
+    for each in crops:
         cache.add(each)
     head.train()
     walk = [Episode((i,), tuple(j for j in range(5) if j != i)) for i in range(5)]
@@ -363,13 +363,13 @@ def cost(out: Path, backbone_name: str, view: int) -> None:
         for episode in walk:
             if not cached:
                 for i in (*episode.query, *episode.support):
-                    cache.replace(i, views[i])
+                    cache.replace(i, crops[i])
             losses = episode_losses(head, STAGES["joint"], cache, episode, settings)
             torch.stack(list(losses.values())).sum().backward()
 
     cached, fresh = _median_ms(lambda: step(True), 5), _median_ms(lambda: step(False), 5)
     for name, ms in (("training step, cached", cached), ("training step, uncached", fresh)):
-        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": view, "ms": round(ms, 1)}
+        row = {"task": "cost", "draw": 0, "model": f"{backbone_name}: {name}", "side": side, "ms": round(ms, 1)}
         _append(out, row | {"ratio_to_cached": round(ms / cached, 2)})
 
 
@@ -441,12 +441,12 @@ def curve(path: Path, out: Path, name: str = "nucleus") -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found: dict[str, dict[int, list[float]]] = {}
+    scores: dict[str, dict[int, list[float]]] = {}
     for row in _rows(path):
         if row.get("head") == "auto" and (match := re.fullmatch(rf"{name}(\d+)", row["task"])):
-            found.setdefault(row["model"], {}).setdefault(int(match[1]), []).append(row["pooled"])
+            scores.setdefault(row["model"], {}).setdefault(int(match[1]), []).append(row["pooled"])
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for model, shots in found.items():
+    for model, shots in scores.items():
         if len(shots) < 2:
             continue
         counts = sorted(shots)
@@ -454,7 +454,7 @@ def curve(path: Path, out: Path, name: str = "nucleus") -> None:
         for n in counts:
             axes.plot([n] * len(shots[n]), shots[n], ".", color=line.get_color())
     axes.set_xscale("log")
-    ticks = sorted({n for shots in found.values() for n in shots})
+    ticks = sorted({n for shots in scores.values() for n in shots})
     axes.set_xticks(ticks, [str(n) for n in ticks])
     axes.minorticks_off()
     axes.set(ylim=(0, 1), xlabel="annotated images", ylabel="pooled IoU on 133 test images")

@@ -252,8 +252,8 @@ class Measured:
             settings = replace(DistillSettings(), device=self.size.device, precision=precision, steps=self.size(0, 3))
             model = distill(SupportSet(tuple(support), ("nucleus",)), settings)
             tally = Tally(1)
-            for one in test[: self.size(TEST_IMAGES, 1)]:
-                tally.add(model.predict_labels(one.image), one.labels)
+            for item in test[: self.size(TEST_IMAGES, 1)]:
+                tally.add(model.predict_labels(item.image), item.labels)
             yield row("accuracy", f"nucleus, 5 supports, {precision}", f"IoU {tally.scores().pooled.iou[0]:.3f}")
 
     def profile(self, path: Path) -> None:
@@ -285,10 +285,10 @@ def table(out: Path, until: float, size: Size) -> int:
     ]
     for part in parts:
         try:
-            for found in part():
-                rows.add(found)
+            for entry in part():
+                rows.add(entry)
                 if time.time() > until:
-                    rows.add(row("table", "cut off", f"no time was left after {found['what']}"))
+                    rows.add(row("table", "cut off", f"no time was left after {entry['what']}"))
                     return failed
         except Exception:  # noqa: BLE001 - a part that fails must not cost the others
             failed += 1
@@ -396,9 +396,9 @@ def prepare(shared: Path, folder: Path) -> None:
         target = folder / "nuclei" / name
         target.mkdir(parents=True, exist_ok=True)
         for number, item in enumerate(items):
-            one = item.read()
-            Image.fromarray(one.image).save(target / f"{number:02d}_image.png")
-            Image.fromarray(one.labels).save(target / f"{number:02d}_labels.png")
+            data = item.read()
+            Image.fromarray(data.image).save(target / f"{number:02d}_image.png")
+            Image.fromarray(data.labels).save(target / f"{number:02d}_labels.png")
 
 
 def labeled(folder: Path) -> Iterator[AnnotatedSlice]:

@@ -74,7 +74,7 @@ def measure_gaps() -> dict[str, float]:
     timer = QTimer()
     timer.timeout.connect(lambda: ticks.append(time.perf_counter()))
     timer.start(20)
-    found = {}
+    gaps = {}
 
     def during(phase: str, begin: Callable[[], object], until: Callable[[], object]) -> None:
         ticks[:] = [time.perf_counter()]
@@ -82,7 +82,7 @@ def measure_gaps() -> dict[str, float]:
         while not until() or len(ticks) < 6:
             app.processEvents()
             time.sleep(0.001)
-        found[phase] = float(np.diff(ticks).max())
+        gaps[phase] = float(np.diff(ticks).max())
 
     def add_image() -> None:
         viewer.add_image(made.image, name="nuclei")
@@ -91,7 +91,7 @@ def measure_gaps() -> dict[str, float]:
         pass
 
     during("a volume is chosen, torch loaded", add_image, lambda: "computes" in dock.volume.device.text())
-    during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.look.running)
+    during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.selecting.running)
     for z in dock.support.suggested:
         dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
     dock.session.painted()
@@ -108,7 +108,7 @@ def measure_gaps() -> dict[str, float]:
     during("Apply is pressed", dock.apply.start, lambda: True)
     during("applying", nothing, lambda: not dock.session.busy)
     viewer.close()
-    return found
+    return gaps
 
 
 def _last_line(command: list[str]) -> str:

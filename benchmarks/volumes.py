@@ -137,11 +137,11 @@ def segment(folder: Path, gb: float, out: Path, megavoxels: float) -> dict[str, 
     """Segment a volume, and say what it took."""
     model = load_model(folder)
     start = time.perf_counter()
-    voxels = found = 0
+    voxels = finished = 0
     with open_volume(volume_path(folder, gb)) as volume:
         regions = regions_of(volume.shape[0], megavoxels)
         for region in regions:
-            found += segment_to_zarr(volume, model, out, region=region).found
+            finished += segment_to_zarr(volume, model, out, region=region).finished
             voxels += int(np.prod([b - a for a, b in region]))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -152,7 +152,7 @@ def segment(folder: Path, gb: float, out: Path, megavoxels: float) -> dict[str, 
         "megavoxels": voxels / 1e6,
         "seconds": round(seconds, 2),
         "peak_rss_gb": round(peak, 3),
-        "found": found,
+        "found": finished,
     }
 
 
@@ -192,11 +192,11 @@ def throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
                 start = time.perf_counter()
                 segment_to_zarr(volume, model, Path(folder) / "out.zarr", region=region)
                 pace["zarr"].append(planes.size / (time.perf_counter() - start) / 1e6)
-    medians = {name: statistics.median(found) for name, found in pace.items()}
+    medians = {name: statistics.median(rates) for name, rates in pace.items()}
     return [
         {
             "planes": count,
-            **{f"{name}_megavoxels_per_s": [round(p, 3) for p in found] for name, found in pace.items()},
+            **{f"{name}_megavoxels_per_s": [round(p, 3) for p in rates] for name, rates in pace.items()},
             "ratio": round(medians["zarr"] / medians["memory"], 3),
         }
     ]

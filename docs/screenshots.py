@@ -61,7 +61,7 @@ class Session:
         viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
         dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.support.suggest_slices()
-        self.wait(lambda: not dock.support.look.running)
+        self.wait(lambda: not dock.support.selecting.running)
         self.wait(lambda: "computes" in dock.volume.device.text())
         self.photograph("1-volume", dock.volume)
 

@@ -194,33 +194,33 @@ def iter_demo(
     seconds = time.perf_counter() - began
     student.save(folder / MODEL)
 
-    known = replace(settings, zoom=student.preprocess.zoom)  # not chosen a second time
+    fixed = replace(settings, zoom=student.preprocess.zoom)  # not chosen a second time
     models: list[tuple[str, Segmenter]] = [
-        ("prototype teacher", unrefined_teacher(data.support, known, kind="prototype"))
+        ("prototype teacher", unrefined_teacher(data.support, fixed, kind="prototype"))
     ]
     if settings.method != "direct":
         models.append(("teacher", run.teacher()))
     models.append(("student", student))
     scores: list[DemoScore] = []
-    answers: dict[str, list[Array]] = {}
+    predictions: dict[str, list[Array]] = {}
     total = len(models) * len(data.queries)
     for name, model in models:
         model.predict_labels(data.queries[0].image)  # the first time is slower
-        answers[name], spent = [], 0.0
+        predictions[name], spent = [], 0.0
         for query in data.queries:
             started = time.perf_counter()
-            answers[name].append(model.predict_labels(query.image))
+            predictions[name].append(model.predict_labels(query.image))
             spent += time.perf_counter() - started
-            yield TrainStep(len(scores) * len(data.queries) + len(answers[name]), total, stage="judge")
-        scores.append(_score(name, answers[name], data, 1000 * spent / len(data.queries)))
+            yield TrainStep(len(scores) * len(data.queries) + len(predictions[name]), total, stage="judge")
+        scores.append(_score(name, predictions[name], data, 1000 * spent / len(data.queries)))
 
     files = [folder / MODEL, folder / PICTURE]
-    _draw(data, answers, folder / PICTURE)
+    _draw(data, predictions, folder / PICTURE)
     if data.stack is not None and data.truth is not None:
         write_stack(folder / "stack.tif", data.stack)
         write_labels(folder / "stack_truth.tif", data.truth)
         files += [folder / "stack.tif", folder / "stack_truth.tif"]
-    for query, labels in zip(data.queries, answers["student"], strict=True):
+    for query, labels in zip(data.queries, predictions["student"], strict=True):
         files.append(folder / LABELS / f"{_file_stem(query.source)}.tif")
         write_labels(files[-1], labels)
     return DemoReport(
@@ -255,13 +255,13 @@ def run_demo(
     return finish(iter_demo(data or generated_data(), folder, settings))
 
 
-def _score(name: str, answers: Sequence[Array], data: DemoData, ms: float) -> DemoScore:
-    pairs = [(found, query.labels) for found, query in zip(answers, data.queries, strict=True)]
+def _score(name: str, predictions: Sequence[Array], data: DemoData, ms: float) -> DemoScore:
+    pairs = [(predicted, query.labels) for predicted, query in zip(predictions, data.queries, strict=True)]
     scores = evaluate(pairs, data.support.classes)
     return DemoScore(name, scores.iou, scores.dice, ms)
 
 
-def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
+def _draw(data: DemoData, predictions: dict[str, list[Array]], path: Path) -> None:
     """The support on top, then two queries: image, truth, teacher, student, errors."""
     support = data.support.slices
     shown = [support[i] for i in suggest_planes(len(support), min(SHOWN, len(support)))]
@@ -271,14 +271,15 @@ def _draw(data: DemoData, answers: dict[str, list[Array]], path: Path) -> None:
         query = data.queries[i]
         panels = [Panel(query.image, caption="image"), Panel(query.image, query.labels, "outline", caption="truth")]
         for name in ("teacher", "student"):
-            if name in answers:
-                found = answers[name][i]
-                iou = evaluate([(found, query.labels)], data.support.classes).iou
-                panels.append(Panel(query.image, found, "outline", caption=f"{name}, IoU {iou:.2f}"))
-        errors = Panel(query.image, answers["student"][i], "errors", query.labels, "errors of the student")
+            if name in predictions:
+                predicted = predictions[name][i]
+                iou = evaluate([(predicted, query.labels)], data.support.classes).iou
+                panels.append(Panel(query.image, predicted, "outline", caption=f"{name}, IoU {iou:.2f}"))
+        errors = Panel(query.image, predictions["student"][i], "errors", query.labels, "errors of the student")
         rows.append(Row(query.source, [*panels, errors]))
     student = evaluate(
-        [(found, q.labels) for found, q in zip(answers["student"], data.queries, strict=True)], data.support.classes
+        [(predicted, q.labels) for predicted, q in zip(predictions["student"], data.queries, strict=True)],
+        data.support.classes,
     )
     slices = "1 slice" if len(support) == 1 else f"{len(support)} slices"
     title = f"{data.name}: learned from {slices}, IoU {student.iou:.2f} on {len(data.queries)} others"

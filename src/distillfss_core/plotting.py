@@ -198,8 +198,8 @@ def _paint_labels(picture: npt.NDArray[np.float32], labels: Array, filled: bool)
 
 def _paint_errors(picture: npt.NDArray[np.float32], labels: Array, truth: Array) -> npt.NDArray[np.float32]:
     picture = picture.copy() * 0.8
-    known = truth != IGNORE
-    on, real = (labels != 0) & known, (truth != 0) & known
+    annotated = truth != IGNORE
+    on, real = (labels != 0) & annotated, (truth != 0) & annotated
     for where, color, strength in (
         (on & (labels == truth), HIT, 0.45),
         (on & ~real, INVENTED, 0.9),

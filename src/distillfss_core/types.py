@@ -155,9 +155,9 @@ class TrainStep:
     stage: str = "distill"
 
 
-def evenly(length: int, most: int) -> list[int]:
+def evenly(length: int, limit: int) -> list[int]:
     """Up to ``most`` of the indices below ``length``, the first and the last among them."""
-    return [int(i) for i in np.linspace(0, length - 1, min(most, length)).round()]
+    return [int(i) for i in np.linspace(0, length - 1, min(limit, length)).round()]
 
 
 @runtime_checkable

@@ -132,10 +132,10 @@ class Annotations:
     def planes(self) -> list[int]:
         """Planes in which anything is painted, ascending."""
         if len(self._shape) < 3:
-            found = {0}
+            numbers = {0}
         else:
-            found = {int(z.name) for z in self._chunks.glob("/".join("*" * (len(self._shape) - 2)))}
-        return [z for z in sorted(found) if self.counts(z)[1:].any()]
+            numbers = {int(z.name) for z in self._chunks.glob("/".join("*" * (len(self._shape) - 2)))}
+        return [z for z in sorted(numbers) if self.counts(z)[1:].any()]
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:
         """Labels as painted, shape (y, x)."""
@@ -183,8 +183,8 @@ class Annotations:
         """Which files hold a plane, as they are now."""
         folder = self._chunks.joinpath(*map(str, self.index(z)))
         files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-        about = [os.stat(file) for file in files]
-        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in about)
+        stats = [os.stat(file) for file in files]
+        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats)
 
     def _write_notes(self) -> None:
         notes = {"classes": [asdict(c) for c in self._classes], "disabled": sorted(self._disabled)}
@@ -250,8 +250,8 @@ def from_classes(labels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
     """Where the annotations of a volume are kept: the same volume finds the same folder, unless it is in use."""
-    about = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
-    digest = hashlib.sha256(about.encode()).hexdigest()[:12]
+    identity_text = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
+    digest = hashlib.sha256(identity_text.encode()).hexdigest()[:12]
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
     number = 1
     while _in_use(folder := root / f"{stem}-{digest}{f'-{number}' if number > 1 else ''}"):
@@ -295,10 +295,10 @@ def painted_from(numbers: npt.NDArray[Any], kind: str, classes: int, source: str
         raise core.ImageError(f"{source}: holds {numbers.dtype}, no labels; give a file of whole numbers")
     if kind == "masks":
         return np.where(numbers != 0, FIRST_CLASS, BACKGROUND).astype(np.uint8)
-    most = classes if kind == "classes" else classes + 1
-    if int(numbers.max()) > most or int(numbers.min()) < 0:
+    limit = classes if kind == "classes" else classes + 1
+    if int(numbers.max()) > limit or int(numbers.min()) < 0:
         raise core.ImageError(
-            f"{source}: holds the label {int(numbers.max())}, but {most} is the largest that {classes} classes make; "
+            f"{source}: holds the label {int(numbers.max())}, but {limit} is the largest that {classes} classes make; "
             "add classes first, or import it as masks"
         )
     return (numbers.astype(np.uint8) + (kind == "classes")).astype(np.uint8)

@@ -188,21 +188,21 @@ def _open(
 ) -> tuple[Any, Mapping[str, Any]]:
     axes = letters + "zyx"[-(layer.ndim - len(letters)) :] + ("c" if layer.rgb else "")
     channel = "all" if layer.rgb else chosen.get("c")
-    how: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel}
-    from_array = core.open_volume(array, axes=axes, time=how["time"], channel=channel)
-    known = layer.metadata.get(FROM_FILE)
-    if known and known["shown"][level : level + 1] != [getattr(array, "name", "")]:
+    options: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel}
+    from_array = core.open_volume(array, axes=axes, time=options["time"], channel=channel)
+    remembered = layer.metadata.get(FROM_FILE)
+    if remembered and remembered["shown"][level : level + 1] != [getattr(array, "name", "")]:
         return from_array, {}  # another array was put into the layer since
-    path = known["path"] if known else layer.source.path
+    path = remembered["path"] if remembered else layer.source.path
     if path is None or not Path(path).exists():
         return from_array, {}
-    how |= known["opening"] if known else {}
-    how = {name: value for name, value in how.items() if value is not None}
+    options |= remembered["opening"] if remembered else {}
+    options = {name: value for name, value in options.items() if value is not None}
     with suppress(core.DistillFSSError):  # a file that only napari understands stays an array
-        from_file = core.open_volume(path, **how)
+        from_file = core.open_volume(path, **options)
         same = (from_file.shape, from_file.dtype) == (from_array.shape, from_array.dtype)
-        if same and (known or _alike(from_file, from_array)):
-            return from_file, how
+        if same and (remembered or _alike(from_file, from_array)):
+            return from_file, options
     return from_array, {}
 
 
@@ -217,13 +217,13 @@ def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, 
     """Size of a voxel (z, y, x), in micrometers where the layer's units are lengths; None where nothing is known."""
     step = [abs(float(s)) for s in layer.scale[-3:]]
     lengths = [_micrometers(u) for u in layer.units[-3:]]
-    known = all(length is not None for length in lengths[-2:])
-    if not known and all(s == 1 for s in step):
+    has_scale = all(length is not None for length in lengths[-2:])
+    if not has_scale and all(s == 1 for s in step):
         return (None, None, None), None
     sizes: list[float | None] = [
         s * (length or 1.0) * f for s, length, f in zip(step, lengths, factors[-len(step) :], strict=True)
     ]
-    return (*(None for _ in range(3 - len(sizes))), *sizes), "micrometer" if known else None
+    return (*(None for _ in range(3 - len(sizes))), *sizes), "micrometer" if has_scale else None
 
 
 def _micrometers(unit: pint.Unit) -> float | None:
@@ -255,7 +255,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
     def lazy(level: int, letters: str, chosen: dict[str, Any]) -> Any:
         if letters:
             each = (chosen | {LEAD_NAMES[letters[0]]: n} for n in range(counts[letters[0]]))
-            return da.stack([lazy(level, letters[1:], one) for one in each])
+            return da.stack([lazy(level, letters[1:], part) for part in each])
         v = core.open_volume(path, level=level, **opening, **chosen)
         empty = np.empty((0,) * v.ndim, v.dtype)
         return da.from_array(v, chunks=(1, *v.shape[1:]), asarray=False, fancy=False, meta=empty)
@@ -264,7 +264,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
     volume = core.open_volume(path, **opening, **first)
     levels = [lazy(level, "".join(counts), {}) for level in range(len(volume.levels))]
     lead = len(counts)
-    about: dict[str, Any] = {
+    options: dict[str, Any] = {
         "name": Path(path).name,
         "scale": [1.0] * lead + [s or 1.0 for s in volume.scale],
         "translate": [0.0] * lead + list(volume.origin),
@@ -280,8 +280,8 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
         },
     }
     if volume.unit:
-        about["units"] = ("pixel",) * lead + (volume.unit,) * 3
-    return levels, about
+        options["units"] = ("pixel",) * lead + (volume.unit,) * 3
+    return levels, options
 
 
 class OnGrid:
@@ -303,10 +303,10 @@ class OnGrid:
         key = key if isinstance(key, tuple) else (key,)
         if self.ndim == 2:
             return np.asarray(self._array[(0, *key)])
-        found = np.asarray(self._array[key[self._lead :]])
+        values = np.asarray(self._array[key[self._lead :]])
         for part in reversed(key[: self._lead]):
-            found = found[None][part] if isinstance(part, slice) else found
-        return found
+            values = values[None][part] if isinstance(part, slice) else values
+        return values
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)

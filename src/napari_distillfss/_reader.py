@@ -28,13 +28,13 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
     card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
     if pictures is None:
         raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock's Model section")
-    about = {"metadata": {"distillfss_card": card, "path": str(path)}}
+    options = {"metadata": {"distillfss_card": card, "path": str(path)}}
     name = Path(str(path)).stem
     labels = pictures.labels.copy()
     labels[labels == core.IGNORE] = 0
     return [
-        (pictures.images, {"name": f"{name}: support", "colormap": "gray", **about}, "image"),
-        (labels, {"name": f"{name}: labels", **about}, "labels"),
+        (pictures.images, {"name": f"{name}: support", "colormap": "gray", **options}, "image"),
+        (labels, {"name": f"{name}: labels", **options}, "labels"),
     ]
 
 
@@ -43,15 +43,15 @@ def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
     path = str(path)
     attributes: dict[str, Any] = zarr.open(path, mode="r").attrs.asdict()
     if "image-label" in attributes.get("ome", attributes):
-        levels, about = layer_of_file(path)
-        about.pop("rgb")
-        return [(levels if about["multiscale"] else levels[0], about, "labels")]
+        levels, options = layer_of_file(path)
+        options.pop("rgb")
+        return [(levels if options["multiscale"] else levels[0], options, "labels")]
     made = []
     for channel in _channels(path):
-        levels, about = layer_of_file(path, channel=channel)
+        levels, options = layer_of_file(path, channel=channel)
         if channel is not None:
-            about["name"] += f" channel {channel}"
-        made.append((levels if about["multiscale"] else levels[0], about, "image"))
+            options["name"] += f" channel {channel}"
+        made.append((levels if options["multiscale"] else levels[0], options, "image"))
     return made
 
 

@@ -26,11 +26,11 @@ def make_nodules() -> list[LayerTuple]:
     return _layers("nodules", contrast_limits=_LUNG_WINDOW)
 
 
-def _layers(kind: str, **about: Any) -> list[LayerTuple]:
+def _layers(kind: str, **options: Any) -> list[LayerTuple]:
     """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), in one place."""
     sample = generate_sample(kind)
     place = {"scale": sample.scale, "units": (sample.unit,) * 3}
     return [
-        (sample.image, {"name": sample.name, "colormap": "gray", **about, **place}, "image"),
+        (sample.image, {"name": sample.name, "colormap": "gray", **options, **place}, "image"),
         (sample.labels, {"name": f"{sample.name}, truth", **place}, "labels"),
     ]

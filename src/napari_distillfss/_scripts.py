@@ -39,7 +39,9 @@ def command_line(session: Session) -> str:
         count = session.counted
         words = ["distillfss", "instances", str(session.applied.out), "-o", str(count.out), "--table", str(count.table)]
         names = {"method": "--method", "radius": "--radius", "min_voxels": "--min-voxels", "class_id": "--class-id"}
-        words += [w for name, option in names.items() if name in count.how for w in (option, str(count.how[name]))]
+        words += [
+            w for name, option in names.items() if name in count.options for w in (option, str(count.options[name]))
+        ]
         if _is_measured(session):
             words += ["--image", _source(session)]
             words += [
@@ -83,13 +85,13 @@ def python_lines(session: Session) -> str:
     if session.counted is not None and session.applied is not None:
         count = session.counted
         names += ["label_instances", "open_volume"]
-        how = "".join(f", {k}={v!r}" for k, v in count.how.items())
+        options = "".join(f", {k}={v!r}" for k, v in count.options.items())
         if _is_measured(session):
             opening = "".join(f", {k}={v!r}" for k, v in _opening(session).items())
-            how += f", image=open_volume({_source(session)!r}{opening})"
+            options += f", image=open_volume({_source(session)!r}{opening})"
         lines.append(
             f"label_instances(open_volume({str(session.applied.out)!r}), {str(count.out)!r}, "
-            f"table={str(count.table)!r}{how})"
+            f"table={str(count.table)!r}{options})"
         )
     return "\n".join([f"from distillfss_core import {', '.join(sorted(set(names)))}", "", *lines])
 

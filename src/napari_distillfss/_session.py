@@ -46,7 +46,7 @@ class Counted:
 
     out: Path
     table: Path
-    how: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -77,7 +77,7 @@ class Session:
         self.applied: Applied | None = None
         self.counted: Counted | None = None
         self._busy = ""
-        self._told: list[tuple[int, bytes]] = []
+        self._seen_slices: list[tuple[int, bytes]] = []
 
     @property
     def busy(self) -> str:
@@ -107,7 +107,7 @@ class Session:
             self.no_annotations = str(error)
             raise
         finally:
-            self._told = self._slices()
+            self._seen_slices = self._slices()
             self.volume_changed.emit()
             self.classes_changed.emit()
             self.slices_changed.emit()
@@ -143,8 +143,8 @@ class Session:
 
     def painted(self) -> None:
         """Something may have been painted, or undone, in any plane."""
-        if self._slices() != self._told:
-            self._told = self._slices()
+        if self._slices() != self._seen_slices:
+            self._seen_slices = self._slices()
             self.slices_changed.emit()
 
     def support_maker(self) -> Callable[[], tuple[list[int], Any]]:

@@ -78,16 +78,16 @@ def load_torch() -> None:
     Importing torch opens its large libraries with Python's lock held, half a second and more. Opened before, by a plain
     call of C, which lets go of the lock, they are there already.
     """
-    found = None if "torch" in sys.modules or sys.platform == "win32" else importlib.util.find_spec("torch")
-    if found is not None and found.origin is not None:
-        libraries = Path(found.origin).parent / "lib"
+    spec = None if "torch" in sys.modules or sys.platform == "win32" else importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        libraries = Path(spec.origin).parent / "lib"
         suffix = "dylib" if sys.platform == "darwin" else "so"
         dlopen = ctypes.CDLL(None).dlopen
         dlopen.argtypes, dlopen.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
-        for name, how in (("torch_global_deps", os.RTLD_GLOBAL), ("torch_cpu", 0), ("torch", 0)):  # as torch does
+        for name, mode in (("torch_global_deps", os.RTLD_GLOBAL), ("torch_cpu", 0), ("torch", 0)):  # as torch does
             path = libraries / f"lib{name}.{suffix}"
             if path.is_file():
-                dlopen(os.fsencode(path), os.RTLD_NOW | how)  # what fails here, torch says when it is imported
+                dlopen(os.fsencode(path), os.RTLD_NOW | mode)  # what fails here, torch says when it is imported
     core.leave_a_core_free()
 
 
@@ -149,10 +149,10 @@ def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any
                 return None
 
 
-def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
+def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr; stopped, what is finished is kept. `Written` comes first and last."""
     yield Doing("preparing")
-    run = iter_until(core.iter_segment(volume, model, out, **how), stop)
+    run = iter_until(core.iter_segment(volume, model, out, **options), stop)
     begun = False
     while True:
         try:
@@ -167,10 +167,10 @@ def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **how: Any) -
         yield step
 
 
-def iter_counting(labels: Path, out: Path, stop: Event, **how: Any) -> Generator[Any, None, Any]:
+def iter_counting(labels: Path, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
     """Number and measure the objects of labels on disk; `Written` comes last."""
     yield Doing("looking for objects")
-    report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **how), stop)
+    report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **options), stop)
     if report is not None:
         yield Written(open_levels(out))
     return report
@@ -202,7 +202,7 @@ def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
 
 
 def iter_plane(
-    volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], known: Collection[tuple[int, int]], stop: Event
+    volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], finished: Collection[tuple[int, int]], stop: Event
 ) -> Generator[PlanePart, None, None]:
     """What a model says of a plane, tile by tile: what is on screen, from its middle; the rest not at all.
 
@@ -210,18 +210,18 @@ def iter_plane(
     ----------
     on_screen : ((y0, y1), (x0, x1))
         Tiles that do not touch it are left out.
-    known : collection of (y, x)
+    finished : collection of (y, x)
         Where tiles begin that need not be computed again.
     """
-    answers = core.segment_lazy(volume, model, what="probabilities")
-    for where in tiles_on_screen(answers.chunks[2], answers.chunks[3], on_screen):
+    outputs = core.segment_lazy(volume, model, what="probabilities")
+    for where in tiles_on_screen(outputs.chunks[2], outputs.chunks[3], on_screen):
         if stop.is_set():
             return
-        if (where[0].start, where[1].start) in known:
+        if (where[0].start, where[1].start) in finished:
             continue
-        probabilities = answers[(slice(None), z, *where)].compute(scheduler="synchronous")
-        found = core.Segmentation.of(probabilities)
-        yield PlanePart(z, where, found.labels, probabilities, found.uncertainty)
+        probabilities = outputs[(slice(None), z, *where)].compute(scheduler="synchronous")
+        segmentation = core.Segmentation.of(probabilities)
+        yield PlanePart(z, where, segmentation.labels, probabilities, segmentation.uncertainty)
 
 
 def tiles_on_screen(
@@ -229,13 +229,13 @@ def tiles_on_screen(
 ) -> list[tuple[slice, slice]]:
     """Tiles (of these heights and widths) that touch what is on screen, those nearest to its middle first."""
     middle = [sum(span) / 2 for span in on_screen]
-    found = [
+    tiles = [
         (y, x)
         for y in _cut(rows)
         for x in _cut(columns)
         if all(t.start < s[1] and s[0] < t.stop for t, s in zip((y, x), on_screen, strict=True))
     ]
-    return sorted(found, key=lambda t: sum(((s.start + s.stop) / 2 - m) ** 2 for s, m in zip(t, middle, strict=True)))
+    return sorted(tiles, key=lambda t: sum(((s.start + s.stop) / 2 - m) ** 2 for s, m in zip(t, middle, strict=True)))
 
 
 def iter_different(volume: Any, count: int, taken: Collection[int], stop: Event) -> Generator[Any, None, Any]:
@@ -247,12 +247,12 @@ def iter_least_sure(
     volume: Any, model: Any, planes: Sequence[int], count: int, stop: Event
 ) -> Generator[core.TrainStep, None, list[int]]:
     """The planes of which a model is least sure in the mean, at most ``count``, ascending."""
-    answers = core.segment_lazy(volume, model, what="uncertainty")
+    outputs = core.segment_lazy(volume, model, what="uncertainty")
     doubt: dict[int, float] = {}
     for index, z in enumerate(planes, 1):
         if stop.is_set():
             break
-        doubt[z] = float(answers[z].mean().compute(scheduler="synchronous"))
+        doubt[z] = float(outputs[z].mean().compute(scheduler="synchronous"))
         yield core.TrainStep(index, len(planes), stage="looking")
     return sorted(sorted(doubt, key=lambda z: -doubt[z])[:count])
 
@@ -291,24 +291,24 @@ def iter_import(
         If sizes or numbers do not fit.
     """
     with core.open_volume(path) as labels:
-        one = labels.shape[0] == 1
-        if labels.ndim != 3 or labels.shape[1:] != shape[1:] or not (one or labels.shape[0] == shape[0]):
+        is_single = labels.shape[0] == 1
+        if labels.ndim != 3 or labels.shape[1:] != shape[1:] or not (is_single or labels.shape[0] == shape[0]):
             raise core.ImageError(
                 f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of one "
                 "of its planes"
             )
         taken, nothing = [], np.zeros((1, 1), np.uint8)
-        for at in range(labels.shape[0]):
-            numbers = labels.plane(at)
+        for row in range(labels.shape[0]):
+            numbers = labels.plane(row)
             if numbers.any():
-                painted = painted_from(numbers, kind, len(annotations.classes), f"{path.name} plane {at}")
-                to = z if one else at
+                painted = painted_from(numbers, kind, len(annotations.classes), f"{path.name} plane {row}")
+                to = z if is_single else row
                 before = annotations.plane(to)
                 annotations.put(to, painted)
                 taken.append((to, before, painted) if before.any() else (to, nothing, nothing))
             if stop.is_set():
                 break
-            yield core.TrainStep(at + 1, labels.shape[0], stage="importing")
+            yield core.TrainStep(row + 1, labels.shape[0], stage="importing")
     if not taken:
         raise core.SupportSetError(f"{path.name}: holds no label; nothing was taken over")
     return taken

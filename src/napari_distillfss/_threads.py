@@ -99,19 +99,19 @@ class Job(QObject):
     def _on_step(self, step: object) -> None:
         self.stepped.emit(step)
 
-    def _on_end(self, found: object) -> None:
+    def _on_end(self, outcome: object) -> None:
         self._stop = None
         if self._session is not None:
             self._session.busy = ""
-        if isinstance(found, core.DistillFSSError):
-            self.failed.emit(str(found))
-        elif isinstance(found, MemoryError):
+        if isinstance(outcome, core.DistillFSSError):
+            self.failed.emit(str(outcome))
+        elif isinstance(outcome, MemoryError):
             self.failed.emit("this machine has no memory left for it; close what you do not need, or choose less")
-        elif not isinstance(found, BaseException):
-            self.done.emit(found)
+        elif not isinstance(outcome, BaseException):
+            self.done.emit(outcome)
         self.ended.emit()
-        if isinstance(found, BaseException) and not isinstance(found, (core.DistillFSSError, MemoryError)):
-            raise found  # a bug: seen as every other in napari
+        if isinstance(outcome, BaseException) and not isinstance(outcome, (core.DistillFSSError, MemoryError)):
+            raise outcome  # a bug: seen as every other in napari
 
 
 class LatestJob(QObject):
@@ -194,8 +194,8 @@ _considerate = _Considerate()
 def _run(work: Work, stop: Event, out: _Out) -> None:
     """Do the work; whatever it ends with goes to the window's thread, bugs too."""
     with _considerate:
-        found = _outcome(work, stop, out)
-    out.end.emit(found)
+        outcome = _outcome(work, stop, out)
+    out.end.emit(outcome)
 
 
 def _outcome(work: Work, stop: Event, out: _Out) -> Any:

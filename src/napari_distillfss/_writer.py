@@ -26,7 +26,7 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
         )
     if labels.ndim == 2:
         image, labels = image[None], labels[None]
-    found = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}
-    if not found:
+    painted = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}
+    if not painted:
         raise core.SupportSetError("nothing is labeled; paint at least one plane before saving")
-    return write_planes(Path(path), {z: (np.asarray(image[z]), plane) for z, plane in found.items()})
+    return write_planes(Path(path), {z: (np.asarray(image[z]), plane) for z, plane in painted.items()})

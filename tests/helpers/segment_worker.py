@@ -13,4 +13,4 @@ if __name__ == "__main__":
     report = segment_to_zarr(
         open_volume(volume), StudentModel.load(model, device="cpu", precision="float32"), out, tile=int(tile)
     )
-    print(report.computed, report.found, flush=True)
+    print(report.computed, report.finished, flush=True)

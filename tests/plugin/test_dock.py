@@ -366,7 +366,7 @@ def test_slices_that_differ_take_the_place_of_even_ones(viewer, open_dock, qtbot
     dock.support.count.setValue(4)
     dock.support.suggest.click()
     assert dock.support.suggested == suggest_planes(30, 4)
-    qtbot.waitUntil(lambda: not dock.support.look.running)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
     assert dock.support.suggested == suggest_diverse_planes(open_volume(planes), 4)
     assert set(dock.support.suggested) & {17, 18, 19}
     assert dock.support.plane() == dock.support.suggested[0]
@@ -390,9 +390,9 @@ def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_que
     dock.support.suggest.click()
     assert Slow.asked.wait(20)
     even = dock.support.suggested
-    dock.support.look.cancel()
+    dock.support.selecting.cancel()
     Slow.go_on.set()
-    qtbot.waitUntil(lambda: not dock.support.look.running)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
     assert dock.support.suggested == even
     Slow.go_on.clear()
     dock.support.suggest.click()
@@ -400,7 +400,7 @@ def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_que
     dock.support.suggest.click()
     dock.support.layer.paint((250, 30, 30), 2)  # the user has begun: what is suggested stays
     Slow.go_on.set()
-    qtbot.waitUntil(lambda: not dock.support.look.running)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
     assert dock.support.suggested == [0, 249, 499]
 
 

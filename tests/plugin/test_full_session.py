@@ -32,7 +32,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
 
     dock.support.count.setValue(5)
     dock.support.suggest_slices()
-    qtbot.waitUntil(lambda: not dock.support.look.running)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
     assert len(dock.support.suggested) == 5
     for z in dock.support.suggested:  # nuclei by the brush, the rest by the button
         dock.support.go_to(z)

@@ -17,12 +17,12 @@ from typing import Any
 
 from distillfss_core.errors import DistillFSSError
 
-Record = dict[str, Any]
+Message = dict[str, Any]
 
 _CHILD = "import sys; from distillfss_core.bench.apart import answer; answer(sys.argv[1])"
 
 
-def call_apart(function: Callable[[Record], Record], argument: Record, threads: int) -> Record:
+def call_apart(function: Callable[[Message], Message], argument: Message, threads: int) -> Message:
     """Call a function of a module by name, on so many threads and (Linux) no more cores than that.
 
     Parameters
@@ -36,13 +36,13 @@ def call_apart(function: Callable[[Record], Record], argument: Record, threads: 
         What the function raised, or that its process ended without an answer.
     """
     with tempfile.TemporaryDirectory() as folder:
-        told_in = Path(folder) / "answer.json"
+        reply_file = Path(folder) / "answer.json"
         order = {
             "module": function.__module__,
             "function": function.__qualname__,
             "argument": argument,
             "threads": threads,
-            "answer": str(told_in),
+            "answer": str(reply_file),
         }
         environment = {
             **os.environ,
@@ -52,14 +52,14 @@ def call_apart(function: Callable[[Record], Record], argument: Record, threads: 
         }
         command = [sys.executable, "-c", _CHILD, json.dumps(order)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if not told_in.exists():
+        if not reply_file.exists():
             said = done.stderr.strip().splitlines()
             raise DistillFSSError(f"its process ended with code {done.returncode}: {said[-1] if said else 'no word'}")
-        told: Record = json.loads(told_in.read_text())
-    if "error" in told:
-        raise DistillFSSError(told["error"])
-    found: Record = told["found"]
-    return found
+        reply: Message = json.loads(reply_file.read_text())
+    if "error" in reply:
+        raise DistillFSSError(reply["error"])
+    result: Message = reply["found"]
+    return result
 
 
 def answer(text: str) -> None:
@@ -70,7 +70,7 @@ def answer(text: str) -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     function = getattr(importlib.import_module(order["module"]), order["function"])
     try:
-        told = {"found": function(order["argument"])}
+        reply = {"found": function(order["argument"])}
     except DistillFSSError as error:
-        told = {"error": str(error)}
-    Path(order["answer"]).write_text(json.dumps(told))
+        reply = {"error": str(error)}
+    Path(order["answer"]).write_text(json.dumps(reply))

@@ -187,9 +187,9 @@ def _isic(folder: Path) -> Split:
     diagnoses = {"NV": 1, "MEL": 2, "BKL": 3}
     shows = {}
     for row in _rows_of(table):
-        found = [number for column, number in diagnoses.items() if float(row.get(column) or 0) == 1]
-        if found:
-            shows[row["image"].removesuffix("_downsampled")] = found[0]
+        chosen = [number for column, number in diagnoses.items() if float(row.get(column) or 0) == 1]
+        if chosen:
+            shows[row["image"].removesuffix("_downsampled")] = chosen[0]
 
     def read(name: str) -> AnnotatedSlice:
         mask = _mask(masks / f"{name}_segmentation.png", 128)
@@ -262,14 +262,14 @@ def _industrial(folder: Path) -> Split:
     try:
         record = json.loads(listing.read_text())
         names = [str(name) for name in record["clsName"]]
-        listed = [(str(path), kind) for kind, found in record["clsDic"].items() for path in found["bad"]]
+        listed = [(str(path), kind) for kind, images in record["clsDic"].items() for path in images["bad"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputFileError(f"{listing}: has no lists clsName and clsDic ({error}); download it anew") from error
     chosen = {name: i for i, name in enumerate(names[FOLD::FOLDS][: len(names) // FOLDS], 1)}
     training, test = _published_split(listed)
 
     def items(part: Iterable[tuple[str, str]]) -> list[Item]:
-        found = []
+        images = []
         for path, kind in part:
             if kind in chosen:
                 inside = Path(path).relative_to("data") if Path(path).parts[0] == "data" else Path(path)
@@ -277,8 +277,8 @@ def _industrial(folder: Path) -> Split:
                 if image is None:
                     raise _Missing(f"there is no {folder / inside}")
                 name = f"{kind}_{image.stem}"
-                found.append(_item(_defect, name, image, chosen[kind], name, shows=chosen[kind]))
-        return found
+                images.append(_item(_defect, name, image, chosen[kind], name, shows=chosen[kind]))
+        return images
 
     return Split(tuple(chosen), items(training), items(test))
 
@@ -326,10 +326,10 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _only(folder: Path) -> Path:
-    found = _pictures(folder)
-    if len(found) != 1:
-        raise InputFileError(f"{folder}: holds {len(found)} pictures where one is wanted")
-    return found[0]
+    images = _pictures(folder)
+    if len(images) != 1:
+        raise InputFileError(f"{folder}: holds {len(images)} pictures where one is wanted")
+    return images[0]
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:

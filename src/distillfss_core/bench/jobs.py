@@ -84,8 +84,8 @@ def run_job(job: Job) -> Row:
     from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
     from distillfss_core.bench.peers import PEERS
 
-    about, peer = find_set(job.data), PEERS[job.peer]
-    split = about.open(job.folder)
+    dataset, peer = find_set(job.data), PEERS[job.peer]
+    split = dataset.open(job.folder)
     support = _support(split, job.shots, job.seed, job.annotation)
     settings = replace(DistillSettings(seed=max(job.seed, 0)), **job.settings)
     peer.load()
@@ -94,7 +94,7 @@ def run_job(job: Job) -> Row:
     began = time.perf_counter()
     model = peer.learn(support, settings)
     learned = time.perf_counter() - began
-    judge, pixels, asked = Judge(support.classes, about.side), 0, 0.0
+    judge, pixels, seconds = Judge(support.classes, dataset.side), 0, 0.0
     queries = spread_tests(split, job.tests)
     peak = None
     for number, item in enumerate(queries):
@@ -102,17 +102,17 @@ def run_job(job: Job) -> Row:
         if number == 0:
             model.predict_labels(query.image)  # what is set up once does not count
         began = time.perf_counter()
-        found = model.predict_labels(query.image)
-        asked += time.perf_counter() - began
-        pixels += found.size
+        predicted = model.predict_labels(query.image)
+        seconds += time.perf_counter() - began
+        pixels += predicted.size
         peak = peak_mb()
-        judge.add(found, query.labels)
+        judge.add(predicted, query.labels)
     zoom = getattr(getattr(model, "preprocess", None), "zoom", None)
     return job.key() | {
         **judge.accuracy().to_json(),
         "test_pictures": len(split.test),
         "seconds": round(learned, 2),
-        "seconds_per_megapixel": round(asked / pixels * 1e6, 4),
+        "seconds_per_megapixel": round(seconds / pixels * 1e6, 4),
         "peak_mb": peak and round(peak),
         "before_mb": before and round(before),
         "zoom": zoom,
@@ -142,21 +142,21 @@ def iter_jobs(jobs: Sequence[Job], rows: Rows, run: Callable[[Job], Row]) -> Ite
     digests = lru_cache(_digests)
     for job in jobs:
         try:
-            about = digests(job.data, job.folder, job.shots, job.seed, job.annotation, job.tests)
-            outcome = _outcome(job, job.key() | program | about, rows, run)
+            identity = digests(job.data, job.folder, job.shots, job.seed, job.annotation, job.tests)
+            outcome = _outcome(job, job.key() | program | identity, rows, run)
         except DistillFSSError as error:
             outcome = Outcome(job, None, str(error))
         yield outcome
 
 
-def _outcome(job: Job, about: Row, rows: Rows, run: Callable[[Job], Row]) -> Outcome:
+def _outcome(job: Job, identity: Row, rows: Rows, run: Callable[[Job], Row]) -> Outcome:
     from distillfss_core.bench.peers import PEERS
 
-    if (known := rows.find(about)) is not None:
-        return Outcome(job, known)
+    if (row := rows.find(identity)) is not None:
+        return Outcome(job, row)
     if (missing := PEERS[job.peer].missing()) is not None:
         return Outcome(job, None, missing)
-    return Outcome(job, rows.add(run(job) | about))
+    return Outcome(job, rows.add(run(job) | identity))
 
 
 def _digests(data: str, folder: str, shots: int, seed: int, annotation: str, tests: int | None) -> Row:

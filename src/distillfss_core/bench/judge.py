@@ -57,12 +57,12 @@ class Judge:
         self._tally = Tally(classes)
         self._boundaries: list[list[float]] = []
 
-    def add(self, found: Array, truth: Array) -> None:
+    def add(self, labels: Array, truth: Array) -> None:
         """Add labels uint8 "y x" and their truth."""
-        found, truth = at_side(found, self.side), at_side(truth, self.side)
-        self._tally.add(found, truth)
+        labels, truth = at_side(labels, self.side), at_side(truth, self.side)
+        self._tally.add(labels, truth)
         seen = truth != IGNORE
-        self._boundaries.append([boundary_f1(found == k, truth == k, seen) for k in range(1, self.classes + 1)])
+        self._boundaries.append([boundary_f1(labels == k, truth == k, seen) for k in range(1, self.classes + 1)])
 
     def accuracy(self) -> Accuracy:
         scores = self._tally.scores()
@@ -77,7 +77,7 @@ class Judge:
         )
 
 
-def boundary_f1(found: Array, truth: Array, seen: Array | None = None) -> float:
+def boundary_f1(labels: Array, truth: Array, seen: Array | None = None) -> float:
     """F1 of the boundaries of two masks.
 
     A boundary is what of a mask touches a pixel outside (4 neighbors; the picture's rim does not count). A pixel of
@@ -96,9 +96,9 @@ def boundary_f1(found: Array, truth: Array, seen: Array | None = None) -> float:
 
     Source: Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013, section 3.
     """
-    if not found.any() or not truth.any():
-        return math.nan if not found.any() and not truth.any() else 0.0
-    f, t = _boundary(found), _boundary(truth)
+    if not labels.any() or not truth.any():
+        return math.nan if not labels.any() and not truth.any() else 0.0
+    f, t = _boundary(labels), _boundary(truth)
     if seen is not None:
         f, t = f & seen, t & seen
     if not f.any() or not t.any():
@@ -130,5 +130,5 @@ def at_side(labels: Array, side: int | None) -> Array:
 
 def _mean(values: object) -> float:
     array: Array = np.asarray(values, float)
-    known = array[~np.isnan(array)]
-    return round(float(known.mean()), 4) if known.size else math.nan
+    finite = array[~np.isnan(array)]
+    return round(float(finite.mean()), 4) if finite.size else math.nan

@@ -31,8 +31,8 @@ def resident_mb() -> float | None:
 
 def peak_mb() -> float | None:
     """Largest memory of this process since `reset_peak`, megabytes; None where the system does not say."""
-    if (found := _status("VmHWM")) is not None:
-        return found
+    if (kilobytes := _status("VmHWM")) is not None:
+        return kilobytes
     try:
         import resource
     except ImportError:  # Windows

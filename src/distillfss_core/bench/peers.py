@@ -109,20 +109,20 @@ class PixelClassifier:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        found = cls(kind, _preprocess(support))
+        classifier = cls(kind, _preprocess(support))
         x, y = [], []
         for labeled, points in zip(support.slices, _points(support, seed), strict=True):
-            x.append(found._features(labeled.image)(points))
+            x.append(classifier._features(labeled.image)(points))
             y.append(labeled.labels[points[:, 0], points[:, 1]])
         if kind == "forest":
             threads = torch.get_num_threads()
-            found.model = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
+            classifier.model = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
         else:
-            found.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=0.1))
+            classifier.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=0.1))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)
-            found.model.fit(np.concatenate(x), np.concatenate(y))
-        return found
+            classifier.model.fit(np.concatenate(x), np.concatenate(y))
+        return classifier
 
     def predict_labels(self, image: Array) -> Array:
         features = self._features(image)
@@ -188,11 +188,11 @@ def _channels_first(image: Array) -> Array:
 def _points(support: SupportSet, seed: int) -> list[Array]:
     """Annotated pixels (n, 2) of every slice that a classifier is fitted on."""
     rng = np.random.default_rng(seed)
-    found = []
+    points = []
     for labeled in support.slices:
-        known = np.argwhere(labeled.labels != IGNORE)
-        found.append(known[rng.permutation(len(known))[: POINTS // len(support)]])
-    return found
+        annotated = np.argwhere(labeled.labels != IGNORE)
+        points.append(annotated[rng.permutation(len(annotated))[: POINTS // len(support)]])
+    return points
 
 
 # -- a network ---------------------------------------------------------------------------------------------
@@ -238,9 +238,9 @@ class UNet:
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
         self._net.train()
         for _ in range(steps):
-            views = [sampler.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
-            x = self._input(torch.stack([v.image for v in views]))
-            y = torch.stack([v.labels for v in views]).long().to(self.device.torch)
+            crops = [sampler.cut(int(rng.integers(len(support))), rng) for _ in range(max(2, settings.queries))]
+            x = self._input(torch.stack([v.image for v in crops]))
+            y = torch.stack([v.labels for v in crops]).long().to(self.device.torch)
             logits = self._net(x)
             if not bool((y != IGNORE).any()):
                 continue

@@ -15,7 +15,7 @@ from typing import Any
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import DECODER_ERRORS
 
-_KNOWN = {
+_ALLOWED = {
     "builtins": ("slice", "bytearray", "complex", "range"),
     "_codecs": ("encode",),
     "numpy": ("ndarray", "dtype"),
@@ -60,7 +60,7 @@ def read_pickled_table(path: Path, columns: Sequence[str]) -> dict[str, list[Any
 
     class Unpickler(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
-            if name not in _KNOWN.get(module, ()):
+            if name not in _ALLOWED.get(module, ()):
                 raise _Refused(f"{module}.{name}")
             return super().find_class(*_MOVED.get((module, name), (module, name)))
 

@@ -56,10 +56,10 @@ def _draw_ratios(axes: Any, report: SpeedReport) -> None:
 
 def _draw_sides(axes: Any, report: SpeedReport) -> None:
     for what, color in (("backbone", "#888888"), ("student", "#228833")):
-        found = sorted(
+        rows = sorted(
             (t for t in report.timings if t.case.what == what and t.case.classes == 1), key=lambda t: t.case.side
         )
-        axes.plot([t.case.side**2 / 1e6 for t in found], [t.ms for t in found], "o-", color=color, label=what)
+        axes.plot([t.case.side**2 / 1e6 for t in rows], [t.ms for t in rows], "o-", color=color, label=what)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("megapixels a plane")
@@ -69,9 +69,9 @@ def _draw_sides(axes: Any, report: SpeedReport) -> None:
 
 
 def _draw_memory(axes: Any, report: SpeedReport) -> None:
-    found = report.memories[::-1]
-    bars = axes.barh([m.case.title for m in found], [m.mb for m in found], color="#ee8866")
-    axes.bar_label(bars, [f"{m.mb:.0f}" for m in found], padding=3, fontsize=8)
+    cases = report.memories[::-1]
+    bars = axes.barh([m.case.title for m in cases], [m.mb for m in cases], color="#ee8866")
+    axes.bar_label(bars, [f"{m.mb:.0f}" for m in cases], padding=3, fontsize=8)
     _plain_log(axes)
     axes.set_title("MB for one plane", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -88,8 +88,8 @@ def _plain_log(axes: Any) -> None:
 
 def _draw_volumes(axes: Any, report: SpeedReport) -> None:
     for way in dict.fromkeys(v.way for v in report.volumes):
-        found = [v for v in report.volumes if v.way == way]
-        axes.plot([v.planes for v in found], [v.megavoxels_per_second for v in found], "o-", label=way)
+        cases = [v for v in report.volumes if v.way == way]
+        axes.plot([v.planes for v in cases], [v.megavoxels_per_second for v in cases], "o-", label=way)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("planes of a volume")

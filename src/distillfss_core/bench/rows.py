@@ -98,7 +98,7 @@ class Rows:
 
     def add(self, row: Row) -> Row:
         """Write a row and force it to disk."""
-        row = row | {"machine": self._about}
+        row = row | {"machine": self._machine}
         try:
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
@@ -112,5 +112,5 @@ class Rows:
         self._file.close()
 
     @cached_property
-    def _about(self) -> Row:
+    def _machine(self) -> Row:
         return self.machine.to_json()

@@ -235,15 +235,15 @@ def naive_logits(teacher: DcamaTeacher, query: FeaturePyramid, keys: DcamaKeys) 
     maps = []
     for attention, blocks, stage in zip(teacher.DCAMA_blocks, query.coarse, keys.stages, strict=True):
         assert isinstance(attention, CrossAttention)
-        found = []
+        logits = []
         for block, k in zip(blocks, stage.keys, strict=True):
             q = attention.queries(attention.tokens(block))  # b heads l d
             scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
             if stage.bias is not None:
                 scores = scores + stage.bias
             m = (scores.softmax(-1) @ stage.values).mean(1)  # b l k
-            found.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
-        maps.append(torch.stack(found, 2))
+            logits.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
+        maps.append(torch.stack(logits, 2))
     result: Tensor = teacher.decoder(CoarseMaps(*maps), query, keys.features)
     return result
 
@@ -258,13 +258,13 @@ def time_cases(cases: Sequence[Case], backbone: Backbone, device: Device, rounds
         for case, work in works.items():
             if number < FEW or case not in slow:
                 times[case].append(_seconds(work, device))
-    found = []
+    timings = []
     for case, taken in times.items():
         floor = times[Case("backbone", case.side)]
         ratio = statistics.median(a / b for a, b in zip(taken, floor, strict=False))
         ms = [1000 * t for t in taken]
-        found.append(Timing(case, round(statistics.median(ms), 2), round(min(ms), 2), round(ratio, 3), len(ms)))
-    return found
+        timings.append(Timing(case, round(statistics.median(ms), 2), round(min(ms), 2), round(ratio, 3), len(ms)))
+    return timings
 
 
 def _seconds(work: Callable[[], object], device: Device) -> float:
@@ -311,20 +311,20 @@ def time_volume(planes: int, side: int, backbone: Backbone, device: Device) -> l
     """A generated volume through a student in memory, lazily and from zarr to zarr."""
     import zarr
 
-    one = generate_sample(planes=1, size=side).image[0]
+    plane = generate_sample(planes=1, size=side).image[0]
     head = FewShotHead(backbone.spec, 1, DEFAULT).eval().to(device.torch)
-    model = StudentModel(backbone, head, fit_preprocess([one]), ("object",), device=device, halo=HALO)
+    model = StudentModel(backbone, head, fit_preprocess([plane]), ("object",), device=device, halo=HALO)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         stored = zarr.create_array(
             Path(folder) / "volume.zarr",
             shape=(planes, side, side),
             chunks=(1, min(side, 512), min(side, 512)),
-            dtype=one.dtype,
+            dtype=plane.dtype,
             dimension_names=["z", "y", "x"],
         )
         for z in range(planes):
-            stored[z] = np.roll(one, 7 * z, 0)
+            stored[z] = np.roll(plane, 7 * z, 0)
         with open_volume(Path(folder) / "volume.zarr") as volume:
 
             def lazily() -> list[Any]:
@@ -332,11 +332,11 @@ def time_volume(planes: int, side: int, backbone: Backbone, device: Device) -> l
                 return [np.asarray(lazy[z]) for z in range(planes)]
 
             works: dict[str, Callable[[int], object]] = {
-                "in memory": lambda _: [model.predict_labels(np.roll(one, 7 * z, 0)) for z in range(planes)],
+                "in memory": lambda _: [model.predict_labels(np.roll(plane, 7 * z, 0)) for z in range(planes)],
                 "lazily from zarr": lambda _: lazily(),
                 "zarr to zarr": lambda n: segment_to_zarr(volume, model, Path(folder) / f"labels{n}.ome.zarr"),
             }
-            model.predict_labels(one)
+            model.predict_labels(plane)
             for number in range(VOLUME_ROUNDS):
                 for way, work in works.items():
                     seconds[way].append(_seconds(lambda work=work, n=number: work(n), device))  # type: ignore[misc]

@@ -74,9 +74,9 @@ def _shown(slices: Sequence[AnnotatedSlice]) -> set[int]:
     return {int(v) for s in slices for v in np.unique(s.labels)} - {0, IGNORE}
 
 
-def spread_tests(split: Split, most: int | None) -> list[Item]:
+def spread_tests(split: Split, limit: int | None) -> list[Item]:
     """All test pictures, or so many spread evenly over their list."""
-    return [split.test[i] for i in evenly(len(split.test), len(split.test) if most is None else most)]
+    return [split.test[i] for i in evenly(len(split.test), len(split.test) if limit is None else limit)]
 
 
 def scribble(labeled: AnnotatedSlice, rng: np.random.Generator) -> AnnotatedSlice:
@@ -125,17 +125,17 @@ def _walk(
 
 def share_annotated(support: SupportSet) -> float:
     """Share of the pixels that are annotated."""
-    known = [np.count_nonzero(s.labels != IGNORE) for s in support.slices]
-    return float(np.sum(known) / np.sum([s.labels.size for s in support.slices]))
+    annotated = [np.count_nonzero(s.labels != IGNORE) for s in support.slices]
+    return float(np.sum(annotated) / np.sum([s.labels.size for s in support.slices]))
 
 
 def fingerprint(support: SupportSet) -> str:
     """Twelve hexadecimal digits that say whether two supports are the same, pixels and labels."""
     import hashlib
 
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for s in support.slices:
         parts: tuple[Array, ...] = (s.image, s.labels)
         for part in parts:
-            found.update(np.ascontiguousarray(part).tobytes())
-    return found.hexdigest()[:12]
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:12]

@@ -23,11 +23,11 @@ def markdown(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def spread(values: Sequence[float | None], digits: int = 3) -> str:
     """Median, and smallest and largest where there are several; nothing where there are none."""
-    known = [v for v in values if v is not None and not math.isnan(v)]
-    if not known:
+    finite = [v for v in values if v is not None and not math.isnan(v)]
+    if not finite:
         return NONE
-    middle = f"{statistics.median(known):.{digits}f}"
-    return middle if len(known) == 1 else f"{middle} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    middle = f"{statistics.median(finite):.{digits}f}"
+    return middle if len(finite) == 1 else f"{middle} ({min(finite):.{digits}f} to {max(finite):.{digits}f})"
 
 
 def accuracy_table(outcomes: Sequence[Outcome]) -> str:
@@ -37,10 +37,8 @@ def accuracy_table(outcomes: Sequence[Outcome]) -> str:
     for name, shots in dict.fromkeys((r["data"], r["shots"]) for r in rows):
         group = [r for r in rows if (r["data"], r["shots"]) == (name, shots)]
         teacher, student = SETS[name].published.get(shots, (None, None))
-        ours = [
-            spread([r["pooled"] for r in group if r["peer"] == p]) for p in ("teacher", "transferfss", "distillfss")
-        ]
-        cells = [*ours[:2], spread([teacher], 4), ours[2], spread([student], 4)]
+        own = [spread([r["pooled"] for r in group if r["peer"] == p]) for p in ("teacher", "transferfss", "distillfss")]
+        cells = [*own[:2], spread([teacher], 4), own[2], spread([student], 4)]
         lines.append([SETS[name].title, str(shots), _supports(group), _tests(group), *cells])
     headers = ["data set", "shots", "supports", "test pictures", "teacher as it comes", "teacher refined"]
     return markdown([*headers, "TransferFSS, published", "student", "DistillFSS, published"], lines)

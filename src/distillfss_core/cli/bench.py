@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 FOLDER = "distillfss-bench"
-OURS = ("teacher", "transferfss", "distillfss")
+METHODS = ("teacher", "transferfss", "distillfss")
 _NEEDED = ("sklearn", "skimage", "scipy", "matplotlib")
 
 
@@ -53,7 +53,7 @@ def _add_accuracy(kinds: Any) -> None:
         "--published-supports", action="store_true", help="one support, by the published rule, in place of draws"
     )
     parser.add_argument(
-        "--methods", type=_names, default=OURS, metavar="NAME,...", help=f"of {', '.join(OURS)} (default: all)"
+        "--methods", type=_names, default=METHODS, metavar="NAME,...", help=f"of {', '.join(METHODS)} (default: all)"
     )
     add_common(parser, _accuracy)
 
@@ -121,7 +121,7 @@ def _accuracy(args: argparse.Namespace) -> int:
     from distillfss_core.bench.supports import PUBLISHED
     from distillfss_core.bench.tables import PUBLISHED_NOTE, accuracy_table
 
-    _known(args.methods, OURS, "methods")
+    _check_names(args.methods, METHODS, "methods")
     seeds = [PUBLISHED] if args.published_supports else list(range(args.repeats))
     jobs = _jobs(args, seeds, ("dense",), args.methods)
     return _run(args, "accuracy", jobs, lambda outcomes: f"{accuracy_table(outcomes)}\n\n{PUBLISHED_NOTE}")
@@ -133,8 +133,8 @@ def _peers(args: argparse.Namespace) -> int:
     from distillfss_core.bench.tables import peers_tables
 
     peers = args.baselines or [name for name in PEERS if name != "teacher"]
-    _known(peers, PEERS, "peers")
-    _known(args.supports, SUPPORT_KINDS, "supports")
+    _check_names(peers, PEERS, "peers")
+    _check_names(args.supports, SUPPORT_KINDS, "supports")
     return _run(args, "peers", _jobs(args, range(args.seeds), args.supports, peers), peers_tables)
 
 
@@ -150,13 +150,13 @@ def _jobs(args: argparse.Namespace, seeds: Sequence[int], kinds: Sequence[str], 
     names = [name for name, _ in args.data]
     if twice := [name for name in names if names.count(name) > 1]:
         raise SettingsError(f"--data {twice[0]} is given twice; measure one folder after the other")
-    for _, folder, about in sets:
-        about.open(folder)  # what is not whole is said before hours of work
+    for _, folder, dataset in sets:
+        dataset.open(folder)  # what is not whole is said before hours of work
     return [
         Job(name, str(folder.resolve()), shots, seed, kind, peer, args.max_test_images, settings)
-        for name, folder, about in sets
+        for name, folder, dataset in sets
         for seed in seeds
-        for shots in args.shots or about.shots
+        for shots in args.shots or dataset.shots
         for kind in kinds
         for peer in peers
     ]
@@ -225,9 +225,9 @@ def _need_packages() -> None:
         raise SettingsError(f"the benchmark needs {', '.join(missing)}; pip install 'napari-distillfss[bench]'")
 
 
-def _known(given: Sequence[str], known: Any, option: str) -> None:
-    if unknown := [name for name in given if name not in known]:
-        raise SettingsError(f"--{option} has {unknown[0]!r}; choose of {', '.join(known)}")
+def _check_names(names: Sequence[str], valid: Any, option: str) -> None:
+    if unknown := [name for name in names if name not in valid]:
+        raise SettingsError(f"--{option} has {unknown[0]!r}; choose of {', '.join(valid)}")
 
 
 def _make(folder: Path) -> None:
@@ -245,8 +245,8 @@ def _write(path: Path, text: str) -> None:
 
 
 def _data(text: str) -> tuple[str, Path]:
-    name, found, folder = text.partition("=")
-    if not found or not name or not folder:
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
     return name, Path(folder)
 

@@ -47,8 +47,8 @@ def add_demo(commands: Any) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    given = given_settings(args)
-    DistillSettings(**given)  # errors are told before torch is loaded
+    options = given_settings(args)
+    DistillSettings(**options)  # errors are told before torch is loaded
     if args.data and len(args.data) > 2:
         raise SettingsError(f"--data has {len(args.data)} paths; give a folder, or images and labels")
     if not args.data and (args.classes or args.scribbles):
@@ -57,7 +57,7 @@ def _demo(args: argparse.Namespace) -> int:
     from distillfss_core.demo import DEMO_FOLDER, DEMO_STEPS, DEMO_SUPPORTS, generated_data, iter_demo, own_data
     from distillfss_core.types import finish
 
-    settings = DistillSettings(**{"steps": DEMO_STEPS, **given})
+    settings = DistillSettings(**{"steps": DEMO_STEPS, **options})
     supports = args.supports or DEMO_SUPPORTS
     if args.data:
         data = own_data(*args.data, supports=supports, classes=args.classes, scribbles=args.scribbles)

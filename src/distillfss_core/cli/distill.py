@@ -64,10 +64,10 @@ def _distill(args: argparse.Namespace) -> int:
     from distillfss_core.io.images import READABLE
     from distillfss_core.io.writing import check_output
 
-    given = given_settings(args)
+    options = given_settings(args)
     if args.init_from and args.preset != "default":
         raise SettingsError("--preset does not go with --init-from: the model has its form; leave the option out")
-    settings = DistillSettings.preset(args.preset, **given)
+    settings = DistillSettings.preset(args.preset, **options)
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
     if args.output.suffix.lower() in READABLE:
@@ -82,7 +82,7 @@ def _distill(args: argparse.Namespace) -> int:
     start = None
     if args.init_from:
         start = StudentModel.load(args.init_from, device=settings.device, weights=settings.weights)
-        settings = _settings_of(start, given, args.init_from)
+        settings = _settings_of(start, options, args.init_from)
     support = load_support(
         args.images,
         args.labels,
@@ -118,7 +118,7 @@ def _distill(args: argparse.Namespace) -> int:
     return INTERRUPTED if interrupted else FINE
 
 
-def _settings_of(start: StudentModel, given: dict[str, Any], path: Path) -> DistillSettings:
+def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> DistillSettings:
     """The settings given, with those that a model to start from has already decided."""
     form = start.head.form
     decided = {
@@ -131,12 +131,12 @@ def _settings_of(start: StudentModel, given: dict[str, Any], path: Path) -> Dist
         "normalization": f"per-{start.preprocess.scope}",
     }
     for name, value in decided.items():
-        if given.get(name, value) != value:
+        if options.get(name, value) != value:
             raise SettingsError(
-                f"{option_flag(name)} {given[name]} does not go with --init-from: {path} has {value}; leave the option "
-                "out"
+                f"{option_flag(name)} {options[name]} does not go with --init-from: {path} has {value}; leave out "
+                "the option"
             )
-    return DistillSettings(**{**given, **decided})
+    return DistillSettings(**{**options, **decided})
 
 
 def _print_model(args: argparse.Namespace, model: StudentModel) -> None:

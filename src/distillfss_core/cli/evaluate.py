@@ -45,14 +45,14 @@ def _evaluate(args: argparse.Namespace) -> int:
     each: list[tuple[str, Scores]] = []
     with progress("comparing", unit="image") as bar:
         for predicted, truth in pair_files(args.predicted, args.truth):
-            for name, found, real in _label_pairs(predicted, truth, args, len(names)):
+            for name, prediction, real in _label_pairs(predicted, truth, args, len(names)):
                 with source_named(name):
-                    tally.add(found, real)
-                    each.append((name, evaluate([(found, real)], len(names))))
+                    tally.add(prediction, real)
+                    each.append((name, evaluate([(prediction, real)], len(names))))
                 bar.update()
     scores = tally.scores()
     if args.json:
-        images = {name: _measures_json(one.pooled, names) for name, one in each}
+        images = {name: _measures_json(measures.pooled, names) for name, measures in each}
         print_json(
             {
                 "images": images,
@@ -66,8 +66,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     print_table(
         ["image", "class", "IoU", "Dice", "precision", "recall"],
         [
-            [name, label, *(cell(getattr(one.pooled, m)[k]) for m in MEASURES)]
-            for name, one in each
+            [name, label, *(cell(getattr(measures.pooled, m)[k]) for m in MEASURES)]
+            for name, measures in each
             for k, label in enumerate(names)
         ],
         left=2,
@@ -83,20 +83,23 @@ def _label_pairs(
     """Name, prediction and truth of each plane of two files."""
     from distillfss_core.io.labels import labels_from_image, read_label_stack
 
-    found, real = read_label_stack(predicted), read_label_stack(truth)
-    if len(found) != len(real):
+    predicted_planes, true_planes = read_label_stack(predicted), read_label_stack(truth)
+    if len(predicted_planes) != len(true_planes):
         raise ImageError(
-            f"{predicted.name} has {len(found)} plane(s), {truth.name} has {len(real)}; compare stacks of equal depth"
+            f"{predicted.name} has {len(predicted_planes)} plane(s), {truth.name} has {len(true_planes)}; "
+            "compare stacks of equal depth"
         )
     plain = "classes" if args.classes else "binary"
-    for z in args.planes or range(len(found)):
-        if not z < len(found):
-            raise SettingsError(f"plane {z} is outside {predicted.name}, whose planes are 0 to {len(found) - 1}")
-        at = f" plane {z}" if len(found) > 1 else ""
+    for z in args.planes or range(len(predicted_planes)):
+        if not z < len(predicted_planes):
+            raise SettingsError(
+                f"plane {z} is outside {predicted.name}, whose planes are 0 to {len(predicted_planes) - 1}"
+            )
+        plane = f" plane {z}" if len(predicted_planes) > 1 else ""
         yield (
-            predicted.name + at,
-            labels_from_image(found[z], plain, n_classes, predicted.name + at),
-            labels_from_image(real[z], "scribbles" if args.scribbles else plain, n_classes, truth.name + at),
+            predicted.name + plane,
+            labels_from_image(predicted_planes[z], plain, n_classes, predicted.name + plane),
+            labels_from_image(true_planes[z], "scribbles" if args.scribbles else plain, n_classes, truth.name + plane),
         )
 
 

@@ -45,9 +45,11 @@ def _export(args: argparse.Namespace) -> int:
     if kind is None or args.format not in (None, kind):
         wanted = _FORMATS.get(args.format, ".onnx or .zip (BioImage.IO)")
         raise OutputError(f"cannot write {args.output}: end its name in {wanted}")
-    about = {name: getattr(args, name) for name in ("name", "description", "license") if getattr(args, name)}
-    if kind == "onnx" and (about or args.author):
-        raise SettingsError(f"{option_flag(next(iter(about), 'author'))} is for BioImage.IO packages; end OUT in .zip")
+    details = {name: getattr(args, name) for name in ("name", "description", "license") if getattr(args, name)}
+    if kind == "onnx" and (details or args.author):
+        raise SettingsError(
+            f"{option_flag(next(iter(details), 'author'))} is for BioImage.IO packages; end OUT in .zip"
+        )
     check_output(args.output)
 
     from distillfss_core.export.bioimageio import export_bioimageio
@@ -60,7 +62,7 @@ def _export(args: argparse.Namespace) -> int:
     if kind == "onnx":
         export_onnx(model, args.output)
     else:
-        export_bioimageio(model, args.output, authors=args.author or (), **about)
+        export_bioimageio(model, args.output, authors=args.author or (), **details)
     size = args.output.stat().st_size
     if args.json:
         print_json({"written": str(args.output), "format": kind, "bytes": size, "multiple": model.step})

@@ -74,8 +74,8 @@ def _instances(args: argparse.Namespace) -> int:
         labels = stack.enter_context(open_volume(args.input))
         image = None
         if args.image:
-            how = {"level": args.image_level, "channel": args.channel, "time": args.time}
-            image = stack.enter_context(open_volume(args.image, **how))
+            opening = {"level": args.image_level, "channel": args.channel, "time": args.time}
+            image = stack.enter_context(open_volume(args.image, **opening))
         run = iter_instances(
             labels,
             args.output,

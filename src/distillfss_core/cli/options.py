@@ -60,21 +60,21 @@ def add_settings(parser: argparse.ArgumentParser, kind_of: type = DistillSetting
     """An option for every field of the settings; those not given stay out of the namespace."""
     group = parser.add_argument_group(f"settings of the {title}")
     for setting in fields(kind_of):
-        about = setting.metadata
+        details = setting.metadata
         kind = {"int": int, "float": float}.get(str(setting.type), str)
         group.add_argument(
             option_flag(setting.name),
             type=kind,
             default=argparse.SUPPRESS,
-            choices=about.get("choices"),
-            metavar=None if "choices" in about else {int: "N", float: "X"}.get(kind, "TEXT"),
-            help=f"{about['help']} Default: {setting.default}.".replace("%", "%%"),
+            choices=details.get("choices"),
+            metavar=None if "choices" in details else {int: "N", float: "X"}.get(kind, "TEXT"),
+            help=f"{details['help']} Default: {setting.default}.".replace("%", "%%"),
         )
 
 
 def given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -> dict[str, Any]:
-    given = vars(args)
-    return {setting.name: given[setting.name] for setting in fields(kind_of) if setting.name in given}
+    values = vars(args)
+    return {setting.name: values[setting.name] for setting in fields(kind_of) if setting.name in values}
 
 
 def option_flag(name: str) -> str:
@@ -151,9 +151,9 @@ def check_no_volume_options(args: argparse.Namespace) -> None:
     ------
     SettingsError
     """
-    given = [name for name in _VOLUMES_ONLY if getattr(args, name) not in (None, False)]
-    if given:
-        raise SettingsError(f"--{given[0]} is for volumes; end the name of the output in .ome.zarr")
+    used = [name for name in _VOLUMES_ONLY if getattr(args, name) not in (None, False)]
+    if used:
+        raise SettingsError(f"--{used[0]} is for volumes; end the name of the output in .ome.zarr")
 
 
 def load_model(args: argparse.Namespace) -> StudentModel:

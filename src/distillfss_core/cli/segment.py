@@ -191,12 +191,12 @@ def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path]) -
         if len(outputs) == 1:
             labels = model.predict_labels(planes[0])
         else:
-            found = model.predict(planes[0])
-            labels = found.labels
+            predicted = model.predict(planes[0])
+            labels = predicted.labels
             if "probabilities" in outputs:
-                write_float_tiff(outputs["probabilities"], found.probabilities)
+                write_float_tiff(outputs["probabilities"], predicted.probabilities)
             if "uncertainty" in outputs:
-                write_float_tiff(outputs["uncertainty"], found.uncertainty)
+                write_float_tiff(outputs["uncertainty"], predicted.uncertainty)
     write_labels(outputs["labels"], labels)
 
 
@@ -223,16 +223,16 @@ def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: di
                         if len(outputs) == 1:
                             labels = model.predict_labels(plane)
                         else:
-                            found = model.predict(plane)
-                            labels = found.labels
+                            predicted = model.predict(plane)
+                            labels = predicted.labels
                     # Floats hardly shrink: uncompressed, planes can follow one another in one series.
                     plain: dict[str, Any] = {"contiguous": True, "photometric": "minisblack"}
                     if "probabilities" in outputs:
                         writers["probabilities"].write(
-                            found.probabilities, planarconfig="separate", metadata={"axes": "ZCYX"}, **plain
+                            predicted.probabilities, planarconfig="separate", metadata={"axes": "ZCYX"}, **plain
                         )
                     if "uncertainty" in outputs:
-                        writers["uncertainty"].write(found.uncertainty, metadata={"axes": "ZYX"}, **plain)
+                        writers["uncertainty"].write(predicted.uncertainty, metadata={"axes": "ZYX"}, **plain)
                     bar.update()
                     yield labels
 
@@ -275,14 +275,14 @@ def segment_volume(args: argparse.Namespace) -> int:
             {
                 "labels": str(report.path),
                 "shards_computed": report.computed,
-                "shards_found": report.found,
+                "shards_found": report.finished,
                 "missing_chunks": report.missing_chunks,
                 "seconds": report.seconds,
             }
         )
         return FINE
-    found = f", {report.found} found finished" if report.found else ""
-    print(f"{report.path}: {report.computed} shards computed{found}, {report.seconds:.0f} s")
+    finished = f", {report.finished} found finished" if report.finished else ""
+    print(f"{report.path}: {report.computed} shards computed{finished}, {report.seconds:.0f} s")
     return FINE
 
 

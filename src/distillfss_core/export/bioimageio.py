@@ -15,8 +15,8 @@ from PIL import Image
 from distillfss_core import __version__
 from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.export.onnx import (
-    FOUND,
-    GIVEN,
+    INPUT,
+    OUTPUT,
     REMEDIES,
     check_exportable,
     compare_with_student,
@@ -84,10 +84,10 @@ def export_bioimageio(
         (folder / "student.onnx").write_bytes(graph)
         raw = example_image(model)
         with torch.no_grad():
-            answer = module(torch.from_numpy(scale_intensity(model, raw))).numpy()
+            expected = module(torch.from_numpy(scale_intensity(model, raw))).numpy()
         np.save(folder / "test_input.npy", raw)
-        np.save(folder / "test_output.npy", answer)
-        _cover(raw, answer).save(folder / "cover.png")
+        np.save(folder / "test_output.npy", expected)
+        _cover(raw, expected).save(folder / "cover.png")
         name = name or f"{' '.join(model.class_names)} student (DistillFSS)"
         (folder / "README.md").write_text(_readme(model, name), encoding="utf-8")
         try:
@@ -115,7 +115,7 @@ def _cover(image: Array, probabilities: Array) -> Image.Image:
 
 
 def _readme(model: StudentModel, name: str) -> str:
-    about, scope = model.card["backbone"], model.preprocess.scope
+    backbone, scope = model.card["backbone"], model.preprocess.scope
     intensity = (
         "fixed limits, those of the images it was trained on"
         if scope == "volume"
@@ -137,7 +137,7 @@ A student of DistillFSS, made by napari-distillfss {__version__} from {len(slice
 - Pixel size: {size}; zoomed {model.preprocess.zoom} times inside
 - Sides: multiples of {model.step}; tiles should overlap by {export_halo(model)} pixels on each side
 - Output: probabilities of background and of each class
-- Backbone: {about["name"]} ({about["weights"]}), license {about["license"]}
+- Backbone: {backbone["name"]} ({backbone["weights"]}), license {backbone["license"]}
 
 {advice}
 
@@ -158,7 +158,7 @@ def _describe(
     pixel = model.pixel_size or (1.0, 1.0)
     unit: dict[str, Any] = {"unit": "micrometer"} if model.pixel_size else {}
     size = spec.ParameterizedSize(min=smallest_side(model), step=model.step)
-    given, found = spec.TensorId(GIVEN), spec.TensorId(FOUND)
+    input_id, output_id = spec.TensorId(INPUT), spec.TensorId(OUTPUT)
     axes = [(spec.AxisId(axis), scale) for axis, scale in zip("yx", pixel, strict=True)]
     return spec.ModelDescr(
         name=name,
@@ -172,7 +172,7 @@ def _describe(
         tags=["segmentation", "few-shot", "2d", "distillfss", model.backbone.spec.name, *names],
         inputs=[
             spec.InputTensorDescr(
-                id=given,
+                id=input_id,
                 axes=[
                     spec.BatchAxis(),
                     spec.ChannelAxis(channel_names=[spec.Identifier(f"channel{i}") for i in range(channels)]),
@@ -185,14 +185,14 @@ def _describe(
         ],
         outputs=[
             spec.OutputTensorDescr(
-                id=found,
+                id=output_id,
                 axes=[
                     spec.BatchAxis(),
                     spec.ChannelAxis(channel_names=[spec.Identifier(n) for n in _identifiers(["background", *names])]),
                     *(
                         spec.SpaceOutputAxisWithHalo(
                             id=axis,
-                            size=spec.SizeReference(tensor_id=given, axis_id=axis),
+                            size=spec.SizeReference(tensor_id=input_id, axis_id=axis),
                             scale=scale,
                             halo=export_halo(model),
                             **unit,
@@ -230,12 +230,12 @@ def _scaling(model: StudentModel) -> Any:
 
 def _identifiers(names: Sequence[str]) -> list[str]:
     """Names of classes as the format takes them: letters, digits and _, each once."""
-    found: list[str] = []
+    identifiers: list[str] = []
     for index, name in enumerate(names):
         plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
         plain = plain if plain.isidentifier() else f"class_{index}"
-        found.append(f"{plain}_{index}" if plain in found else plain)
-    return found
+        identifiers.append(f"{plain}_{index}" if plain in identifiers else plain)
+    return identifiers
 
 
 def _opset(path: Path) -> int:

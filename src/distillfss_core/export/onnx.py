@@ -23,7 +23,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.samples import generate_sample
 from distillfss_core.types import Array
 
-GIVEN, FOUND = "image", "probabilities"
+INPUT, OUTPUT = "image", "probabilities"
 TOLERANCE = 1e-4
 """By how much probabilities of the file and of torch may differ."""
 REMEDIES = {
@@ -56,8 +56,8 @@ class ExportedStudent(nn.Module):
         if self.zoom != 1:
             up, down = self.zoom.numerator, self.zoom.denominator
             x = _resize(x, (height // down * up, width // down * up)).clamp(0, 1)
-        found = _resize(self.network(x).clamp_min(NEVER), (height, width))
-        return torch.cat([torch.zeros_like(found[:, :1]), found], 1).softmax(1)
+        probabilities = _resize(self.network(x).clamp_min(NEVER), (height, width))
+        return torch.cat([torch.zeros_like(probabilities[:, :1]), probabilities], 1).softmax(1)
 
 
 def _resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
@@ -111,7 +111,7 @@ def onnx_bytes(model: StudentModel, module: ExportedStudent) -> bytes:
     import onnx
 
     example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step)
-    graph = onnx.load_model_from_string(onnx_graph(module, example, GIVEN, FOUND))
+    graph = onnx.load_model_from_string(onnx_graph(module, example, INPUT, OUTPUT))
     resizes = [node for node in graph.graph.node if node.op_type == "Resize"]
     stride = model.backbone.spec.strides[0]  # of the grid that the network answers on
     for smoothed in resizes[:1] if module.zoom < 1 else resizes[-1:] if module.zoom > stride else []:
@@ -122,8 +122,8 @@ def onnx_bytes(model: StudentModel, module: ExportedStudent) -> bytes:
         f"Probabilities of background, {', '.join(model.class_names)}. Scale intensities so that dark is 0 and bright "
         f"is 1 (see 'intensity' of the metadata); sides must be multiples of {model.step}."
     )
-    about = {"card": model.card, "intensity": _intensity(model), "multiple": model.step, "halo": export_halo(model)}
-    onnx.helper.set_model_props(graph, {"distillfss": json.dumps(about)})
+    metadata = {"card": model.card, "intensity": _intensity(model), "multiple": model.step, "halo": export_halo(model)}
+    onnx.helper.set_model_props(graph, {"distillfss": json.dumps(metadata)})
     onnx.checker.check_model(graph, full_check=True)
     result: bytes = graph.SerializeToString()
     return result
@@ -158,8 +158,8 @@ def compare_with_student(module: ExportedStudent, graph: bytes, model: StudentMo
         x = torch.rand(batch, model.preprocess.channels, rows * model.step, columns * model.step, generator=noise)
         with torch.no_grad():
             expected = module(x).numpy()
-        found = session.run(None, {GIVEN: x.numpy()})[0]
-        worst = float(np.abs(found - expected).max())
+        exported = session.run(None, {INPUT: x.numpy()})[0]
+        worst = float(np.abs(exported - expected).max())
         if not worst <= TOLERANCE:
             raise OutputError(
                 f"the ONNX graph differs from torch by {worst:.2g} (at most {TOLERANCE:g}); nothing was written"

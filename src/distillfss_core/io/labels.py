@@ -97,11 +97,11 @@ def labels_from_image(
         result: npt.NDArray[np.uint8] = (array != 0).astype(np.uint8)
         return result
     shift = 1 if mode == "scribbles" else 0
-    known = MAX_CLASSES if n_classes is None else n_classes
+    limit = MAX_CLASSES if n_classes is None else n_classes
     largest = int(array.max()) if array.size else 0
-    if largest > known + shift:
+    if largest > limit + shift:
         raise ImageError(
-            f"{source}: holds the label {largest}, but there are {known} classes, so at most {known + shift} in mode "
+            f"{source}: holds the label {largest}, but there are {limit} classes, so at most {limit + shift} in mode "
             f"{mode!r}; name more classes, or use mode 'binary' if the numbers count objects or mean 'on'"
         )
     if mode == "classes":
@@ -208,8 +208,8 @@ def load_support_arrays(
     slices: list[AnnotatedSlice] = []
     from_stack = False
     for image_path, label_path in pairs:
-        found, from_stack = _slices_of_pair(image_path, label_path, planes, mode, n_classes)
-        slices += found
+        read_slices, from_stack = _slices_of_pair(image_path, label_path, planes, mode, n_classes)
+        slices += read_slices
     return slices, from_stack and len(pairs) == 1
 
 
@@ -298,7 +298,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 def _without_ending(stem: str) -> str:
     for mark in "_-":
-        head, found, tail = stem.rpartition(mark)
-        if found and head and tail.lower() in LABEL_ENDINGS:
+        head, separator, tail = stem.rpartition(mark)
+        if separator and head and tail.lower() in LABEL_ENDINGS:
             return head
     return stem

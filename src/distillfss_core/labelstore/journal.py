@@ -87,10 +87,10 @@ class Journal:
         good = 0
         lines = []
         for raw in content.splitlines(keepends=True):
-            found = _parse(raw)
-            if found is None:
+            entry = _parse(raw)
+            if entry is None:
                 break
-            lines.append(found)
+            lines.append(entry)
             good += len(raw)
         if not lines or lines[0].get("format") != FORMAT:
             raise InputFileError(f"{self.path}: is no record of a run, or damaged; delete the output and begin anew")
@@ -111,8 +111,8 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     """The entry of a line; None if it is not whole."""
     if not raw.endswith(b"\n") or raw[8:9] != b" " or raw[:8] != b"%08x" % zlib.crc32(raw[9:-1]):
         return None
-    found = json.loads(raw[9:-1])
-    return found if isinstance(found, dict) else None
+    entry = json.loads(raw[9:-1])
+    return entry if isinstance(entry, dict) else None
 
 
 def _open(path: Path, *, create: bool) -> FileIO:

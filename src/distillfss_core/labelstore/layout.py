@@ -50,9 +50,9 @@ class Layout:
         """Shards of a level that touch a region (in voxels of that level), plane by plane."""
         yield from product(*(range(a // n, -(-b // n)) for (a, b), n in zip(region, self.shard, strict=True)))
 
-    def box(self, level: int, at: Index) -> Box:
+    def box(self, level: int, index: Index) -> Box:
         """The voxels that a shard holds."""
-        spans = zip(at, self.shard, self.shapes[level], strict=True)
+        spans = zip(index, self.shard, self.shapes[level], strict=True)
         return as_box((i * n, min((i + 1) * n, length)) for i, n, length in spans)
 
     def coarser(self, level: int, region: Box) -> Box:
@@ -64,12 +64,12 @@ class Layout:
         fine = self.factors[level - 1]
         return tuple(a // b for a, b in zip(self.factors[level], fine, strict=True))  # type: ignore[return-value]
 
-    def sources(self, level: int, at: Index) -> list[Index]:
+    def sources(self, level: int, index: Index) -> list[Index]:
         """The shards of the level before that a shard is made of."""
         step = self.step(level)
         finer = as_box(
             (a * f, min(b * f, n))
-            for (a, b), f, n in zip(self.box(level, at), step, self.shapes[level - 1], strict=True)
+            for (a, b), f, n in zip(self.box(level, index), step, self.shapes[level - 1], strict=True)
         )
         return list(self.shards(level - 1, finer))
 

@@ -65,7 +65,7 @@ def image_of(path: Path) -> Path | None:
     return path.parent.parent if path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes else None
 
 
-def write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str, Any]) -> list[Any]:
+def write_metadata(path: Path, layout: Layout, description: About, notes: Mapping[str, Any]) -> list[Any]:
     """Groups and arrays as they must be; those that are there already stay."""
     arrays = []
     for level, shape in enumerate(layout.shapes):
@@ -86,7 +86,7 @@ def write_metadata(path: Path, layout: Layout, about: About, notes: Mapping[str,
                 zarr_format=3,
             )
         )
-    attributes = _attributes(layout, about)
+    attributes = _attributes(layout, description)
     if "engine" in notes:
         attributes["distillfss"]["engine"] = notes["engine"]
     group: Any = _open_group(path)
@@ -110,36 +110,36 @@ def _open_group(path: Path) -> Any:
     return zarr.open_group(path, mode="a", zarr_format=3)
 
 
-def _attributes(layout: Layout, about: About) -> dict[str, Any]:
+def _attributes(layout: Layout, description: About) -> dict[str, Any]:
     """OME-Zarr 0.5 metadata of a label image, and ours beside it."""
-    unit = {"unit": about.unit} if about.unit else {}
-    scale = [s or 1.0 for s in about.scale]
+    unit = {"unit": description.unit} if description.unit else {}
+    scale = [s or 1.0 for s in description.scale]
     datasets = []
     for level, factors in enumerate(layout.factors):
         steps: list[dict[str, Any]] = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factors, strict=True)]}]
         # the center of the first voxel of this level, seen from that of the finest
-        shift = [o + s * (f - 1) / 2 for o, s, f in zip(about.origin, scale, factors, strict=True)]
+        shift = [o + s * (f - 1) / 2 for o, s, f in zip(description.origin, scale, factors, strict=True)]
         if any(shift):
             steps.append({"type": "translation", "translation": shift})
         datasets.append({"path": str(level), "coordinateTransformations": steps})
     image: dict[str, Any] = {"version": OME_VERSION}
-    if about.classes:
+    if description.classes:
         colors = [
             {"label-value": k, "rgba": [*_COLORS[(k - 1) % len(_COLORS)], 255]}
-            for k in range(1, len(about.classes) + 1)
+            for k in range(1, len(description.classes) + 1)
         ]
         image["colors"] = [{"label-value": 0, "rgba": [0, 0, 0, 0]}, *colors]
-        names = ("background", *about.classes)
+        names = ("background", *description.classes)
         image["properties"] = [{"label-value": k, "class": name} for k, name in enumerate(names)]
-    if about.image:
-        image["source"] = {"image": about.image}
+    if description.image:
+        image["source"] = {"image": description.image}
     multiscale = {
-        "name": about.name,
+        "name": description.name,
         "axes": [{"name": a, "type": "space", **unit} for a in "zyx"],
         "datasets": datasets,
-        "type": "mode" if about.classes else "nearest",
+        "type": "mode" if description.classes else "nearest",
     }
     return {
         "ome": {"version": OME_VERSION, "multiscales": [multiscale], "image-label": image},
-        "distillfss": dict(about.provenance),
+        "distillfss": dict(description.provenance),
     }

@@ -16,14 +16,16 @@ def coarsen_labels(labels: Array, step: Index, *, majority: bool = True) -> Arra
     pad = [(0, -n % s) for n, s in zip(labels.shape, step, strict=True)]
     if any(p for _, p in pad):
         labels = np.pad(labels, pad, mode="edge")
-    parts = [labels[tuple(slice(o, None, s) for o, s in zip(at, step, strict=True))] for at in np.ndindex(*step)]
+    parts = [
+        labels[tuple(slice(o, None, s) for o, s in zip(offset, step, strict=True))] for offset in np.ndindex(*step)
+    ]
     if labels.max(initial=0) <= 1:  # a single class: ten times as fast
         return (2 * sum(parts[1:], parts[0].copy()) >= len(parts)).astype(labels.dtype)
-    best, most = np.zeros_like(parts[0]), np.zeros(parts[0].shape, np.uint8)
+    best, votes = np.zeros_like(parts[0]), np.zeros(parts[0].shape, np.uint8)
     for value in np.unique(labels):
-        count = np.zeros_like(most)
+        count = np.zeros_like(votes)
         for part in parts:
             count += part == value
-        wins = count >= np.maximum(most, 1)
-        best[wins], most[wins] = value, count[wins]
+        wins = count >= np.maximum(votes, 1)
+        best[wins], votes[wins] = value, count[wins]
     return best

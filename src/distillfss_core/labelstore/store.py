@@ -52,7 +52,7 @@ class LabelStore:
     path : path
         Folder of the labels: a name of its own, or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
     layout : Layout
-    about : About
+    description : About
     settings : mapping
         JSON-able; what has to be the same for a run to go on.
     resume : bool
@@ -72,13 +72,13 @@ class LabelStore:
         self,
         path: Path,
         layout: Layout,
-        about: About,
+        description: About,
         settings: Mapping[str, Any],
         *,
         resume: bool,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.layout, self._majority = path, layout, bool(about.classes)
+        self.path, self.layout, self._majority = path, layout, bool(description.classes)
         settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
         check_place(path)
         mine = (path / RECORD).is_file()
@@ -86,17 +86,17 @@ class LabelStore:
             raise OutputError(f"{path}: is there already; resume it, overwrite it, or give another name")
         if not mine and any(f.is_file() and f.parent != (path / RECORD).parent for f in path.rglob("*")):
             raise OutputError(f"{path}: is there already and not from here; give another name")
-        with _told(path):
+        with _named_errors(path):
             (path / RECORD).parent.mkdir(parents=True, exist_ok=True)
         self.record = Journal(path / RECORD, {"settings": settings, "notes": dict(notes or {})})
         try:
             self._check_settings(settings)
             self.notes: dict[str, Any] = self.record.header["notes"]
-            with _told(path):
+            with _named_errors(path):
                 for left in path.rglob("*.partial"):
                     left.unlink(missing_ok=True)  # of writes that were killed
                 _remove_rest(path)
-                self._arrays = write_metadata(path, layout, about, self.notes)
+                self._arrays = write_metadata(path, layout, description, self.notes)
         except BaseException:
             self.record.close()
             raise
@@ -110,25 +110,27 @@ class LabelStore:
         """The zarr array of every level."""
         return self._arrays
 
-    def missing(self, level: int, at: Index, box: Box) -> list[Box]:
+    def missing(self, level: int, index: Index, box: Box) -> list[Box]:
         """What has to be computed before this part of a shard is finished: nothing if it is on disk as it was written.
 
         A file that the record does not know, or knows otherwise, may be half-written: it is removed, and whatever
         else was finished in it has to be computed again as well.
         """
-        entry = self._done.get((level, at))
-        if entry is not None and (level, at) not in self._trusted:
-            if entry["file"] == _file_digest(self.file(level, at)):
-                self._trusted.add((level, at))
+        entry = self._done.get((level, index))
+        if entry is not None and (level, index) not in self._trusted:
+            if entry["file"] == _file_digest(self.file(level, index)):
+                self._trusted.add((level, index))
             else:
-                log.warning("%s: shard %s of level %d is not as it was written; it is done again", self.path, at, level)
+                log.warning(
+                    "%s: shard %s of level %d is not as it was written; it is done again", self.path, index, level
+                )
                 lost = [as_box(map(tuple, b)) for b in entry["boxes"]]
-                self._forget(level, at)
+                self._forget(level, index)
                 if any(_within(box, b) for b in lost):
                     return lost
                 return [*(b for b in lost if not _within(b, box)), box]
         if entry is None:
-            self._forget(level, at)
+            self._forget(level, index)
             return [box]
         return [] if any(_within(box, b) for b in entry["boxes"]) else [box]
 
@@ -142,56 +144,58 @@ class LabelStore:
         """
         return write_shard(self.path, self._arrays[level], self.layout, level, box, labels)
 
-    def note(self, level: int, at: Index, boxes: Sequence[Box], digest: str, made_from: str = "") -> None:
+    def note(self, level: int, index: Index, boxes: Sequence[Box], digest: str, made_from: str = "") -> None:
         """Put into the record that these parts of a shard are finished."""
-        known = self._done.get((level, at))
-        before = [as_box(map(tuple, b)) for b in (known["boxes"] if known else [])]
+        previous = self._done.get((level, index))
+        before = [as_box(map(tuple, b)) for b in (previous["boxes"] if previous else [])]
         kept = [b for b in before if not any(_within(b, new) for new in boxes)]
-        entry = {"level": level, "at": at, "boxes": [*kept, *boxes], "file": digest, "from": made_from}
+        entry = {"level": level, "at": index, "boxes": [*kept, *boxes], "file": digest, "from": made_from}
         self.record.add(json.loads(json.dumps(entry)))
         self._remember(self.record.entries[-1])
-        self._trusted.add((level, at))
+        self._trusted.add((level, index))
 
-    def file(self, level: int, at: Index) -> Path:
+    def file(self, level: int, index: Index) -> Path:
         """The file of a shard."""
-        return shard_file(self.path, self._arrays[level], level, at)
+        return shard_file(self.path, self._arrays[level], level, index)
 
-    def made_from(self, level: int, at: Index) -> str:
+    def made_from(self, level: int, index: Index) -> str:
         """A digest over the shards that a shard of a coarser level is made of."""
-        known = [self._done.get((level - 1, source), {}).get("file", "") for source in self.layout.sources(level, at)]
-        return hashlib.sha256("\n".join(known).encode()).hexdigest()[:32]
+        digests = [
+            self._done.get((level - 1, source), {}).get("file", "") for source in self.layout.sources(level, index)
+        ]
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:32]
 
-    def coarsen(self, level: int, at: Index) -> bool:
+    def coarsen(self, level: int, index: Index) -> bool:
         """Make a shard of a coarser level and note it; False if that was done already.
 
         A voxel has the label that most of its finer ones have; of instances, that of the first.
         """
-        origin = self.made_from(level, at)
-        box = self.layout.box(level, at)
-        if not self.missing(level, at, box) and self._done[level, at]["from"] == origin:
+        origin = self.made_from(level, index)
+        box = self.layout.box(level, index)
+        if not self.missing(level, index, box) and self._done[level, index]["from"] == origin:
             return False
         step = self.layout.step(level)
         labels = np.zeros([b - a for a, b in box], self.layout.dtype)
-        for source in self.layout.sources(level, at):
+        for source in self.layout.sources(level, index):
             if (level - 1, source) not in self._done or not self._done[level - 1, source]["file"]:
                 continue  # nothing was written there
             fine = self.layout.box(level - 1, source)
             part = coarsen_labels(np.asarray(self._arrays[level - 1][slices(fine)]), step, majority=self._majority)
             to = tuple(a // f - start for (a, _), f, (start, _) in zip(fine, step, box, strict=True))
             labels[tuple(slice(t, t + n) for t, n in zip(to, part.shape, strict=True))] = part
-        self._forget(level, at)
-        self.note(level, at, [box], self.write(level, box, labels), origin)
+        self._forget(level, index)
+        self.note(level, index, [box], self.write(level, box, labels), origin)
         return True
 
     def finish(self, region: Box) -> None:
         """Note in the metadata that a region is complete."""
-        with _told(self.path):
+        with _named_errors(self.path):
             group: Any = zarr.open_group(self.path, mode="r+")
-            about = dict(group.attrs["distillfss"])
-            regions = [r for r in about.get("finished", []) if not _within(as_box(map(tuple, r)), region)]
+            attributes = dict(group.attrs["distillfss"])
+            regions = [r for r in attributes.get("finished", []) if not _within(as_box(map(tuple, r)), region)]
             if not any(_within(region, r) for r in regions):
-                about["finished"] = [*regions, [list(span) for span in region]]
-                group.attrs["distillfss"] = about
+                attributes["finished"] = [*regions, [list(span) for span in region]]
+                group.attrs["distillfss"] = attributes
 
     def close(self) -> None:
         self.record.close()
@@ -200,19 +204,20 @@ class LabelStore:
         z, y, x = entry["at"]
         self._done[entry["level"], (z, y, x)] = entry
 
-    def _forget(self, level: int, at: Index) -> None:
-        self._done.pop((level, at), None)
-        self._trusted.discard((level, at))
-        with _told(self.path):
-            self.file(level, at).unlink(missing_ok=True)
+    def _forget(self, level: int, index: Index) -> None:
+        self._done.pop((level, index), None)
+        self._trusted.discard((level, index))
+        with _named_errors(self.path):
+            self.file(level, index).unlink(missing_ok=True)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         before = self.record.header.get("settings", {})
         differing = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
         if differing:
-            told = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
+            changes = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
             raise SettingsError(
-                f"{self.path}: was begun with another {', '.join(told)}; give what it was begun with, or another name"
+                f"{self.path}: was begun with another {', '.join(changes)}; "
+                "give what it was begun with, or another name"
             )
 
 
@@ -222,18 +227,18 @@ def write_shard(path: Path, array: Any, layout: Layout, level: int, box: Box, la
     It needs no record, so that workers elsewhere can do it; nobody else may write into this shard meanwhile.
     """
     z, y, x = (a // n for (a, _), n in zip(box, layout.shard, strict=True))
-    at = (z, y, x)
-    with _told(path):
+    corner = (z, y, x)
+    with _named_errors(path):
         array[slices(box)] = labels
-        file = shard_file(path, array, level, at)
+        file = shard_file(path, array, level, corner)
         if file.exists():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         return _file_digest(file)
 
 
-def shard_file(path: Path, array: Any, level: int, at: Index) -> Path:
-    return path / str(level) / str(array.metadata.encode_chunk_key(at))
+def shard_file(path: Path, array: Any, level: int, index: Index) -> Path:
+    return path / str(level) / str(array.metadata.encode_chunk_key(index))
 
 
 def check_apart(path: Path, *inputs: Path | None) -> None:
@@ -244,13 +249,13 @@ def check_apart(path: Path, *inputs: Path | None) -> None:
     OutputError
     """
     out, image = path.resolve(), image_of(path)
-    for given in inputs:
-        if given is None:
+    for source in inputs:
+        if source is None:
             continue
-        read = given.resolve()
+        read = source.resolve()
         among = image is not None and image.resolve() == read
         if out == read or out in read.parents or (read in out.parents and not among):
-            raise OutputError(f"cannot write {path}: {given} is read, and would be lost or changed; give another name")
+            raise OutputError(f"cannot write {path}: {source} is read, and would be lost or changed; give another name")
 
 
 def remove_labels(path: Path) -> None:
@@ -268,7 +273,7 @@ def remove_labels(path: Path) -> None:
     if not (path / RECORD).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
     Journal(path / RECORD, {}).close()  # nobody else has it open
-    with _told(path):
+    with _named_errors(path):
         _remove_rest(path)
         path.rename(_renamed(path))
         _remove_rest(path)
@@ -288,8 +293,8 @@ def finished_regions(path: Path) -> list[Box] | None:
     """The regions that are complete, of labels that were written from here; None of others."""
     if not (path / "zarr.json").is_file():
         return None
-    about = zarr.open(path, mode="r").attrs.get("distillfss")
-    return [as_box(map(tuple, r)) for r in about.get("finished", [])] if isinstance(about, dict) else None
+    attributes = zarr.open(path, mode="r").attrs.get("distillfss")
+    return [as_box(map(tuple, r)) for r in attributes.get("finished", [])] if isinstance(attributes, dict) else None
 
 
 def count_voxels(path: Path, region: Box, classes: int) -> list[int]:
@@ -312,7 +317,7 @@ def _file_digest(file: Path) -> str:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _named_errors(path: Path) -> Iterator[None]:
     """What the file system refuses, in a line."""
     try:
         yield

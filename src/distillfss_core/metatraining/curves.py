@@ -20,10 +20,10 @@ def draw_curves(history: Sequence[dict[str, float]], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     names = sorted({name for line in history for name in line} - {"step"})
     for name in names:
-        at = [line["step"] for line in history if name in line]
+        steps = [line["step"] for line in history if name in line]
         values = [line[name] for line in history if name in line]
         axes = left if name in LOSSES else right
-        axes.plot(at, values, label=name.replace("_", " "), linewidth=1.2)
+        axes.plot(steps, values, label=name.replace("_", " "), linewidth=1.2)
     for axes, title in ((left, "loss"), (right, "IoU on held-out tasks")):
         axes.set_xlabel("step")
         axes.set_title(title)

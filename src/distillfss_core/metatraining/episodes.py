@@ -1,4 +1,4 @@
-"""From tasks to episodes: which views ask, which answer, and how much of the answer is annotated. No torch in here."""
+"""Draw episodes from tasks: queries, supports and their annotated share. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distillfss_core.types import IGNORE
 SHOTS = (1, 1, 1, 2, 3, 4, 5, 5, 7, 10)
 """Numbers of shots, drawn alike: one often, since it is hardest; five, since people annotate about so many."""
 
-QUERIES = 2  # views asked by one support
+QUERIES = 2  # queries of one support
 SPARSE = 0.2  # share of supports that are annotated in part only
 
 TRAINING, HELD_OUT = 0, 1
@@ -24,7 +24,7 @@ TRAINING, HELD_OUT = 0, 1
 
 @dataclass(frozen=True, eq=False)
 class Question:
-    """Views to segment, and views that answer with what is annotated in them.
+    """Query images, and support images with their annotations.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Episode:
-    """A task and the questions that are asked about it; its views go through the backbone once for all of them."""
+    """A task and its episodes; the backbone encodes the images of the task once for all episodes."""
 
     task: Task
     questions: tuple[Question, ...]
@@ -56,9 +56,9 @@ class EpisodeMix:
     synthetic : float
         Share of generated tasks; without a real source all are.
     size : int
-        Side of a view in pixels.
+        Side of an image in pixels.
     shots : int
-        Most views that answer.
+        Largest number of support images.
     seed : int
     """
 
@@ -72,24 +72,24 @@ class EpisodeMix:
         rng = np.random.default_rng([self.seed, TRAINING, number])
         shots = self.shots[rng.integers(len(self.shots))]
         generated = self.real is None or rng.random() < self.synthetic
-        views, seed = shots + QUERIES, [self.seed, TRAINING, number, 1]
+        n_images, seed = shots + QUERIES, [self.seed, TRAINING, number, 1]
         if generated or self.real is None:
-            task = synthetic_task(seed, views=views, size=self.size)
+            task = synthetic_task(seed, n_images=n_images, size=self.size)
         else:
-            task = self.real.task(seed, views=views, size=self.size)
+            task = self.real.task(seed, n_images=n_images, size=self.size)
         return Episode(task, tuple(_questions(task, shots, rng)))
 
 
-def held_out_task(source: RealSource | None, number: int, *, views: int, size: int, seed: int) -> Task:
+def held_out_task(source: RealSource | None, number: int, *, n_images: int, size: int, seed: int) -> Task:
     """Task ``number`` of those that training never sees; None takes generated ones."""
     numbers = [seed, HELD_OUT, number]
     if source is None:
-        return synthetic_task(numbers, views=views, size=size)
-    return source.task(numbers, views=views, size=size)
+        return synthetic_task(numbers, n_images=n_images, size=size)
+    return source.task(numbers, n_images=n_images, size=size)
 
 
 def _questions(task: Task, shots: int, rng: np.random.Generator) -> list[Question]:
-    """About half as many questions as views, each with its own draw of who asks and who answers."""
+    """Draw about half as many episodes as images, each with its own queries and supports."""
     held = [bool((labels == 1).any()) for labels in task.labels]
     questions = []
     for _ in range(max(2, len(task) // 2)):

@@ -26,7 +26,7 @@ def gallery(
     tile: int = 128,
     size: int = 256,
 ) -> None:
-    """Write a PNG of generated tasks: two views of each, plain and with the object outlined.
+    """Write a PNG of generated tasks: two images of each, plain and with the object outlined.
 
     Parameters
     ----------
@@ -39,9 +39,9 @@ def gallery(
     tasks : int
         Tasks a row.
     tile : int
-        Width of a view in the picture, pixels.
+        Width of an image in the picture, pixels.
     size : int
-        Width of a view as generated, pixels.
+        Width of an image as generated, pixels.
     """
     families = tuple(FAMILIES) if rows is None else tuple(rows)
     wide, high = 4 * tile + MARGIN, tile + MARGIN
@@ -50,7 +50,7 @@ def gallery(
     for row, family in enumerate(families):
         draw.text((2, row * high + 1), family, fill="black")
         for column in range(tasks):
-            task = synthetic_task((seed, row, column), views=3, size=size, family=family)
+            task = synthetic_task((seed, row, column), n_images=3, size=size, family=family)
             shown = [i for i in range(3) if task.labels[i].any()][:2]
             for place, i in enumerate(shown):
                 left, top = column * wide + 2 * place * tile, row * high + MARGIN

@@ -20,7 +20,7 @@ MODES = ("gray", "histology", "fluorescence", "color")
 
 @dataclass(frozen=True)
 class Light:
-    """Polarity and colors of a task: all its views share them, up to small changes.
+    """Polarity and colors of a task: all its images share them, up to small changes.
 
     Parameters
     ----------

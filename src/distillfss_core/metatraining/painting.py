@@ -1,4 +1,4 @@
-"""The drawing tools of the generated tasks: what a family paints its views with.
+"""The drawing tools of the generated tasks: what a family paints its images with.
 
 A recipe paints a scene: grounds and fills with their textures, objects of a shape stamped where there is room, curves,
 networks and patches. Lengths are in units of the scene unless pixels are said; what is drawn is an array (y x).
@@ -23,15 +23,15 @@ FAR = np.float32(1e4)
 
 
 @dataclass(frozen=True)
-class View:
-    """How one view looks at the scene.
+class Canvas:
+    """How one image looks at the scene.
 
     Parameters
     ----------
     size : int
         Height and width in pixels.
     unit : float
-        Pixels a unit of the scene takes; at zoom 1 a view is 256 units wide, whatever its size.
+        Pixels a unit of the scene takes; at zoom 1 an image is 256 units wide, whatever its size.
     angle : float
         Turn of everything that has a direction, radians.
     density : float
@@ -62,23 +62,23 @@ class Scene:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A task before its views are painted.
+    """A task before its images are painted.
 
     Parameters
     ----------
     paint : callable
-        Paints a view.
+        Paints an image.
     light : str
         Mode of the light, see ``draw_light``.
     flips : bool
-        Whether a view may exchange dark and bright: not where brightness alone tells the object.
+        Whether an image may exchange dark and bright: not where brightness alone tells the object.
     turns : bool
-        Whether views may be turned and mirrored at will: not where direction or position tells the object.
+        Whether images may be turned and mirrored at will: not where direction or position tells the object.
     zooms : bool
-        Whether views may differ much in zoom: not where size alone tells the object.
+        Whether images may differ much in zoom: not where size alone tells the object.
     """
 
-    paint: Callable[[Rng, View], Scene]
+    paint: Callable[[Rng, Canvas], Scene]
     light: str = "any"
     flips: bool = False
     turns: bool = True
@@ -136,11 +136,11 @@ def streaks(rng: Rng, size: int, grain: float, angle: float, stretch: float) -> 
     return _standard(np.array(drawn, np.float32))
 
 
-def _waves(rng: Rng, view: View, period: float, angle: float, warp: float = 1.2) -> F32:
+def _waves(rng: Rng, canvas: Canvas, period: float, angle: float, warp: float = 1.2) -> F32:
     """Wavering stripes (y x) in -1..1."""
-    axis = np.arange(view.size, dtype=np.float32) * np.float32(2 * np.pi / period)
+    axis = np.arange(canvas.size, dtype=np.float32) * np.float32(2 * np.pi / period)
     phase = axis[:, None] * np.float32(np.sin(angle)) + axis[None] * np.float32(np.cos(angle))
-    phase += np.float32(warp) * smooth_noise(rng, view.size, period * 5)
+    phase += np.float32(warp) * smooth_noise(rng, canvas.size, period * 5)
     return np.sin(phase + np.float32(rng.uniform(0, 6.3)))
 
 
@@ -155,9 +155,9 @@ class Texture:
     grain: float
     angle: float
 
-    def render(self, rng: Rng, view: View) -> F32:
-        """The texture over a whole view (y x), mean 0, deviation 1 (0 if plain)."""
-        size, grain, angle = view.size, self.grain * view.unit, self.angle + view.angle
+    def render(self, rng: Rng, canvas: Canvas) -> F32:
+        """The texture over a whole image (y x), mean 0, deviation 1 (0 if plain)."""
+        size, grain, angle = canvas.size, self.grain * canvas.unit, self.angle + canvas.angle
         match self.kind:
             case "plain":
                 return np.zeros((size, size), np.float32)
@@ -168,7 +168,7 @@ class Texture:
             case "cloud":
                 return cloud(rng, size, 4 * grain)
             case "stripes":
-                return _standard(_waves(rng, view, max(4.0, 1.6 * grain), angle))
+                return _standard(_waves(rng, canvas, max(4.0, 1.6 * grain), angle))
             case "fibers":
                 return streaks(rng, size, max(2.0, 0.6 * grain), angle, 6.0)
             case "dots":
@@ -192,11 +192,11 @@ class Fill:
     texture: Texture
     hue: float
 
-    def render(self, rng: Rng, view: View) -> F32:
-        """Gray values over a whole view (y x)."""
+    def render(self, rng: Rng, canvas: Canvas) -> F32:
+        """Gray values over a whole image (y x)."""
         if self.depth == 0 or self.texture.kind == "plain":
-            return np.full((view.size, view.size), self.value, np.float32)
-        return np.float32(self.value) + np.float32(self.depth) * self.texture.render(rng, view)
+            return np.full((canvas.size, canvas.size), self.value, np.float32)
+        return np.float32(self.value) + np.float32(self.depth) * self.texture.render(rng, canvas)
 
 
 def draw_fill(rng: Rng, kinds: Sequence[str] = TEXTURES) -> Fill:
@@ -234,10 +234,10 @@ def other_fill(rng: Rng, fill: Fill, cue: str) -> Fill:
             return fill
 
 
-def alike(one: str, other: str) -> bool:
+def alike(first: str, other: str) -> bool:
     """Whether two textures are hard to tell apart at low depth."""
     pairs = ({"cloud", "plain"}, {"fine", "plain"}, {"fine", "grain"}, {"grain", "dots"}, {"cloud", "grain"})
-    return one == other or {one, other} in pairs
+    return first == other or {first, other} in pairs
 
 
 def fit_for_cue(rng: Rng, fill: Fill, cue: str) -> Fill:
@@ -303,7 +303,7 @@ def draw_shape(rng: Rng, outlines: Sequence[str] = OUTLINES) -> Shape:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Objects of one kind in a view.
+    """Objects of one kind in an image.
 
     ``edge`` (y x) is about how far the outline is in pixels, inside negative; ``ids`` (y x) whose outline it is;
     ``along`` (y x) where on that object's long axis the pixel lies, in pixels from its center.
@@ -374,13 +374,13 @@ def _scatter(rng: Rng, size: int, radii: F32, room: float, clusters: int = 0) ->
     return placed
 
 
-def _count(share: float, radius: float, view: View, most: int = 140) -> int:
-    """How many objects of ``radius`` units cover ``share`` of the view."""
-    return int(np.clip(round(share * view.size**2 / (np.pi * (radius * view.unit) ** 2)), 1, most))
+def _count(share: float, radius: float, canvas: Canvas, limit: int = 140) -> int:
+    """How many objects of ``radius`` units cover ``share`` of the image."""
+    return int(np.clip(round(share * canvas.size**2 / (np.pi * (radius * canvas.unit) ** 2)), 1, limit))
 
 
 @dataclass(frozen=True)
-class Look:
+class Style:
     """Objects of one kind: outline, size (units) and its spread, fill, and what their edge is like.
 
     ``rim`` is how much brighter the edge is inside, ``halo`` outside; ``wall`` > 0 leaves the middle open (units);
@@ -399,65 +399,67 @@ class Look:
     soft: float = 1.2
 
 
-def paint_objects(rng: Rng, scene: Scene, layer: Layer, look: Look, view: View, target: bool | None) -> None:
+def paint_objects(rng: Rng, scene: Scene, layer: Layer, style: Style, canvas: Canvas, target: bool | None) -> None:
     """Paint a layer of objects; an open middle shows what lies behind, yet belongs to the object."""
-    value = look.fill.render(rng, view)
-    if look.vary:
-        own = rng.normal(0, look.vary, int(layer.ids.max()) + 1).astype(np.float32)
+    value = style.fill.render(rng, canvas)
+    if style.vary:
+        own = rng.normal(0, style.vary, int(layer.ids.max()) + 1).astype(np.float32)
         value += own[layer.ids]
-    if look.bars:
-        phase = layer.along * np.float32(2 * np.pi / max(3.5, look.bars * view.unit))
-        value += np.float32(look.fill.depth) * np.sin(
-            phase + np.float32(1.5) * smooth_noise(rng, view.size, 14 * view.unit)
+    if style.bars:
+        phase = layer.along * np.float32(2 * np.pi / max(3.5, style.bars * canvas.unit))
+        value += np.float32(style.fill.depth) * np.sin(
+            phase + np.float32(1.5) * smooth_noise(rng, canvas.size, 14 * canvas.unit)
         )
-    width = np.float32(max(1.0, 1.6 * view.unit))
-    if look.rim:
-        value += np.float32(look.rim) * np.exp(-np.square((layer.edge + width) / width))
-    cover = layer.cover(max(0.8, look.soft * view.unit))
-    if look.halo:
-        wide = np.float32(3.0 * view.unit)
+    width = np.float32(max(1.0, 1.6 * canvas.unit))
+    if style.rim:
+        value += np.float32(style.rim) * np.exp(-np.square((layer.edge + width) / width))
+    cover = layer.cover(max(0.8, style.soft * canvas.unit))
+    if style.halo:
+        wide = np.float32(3.0 * canvas.unit)
         outside = np.clip(layer.edge, 0, 60)
-        scene.value += np.float32(look.halo) * np.exp(-outside / wide) * (outside < 50)
-    if look.wall:
-        ring = cover * np.clip(layer.edge / np.float32(view.unit) + np.float32(look.wall + 0.5), 0, 1)
-        scene.lay(ring, value, look.fill.hue, None)
+        scene.value += np.float32(style.halo) * np.exp(-outside / wide) * (outside < 50)
+    if style.wall:
+        ring = cover * np.clip(layer.edge / np.float32(canvas.unit) + np.float32(style.wall + 0.5), 0, 1)
+        scene.lay(ring, value, style.fill.hue, None)
         if target is not None:
             scene.mask[cover > 0.5] = target
     else:
-        scene.lay(cover, value, look.fill.hue, target)
+        scene.lay(cover, value, style.fill.hue, target)
 
 
 def paint_kinds(
-    rng: Rng, scene: Scene, view: View, kinds: Sequence[tuple[Look, float]], room: float = 1.05, clusters: int = 0
+    rng: Rng, scene: Scene, canvas: Canvas, kinds: Sequence[tuple[Style, float]], room: float = 1.05, clusters: int = 0
 ) -> list[Layer]:
-    """Scatter objects of several kinds, each with its share of the view, so that none hides another.
+    """Scatter objects of several kinds, each with its share of the image, so that none hides another.
 
     The first kind is the object.
     """
     counts = [
-        _count(share * (view.density if i == 0 else 1), look.radius, view) if share and (i or view.density) else 0
-        for i, (look, share) in enumerate(kinds)
+        _count(share * (canvas.density if i == 0 else 1), style.radius, canvas)
+        if share and (i or canvas.density)
+        else 0
+        for i, (style, share) in enumerate(kinds)
     ]
     owner = np.repeat(np.arange(len(kinds)), counts)
     rng.shuffle(owner)
     if counts[0] and len(owner):  # the object finds its places first where it is rare
         first = int(np.flatnonzero(owner == 0)[0])
         owner[[0, first]] = owner[[first, 0]]
-    base = np.array([look.radius for look, _ in kinds], np.float32)[owner]
-    spread = np.array([look.spread for look, _ in kinds], np.float32)[owner]
-    radii = (base * np.exp(spread * rng.standard_normal(len(owner), np.float32)) * np.float32(view.unit)).astype(
+    base = np.array([style.radius for style, _ in kinds], np.float32)[owner]
+    spread = np.array([style.spread for style, _ in kinds], np.float32)[owner]
+    radii = (base * np.exp(spread * rng.standard_normal(len(owner), np.float32)) * np.float32(canvas.unit)).astype(
         np.float32
     )
-    centers = _scatter(rng, view.size, radii, room, clusters)
+    centers = _scatter(rng, canvas.size, radii, room, clusters)
     placed = ~np.isnan(centers[:, 0])
     layers = []
-    for i, (look, _) in enumerate(kinds):
+    for i, (style, _) in enumerate(kinds):
         mine = placed & (owner == i)
-        reach = 10 * view.unit if look.halo else 3
-        layers.append(stamp(rng, view.size, centers[mine], radii[mine], look.shape, reach))
+        reach = 10 * canvas.unit if style.halo else 3
+        layers.append(stamp(rng, canvas.size, centers[mine], radii[mine], style.shape, reach))
     for i in range(len(kinds) - 1, -1, -1):
         if layers[i].edge.min() < 0:
-            paint_objects(rng, scene, layers[i], kinds[i][0], view, i == 0)
+            paint_objects(rng, scene, layers[i], kinds[i][0], canvas, i == 0)
     return layers
 
 
@@ -465,32 +467,32 @@ def paint_kinds(
 
 
 def random_walks(
-    rng: Rng, view: View, n: int, length: float, wiggle: float, angle: float | None = None, jag: float = 0.0
+    rng: Rng, canvas: Canvas, n: int, length: float, wiggle: float, angle: float | None = None, jag: float = 0.0
 ) -> list[npt.NDArray[np.float64]]:
     """Random walks (points 2), in pixels (x, y).
 
-    ``length`` in views; ``wiggle`` turns the heading for good, ``jag`` for one step (radians a step).
+    ``length`` in images; ``wiggle`` turns the heading for good, ``jag`` for one step (radians a step).
     """
-    step = 5 * view.unit
-    steps = max(4, int(length * view.size / step / 2))
+    step = 5 * canvas.unit
+    steps = max(4, int(length * canvas.size / step / 2))
     heading = rng.uniform(0, 2 * np.pi, n) if angle is None else rng.normal(angle, 0.12, n)
     bends = np.cumsum(1.8 * ndimage.gaussian_filter1d(rng.normal(0, wiggle, (n, 2, steps)), 2.0, axis=-1), axis=-1)
     bends += rng.normal(0, jag, bends.shape) + heading[:, None, None] + np.array([0, np.pi])[:, None]
-    start = rng.uniform(0.1, 0.9, (n, 1, 2)) * view.size
+    start = rng.uniform(0.1, 0.9, (n, 1, 2)) * canvas.size
     ways = start[:, None] + np.cumsum(step * np.stack([np.cos(bends), np.sin(bends)], -1), axis=2)  # n 2 steps 2
     return list(np.concatenate([ways[:, 1, ::-1], start, ways[:, 0]], axis=1))
 
 
-def branched(rng: Rng, view: View, n: int, wiggle: float, jag: float = 0.0) -> list[list[npt.NDArray[np.float64]]]:
+def branched(rng: Rng, canvas: Canvas, n: int, wiggle: float, jag: float = 0.0) -> list[list[npt.NDArray[np.float64]]]:
     """n stems, their branches, and theirs: each a list of paths."""
-    out = [random_walks(rng, view, n, 1.8, wiggle, None, jag)]
+    out = [random_walks(rng, canvas, n, 1.8, wiggle, None, jag)]
     for length in (0.9, 0.5):
         twigs = []
         for stem in out[-1]:
-            for at in rng.integers(len(stem) // 5, len(stem), 2):
-                twig = random_walks(rng, view, 1, length, wiggle, None, jag)[0]
+            for joint in rng.integers(len(stem) // 5, len(stem), 2):
+                twig = random_walks(rng, canvas, 1, length, wiggle, None, jag)[0]
                 twig = twig[len(twig) // 2 :]
-                twigs.append(twig - twig[0] + stem[at])
+                twigs.append(twig - twig[0] + stem[joint])
         out.append(twigs)
     return out
 
@@ -522,12 +524,12 @@ def line_edge(groups: Sequence[tuple[Sequence[npt.NDArray[np.float64]], float]],
     return enlarge(edge, size)
 
 
-def voronoi(rng: Rng, view: View, spacing: float, warp: float) -> tuple[F32, npt.NDArray[np.int16], int]:
+def voronoi(rng: Rng, canvas: Canvas, spacing: float, warp: float) -> tuple[F32, npt.NDArray[np.int16], int]:
     """Cells: distance (y x) in pixels to the border, whose the pixel is (y x), and how many there are.
 
     ``spacing`` in units; ``warp`` bends the borders (share of the spacing).
     """
-    size, gap = view.size, spacing * view.unit
+    size, gap = canvas.size, spacing * canvas.unit
     side = int(np.ceil(size / gap)) + 2
     grid = np.stack(np.meshgrid(np.arange(side), np.arange(side), indexing="ij"), -1).reshape(-1, 2) - 0.5
     seeds = ((grid + rng.uniform(-0.42, 0.42, grid.shape)) * gap).astype(np.float32)
@@ -556,29 +558,29 @@ def voronoi(rng: Rng, view: View, spacing: float, warp: float) -> tuple[F32, npt
     return np.float32(0.5) * (np.sqrt(second) - np.sqrt(first)), ids, len(seeds)
 
 
-def region(rng: Rng, view: View, share: float, grain: float, soft: float) -> F32:
-    """Cover (y x) of smooth patches ``grain`` units wide over about ``share`` of the view."""
-    field = smooth_noise(rng, view.size, grain * view.unit) + np.float32(0.15) * smooth_noise(
-        rng, view.size, grain * view.unit / 4
+def region(rng: Rng, canvas: Canvas, share: float, grain: float, soft: float) -> F32:
+    """Cover (y x) of smooth patches ``grain`` units wide over about ``share`` of the image."""
+    field = smooth_noise(rng, canvas.size, grain * canvas.unit) + np.float32(0.15) * smooth_noise(
+        rng, canvas.size, grain * canvas.unit / 4
     )
     level = np.float32(np.quantile(field[::4, ::4], 1 - min(share, 0.95)))
-    slope = np.float32(grain * view.unit / (1.6 * max(soft * view.unit, 0.8)))
+    slope = np.float32(grain * canvas.unit / (1.6 * max(soft * canvas.unit, 0.8)))
     result: F32 = np.clip(np.float32(0.5) + (field - level) * slope, 0, 1)
     return result
 
 
-def draw_ground(rng: Rng, fill: Fill) -> Callable[[Rng, View], Scene]:
+def draw_ground(rng: Rng, fill: Fill) -> Callable[[Rng, Canvas], Scene]:
     """What lies behind: a fill, slowly uneven."""
     uneven = rng.uniform(0.01, 0.07)
 
-    def paint(rng: Rng, view: View) -> Scene:
-        value = fill.render(rng, view)
-        value += np.float32(uneven) * smooth_noise(rng, view.size, 90 * view.unit)
+    def paint(rng: Rng, canvas: Canvas) -> Scene:
+        value = fill.render(rng, canvas)
+        value += np.float32(uneven) * smooth_noise(rng, canvas.size, 90 * canvas.unit)
         return Scene(value, fill.hue)
 
     return paint
 
 
 def draw_share(rng: Rng, low: float, high: float) -> float:
-    """A share of the view, as often between 1 and 2 % as between 10 and 20 %."""
+    """A share of the image, as often between 1 and 2 % as between 10 and 20 %."""
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))

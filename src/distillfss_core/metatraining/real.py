@@ -46,7 +46,7 @@ class _Set:
     name: str
     files: tuple[tuple[Path, Path | None], ...]
     """Image and label files; either all have labels or none has."""
-    about: dict[str, Any]
+    description: dict[str, Any]
 
     @property
     def labeled(self) -> bool:
@@ -82,8 +82,8 @@ class _Index:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What all views of a task have in common."""
+class _Variation:
+    """What all images of a task have in common."""
 
     gray: bool
     inverted: bool
@@ -139,17 +139,17 @@ class RealSource:
         memory: int = 2 * 2**30,
         degrade: Degrade = optics.degrade,
     ) -> None:
-        found = [one for folder in folders for one in _sets_in(folder)]
-        if not found:
+        sets = [dataset for folder in folders for dataset in _sets_in(folder)]
+        if not sets:
             raise SettingsError("no folder of pictures is given; give at least one")
-        names = [one.name for one in found]
+        names = [dataset.name for dataset in sets]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise SettingsError(f"two sets have the name {twice[0]!r}; rename one of the folders")
         unknown = [name for name in holdout if name not in names]
         if unknown:
             raise SettingsError(f"there is no set {unknown[0]!r} to keep out; there are: {', '.join(names)}")
-        self._sets = [one for one in found if one.name not in holdout]
+        self._sets = [dataset for dataset in sets if dataset.name not in holdout]
         if not self._sets:
             raise SettingsError(f"all sets are kept out ({', '.join(names)}); leave one in")
         self._degrade = degrade
@@ -161,7 +161,7 @@ class RealSource:
     @property
     def sets(self) -> tuple[str, ...]:
         """Names of the sets that tasks are drawn from."""
-        return tuple(one.name for one in self._sets)
+        return tuple(dataset.name for dataset in self._sets)
 
     def licenses(self) -> list[dict[str, str | int]]:
         """What a model card has to say of each set: name, what, license, repo, citation, pictures.
@@ -169,25 +169,25 @@ class RealSource:
         Texts are those of the set's ``SOURCE.json``, empty where there is none.
         """
         rows = []
-        for i, one in enumerate(self._sets):
-            row: dict[str, str | int] = {"name": one.name}
+        for i, dataset in enumerate(self._sets):
+            row: dict[str, str | int] = {"name": dataset.name}
             for key, other in (("what", ""), ("license", "licence"), ("repo", ""), ("citation", "cite")):
-                row[key] = str(one.about.get(key, one.about.get(other, "")))
-            row["pictures"] = sum(self._planes(i, k) for k in range(len(one.files)))
+                row[key] = str(dataset.description.get(key, dataset.description.get(other, "")))
+            row["pictures"] = sum(self._planes(i, k) for k in range(len(dataset.files)))
             rows.append(row)
         return rows
 
-    def task(self, seed: int | Sequence[int], *, views: int = 4, size: int = 256) -> Task:
+    def task(self, seed: int | Sequence[int], *, n_images: int = 4, size: int = 256) -> Task:
         """Draw a task; the same seed and files give the same task.
 
         Parameters
         ----------
         seed : int or sequence of int
             As `numpy.random.default_rng` takes it.
-        views : int
+        n_images : int
             At least 2. Two of them at least show the object.
         size : int
-            Height and width of a view in pixels, at least 32.
+            Height and width of an image in pixels, at least 32.
 
         Returns
         -------
@@ -199,30 +199,32 @@ class RealSource:
         Raises
         ------
         SettingsError
-            If ``views`` or ``size`` is too small.
+            If ``n_images`` or ``size`` is too small.
         InputFileError, ImageError
             If a file that is drawn cannot be read, or its labels do not fit.
         """
-        if views < 2 or size < 32:
-            raise SettingsError(f"views is {views} and size is {size}; give at least 2 views of at least 32 pixels")
+        if n_images < 2 or size < 32:
+            raise SettingsError(
+                f"n_images is {n_images} and size is {size}; give at least 2 images of at least 32 pixels"
+            )
         rng = np.random.default_rng(seed)
         i = int(rng.integers(len(self._sets)))
         index = self._index(i)
         superpixels = rng.random() < SUPERPIXEL_TASKS or not len(index.classes)
-        look = _Look(
+        variation = _Variation(
             gray=rng.random() < 0.3,
             inverted=rng.random() < 0.1,
             stretched=rng.random() < 0.5,
             strength=float(rng.uniform(0.25, 0.75)),
         )
-        draw = self._superpixel_views if superpixels else self._class_views
-        images, labels = draw(rng, i, index, look, views, size)
+        draw = self._superpixel_crops if superpixels else self._class_crops
+        images, labels = draw(rng, i, index, variation, n_images, size)
         return Task(images, labels, f"real/{self._sets[i].name}" + ("/superpixel" if superpixels else ""))
 
     # Tasks of classes
 
-    def _class_views(
-        self, rng: np.random.Generator, i: int, index: _Index, look: _Look, views: int, size: int
+    def _class_crops(
+        self, rng: np.random.Generator, i: int, index: _Index, variation: _Variation, n_images: int, size: int
     ) -> tuple[U8, U8]:
         table = _draw_object(rng, index.counts)
         if index.masks:
@@ -235,18 +237,18 @@ class RealSource:
             where, counts, amount = where[inside], counts[inside], amount[inside]
         holding = np.flatnonzero(amount > min(16, amount.max() - 1))
         empty = _truly_empty(counts, table == 1)
-        on = rng.random(views) < ON_OBJECT
+        on = rng.random(n_images) < ON_OBJECT
         on[rng.permutation(np.flatnonzero(~on))[: max(0, 2 - on.sum())]] = True
-        pictures = np.resize(rng.permutation(holding), views)
+        pictures = np.resize(rng.permutation(holding), n_images)
         shape = self._pixels(i, int(where[pictures[0], 0])).images.shape[1:3]
         side = _base_side(rng, shape, int(amount[pictures[0]]), size)
-        turns = rng.integers(0, 8, views)
+        turns = rng.integers(0, 8, n_images)
         if rng.random() < 0.5:  # which way is up may matter to what the object is
             turns[:] = turns[0]
-        images = np.empty((views, size, size, 3), np.uint8)
-        labels = np.empty((views, size, size), np.uint8)
+        images = np.empty((n_images, size, size, 3), np.uint8)
+        labels = np.empty((n_images, size, size), np.uint8)
         used: list[tuple[int, _Box]] = []
-        for v in range(views):
+        for v in range(n_images):
             picture = int(pictures[v])
             if not on[v] and len(empty) and rng.random() < 0.4:
                 picture = int(rng.choice(empty))
@@ -257,15 +259,19 @@ class RealSource:
             box = _draw_box(rng, image, mask, side, bool(on[v]), [b for p, b in used if p == picture])
             used.append((picture, box))
             images[v] = self._finish(
-                _turn(_resized(_cut(image, box), size), int(turns[v])), image, look, self._spread(i, file, plane), rng
+                _turn(_resized(_cut(image, box), size), int(turns[v])),
+                image,
+                variation,
+                self._spread(i, file, plane),
+                rng,
             )
             labels[v] = _turn(_resized_labels(_cut(mask, box), size), int(turns[v]))
         return images, labels
 
     # Tasks of superpixels
 
-    def _superpixel_views(
-        self, rng: np.random.Generator, i: int, index: _Index, look: _Look, views: int, size: int
+    def _superpixel_crops(
+        self, rng: np.random.Generator, i: int, index: _Index, variation: _Variation, n_images: int, size: int
     ) -> tuple[U8, U8]:
         file, plane = (int(n) for n in index.where[rng.integers(len(index.where))])
         image = self._pixels(i, file).images[plane]
@@ -275,16 +281,16 @@ class RealSource:
         side = float(np.exp(rng.uniform(np.log(smallest * 1.2), np.log(max(largest * 0.8, smallest * 1.25)))))
         crop = side * max(regions.shape) / max(image.shape[:2])
         mask = _scaled_up(_grow_object(rng, regions, means, crop**2), image.shape[:2])
-        images = np.empty((views, size, size, 3), np.uint8)
-        labels = np.empty((views, size, size), np.uint8)
+        images = np.empty((n_images, size, size, 3), np.uint8)
+        labels = np.empty((n_images, size, size), np.uint8)
         ys, xs = np.nonzero(mask)
         middle = int(np.argmin((ys - ys.mean()) ** 2 + (xs - xs.mean()) ** 2))
         center = np.array([ys[middle], xs[middle]])  # in the object even if that is a ring
         wide = round(size * 1.4)
-        for v in range(views):
+        for v in range(n_images):
             reach = side * rng.uniform(0.8, 1.25)
             y, x = center + rng.uniform(-0.2, 0.2, 2) * reach - reach / 2
-            over = int(0.15 * reach)  # so that an object at the border is not always at that of the view
+            over = int(0.15 * reach)  # so that an object at the border is not always at that of the image
             y, x = (
                 _placed(int(start) + over, int(reach), length + 2 * over) - over
                 for start, length in zip((y, x), image.shape[:2], strict=True)
@@ -293,11 +299,11 @@ class RealSource:
             box = _Box(y - int(0.2 * reach), x - int(0.2 * reach), int(1.4 * reach))
             turn = int(rng.integers(0, 8))
             mesh = _draw_mesh(rng, wide, size)
-            view = _turn(_warped(_resized(_cut(image, box), wide), mesh, size), turn)
+            cutout = _turn(_warped(_resized(_cut(image, box), wide), mesh, size), turn)
             inside = _warped(_resized(_cut(mask * np.uint8(255), box)[..., None], wide), mesh, size)[..., 0]
-            light = (view.astype(np.float32) / 255) ** np.float32(np.exp(rng.uniform(-0.35, 0.35)))
-            view = np.rint(np.clip(light * rng.uniform(0.8, 1.15) + rng.uniform(-0.06, 0.06), 0, 1) * 255)
-            images[v] = self._finish(view.astype(np.uint8), image, look, self._spread(i, file, plane), rng)
+            light = (cutout.astype(np.float32) / 255) ** np.float32(np.exp(rng.uniform(-0.35, 0.35)))
+            cutout = np.rint(np.clip(light * rng.uniform(0.8, 1.15) + rng.uniform(-0.06, 0.06), 0, 1) * 255)
+            images[v] = self._finish(cutout.astype(np.uint8), image, variation, self._spread(i, file, plane), rng)
             labels[v] = _turn(_above(inside), turn)
         return images, labels
 
@@ -320,19 +326,21 @@ class RealSource:
 
     # Light
 
-    def _finish(self, view: U8, picture: U8, look: _Look, spread: tuple[float, float], rng: np.random.Generator) -> U8:
-        """The view (y x c) as a camera might have seen it, (y x 3)."""
-        light: F32 = view.astype(np.float32) / np.float32(255)
+    def _finish(
+        self, crop: U8, picture: U8, variation: _Variation, spread: tuple[float, float], rng: np.random.Generator
+    ) -> U8:
+        """The image (y x c) as a camera might have seen it, (y x 3)."""
+        light: F32 = crop.astype(np.float32) / np.float32(255)
         low, high = spread
-        if look.stretched and high - low > 0.03:
+        if variation.stretched and high - low > 0.03:
             light = np.clip((light - np.float32(low)) / np.float32(high - low), 0, 1)
-        if look.gray and light.shape[-1] == 3:
+        if variation.gray and light.shape[-1] == 3:
             light = light @ np.array([[0.299], [0.587], [0.114]], np.float32)
-        if look.inverted:
+        if variation.inverted:
             light = np.float32(1) - light
         if light.shape[-1] == 1:
             light = np.repeat(light, 3, -1)
-        light = self._degrade(np.ascontiguousarray(light, np.float32), rng, strength=look.strength)
+        light = self._degrade(np.ascontiguousarray(light, np.float32), rng, strength=variation.strength)
         return np.rint(np.clip(light, 0, 1) * 255).astype(np.uint8)
 
     def _spread(self, i: int, file: int, plane: int) -> tuple[float, float]:
@@ -398,7 +406,7 @@ def _sets_in(folder: PathLike | tuple[PathLike, PathLike]) -> list[_Set]:
     if isinstance(folder, tuple):
         images, labels = Path(folder[0]), Path(folder[1])
         name = images.resolve().parent.name if images.name == "images" else images.resolve().name
-        return [_Set(name, tuple(pair_files(images, labels)), _about(images.parent))]
+        return [_Set(name, tuple(pair_files(images, labels)), _description(images.parent))]
     folder = Path(folder)
     if not folder.exists():
         raise InputFileError(f"{folder}: no such folder; check the name")
@@ -409,13 +417,13 @@ def _sets_in(folder: PathLike | tuple[PathLike, PathLike]) -> list[_Set]:
     inner = sorted(f for f in folder.iterdir() if (f / "images").is_dir())
     if inner:
         return [_set_of(f) for f in inner]
-    return [_Set(folder.resolve().name, _unlabeled(folder), _about(folder))]
+    return [_Set(folder.resolve().name, _unlabeled(folder), _description(folder))]
 
 
 def _set_of(folder: Path) -> _Set:
     images, labels = folder / "images", folder / "labels"
     files = tuple(pair_files(images, labels)) if labels.is_dir() else _unlabeled(images)
-    return _Set(folder.resolve().name, files, _about(folder))
+    return _Set(folder.resolve().name, files, _description(folder))
 
 
 def _unlabeled(folder: Path) -> tuple[tuple[Path, None], ...]:
@@ -425,15 +433,15 @@ def _unlabeled(folder: Path) -> tuple[tuple[Path, None], ...]:
     return tuple((file, None) for file in files)
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _description(folder: Path) -> dict[str, Any]:
     path = folder / "SOURCE.json"
     if not path.is_file():
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputFileError(f"{path}: is no JSON ({' '.join(str(error).split())}); mend or remove it") from error
-    return about if isinstance(about, dict) else {}
+    return description if isinstance(description, dict) else {}
 
 
 def _read_classes(path: Path) -> U8:
@@ -516,8 +524,8 @@ def _draw_object(rng: np.random.Generator, counts: npt.NDArray[np.int64]) -> U8:
     table = np.zeros(256, np.uint8)
     table[chosen] = 1
     near = counts[holds[:, chosen].any(1)]
-    known = near[:, :IGNORE].sum()
-    share = near[:, chosen].sum() / known
+    annotated = near[:, :IGNORE].sum()
+    share = near[:, chosen].sum() / annotated
     if (rng.random() < COMPLEMENT_TASKS and 0.05 <= 1 - share <= 0.7) or share > 0.8:
         table = 1 - table
     table[IGNORE] = IGNORE
@@ -657,8 +665,8 @@ def _cut(image: U8, box: _Box) -> U8:
 
 
 def _mirrored(start: int, count: int, length: int) -> npt.NDArray[np.int64]:
-    at = np.arange(start, start + count) % (2 * length)
-    return np.minimum(at, 2 * length - 1 - at)
+    positions = np.arange(start, start + count) % (2 * length)
+    return np.minimum(positions, 2 * length - 1 - positions)
 
 
 # Pixels
@@ -711,8 +719,8 @@ Mesh = list[tuple[tuple[int, int, int, int], tuple[float, ...]]]
 
 def _draw_mesh(rng: np.random.Generator, wide: int, size: int, pieces: int = 6) -> Mesh:
     """A turn of up to 20 degrees with a mild smooth warp, from the middle of a square of ``wide`` pixels."""
-    at = np.linspace(0, size, pieces + 1)
-    y, x = np.meshgrid(np.rint(at), np.rint(at), indexing="ij")
+    edges = np.linspace(0, size, pieces + 1)
+    y, x = np.meshgrid(np.rint(edges), np.rint(edges), indexing="ij")
     angle = np.deg2rad(rng.uniform(-20, 20))
     cos, sin = np.cos(angle), np.sin(angle)
     dy, dx = y - size / 2, x - size / 2

@@ -97,17 +97,17 @@ class PretrainRun(Iterator[TrainStep]):
         _check_backbone(settings)
         folder.mkdir(parents=True, exist_ok=True)
         self.device = choose_device(settings.device, settings.precision)
-        told = _head_to_start_from(settings)
-        backbone = told.trained_backbone() if told else None
+        head_weights = _head_to_start_from(settings)
+        backbone = head_weights.trained_backbone() if head_weights else None
         self.backbone = (backbone or load_backbone(settings.backbone, settings.weights)).to(self.device.torch)
         self._mix = EpisodeMix(
             real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
             head = FewShotHead(self.backbone.spec, 1, HeadForm("default", "default", "default", settings.width))
-        if told:
-            told.put_into(head)
-        self._start = dict(told.card) if told else None
+        if head_weights:
+            head_weights.put_into(head)
+        self._start = dict(head_weights.card) if head_weights else None
         self.teacher = head.teacher
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
@@ -131,7 +131,7 @@ class PretrainRun(Iterator[TrainStep]):
         self.step, self.seconds = 0, 0.0
         if (folder / CHECKPOINT).exists():
             self._restore()
-        elif told is None:
+        elif head_weights is None:
             self._fit_norms()
         self._generator = self._run()
 
@@ -158,8 +158,8 @@ class PretrainRun(Iterator[TrainStep]):
             return self.backbone
         learned = self._encoder_average.module
         assert isinstance(learned, LearningBackbone)
-        found = backbone_from_state(learned.spec.name, halved(learned.state()), f"{TRAINED}{self.backbone.weights}")
-        return found.to(self.device.torch)
+        best = backbone_from_state(learned.spec.name, halved(learned.state()), f"{TRAINED}{self.backbone.weights}")
+        return best.to(self.device.torch)
 
     def finish(self, card: dict[str, Any] | None = None) -> Path:
         """Write the averaged weights as a head file with its model card; returns its path."""
@@ -251,10 +251,10 @@ class PretrainRun(Iterator[TrainStep]):
         return {name: float(value.detach()) for name, value in terms.items()}
 
     def _losses(self, episodes: list[Episode], rng: np.random.Generator) -> dict[str, Float[Tensor, ""]]:
-        """All questions of all episodes: the backbone sees each view once, the decoder sees all queries together."""
+        """Compute the losses of all episodes: each image is encoded once, all queries are decoded together."""
         features = self._encode(self._encoder, np.concatenate([e.task.images for e in episodes]))
         labels = torch.from_numpy(np.concatenate([e.task.labels for e in episodes])).to(self.device.torch)
-        maps, asked, start = [], [], 0
+        maps, query_parts, start = [], [], 0
         for episode in episodes:
             for question in episode.questions:
                 support = features[torch.tensor(question.support) + start]
@@ -264,23 +264,23 @@ class PretrainRun(Iterator[TrainStep]):
                 )
                 queries = torch.tensor(question.queries) + start
                 maps.append(self.teacher.coarse(features[queries], keys))
-                asked.append(queries)
+                query_parts.append(queries)
             start += len(episode.task)
         coarse = CoarseMaps(*(torch.cat(stage) for stage in zip(*maps, strict=True)))
-        views = torch.cat(asked)
-        logits = merge_classes(self._decode(coarse, features[views])).float()
-        target = labels[views].long()
+        query_images = torch.cat(query_parts)
+        logits = merge_classes(self._decode(coarse, features[query_images])).float()
+        target = labels[query_images].long()
         present = torch.ones(1, dtype=torch.bool, device=target.device)
         each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
         return {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
 
-    def _encode(self, encoder: Encoder, images: U8, most: int = 64) -> FeaturePyramid:
+    def _encode(self, encoder: Encoder, images: U8, limit: int = 64) -> FeaturePyramid:
         x = torch.from_numpy(images).movedim(-1, 1)
         parts = []
         with self.device.autocast():
-            for start in range(0, len(x), most):
-                views = self.device.upload(x[start : start + most].contiguous()) / 255.0
-                parts.append(encoder(views).lean().map(Tensor.float))
+            for start in range(0, len(x), limit):
+                batch = self.device.upload(x[start : start + limit].contiguous()) / 255.0
+                parts.append(encoder(batch).lean().map(Tensor.float))
         return cat_pyramids(parts)
 
     def _averaged(self, module: nn.Module) -> AveragedModel:
@@ -305,30 +305,30 @@ class PretrainRun(Iterator[TrainStep]):
         for name, tasks in self._judged.items():
             foreign = with_foreign_masks(tasks)
             rows = [self._ask(backbone, task, other) for task, other in zip(tasks, foreign, strict=True)]
-            one, five, control = np.mean(rows, 0)
-            scores |= {f"{name}_1_shot": one, f"{name}_5_shot": five, f"{name}_foreign_masks": control}
+            one_shot, five_shot, control = np.mean(rows, 0)
+            scores |= {f"{name}_1_shot": one_shot, f"{name}_5_shot": five_shot, f"{name}_foreign_masks": control}
         return {name: round(float(value), 4) for name, value in scores.items()}
 
     def _make_judged(self) -> dict[str, list[Task]]:
         s = self.settings
         sources = {"real": self._held_out, "made": None} if self._held_out else {"made": None}
         return {
-            name: [held_out_task(source, i, views=6, size=s.size, seed=s.seed) for i in range(s.eval_tasks)]
+            name: [held_out_task(source, i, n_images=6, size=s.size, seed=s.seed) for i in range(s.eval_tasks)]
             for name, source in sources.items()
         }
 
     def _ask(self, backbone: Backbone, task: Task, foreign: Task) -> tuple[float, float, float]:
         features = self._encode(backbone, task.images)
-        order = sorted(range(len(task)), key=lambda i: not (task.labels[i] == 1).any())  # views with the object first
+        order = sorted(range(len(task)), key=lambda i: not (task.labels[i] == 1).any())  # images with the object first
         query, others = order[0], order[1:]
-        found = []
+        predictions = []
         for labels, support in ((task.labels, others[:1]), (task.labels, others), (foreign.labels, others)):
             annotated = torch.from_numpy(labels[support]).to(self.device.torch)
             with self.device.autocast():
                 keys = self.best_teacher.encode(EncodedSupport.of(features[torch.tensor(support)], annotated, 1))
                 logits = merge_classes(self.best_teacher(features[torch.tensor([query])], keys).logits)
-            found.append(_iou(logits[0].argmax(0).cpu().numpy() == 1, task.labels[query]))
-        return found[0], found[1], found[2]
+            predictions.append(_iou(logits[0].argmax(0).cpu().numpy() == 1, task.labels[query]))
+        return predictions[0], predictions[1], predictions[2]
 
     # -- state
 
@@ -337,20 +337,20 @@ class PretrainRun(Iterator[TrainStep]):
         tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
         for i, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{n}": v for n, v in state.items()}
-        record = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings), "data": self._data()}
-        record |= {"history": self.history, "sums": self._sums}
-        write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, record, tensors)
+        card = {"step": self.step, "seconds": self.seconds, "settings": asdict(self.settings), "data": self._data()}
+        card |= {"history": self.history, "sums": self._sums}
+        write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, card, tensors)
         draw_curves(self.history, self.folder / CURVES)
 
     def _data(self) -> dict[str, list[str]]:
         """Names of the sets that are trained on, and of those kept out of it."""
-        given = {"real": self._real, "kept_out": self._held_out}
-        return {name: list(source.sets) if source else [] for name, source in given.items()}
+        provenance = {"real": self._real, "kept_out": self._held_out}
+        return {name: list(source.sets) if source else [] for name, source in provenance.items()}
 
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT
-        record, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
-        before, now = upgrade_settings(record["settings"]), asdict(self.settings)
+        card, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
+        before, now = upgrade_settings(card["settings"]), asdict(self.settings)
         for setting in fields(PretrainSettings):
             name = setting.name
             then = before.get(name, setting.default)
@@ -359,15 +359,15 @@ class PretrainRun(Iterator[TrainStep]):
                     f"{path} was made with {name} {then!r}, now it is {now[name]!r}; "
                     "give the same settings to go on, or another folder to start anew"
                 )
-        if "data" not in record:
+        if "data" not in card:
             log.warning("%s does not say which sets it was made with; it goes on with those given now", path)
-        elif record["data"] != self._data():
+        elif card["data"] != self._data():
             raise SettingsError(
-                f"{path} was made with {_sets_text(record['data'])}, now it is given {_sets_text(self._data())}; "
+                f"{path} was made with {_sets_text(card['data'])}, now it is given {_sets_text(self._data())}; "
                 "give the same to go on, or another folder to start anew"
             )
-        if record["step"] > self.settings.steps:
-            raise SettingsError(f"{path} is at step {record['step']} already; give at least as many steps")
+        if card["step"] > self.settings.steps:
+            raise SettingsError(f"{path} is at step {card['step']} already; give at least as many steps")
         try:
             for part, module in self._kept.items():
                 module.load_state_dict(_under(f"{part}.", tensors))
@@ -379,8 +379,8 @@ class PretrainRun(Iterator[TrainStep]):
             self._optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
-        self.step, self.seconds, self.history = record["step"], record["seconds"], record["history"]
-        self._sums = record["sums"]
+        self.step, self.seconds, self.history = card["step"], card["seconds"], card["history"]
+        self._sums = card["sums"]
 
 
 def sources(folders: Sequence[Path], holdout: Sequence[str]) -> tuple[RealSource | None, RealSource | None]:
@@ -400,15 +400,15 @@ def _sets_text(data: dict[str, list[str]]) -> str:
 def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     if settings.init_from == "none":
         return None
-    told = packaged_head(settings.backbone) if settings.init_from == "packaged" else load_head(settings.init_from)
-    if told is None:
+    weights = packaged_head(settings.backbone) if settings.init_from == "packaged" else load_head(settings.init_from)
+    if weights is None:
         raise SettingsError(f"this package holds no head for {settings.backbone}; give start none, or a head file")
-    if (told.backbone_name, told.width) != (settings.backbone, settings.width):
+    if (weights.backbone_name, weights.width) != (settings.backbone, settings.width):
         raise SettingsError(
-            f"head {told.source} is of {told.backbone_name} with width {told.width}, "
+            f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "
             f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
         )
-    return told
+    return weights
 
 
 def _check_backbone(settings: PretrainSettings) -> None:
@@ -430,11 +430,11 @@ def _rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARM_UP, left)
 
 
-def _iou(found: npt.NDArray[np.bool_], labels: U8) -> float:
-    known = labels != IGNORE
+def _iou(predicted: npt.NDArray[np.bool_], labels: U8) -> float:
+    annotated = labels != IGNORE
     truth = labels == 1
-    union = int(((found | truth) & known).sum())
-    return float((found & truth & known).sum()) / union if union else 1.0
+    union = int(((predicted | truth) & annotated).sum())
+    return float((predicted & truth & annotated).sum()) / union if union else 1.0
 
 
 def _as_they_are(episodes: list[Episode]) -> list[Episode]:

@@ -1,7 +1,7 @@
 """Generated tasks without end: microscopy-like scenes in which one kind of object is to be found.
 
 A *family* draws the recipe of a task (what the object is, what lies around it, by what the two differ); the recipe
-paints any number of views. Targets and distractors often differ by a single *cue*, so that nothing but the support
+paints any number of images. Targets and distractors often differ by a single *cue*, so that nothing but the support
 set tells which is meant.
 """
 
@@ -17,11 +17,11 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.metatraining import families_objects as objects
 from distillfss_core.metatraining import families_regions as regions
 from distillfss_core.metatraining.optics import degrade, draw_light
-from distillfss_core.metatraining.painting import Family, Recipe, Rng, Scene, View
+from distillfss_core.metatraining.painting import Canvas, Family, Recipe, Rng, Scene
 from distillfss_core.metatraining.task import U8, Task
 
 SMALLEST_SHARE = 0.003
-"""Below this share of the pixels a view says too little about the object; at most every second view may."""
+"""Below this share of the pixels an image says too little about the object; at most every second image may."""
 
 FAMILIES: dict[str, Family] = {
     "particles": objects.particles,
@@ -46,32 +46,32 @@ FAMILIES: dict[str, Family] = {
 """A family more is a function more."""
 
 
-def synthetic_task(seed: int | Sequence[int], *, views: int = 4, size: int = 256, family: str | None = None) -> Task:
+def synthetic_task(seed: int | Sequence[int], *, n_images: int = 4, size: int = 256, family: str | None = None) -> Task:
     """Generate a task; the same arguments give the same bytes.
 
     Parameters
     ----------
     seed : int or sequence of int
         Which of the many, not negative.
-    views : int
-        Number of views, 2..64. At most one in eight (one at least is allowed) holds no object.
+    n_images : int
+        Number of images, 2..64. At most one in eight (one at least is allowed) holds no object.
     size : int
-        Height and width of a view in pixels, 64..1024, a multiple of 32.
+        Height and width of an image in pixels, 64..1024, a multiple of 32.
     family : str, optional
         One of ``FAMILIES``; without it the seed chooses.
 
     Returns
     -------
     Task
-        Images (views, size, size, 3) uint8, labels (views, size, size) uint8 in {0, 1}, source "synthetic/<family>".
+        Images (images, size, size, 3) uint8, labels (images, size, size) uint8 in {0, 1}, source "synthetic/<family>".
 
     Raises
     ------
     SettingsError
         If a number is outside its limits or the family is unknown.
     """
-    if not 2 <= views <= 64:
-        raise SettingsError(f"views is {views}; give a number from 2 to 64")
+    if not 2 <= n_images <= 64:
+        raise SettingsError(f"n_images is {n_images}; give a number from 2 to 64")
     if not 64 <= size <= 1024 or size % 32:
         raise SettingsError(f"size is {size}; give a multiple of 32 from 64 to 1024")
     if family is not None and family not in FAMILIES:
@@ -83,11 +83,11 @@ def synthetic_task(seed: int | Sequence[int], *, views: int = 4, size: int = 256
     light = draw_light(rng, recipe.light)
     wear = rng.uniform(0.15, 1.2)
     zoom = rng.uniform(0.8, 1.3)
-    empty = set(rng.permutation(views)[: rng.binomial(max(1, views // 8), min(0.5, 0.08 * views))].tolist())
-    images = np.empty((views, size, size, 3), np.uint8)
-    labels = np.empty((views, size, size), np.uint8)
-    for i, own in enumerate(rng.spawn(views)):
-        scene = _paint_view(own, recipe, zoom, size, empty=i in empty)
+    empty = set(rng.permutation(n_images)[: rng.binomial(max(1, n_images // 8), min(0.5, 0.08 * n_images))].tolist())
+    images = np.empty((n_images, size, size, 3), np.uint8)
+    labels = np.empty((n_images, size, size), np.uint8)
+    for i, own in enumerate(rng.spawn(n_images)):
+        scene = _paint_scene(own, recipe, zoom, size, empty=i in empty)
         exposure = light.varied(own, flip=recipe.flips and own.random() < 0.1)
         picture = degrade(exposure.expose(scene.value, scene.hue), own, strength=wear)
         pixels: U8 = np.rint(picture * 255).astype(np.uint8)
@@ -101,18 +101,18 @@ def synthetic_task(seed: int | Sequence[int], *, views: int = 4, size: int = 256
     return Task(images, labels, f"synthetic/{family}")
 
 
-def _paint_view(rng: Rng, recipe: Recipe, zoom: float, size: int, *, empty: bool) -> Scene:
-    """A view with the object, or without it; too little of it is painted anew, denser."""
+def _paint_scene(rng: Rng, recipe: Recipe, zoom: float, size: int, *, empty: bool) -> Scene:
+    """An image with the object, or without it; too little of it is painted anew, denser."""
     spread = 0.28 if recipe.zooms else 0.08
     own = float(np.clip(zoom * np.exp(rng.normal(0, spread)), 0.6, 1.7))
     angle = rng.uniform(0, 2 * np.pi) if recipe.turns else rng.normal(0, 0.15)
     density = 0.0 if empty else float(np.clip(np.exp(rng.normal(-0.15, 0.55)), 0.15, 1.8))
-    view = View(size, own * size / 256, angle, density)
-    scene = recipe.paint(rng, view)
+    canvas = Canvas(size, own * size / 256, angle, density)
+    scene = recipe.paint(rng, canvas)
     for _ in range(3):
         if empty or SMALLEST_SHARE <= scene.mask.mean() <= 0.75:
             break
         density = max(0.5, density * 2) if not scene.mask.mean() > 0.5 else density / 2
-        view = replace(view, density=density)
-        scene = recipe.paint(rng, view)
+        canvas = replace(canvas, density=density)
+        scene = recipe.paint(rng, canvas)
     return scene

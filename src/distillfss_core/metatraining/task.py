@@ -1,4 +1,4 @@
-"""A task to learn few-shot segmentation from: views of one kind of object, and where it is in each."""
+"""A task to learn few-shot segmentation from: images of one kind of object, and where it is in each."""
 
 from __future__ import annotations
 

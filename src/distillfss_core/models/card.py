@@ -59,9 +59,9 @@ def read_thumbnails(path: str | Path) -> Thumbnails | None:
     return Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
 
 
-def thumbnails(support: SupportSet, most: int = 16) -> Thumbnails:
+def thumbnails(support: SupportSet, limit: int = 16) -> Thumbnails:
     """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
-    chosen = [support.slices[i] for i in evenly(len(support), most)]
+    chosen = [support.slices[i] for i in evenly(len(support), limit)]
     images, labels = [], []
     for labeled in chosen:
         h, w = labeled.labels.shape

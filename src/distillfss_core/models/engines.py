@@ -204,13 +204,13 @@ class _Torch:
 
     def __call__(self, image: Tensor) -> Tensor:
         try:
-            found: Tensor = self._run(image.to(self._dtype, memory_format=torch.channels_last))
+            output: Tensor = self._run(image.to(self._dtype, memory_format=torch.channels_last))
         except RuntimeError as error:
             if self._run is self._network or out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0][:160]
             raise SettingsError(f"torch cannot compile this network here ({reason}); choose engine torch") from error
-        return found
+        return output
 
 
 class _OnnxRuntime:
@@ -264,7 +264,7 @@ def network_graph(network: StudentNetwork) -> bytes:
         ) from error
 
 
-def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str, found: str) -> bytes:
+def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], input_name: str, output_name: str) -> bytes:
     """A module from one "b c h w" to another in ONNX; batch, height and width stay open.
 
     It is traced, so which way it goes must not depend on the size or the values of what it is given.
@@ -276,9 +276,9 @@ def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], given: str,
             module,
             (example.clone(),),
             file,  # type: ignore[arg-type]
-            input_names=[given],
-            output_names=[found],
-            dynamic_axes={given: axes, found: axes},
+            input_names=[input_name],
+            output_names=[output_name],
+            dynamic_axes={input_name: axes, output_name: axes},
             opset_version=_OPSET,
             # torch.export takes half a minute for what tracing does in half a second.
             dynamo=False,

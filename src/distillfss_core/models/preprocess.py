@@ -114,8 +114,8 @@ class Preprocess:
     def to_tensors(self, crops: Shaped[Tensor, "n h w c"], limits: Sequence[Limits]) -> Float[Tensor, "n 3 h w"]:
         """`to_tensor` of several crops on the device where they are; equal to it but for rounding."""
         exact = torch.float32 if crops.dtype.itemsize <= 2 else torch.float64
-        low = torch.tensor([one.low for one in limits], dtype=exact, device=crops.device)[:, None, None]
-        high = torch.tensor([one.high for one in limits], dtype=exact, device=crops.device)[:, None, None]
+        low = torch.tensor([pair.low for pair in limits], dtype=exact, device=crops.device)[:, None, None]
+        high = torch.tensor([pair.high for pair in limits], dtype=exact, device=crops.device)[:, None, None]
         scaled = ((crops.to(exact) - low) / (high - low)).clamp_(0, 1).float()
         return self._mixed(scaled.movedim(-1, -3))
 
@@ -131,11 +131,11 @@ class Preprocess:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Preprocess:
-        fitted = Limits(tuple(record["fitted"]["low"]), tuple(record["fitted"]["high"]))
-        mix = tuple(tuple(float(w) for w in row) for row in record["mix"])
+    def from_json(cls, values: dict[str, Any]) -> Preprocess:
+        fitted = Limits(tuple(values["fitted"]["low"]), tuple(values["fitted"]["high"]))
+        mix = tuple(tuple(float(w) for w in row) for row in values["mix"])
         return cls(
-            int(record["channels"]), mix, str(record["scope"]), fitted, bool(record["together"]), str(record["zoom"])
+            int(values["channels"]), mix, str(values["scope"]), fitted, bool(values["together"]), str(values["zoom"])
         )
 
 

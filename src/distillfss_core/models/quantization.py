@@ -15,7 +15,7 @@ from distillfss_core.types import Array
 _INTEGER = ("Conv", "Add", "Clip", "Relu")  # what else there is would gain nothing and lose accuracy
 
 
-def quantized(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
+def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
     """An ONNX network with convolutions in eight bits: weights scaled by channel, activations by what samples show.
 
     The same graph and samples give the same network.
@@ -24,7 +24,7 @@ def quantized(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, nar
     ----------
     graph : bytes
         In ONNX.
-    given : str
+    input_name : str
         Name of its input, "b 3 h w" float32 in [0, 1].
     samples : uint8 array "n 3 h w"
         Inputs (255 is 1.0) from which the ranges of activations are taken; sides are multiples of the network's.
@@ -48,7 +48,7 @@ def quantized(graph: bytes, given: str, samples: UInt8[Array, "n 3 h w"], *, nar
 
         def get_next(self) -> dict[str, Array] | None:
             sample = next(self._left, None)
-            return None if sample is None else {given: sample[None].astype(np.float32) / 255}
+            return None if sample is None else {input_name: sample[None].astype(np.float32) / 255}
 
     try:
         with tempfile.TemporaryDirectory() as folder:

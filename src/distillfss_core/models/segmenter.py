@@ -159,9 +159,9 @@ class Segmenter:
         if not self.local:
             return self._blended(read, shape, region, limits, tile)
         probabilities = np.empty((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
-        for where, found in self._windows(read, shape, region, limits, tile):
-            to, frm = _overlap(where.inner, where.outer, region)
-            probabilities[:, to[0], to[1]] = _probabilities(found)[:, frm[0], frm[1]]
+        for where, values in self._windows(read, shape, region, limits, tile):
+            to, source = _overlap(where.inner, where.outer, region)
+            probabilities[:, to[0], to[1]] = _probabilities(values)[:, source[0], source[1]]
         return probabilities
 
     def region_labels(
@@ -172,9 +172,9 @@ class Segmenter:
             return likeliest(self._blended(read, shape, region, limits, tile))
         (y0, y1), (x0, x1) = region
         labels = np.empty((y1 - y0, x1 - x0), np.uint8)
-        for where, found in self._windows(read, shape, region, limits, tile):
-            to, frm = _overlap(where.inner, where.outer, region)
-            labels[to] = _labels(found[:, frm[0], frm[1]])
+        for where, values in self._windows(read, shape, region, limits, tile):
+            to, source = _overlap(where.inner, where.outer, region)
+            labels[to] = _labels(values[:, source[0], source[1]])
         return labels
 
     @property
@@ -204,9 +204,9 @@ class Segmenter:
         for where in self.tiles(shape, tile=tile):
             if not _touches(where.inner, region):
                 continue
-            to, frm = _overlap(where.inner, where.outer, region)
+            to, source = _overlap(where.inner, where.outer, region)
             windows = self.preprocess.stack_channels(read(*where.outer))
-            if not batches.label(windows, frm, limits, labels[:, to[0], to[1]]):
+            if not batches.label(windows, source, limits, labels[:, to[0], to[1]]):
                 for i, own in enumerate(limits):  # in smaller tiles
                     labels[i] = self.region_labels(partial(_one_plane, read, i), shape, region, own, tile=tile)
                 return labels
@@ -217,8 +217,8 @@ class Segmenter:
     def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
         check_image(image)
-        for where, found in self._windows(*self._whole(image), tile):
-            yield where, _probabilities(found)[:, where.crop[0], where.crop[1]]
+        for where, values in self._windows(*self._whole(image), tile):
+            yield where, _probabilities(values)[:, where.crop[0], where.crop[1]]
 
     def tiles(self, shape: tuple[int, int], *, tile: int = TILE) -> list[Tile]:
         """The tiles of a plane of ``shape`` (y, x), row by row."""
@@ -233,13 +233,13 @@ class Segmenter:
 
     def digest(self) -> str:
         """What the answers depend on, as a hexadecimal number: weights, classes, preprocessing and halo."""
-        found = hashlib.sha256(self.backbone.digest().encode())
-        about = [self.class_names, self.preprocess.to_json(), self.halo, self.backbone.spec.name]
-        found.update(json.dumps(about, sort_keys=True).encode())
+        sha = hashlib.sha256(self.backbone.digest().encode())
+        description = [self.class_names, self.preprocess.to_json(), self.halo, self.backbone.spec.name]
+        sha.update(json.dumps(description, sort_keys=True).encode())
         for name, tensor in self._own_tensors():
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        return found.hexdigest()
+            sha.update(name.encode())
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return self.digest(), self.device.precision
@@ -260,11 +260,11 @@ class Segmenter:
         (y0, y1), (x0, x1) = region
         total = np.zeros((len(self.class_names) + 1, y1 - y0, x1 - x0), np.float32)
         weight = np.zeros((y1 - y0, x1 - x0), np.float32)
-        for where, found in self._windows(read, shape, region, limits, tile):
+        for where, values in self._windows(read, shape, region, limits, tile):
             fade = where.y.fade()[:, None] * where.x.fade()
-            to, frm = _overlap(where.outer, where.outer, region)
-            total[:, to[0], to[1]] += (_probabilities(found) * fade)[:, frm[0], frm[1]]
-            weight[to] += fade[frm]
+            to, source = _overlap(where.outer, where.outer, region)
+            total[:, to[0], to[1]] += (_probabilities(values) * fade)[:, source[0], source[1]]
+            weight[to] += fade[source]
         total /= weight
         return total
 
@@ -293,7 +293,7 @@ class Segmenter:
             try:
                 pixels = self.preprocess.as_channels(read(*where.outer))
                 check_image(pixels)
-                found = self._window(self.preprocess.to_tensor(pixels, limits)).cpu().numpy()
+                values = self._window(self.preprocess.to_tensor(pixels, limits)).cpu().numpy()
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -302,7 +302,7 @@ class Segmenter:
                 if short:
                     self._room = side * zoom
                 todo.pop(0)
-                yield where, found
+                yield where, values
                 continue
             side, short = side // 2, True
             if side < self.step:
@@ -324,8 +324,8 @@ class Segmenter:
         zoom = self.preprocess.zoom_factor
         x = window[None].to(self.device.torch)
         x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
-        found = self._margins(x).float().clamp_min_(NEVER)
-        return resize(found, (h + pad[0], w + pad[1]))[0, :, :h, :w]
+        margins = self._margins(x).float().clamp_min_(NEVER)
+        return resize(margins, (h + pad[0], w + pad[1]))[0, :, :h, :w]
 
 
 def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -356,12 +356,12 @@ def _overlap(
     part: tuple[slice, slice], window: tuple[slice, slice], region: Region
 ) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """Where ``part`` of a plane lies within the region, and within its window."""
-    to, frm = [], []
+    to, source = [], []
     for p, w, (start, stop) in zip(part, window, region, strict=True):
         a, b = max(p.start, start), min(p.stop, stop)
         to.append(slice(a - start, b - start))
-        frm.append(slice(a - w.start, b - w.start))
-    return (to[0], to[1]), (frm[0], frm[1])
+        source.append(slice(a - w.start, b - w.start))
+    return (to[0], to[1]), (source[0], source[1])
 
 
 def _split_tile(old: Tile, shape: tuple[int, ...], side: int, halo: int, step: int) -> list[Tile]:

@@ -222,11 +222,11 @@ class StudentModel(Segmenter):
             card = upgrade_card(card)
             chosen = choose_device(device, precision)
             own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
-            about = card["backbone"]
+            backbone_card = card["backbone"]
             backbone = (
-                backbone_from_state(about["name"], own, about["weights"])
+                backbone_from_state(backbone_card["name"], own, backbone_card["weights"])
                 if own
-                else find_backbone(about["name"], about["digest"], weights, str(path))
+                else find_backbone(backbone_card["name"], backbone_card["digest"], weights, str(path))
             )
             head = FewShotHead(backbone.spec, len(card["classes"]), HeadForm(**card["head"]))
             head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})

@@ -35,9 +35,9 @@ class Span:
 
     def fade(self) -> npt.NDArray[np.float32]:
         """Weights over the window that fade out towards its ends; those of two neighbors add up to one."""
-        at = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5
-        weights = np.ones_like(at)
-        for halo, distance in ((self.crop.start, at), (self.outer[1] - self.inner[1], at[::-1])):
+        centers = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5
+        weights = np.ones_like(centers)
+        for halo, distance in ((self.crop.start, centers), (self.outer[1] - self.inner[1], centers[::-1])):
             if halo:
                 weights = weights * np.minimum(distance / (2 * halo), 1)
         return weights

@@ -68,7 +68,7 @@ def read_card_file(
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
+            tensors_read = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118
     except FileNotFoundError as error:
         raise ModelFileError(f"{path}: there is no such file") from error
     except (SafetensorError, OSError, struct.error) as error:
@@ -89,9 +89,9 @@ def read_card_file(
             f"{path}: format version {version} is newer than this program reads ({kind.version}); "
             "upgrade napari-distillfss"
         )
-    if tensors and _digest(found) != header.get("digest"):
+    if tensors and _digest(tensors_read) != header.get("digest"):
         raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
-    return card, found, header
+    return card, tensors_read, header
 
 
 def _digest_text(text: str) -> str:

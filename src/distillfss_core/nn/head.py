@@ -29,11 +29,11 @@ class HeadForm:
     width: int
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> HeadForm:
+    def from_json(cls, values: Mapping[str, Any]) -> HeadForm:
         """From the card of a file; older ones have other words for the default."""
-        parts = {name: str(record[name]) for name in ("student", "decoder", "teacher")}
+        parts = {name: str(values[name]) for name in ("student", "decoder", "teacher")}
         default = {name: "default" for name, value in parts.items() if value in _OLDER_DEFAULTS}
-        return cls(**(parts | default), width=int(record["width"]))
+        return cls(**(parts | default), width=int(values["width"]))
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

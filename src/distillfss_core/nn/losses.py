@@ -21,8 +21,8 @@ def focal_loss(
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
     """
     ce = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
-    known = target != IGNORE
-    return ((1 - torch.exp(-ce)) ** gamma * ce).sum() / known.sum().clamp_min(1)
+    annotated = target != IGNORE
+    return ((1 - torch.exp(-ce)) ** gamma * ce).sum() / annotated.sum().clamp_min(1)
 
 
 def coarse_loss(student: CoarseMaps, teacher: CoarseMaps) -> Float[Tensor, ""]:
@@ -65,9 +65,9 @@ def dice_loss(
 
     Source: Milletari et al., V-Net, 3DV 2016.
     """
-    known = (target != IGNORE)[:, None].float()
-    probabilities = logits.softmax(1) * known
-    truth = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * known
+    annotated = (target != IGNORE)[:, None].float()
+    probabilities = logits.softmax(1) * annotated
+    truth = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * annotated
     overlap = (probabilities * truth).sum((0, 2, 3))
     total = (probabilities + truth).sum((0, 2, 3))
     dice = (2 * overlap + 1.0) / (total + 1.0)
@@ -83,8 +83,8 @@ def dice_loss(
 
 def segmentation_loss(logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"]) -> Float[Tensor, ""]:
     """Cross-entropy over the annotated pixels plus Dice of the classes present."""
-    known = (target != IGNORE).sum().clamp_min(1)
-    ce = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
+    annotated = (target != IGNORE).sum().clamp_min(1)
+    ce = F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / annotated
     return ce + dice_loss(logits, target)
 
 
@@ -96,13 +96,13 @@ def map_loss(maps: CoarseMaps, target: Int[Tensor, "b h w"], present: Bool[Tenso
     if not bool(present.any()):
         return maps.deep.new_zeros(())
     masks = class_masks(target.to(torch.uint8), maps.deep.shape[1])[:, present]
-    known = (target != IGNORE).float()[:, None]
+    annotated = (target != IGNORE).float()[:, None]
     losses = []
     for stage in maps:
         mean = stage.mean(2)[:, present].float().clamp(1e-4, 1 - 1e-4)
         grid = (mean.shape[-2], mean.shape[-1])
-        share = F.adaptive_avg_pool2d(known, grid)
-        truth = F.adaptive_avg_pool2d(masks * known, grid) / share.clamp_min(1e-6)
+        share = F.adaptive_avg_pool2d(annotated, grid)
+        truth = F.adaptive_avg_pool2d(masks * annotated, grid) / share.clamp_min(1e-6)
         bce = -(truth * mean.log() + (1 - truth) * (1 - mean).log())
         losses.append((bce * share).sum() / (share.sum() * bce.shape[1]).clamp_min(1e-6))
     return torch.stack(losses).mean()

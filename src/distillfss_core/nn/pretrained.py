@@ -163,8 +163,8 @@ def can_be_found_again(backbone: Backbone) -> bool:
     """Whether a file may leave these weights out: all but those that were trained with a head of somebody's own."""
     if not backbone.trained:
         return True
-    told = packaged_head(backbone.spec.name)
-    return told is not None and told.backbone_digest == backbone.digest()
+    weights = packaged_head(backbone.spec.name)
+    return weights is not None and weights.backbone_digest == backbone.digest()
 
 
 def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone:
@@ -177,8 +177,8 @@ def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone
     SettingsError, WeightsUnavailableError
         As `load_backbone` does.
     """
-    told = packaged_head(name) if weights == "auto" else None
-    if told is not None and told.backbone_digest == digest and (own := told.trained_backbone()):
+    weights_file = packaged_head(name) if weights == "auto" else None
+    if weights_file is not None and weights_file.backbone_digest == digest and (own := weights_file.trained_backbone()):
         return own
     backbone = load_backbone(name, weights)
     if backbone.digest() != digest:

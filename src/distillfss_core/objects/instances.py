@@ -169,30 +169,30 @@ def iter_instances(
     """
     start = time.monotonic()
     out = Path(out)
-    cutter = _Cutter(labels, image, class_id, method, connectivity, radius)
-    cutter.check()
+    splitter = _Splitter(labels, image, class_id, method, connectivity, radius)
+    splitter.check()
     if min_voxels < 1:
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
     if table is not None:
         check_table(Path(table))
     _check_finished(labels)
     check_apart(out, labels.path, image.path if image else None)
-    settings = {**cutter.settings(), "min_voxels": min_voxels}
-    about, layout = _plan(labels, image, out, block, settings)
+    settings = {**splitter.settings(), "min_voxels": min_voxels}
+    description, layout = _plan(labels, image, out, block, settings)
     if overwrite:
         remove_labels(out)
-    store = LabelStore(out, layout, about, settings, resume=resume)
+    store = LabelStore(out, layout, description, settings, resume=resume)
     measures = (out / RECORD).with_name("objects.npy")
     pieces = (out / RECORD).with_name("pieces")
     try:
         blocks = list(layout.shards(0, layout.whole(0)))
-        todo = [at for at in blocks if store.missing(0, at, layout.box(0, at))]
+        todo = [index for index in blocks if store.missing(0, index, layout.box(0, index))]
         if todo or not measures.is_file():
             once = replace(layout, shapes=layout.shapes[:1], factors=layout.factors[:1], dtype="uint64")
-            work = LabelStore(pieces, once, about, settings, resume=True)
+            work = LabelStore(pieces, once, description, settings, resume=True)
             try:
-                yield from _find_pieces(work, cutter, blocks)
-                pairs = yield from _find_pairs(work, cutter, blocks)
+                yield from _find_pieces(work, splitter, blocks)
+                pairs = yield from _find_pairs(work, splitter, blocks)
                 objects, ids, numbers = join_pieces(_all_pieces(work, blocks), pairs, min_voxels)
                 with atomic_path(measures) as temporary:
                     _save(temporary, objects)
@@ -216,7 +216,7 @@ def _plan(
 ) -> tuple[About, Layout]:
     """Metadata and shards of the numbered objects."""
     inside = image_of(out)
-    about = About(
+    description = About(
         name=out.name.partition(".")[0],
         scale=labels.scale,
         origin=labels.origin,
@@ -230,11 +230,11 @@ def _plan(
     layout = plan_blocks(
         labels.shape, block, (chunk[0], chunk[1], chunk[2]), labels.scale, dtype="uint32", levels=levels
     )
-    return about, layout
+    return description, layout
 
 
 @dataclass(frozen=True)
-class _Cutter:
+class _Splitter:
     """Finds the pieces of objects in a block."""
 
     labels: Volume
@@ -282,8 +282,8 @@ class _Cutter:
     @property
     def step(self) -> tuple[float, ...]:
         """Size of a voxel, 1 where it is not known."""
-        known = all(s is not None for s in self.labels.scale)
-        return tuple(float(s) if known and s is not None else 1.0 for s in self.labels.scale)
+        has_scale = all(s is not None for s in self.labels.scale)
+        return tuple(float(s) if has_scale and s is not None else 1.0 for s in self.labels.scale)
 
     @property
     def halo(self) -> tuple[int, ...]:
@@ -301,8 +301,8 @@ class _Cutter:
         """Ids of the voxels of a box, and its pieces."""
         shape = self.labels.shape
         looked = [(max(0, a - h), min(n, b + h)) for (a, b), h, n in zip(box, self.halo, shape, strict=True)]
-        found = self.labels.read(*(slice(*span) for span in looked))
-        mask = found == self.class_id if self.class_id is not None else found != 0
+        part = self.labels.read(*(slice(*span) for span in looked))
+        mask = part == self.class_id if self.class_id is not None else part != 0
         local, seeds = self._components(mask) if self.method == "components" else self._watershed(mask)
         origin = [a for a, _ in looked]
         ids = _ids(seeds, origin, shape)
@@ -354,23 +354,27 @@ def _check_finished(labels: Volume) -> None:
     if not done.all():
         z, y, x = (np.diff(e) for e in ends)
         share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(labels.levels[0])
-        told = "; ".join(
+        listed = "; ".join(
             ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
         )
         log.warning(
             "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
             "segmentation first to have all",
             labels.name,
-            told,
+            listed,
             100 * share,
         )
 
 
 def _fingerprint(volume: Volume) -> dict[str, Any]:
     """What tells a volume from another; of labels that were written from here also what they were made with."""
-    about = volume.path / "zarr.json" if volume.path else None
-    known = hashlib.sha256(about.read_bytes()).hexdigest()[:16] if about and about.is_file() else None
-    return {**volume.identity, "metadata_file": known}
+    metadata_file = volume.path / "zarr.json" if volume.path else None
+    digest = (
+        hashlib.sha256(metadata_file.read_bytes()).hexdigest()[:16]
+        if metadata_file and metadata_file.is_file()
+        else None
+    )
+    return {**volume.identity, "metadata_file": digest}
 
 
 def _ids(seeds: Array, origin: Sequence[int], shape: Sequence[int]) -> npt.NDArray[np.uint64]:
@@ -379,14 +383,14 @@ def _ids(seeds: Array, origin: Sequence[int], shape: Sequence[int]) -> npt.NDArr
     numbers = seeds.reshape(-1)[inside]
     first = np.zeros(int(numbers.max(initial=0)) + 1, np.int64)
     first[numbers] = inside  # of several the last is kept, that is the first in the volume
-    at = [axis + start for axis, start in zip(np.unravel_index(first, seeds.shape), origin, strict=True)]
-    ids = np.ravel_multi_index(at, tuple(shape)).astype(np.uint64) + np.uint64(1)
+    place = [axis + start for axis, start in zip(np.unravel_index(first, seeds.shape), origin, strict=True)]
+    ids = np.ravel_multi_index(place, tuple(shape)).astype(np.uint64) + np.uint64(1)
     ids[0] = 0
     return ids
 
 
-def _piece_file(work: LabelStore, at: Index) -> Path:
-    return (work.path / RECORD).with_name(f"{'.'.join(map(str, at))}.npy")
+def _piece_file(work: LabelStore, index: Index) -> Path:
+    return (work.path / RECORD).with_name(f"{'.'.join(map(str, index))}.npy")
 
 
 def _save(path: Path, array: Array) -> None:
@@ -394,34 +398,36 @@ def _save(path: Path, array: Array) -> None:
         np.save(file, array, allow_pickle=False)
 
 
-def _find_pieces(work: LabelStore, cutter: _Cutter, blocks: Sequence[Index]) -> Generator[InstanceStep, None, None]:
-    for index, at in enumerate(blocks, 1):
-        box = work.layout.box(0, at)
-        if work.missing(0, at, box):
-            ids, pieces = cutter.cut(box)
-            with atomic_path(_piece_file(work, at)) as temporary:
+def _find_pieces(work: LabelStore, splitter: _Splitter, blocks: Sequence[Index]) -> Generator[InstanceStep, None, None]:
+    for index, block_index in enumerate(blocks, 1):
+        box = work.layout.box(0, block_index)
+        if work.missing(0, block_index, box):
+            ids, pieces = splitter.cut(box)
+            with atomic_path(_piece_file(work, block_index)) as temporary:
                 _save(temporary, pieces)
-            work.note(0, at, [box], work.write(0, box, ids))
+            work.note(0, block_index, [box], work.write(0, box, ids))
         yield InstanceStep("pieces", index, len(blocks))
 
 
 def _all_pieces(work: LabelStore, blocks: Sequence[Index]) -> Array:
-    files = [_piece_file(work, at) for at in blocks]
+    files = [_piece_file(work, index) for index in blocks]
     return np.concatenate([np.zeros(0, PIECE), *(np.load(file, allow_pickle=False) for file in files)])
 
 
 def _find_pairs(
-    work: LabelStore, cutter: _Cutter, blocks: Sequence[Index]
+    work: LabelStore, splitter: _Splitter, blocks: Sequence[Index]
 ) -> Generator[InstanceStep, None, npt.NDArray[np.uint64]]:
     """Ids that touch one another across the faces between blocks."""
-    found = [np.zeros((0, 2), np.uint64)]
-    for index, at in enumerate(blocks if cutter.reach else (), 1):
-        box = work.layout.box(0, at)
-        found += [
-            _touching(work, box, axis, cutter.reach) for axis in range(3) if box[axis][1] < cutter.labels.shape[axis]
+    pairs = [np.zeros((0, 2), np.uint64)]
+    for index, index_at in enumerate(blocks if splitter.reach else (), 1):
+        box = work.layout.box(0, index_at)
+        pairs += [
+            _touching(work, box, axis, splitter.reach)
+            for axis in range(3)
+            if box[axis][1] < splitter.labels.shape[axis]
         ]
         yield InstanceStep("joining", index, len(blocks))
-    return np.concatenate(found)
+    return np.concatenate(pairs)
 
 
 def _touching(work: LabelStore, box: Box, axis: int, reach: int) -> npt.NDArray[np.uint64]:
@@ -454,19 +460,21 @@ def _touching(work: LabelStore, box: Box, axis: int, reach: int) -> npt.NDArray[
 def _write_numbers(
     store: LabelStore, work: LabelStore, todo: Sequence[Index], ids: Array, numbers: Array
 ) -> Generator[InstanceStep, None, None]:
-    for index, at in enumerate(todo, 1):
-        box = store.layout.box(0, at)
-        found = np.asarray(work.arrays[0][slices(box)])
-        labels = np.zeros(found.shape, np.uint32)
-        inside = found > 0
-        labels[inside] = numbers[np.searchsorted(ids, found[inside])]
-        store.note(0, at, [box], store.write(0, box, labels))
+    for index, block_index in enumerate(todo, 1):
+        box = store.layout.box(0, block_index)
+        pieces = np.asarray(work.arrays[0][slices(box)])
+        labels = np.zeros(pieces.shape, np.uint32)
+        inside = pieces > 0
+        labels[inside] = numbers[np.searchsorted(ids, pieces[inside])]
+        store.note(0, block_index, [box], store.write(0, box, labels))
         yield InstanceStep("numbers", index, len(todo))
 
 
 def _write_pyramid(store: LabelStore) -> Generator[InstanceStep, None, None]:
     layout = store.layout
-    coarser = [(k, at) for k in range(1, len(layout.shapes)) for at in layout.shards(k, layout.whole(k))]
-    for index, (level, at) in enumerate(coarser, 1):
-        store.coarsen(level, at)
+    coarser = [
+        (k, block_index) for k in range(1, len(layout.shapes)) for block_index in layout.shards(k, layout.whole(k))
+    ]
+    for index, (level, block_index) in enumerate(coarser, 1):
+        store.coarsen(level, block_index)
         yield InstanceStep("pyramid", index, len(coarser))

@@ -50,17 +50,17 @@ def measure_pieces(local: Array, ids: Array, origin: Sequence[int], image: Array
     """
     inside = np.flatnonzero(local)
     number = local.reshape(-1)[inside]
-    found = np.zeros(len(ids), PIECE)
-    found["id"] = ids
-    found["voxels"] = np.bincount(number, minlength=len(ids))
-    found["low"] = np.iinfo(np.int64).max
+    pieces = np.zeros(len(ids), PIECE)
+    pieces["id"] = ids
+    pieces["voxels"] = np.bincount(number, minlength=len(ids))
+    pieces["low"] = np.iinfo(np.int64).max
     for axis, (places, start) in enumerate(zip(np.unravel_index(inside, local.shape), origin, strict=True)):
-        at = places + start
-        found["place"][:, axis] = np.bincount(number, at, len(ids))
-        np.minimum.at(found["low"][:, axis], number, at)
-        np.maximum.at(found["high"][:, axis], number, at + 1)
-    found["intensity"] = np.nan if image is None else np.bincount(number, image.reshape(-1)[inside], len(ids))
-    return found[found["voxels"] > 0]
+        positions = places + start
+        pieces["place"][:, axis] = np.bincount(number, positions, len(ids))
+        np.minimum.at(pieces["low"][:, axis], number, positions)
+        np.maximum.at(pieces["high"][:, axis], number, positions + 1)
+    pieces["intensity"] = np.nan if image is None else np.bincount(number, image.reshape(-1)[inside], len(ids))
+    return pieces[pieces["voxels"] > 0]
 
 
 def join_pieces(pieces: Array, pairs: Array, min_voxels: int) -> tuple[Array, Array, npt.NDArray[np.uint32]]:
@@ -85,7 +85,7 @@ def join_pieces(pieces: Array, pairs: Array, min_voxels: int) -> tuple[Array, Ar
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    ids, at = np.unique(pieces["id"], return_inverse=True)
+    ids, inverse = np.unique(pieces["id"], return_inverse=True)
     if not len(ids):
         return np.zeros(0, PIECE), ids, np.zeros(0, np.uint32)
     a, b = np.searchsorted(ids, pairs.T)
@@ -94,7 +94,7 @@ def join_pieces(pieces: Array, pairs: Array, min_voxels: int) -> tuple[Array, Ar
     _, first, group = np.unique(group, return_index=True, return_inverse=True)
     order = np.argsort(np.argsort(first))  # ids ascend, so that the first of a group is its smallest
     group = order[group]
-    owner = group[at]
+    owner = group[inverse]
     objects = np.zeros(len(order), PIECE)
     objects["low"] = np.iinfo(np.int64).max
     for name in ("voxels", "place", "intensity"):
@@ -151,9 +151,9 @@ def write_table(
     OutputError
     """
     objects = objects[objects["id"] > 0]
-    known = all(s is not None for s in scale)
-    step = np.array([s or 1.0 for s in scale]) if known else np.ones(3)
-    end, cubed = ("_voxels", "_voxels") if not known else ("_um", "_um3") if unit else ("", "")
+    has_scale = all(s is not None for s in scale)
+    step = np.array([s or 1.0 for s in scale]) if has_scale else np.ones(3)
+    end, cubed = ("_voxels", "_voxels") if not has_scale else ("_um", "_um3") if unit else ("", "")
     voxels = objects["voxels"]
     columns: dict[str, Array] = {"label": objects["id"], "voxels": voxels, f"volume{cubed}": voxels * step.prod()}
     for axis, name in enumerate("zyx"):

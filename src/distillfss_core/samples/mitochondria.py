@@ -155,10 +155,10 @@ def _has_room(
     """Whether the middle line of a tube lies in one cell, away from its membrane, as far as it lies in the stack."""
     t = np.linspace(-1, 1, 9)[:, None]
     line = (center + along * t * length / 2 + across * bow * (t**2 - 0.4)) / (_STEP, 1, 1)
-    at = np.rint(line).astype(int)
-    at = at[((at >= 0) & (at < cells.shape)).all(1)].T
-    found = cells[tuple(at)]
-    return bool(found.size and (found == found[0]).all() and (edge[tuple(at)] > 0.5 * radius).all())
+    points = np.rint(line).astype(int)
+    points = points[((points >= 0) & (points < cells.shape)).all(1)].T
+    occupied = cells[tuple(points)]
+    return bool(occupied.size and (occupied == occupied[0]).all() and (edge[tuple(points)] > 0.5 * radius).all())
 
 
 def _add_reticulum(rng: np.random.Generator, gray: F32, edge: F32) -> None:

@@ -163,8 +163,8 @@ def _add_nodules(rng: np.random.Generator, image: F32, lung: F32, space: _Space)
     volume = len(places) * space.pixel**2 * PLANE_MM
     number = 0
     for _ in range(max(2, round(volume / 19_000))):
-        at = places[rng.integers(len(places))]
-        center = np.array([space.z[at[0], 0, 0], space.y[at[1], 0], space.x[0, at[2]]], float)
+        place = places[rng.integers(len(places))]
+        center = np.array([space.z[place[0], 0, 0], space.y[place[1], 0], space.x[0, place[2]]], float)
         center += rng.uniform(-1, 1, 3)
         radius = float(np.clip(rng.lognormal(np.log(5.6), 0.32), 3, 11))
         box = space.box(center - 1.5 * radius, center + 1.5 * radius)

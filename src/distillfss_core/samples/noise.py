@@ -62,7 +62,7 @@ def drifting(rng: np.random.Generator, shape: tuple[int, int, int], sigma: float
     pace : float
         Radians a plane: after a quarter turn nothing is left of a plane's own noise.
     """
-    one, other = texture(rng, (1, *shape[1:]), sigma)[0], texture(rng, (1, *shape[1:]), sigma)[0]
+    first, second = texture(rng, (1, *shape[1:]), sigma)[0], texture(rng, (1, *shape[1:]), sigma)[0]
     turn = (pace * np.arange(shape[0], dtype=np.float32))[:, None, None]
-    result: F32 = (np.cos(turn) * one + np.sin(turn) * other).astype(np.float32)
+    result: F32 = (np.cos(turn) * first + np.sin(turn) * second).astype(np.float32)
     return result

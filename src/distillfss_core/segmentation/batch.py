@@ -37,7 +37,7 @@ class Job:
     ----------
     source, output : Path
     region : part of the volume, or None for all
-    how : mapping
+    options : mapping
         Options of `open_volume`.
     notes : mapping
         Further columns of the table it came from; they are repeated in the report.
@@ -46,7 +46,7 @@ class Job:
     source: Path
     output: Path
     region: Part | None = None
-    how: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -60,7 +60,7 @@ class BatchStep:
     shard: ShardDone | None
 
 
-def plan_batch(source: Path, out: Path, how: Mapping[str, Any], region: Part | None = None) -> list[Job]:
+def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None) -> list[Job]:
     """The volumes of a folder or a table.
 
     Parameters
@@ -71,7 +71,7 @@ def plan_batch(source: Path, out: Path, how: Mapping[str, Any], region: Part | N
         Relative paths start at the table's folder.
     out : path
         Folder of the labels; each is called after its volume.
-    how : mapping
+    options : mapping
         Options of `open_volume` for all; a table's columns go before them.
     region : optional
         For all, likewise.
@@ -82,11 +82,11 @@ def plan_batch(source: Path, out: Path, how: Mapping[str, Any], region: Part | N
         If it holds no volume or is no such table, or two volumes would have one output.
     """
     if source.is_dir():
-        jobs = [Job(path, out / f"{stem_of(path)}.ome.zarr", region, how) for path in _volumes_in(source)]
+        jobs = [Job(path, out / f"{stem_of(path)}.ome.zarr", region, options) for path in _volumes_in(source)]
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
     else:
-        jobs = _read_table(source, out, how, region)
+        jobs = _read_table(source, out, options, region)
     taken: dict[Path, Path] = {}
     for job in jobs:
         other = taken.setdefault(job.output.resolve(), job.source)
@@ -189,7 +189,7 @@ def _segment_job(
     tile: int | None,
     cluster: str | Connection | None,
 ) -> Generator[ShardDone, None, dict[str, Any]]:
-    with open_volume(job.source, **job.how) as volume:
+    with open_volume(job.source, **job.options) as volume:
         if not job.output.parent.is_dir():
             raise OutputError(f"cannot make {job.output}: there is no folder {job.output.parent}; make it first")
         done = yield from iter_segment(
@@ -212,7 +212,7 @@ def _segment_job(
             **{f"voxels_{name}": count for name, count in zip(model.class_names, counts[1:], strict=True)},
             "voxels_background": counts[0],
             "shards_computed": done.computed,
-            "shards_found": done.found,
+            "shards_found": done.finished,
             "missing_chunks": done.missing_chunks,
         }
 
@@ -221,7 +221,7 @@ def _volumes_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and is_volume(path)]
 
 
-def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | None) -> list[Job]:
+def _read_table(path: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
@@ -231,18 +231,18 @@ def _read_table(path: Path, out: Path, how: Mapping[str, Any], region: Part | No
         raise InputFileError(f"{path}: has no row with a column 'volume'; name the volumes there, one a line")
     jobs = []
     for line, row in enumerate(rows, 2):
-        given = {name: text.strip() for name, text in row.items() if name and isinstance(text, str) and text.strip()}
-        if "volume" not in given:
+        cells = {name: text.strip() for name, text in row.items() if name and isinstance(text, str) and text.strip()}
+        if "volume" not in cells:
             raise InputFileError(f"{path} line {line}: names no volume; fill it in, or remove the line")
-        source = path.parent / given["volume"]
-        output = path.parent / given["output"] if "output" in given else out / f"{stem_of(source)}.ome.zarr"
-        notes = {n: t for n, t in given.items() if n not in ("volume", "output", "region", *_OPTIONS)}
+        source = path.parent / cells["volume"]
+        output = path.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
+        notes = {n: t for n, t in cells.items() if n not in ("volume", "output", "region", *_OPTIONS)}
         try:
-            part = parse_region(given["region"]) if "region" in given else region
-            own = {name: _option(name, given[name]) for name in _OPTIONS if name in given}
+            part = parse_region(cells["region"]) if "region" in cells else region
+            own = {name: _option(name, cells[name]) for name in _OPTIONS if name in cells}
         except ValueError as error:
             raise InputFileError(f"{path} line {line}: {error}") from error
-        jobs.append(Job(source, output, part, {**how, **own}, notes))
+        jobs.append(Job(source, output, part, {**options, **own}, notes))
     return jobs
 
 

@@ -53,19 +53,19 @@ class Connection:
             If there are none, they differ, or do not have this program.
         """
         try:
-            found = set(self.client.run(_describe_device, self.device, self.precision).values())
+            devices = set(self.client.run(_describe_device, self.device, self.precision).values())
         except ModuleNotFoundError as error:
             raise SettingsError(
                 f"the workers have no {error.name}; install napari-distillfss where they run"
             ) from error
-        if not found:
+        if not devices:
             raise SettingsError("the scheduler has no worker yet; start some by dask worker")
-        if len(found) > 1:
+        if len(devices) > 1:
             raise SettingsError(
-                f"the workers compute on different devices ({', '.join(sorted(found))}), so shards would differ; give "
-                "--device, or workers of one kind"
+                f"the workers compute on different devices ({', '.join(sorted(devices))}), so shards would differ; "
+                "give --device, or workers of one kind"
             )
-        return str(found.pop())
+        return str(devices.pop())
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class VolumeSegmenter:
         InputFileError
             If the volume is damaged here.
         """
-        return self._answer(z, region, pixels, "labels")
+        return self._output(z, region, pixels, "labels")
 
     def stack_labels(self, planes: range, region: Region, pixels: Array) -> Array:
         """Labels of a region of several planes, shape (z, y, x), from what `read` gave for them; as `labels` otherwise,
@@ -113,9 +113,9 @@ class VolumeSegmenter:
 
     def probabilities(self, z: int, region: Region, pixels: Array | None = None) -> Array:
         """Probabilities of a region of plane ``z``, shape (k + 1, y, x), float32; as `labels` otherwise."""
-        return self._answer(z, region, pixels, "probabilities")
+        return self._output(z, region, pixels, "probabilities")
 
-    def _answer(self, z: int, region: Region, pixels: Array | None, what: str) -> Array:
+    def _output(self, z: int, region: Region, pixels: Array | None, what: str) -> Array:
         limits = self.limits(z)
         if pixels is None:
             pixels = self.read(slice(z, z + 1), region)[0]
@@ -166,14 +166,14 @@ class VolumeSegmenter:
         _, high, wide = self.volume.chunks
         width = max(1, _BAND // ((stop - start) * high) // wide) * wide
         height = max(1, _BAND // ((stop - start) * min(width, columns)) // high) * high
-        found = np.empty((stop - start, *self._sampled(), *self.volume.shape[3:]), self.volume.dtype)
+        samples = np.empty((stop - start, *self._sampled(), *self.volume.shape[3:]), self.volume.dtype)
         for y in range(0, rows, height):
             for x in range(0, columns, width):
                 box = slice(start, stop), slice(y, min(y + height, rows)), slice(x, min(x + width, columns))
                 part = self.volume.read(*box)[:, -y % step :: step, -x % step :: step]
                 top, left = -(-y // step), -(-x // step)
-                found[:, top : top + part.shape[1], left : left + part.shape[2]] = part
-        return found
+                samples[:, top : top + part.shape[1], left : left + part.shape[2]] = part
+        return samples
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_inference"}
@@ -182,7 +182,7 @@ class VolumeSegmenter:
         vars(self).update(state, _inference=threading.Lock())
 
 
-class _Answers:
+class _Outputs:
     """What a model says of a volume, as an array that computes what is taken from it."""
 
     def __init__(self, segmenter: VolumeSegmenter, what: str) -> None:
@@ -197,12 +197,12 @@ class _Answers:
         box, rest = split_index(key, self.shape)
         z, y, x = box[-3:]
         size = tuple(s.stop - s.start for s in box)
-        found = np.empty(size, self.dtype)
-        if found.size:
+        values = np.empty(size, self.dtype)
+        if values.size:
             region = ((y.start, y.stop), (x.start, x.stop))
-            for at, pixels in enumerate(self.segmenter.read(z, region)):
-                found[..., at, :, :] = self._plane(z.start + at, region, pixels)[box[:-3]]
-        return found[rest]
+            for row, pixels in enumerate(self.segmenter.read(z, region)):
+                values[..., row, :, :] = self._plane(z.start + row, region, pixels)[box[:-3]]
+        return values[rest]
 
     def _plane(self, z: int, region: Region, pixels: Array) -> Array:
         if self.what == "labels":
@@ -242,16 +242,16 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
     if what not in KINDS:
         raise SettingsError(f"there is no answer {what!r}; choose one of: {', '.join(KINDS)}")
     segmenter = VolumeSegmenter(volume, model, tile=tile)
-    answers = _Answers(segmenter, what)
+    outputs = _Outputs(segmenter, what)
     grid = model.tiles(segmenter.shape, tile=tile)
     rows = tuple(t.y.inner[1] - t.y.inner[0] for t in grid if t.x.inner[0] == 0)
     columns = tuple(t.x.inner[1] - t.x.inner[0] for t in grid if t.y.inner[0] == 0)
     chunks = ((1,) * volume.shape[0], rows, columns)
     result: da.Array = da.from_array(
-        answers,
-        chunks=((answers.shape[0],), *chunks) if what == "probabilities" else chunks,
+        outputs,
+        chunks=((outputs.shape[0],), *chunks) if what == "probabilities" else chunks,
         name=f"segment-{uuid.uuid4().hex}",  # a hash of model and volume would read them
-        meta=np.empty((0,) * answers.ndim, answers.dtype),
+        meta=np.empty((0,) * outputs.ndim, outputs.dtype),
         asarray=False,
         fancy=False,
         lock=False,

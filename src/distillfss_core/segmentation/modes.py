@@ -70,7 +70,7 @@ class SmoothLabels(PlaneLabels):
         labels = np.empty([b - a for a, b in box], np.uint8)
         first, last = self._with_neighbors(box)[0]
         planes: dict[int, npt.NDArray[np.float32]] = {}
-        for at, z in enumerate(range(*box[0])):
+        for row, z in enumerate(range(*box[0])):
             near = range(max(first, z - 1), min(last, z + 2))
             planes = {
                 n: planes[n] if n in planes else self.segmenter.probabilities(n, box[1:], pixels[n - first])
@@ -80,7 +80,7 @@ class SmoothLabels(PlaneLabels):
             for n in near:
                 if n != z:
                     total += planes[n]
-            labels[at] = likeliest(total)
+            labels[row] = likeliest(total)
         return labels
 
     def _with_neighbors(self, box: Box) -> Box:
@@ -188,11 +188,11 @@ def _chances(segmenter: VolumeSegmenter, planes: tuple[int, int], region: tuple[
     """Probabilities "k+1 plane row column" of a region of some planes, read a few planes at a time."""
     (y0, y1), (x0, x1) = region
     count = len(segmenter.model.class_names) + 1
-    found = np.empty((count, planes[1] - planes[0], y1 - y0, x1 - x0), np.float32)
+    blended = np.empty((count, planes[1] - planes[0], y1 - y0, x1 - x0), np.float32)
     step = max(1, segmenter.volume.chunks[0])
     for start in range(*planes, step):
         stop = min(start + step, planes[1])
         pixels = segmenter.read(slice(start, stop), ((y0, y1), (x0, x1)))
         for z in range(start, stop):
-            found[:, z - planes[0]] = segmenter.probabilities(z, ((y0, y1), (x0, x1)), pixels[z - start])
-    return found
+            blended[:, z - planes[0]] = segmenter.probabilities(z, ((y0, y1), (x0, x1)), pixels[z - start])
+    return blended

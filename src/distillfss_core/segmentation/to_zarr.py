@@ -81,7 +81,7 @@ class VolumeReport:
 
     path: Path
     computed: int
-    found: int
+    finished: int
     missing_chunks: int
     seconds: float
 
@@ -196,8 +196,8 @@ def iter_segment(
             engine, model = begun_with, _run_by(begun_with, model, store)
             mode_labels = make_mode(mode, volume, model, tile)
         plan = plan_work(store, wanted)
-        clock = _Clock(start, plan.total, plan.found)
-        if plan.found:
+        clock = _Clock(start, plan.total, plan.finished)
+        if plan.finished:
             yield clock.step(0, computed=False, count=0)
         if workers:
             run = _segmented_by(workers, model, engine, mode_labels, store, plan.todo, missing)
@@ -210,7 +210,7 @@ def iter_segment(
         for level, index in plan.coarser:
             yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
-    return VolumeReport(out, clock.computed, plan.found, len(volume.missing | missing), time.monotonic() - start)
+    return VolumeReport(out, clock.computed, plan.finished, len(volume.missing | missing), time.monotonic() - start)
 
 
 def check_region(volume: Volume, region: Part | None) -> Box:
@@ -238,7 +238,7 @@ def open_store(
     volume = mode_labels.volume
     layout = mode_labels.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
     digest = model.digest()
-    about = About(
+    description = About(
         name=out.name.partition(".")[0],
         scale=volume.scale,
         origin=volume.origin,
@@ -259,7 +259,7 @@ def open_store(
         "tile": mode_labels.tile,
         "device": device,
     }
-    return LabelStore(out, layout, about, settings, resume=resume, notes=notes)
+    return LabelStore(out, layout, description, settings, resume=resume, notes=notes)
 
 
 @dataclass(frozen=True)
@@ -271,31 +271,31 @@ class Plan:
 
     todo: dict[Index, list[Box]]
     coarser: list[tuple[int, Index]]
-    found: int
+    finished: int
 
     @property
     def total(self) -> int:
-        return len(self.todo) + len(self.coarser) + self.found
+        return len(self.todo) + len(self.coarser) + self.finished
 
 
 def plan_work(store: LabelStore, wanted: Box) -> Plan:
     """Look up what the store has of a region."""
-    layout, todo, found = store.layout, {}, 0
-    for at in layout.shards(0, wanted):
-        missing = store.missing(0, at, overlap(layout.box(0, at), wanted))
+    layout, todo, finished = store.layout, {}, 0
+    for index in layout.shards(0, wanted):
+        missing = store.missing(0, index, overlap(layout.box(0, index), wanted))
         if missing:
-            todo[at] = missing
+            todo[index] = missing
         else:
-            found += 1
-    touched = [layout.box(0, at) for at in layout.shards(0, wanted)]
+            finished += 1
+    touched = [layout.box(0, index) for index in layout.shards(0, wanted)]
     first, last = touched[0], touched[-1]
     grown: Box = tuple((a[0], b[1]) for a, b in zip(first, last, strict=True))  # type: ignore[assignment]
     coarser = [
-        (level, at)
+        (level, index)
         for level in range(1, len(layout.shapes))
-        for at in layout.shards(level, layout.coarser(level, grown))
+        for index in layout.shards(level, layout.coarser(level, grown))
     ]
-    return Plan(todo, coarser, found)
+    return Plan(todo, coarser, finished)
 
 
 def _segmented(
@@ -377,8 +377,8 @@ def _segmented_by(
 class _Clock:
     """Counts steps and judges how long the rest takes."""
 
-    def __init__(self, start: float, total: int, found: int) -> None:
-        self.start, self.total, self.index, self.computed = start, total, found, 0
+    def __init__(self, start: float, total: int, finished: int) -> None:
+        self.start, self.total, self.index, self.computed = start, total, finished, 0
         self._begun = time.monotonic()
 
     def step(self, level: int, *, computed: bool = True, count: int = 1) -> ShardDone:

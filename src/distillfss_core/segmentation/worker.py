@@ -79,5 +79,5 @@ class Job(WorkerPlugin):
 def segment_shard(name: str, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
     """A task: the worker's plugin ``name`` does it."""
     job: Any = get_worker().plugins[name]
-    found: tuple[str, frozenset[str]] = job.segment(boxes)
-    return found
+    segmented: tuple[str, frozenset[str]] = job.segment(boxes)
+    return segmented

@@ -107,10 +107,10 @@ def iter_diverse_planes(
         yield TrainStep(index, len(looked_at), stage="looking")
     features = _comparable(np.array(looked_at, np.float32), described)
     blank = [not texture.any() for _, texture, _ in described]
-    known = [i for i, z in enumerate(looked_at) if z in taken]
+    taken_rows = [i for i, z in enumerate(looked_at) if z in taken]
     free = [i for i, z in enumerate(looked_at) if z not in taken and not blank[i]]
     free = free or [i for i, z in enumerate(looked_at) if z not in taken]
-    return sorted(looked_at[i] for i in choose_medoids(features, count, free, known))
+    return sorted(looked_at[i] for i in choose_medoids(features, count, free, taken_rows))
 
 
 def describe_plane(plane: Array) -> tuple[F32, F32, F32]:

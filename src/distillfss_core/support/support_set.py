@@ -46,17 +46,17 @@ class SupportSet:
         if not self.slices:
             raise SupportSetError("the support set is empty; annotate at least one slice")
         counts = np.stack([_count_labels(s.labels) for s in self.slices])
-        known = len(self.class_names) + 1
+        values = len(self.class_names) + 1
         for labeled, row in zip(self.slices, counts, strict=True):
-            beyond = np.flatnonzero(row[known:IGNORE]) + known
+            beyond = np.flatnonzero(row[values:IGNORE]) + values
             if len(beyond):
                 raise SupportSetError(
-                    f"{labeled.source}: label {beyond[0]} has no class name; there are {known - 1} classes "
+                    f"{labeled.source}: label {beyond[0]} has no class name; there are {values - 1} classes "
                     f"({', '.join(self.class_names)})"
                 )
-            if not row[:known].sum():
+            if not row[:values].sum():
                 raise SupportSetError(f"{labeled.source}: nothing is annotated; paint something or leave it out")
-        totals = counts[:, :known].sum(0)
+        totals = counts[:, :values].sum(0)
         for name, total in zip(self.class_names, totals[1:], strict=True):
             if not total:
                 raise SupportSetError(

@@ -113,26 +113,26 @@ class CropSampler:
         )
         return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), aug, rng)
 
-    def grid(self, slice_index: int, most: int) -> list[Crop]:
+    def grid(self, slice_index: int, limit: int) -> list[Crop]:
         """Plain crops that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
         side = max(2, round(self.size / float(self.preprocess.zoom_factor)))
         h, w = self._labels[slice_index].shape
         corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
         labels = self._labels[slice_index]
         corners = [(y, x) for y, x in corners if (labels[max(y, 0) : y + side, max(x, 0) : x + side] != IGNORE).any()]
-        if len(corners) > most:
-            corners = self._spread(slice_index, corners, side, most)
+        if len(corners) > limit:
+            corners = self._spread(slice_index, corners, side, limit)
         rng = np.random.default_rng(0)
         return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners]
 
-    def _spread(self, slice_index: int, corners: list[tuple[int, int]], side: int, most: int) -> list[tuple[int, int]]:
+    def _spread(self, slice_index: int, corners: list[tuple[int, int]], side: int, limit: int) -> list[tuple[int, int]]:
         """``most`` of the corners, drawn evenly, but one for each class first."""
         labels = self._labels[slice_index]
         drawn = [corners[i] for i in np.random.default_rng(0).permutation(len(corners))]
         held = [set(np.unique(labels[max(y, 0) : y + side, max(x, 0) : x + side]).tolist()) for y, x in drawn]
         values = [value for value in range(len(self._anchors[slice_index])) if any(value in h for h in held)]
         first = {next(i for i, h in enumerate(held) if value in h) for value in values}
-        chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:most]
+        chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:limit]
         return sorted(drawn[i] for i in chosen)
 
     def _center(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -185,16 +185,16 @@ def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Genera
     return x.clamp(0, 1).contiguous()
 
 
-def _anchors(labels: Array, classes: int, most: int = 4096) -> list[Array]:
+def _anchors(labels: Array, classes: int, limit: int = 4096) -> list[Array]:
     """For each class, background first, up to ``most`` of its pixels (y, x), evenly spaced."""
     step = max(1, labels.shape[0] * labels.shape[1] >> 22)  # of a huge slice, every so many-th row is looked at first
-    found = []
+    anchors = []
     for value in range(classes + 1):
         points = np.argwhere(labels[::step] == value) * (step, 1)
         if not len(points) and step > 1:
             points = np.argwhere(labels == value)
-        found.append(points[:: max(1, -(-len(points) // most))])
-    return found
+        anchors.append(points[:: max(1, -(-len(points) // limit))])
+    return anchors
 
 
 def _place(start: int, side: int, length: int) -> int:
@@ -218,9 +218,9 @@ def resize_labels(labels: Array, size: int) -> Array:
     small = np.ascontiguousarray(labels[rows][:, columns])
     if size < max(labels.shape) and (labels == IGNORE).any():
         y, x = np.nonzero(labels != IGNORE)
-        at = (y * size // labels.shape[0], x * size // labels.shape[1])
+        grid = (y * size // labels.shape[0], x * size // labels.shape[1])
         scattered = np.full_like(small, IGNORE)
-        scattered[at] = labels[y, x]
+        scattered[grid] = labels[y, x]
         small = np.where(small == IGNORE, scattered, small)
     return small
 
@@ -232,13 +232,13 @@ class FeatureCache:
     ----------
     memory : int
         Bytes for stored features at most.
-    most : int
+    limit : int
         Crops stored at most. At least two a slice are kept whatever the limit.
     """
 
-    def __init__(self, backbone: Backbone, device: Device, *, memory: int, most: int) -> None:
+    def __init__(self, backbone: Backbone, device: Device, *, memory: int, limit: int) -> None:
         self.backbone, self.device = backbone, device
-        self.memory, self.most = memory, most
+        self.memory, self.limit = memory, limit
         self.crops: list[Crop] = []
         self.features: list[FeaturePyramid] = []
         self._labels: list[Tensor] = []
@@ -260,7 +260,7 @@ class FeatureCache:
             for index in slices:
                 self.add(sampler.cut(index, rng))
             each = self.features[0].nbytes
-            room = min(self.most, self.memory // each)
+            room = min(self.limit, self.memory // each)
             if len(self) + len(slices) > max(room, 2 * len(slices)):
                 return
 

@@ -75,22 +75,24 @@ class DistillRun(Iterator[TrainStep]):
         self.device = choose_device(settings.device, settings.precision)
         self._began = time.perf_counter()
         self._validation_index = None if teacher_only else _validation_index(settings, support)
-        self._told: HeadWeights | None = None
+        self._weights: HeadWeights | None = None
         if init_from:
             self.backbone = copy.deepcopy(init_from.backbone)
         else:
-            self.backbone, self._told = _load_start(settings)
+            self.backbone, self._weights = _load_start(settings)
         self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._validation_index]
-        skilled = init_from is not None or (self._told is not None and settings.method != "direct")
-        few = skilled and not support.planes_of_one_volume
+        is_trained = init_from is not None or (self._weights is not None and settings.method != "direct")
+        few = is_trained and not support.planes_of_one_volume
         self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
         crops = min(settings.crops, self._steps * settings.queries)
-        self._cache = FeatureCache(self.backbone, self.device, memory=settings.cache_mb << 20, most=crops)
-        head = copy.deepcopy(init_from.head) if init_from else _new_head(settings, self.backbone, support, self._told)
+        self._cache = FeatureCache(self.backbone, self.device, memory=settings.cache_mb << 20, limit=crops)
+        head = (
+            copy.deepcopy(init_from.head) if init_from else _new_head(settings, self.backbone, support, self._weights)
+        )
         self.head = head.requires_grad_(True).eval()
         self.head.to(self.device.torch)
-        judge = self.head.teacher if self._told else None
+        judge = self.head.teacher if self._weights else None
         self.preprocess, self.zoom_scores = (
             (init_from.preprocess, {}) if init_from else _fit_preprocess(support, settings, self._cache, judge)
         )
@@ -117,7 +119,7 @@ class DistillRun(Iterator[TrainStep]):
     def _run(self, init_from: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
         validation = self._validation_crops()
         self._cache.fill(self._sampler, self._slices, np.random.default_rng(self.settings.seed))
-        if isinstance(self.head.decoder, SlimDecoder) and init_from is None and self._told is None:
+        if isinstance(self.head.decoder, SlimDecoder) and init_from is None and self._weights is None:
             self.head.decoder.fit_norms(self._cache.pyramid(range(min(len(self._cache), 32))))
         stages = (
             ["refine"]
@@ -165,9 +167,9 @@ class DistillRun(Iterator[TrainStep]):
                 f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
                 "let it go on, or use method joint, which has a student from the first step"
             )
-        record = {
+        card = {
             "method": self.settings.method,
-            "head": self._told.name if self._told else None,
+            "head": self._weights.name if self._weights else None,
             "steps": self._steps_done,
             "best_step": self._stage_began + (self._best.best_step or self._best.steps),
             "validation_slice": self._validation_index,
@@ -185,7 +187,7 @@ class DistillRun(Iterator[TrainStep]):
             self.preprocess,
             self.support.class_names,
             pixel_size=self._pixel_size,
-            training=record,
+            training=card,
             thumbnails=thumbnails(self.support),
             samples=_samples(self._sampler, len(self.support)),
             device=self.device,
@@ -257,11 +259,11 @@ def unrefined_teacher(
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
-    backbone, told = _load_start(settings)
-    cache = FeatureCache(backbone.to(device.torch), device, memory=1, most=1)
-    ours = _new_head(settings, backbone, support, told).to(device.torch).eval().teacher
-    preprocess, _ = _fit_preprocess(support, settings, cache, ours if told else None)
-    teacher: Teacher = ours if kind == "dcama" else PrototypeTeacher()
+    backbone, weights = _load_start(settings)
+    cache = FeatureCache(backbone.to(device.torch), device, memory=1, limit=1)
+    own = _new_head(settings, backbone, support, weights).to(device.torch).eval().teacher
+    preprocess, _ = _fit_preprocess(support, settings, cache, own if weights else None)
+    teacher: Teacher = own if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)
     return _tell(teacher, backbone, preprocess, support, settings, device)
@@ -276,7 +278,7 @@ def _tell(
     device: Device,
 ) -> FewShotModel:
     sampler = CropSampler(support, preprocess, settings.crop_size, PLAIN)
-    cache = FeatureCache(backbone, device, memory=1, most=1)
+    cache = FeatureCache(backbone, device, memory=1, limit=1)
     crops = [v for i in range(len(support)) for v in sampler.grid(i, max(1, SUPPORT_CROPS // len(support)))]
     with torch.no_grad(), device.autocast():
         keys = teacher.encode(_encode(crops, cache, support.classes))
@@ -353,13 +355,13 @@ def auto_steps(slices: int, *, few: bool = False, again: bool = False) -> int:
 
 
 def _new_head(
-    settings: DistillSettings, backbone: Backbone, support: SupportSet, told: HeadWeights | None
+    settings: DistillSettings, backbone: Backbone, support: SupportSet, weights: HeadWeights | None
 ) -> FewShotHead:
     form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
     with seeded(settings.seed):
         head = FewShotHead(backbone.spec, support.classes, form)
-    if told is not None:
-        told.put_into(head)
+    if weights is not None:
+        weights.put_into(head)
     return head
 
 
@@ -370,26 +372,26 @@ def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None
     with.
     """
     if settings.head not in ("auto", "none"):
-        told = load_head(settings.head)
-        return _backbone_of(told, settings) or load_backbone(settings.backbone, settings.weights), told
-    ours = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
-    found = packaged_head(settings.backbone) if ours else None
-    if found is None or found.width != settings.width:
+        weights = load_head(settings.head)
+        return _backbone_of(weights, settings) or load_backbone(settings.backbone, settings.weights), weights
+    is_default = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
+    head_weights = packaged_head(settings.backbone) if is_default else None
+    if head_weights is None or head_weights.width != settings.width:
         return load_backbone(settings.backbone, settings.weights), None
-    own = found.trained_backbone() if settings.weights == "auto" else None
+    own = head_weights.trained_backbone() if settings.weights == "auto" else None
     backbone = own or load_backbone(settings.backbone, settings.weights)
-    return backbone, found if found.backbone_digest == backbone.digest() else None
+    return backbone, head_weights if head_weights.backbone_digest == backbone.digest() else None
 
 
-def _backbone_of(told: HeadWeights, settings: DistillSettings) -> Backbone | None:
+def _backbone_of(weights: HeadWeights, settings: DistillSettings) -> Backbone | None:
     """The backbone that was trained with the head, if any; other settings must not ask for another one."""
-    backbone = told.trained_backbone()
+    backbone = weights.trained_backbone()
     if backbone is not None:
         for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
-            given = getattr(settings, name)
-            if given != own:
+            chosen = getattr(settings, name)
+            if chosen != own:
                 raise SettingsError(
-                    f"{name} is {given!r}, but head {told.source} brings its own backbone; give {own!r}"
+                    f"{name} is {chosen!r}, but head {weights.source} brings its own backbone; give {own!r}"
                 )
     return backbone
 
@@ -417,10 +419,12 @@ def _busiest_part(support: SupportSet, side: int) -> Array:
 
     def parts() -> Iterator[tuple[int, Array]]:
         for labeled in support.slices:
-            found = (labeled.labels > 0) & (labeled.labels < IGNORE)
-            rows, columns = (sorted({min(start, max(0, n - side)) for start in range(0, n, side)}) for n in found.shape)
+            objects = (labeled.labels > 0) & (labeled.labels < IGNORE)
+            rows, columns = (
+                sorted({min(start, max(0, n - side)) for start in range(0, n, side)}) for n in objects.shape
+            )
             for y, x in product(rows, columns):
                 window = slice(y, y + side), slice(x, x + side)
-                yield int(found[window].sum()), labeled.image[window]
+                yield int(objects[window].sum()), labeled.image[window]
 
     return max(parts(), key=lambda part: part[0])[1]

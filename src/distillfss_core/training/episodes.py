@@ -44,11 +44,11 @@ def draw_episode(
     """
     present = np.unique(slices)
     if len(present) > 1:
-        asked = {present[walk % len(present)]}
-        others = rng.permutation([s for s in present if s not in asked])
-        asked |= set(others[: rng.integers(0, max(1, len(present) // 2))])
-        asking = np.flatnonzero(np.isin(slices, list(asked)))
-        answering = np.flatnonzero(~np.isin(slices, list(asked)))
+        queried = {present[walk % len(present)]}
+        others = rng.permutation([s for s in present if s not in queried])
+        queried |= set(others[: rng.integers(0, max(1, len(present) // 2))])
+        asking = np.flatnonzero(np.isin(slices, list(queried)))
+        answering = np.flatnonzero(~np.isin(slices, list(queried)))
         query = _draw(asking, queries, rng)
     else:
         query = _draw(np.arange(len(slices)), min(queries, max(1, len(slices) // 2)), rng)

@@ -225,8 +225,8 @@ def _balanced_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]
         if not roles.truth:
             assert out.teacher_logits is not None
             ce = F.cross_entropy(out.student_logits, out.teacher_logits.softmax(1), reduction="none")
-            answered = (out.visible != IGNORE) | (out.labels == IGNORE)  # where the support shows what the truth holds
-            terms["answer"] = (ce * answered).sum() / answered.sum().clamp_min(1)
+            is_shown = (out.visible != IGNORE) | (out.labels == IGNORE)  # where the support shows what the truth holds
+            terms["answer"] = (ce * is_shown).sum() / is_shown.sum().clamp_min(1)
     coarse = out.coarse_loss()
     if coarse is not None:
         terms["coarse"] = coarse
@@ -278,10 +278,10 @@ def validation_iou(head: FewShotHead, validation: ValidationCrops, cache: Featur
     overlap, union = torch.zeros(k), torch.zeros(k)
     for features, labels in zip(validation.features, validation.labels, strict=True):
         with cache.device.autocast():
-            found = merge_classes(head.student_logits(features)).argmax(1)
-        known = labels != IGNORE
+            labels_predicted = merge_classes(head.student_logits(features)).argmax(1)
+        annotated = labels != IGNORE
         for c in range(1, k + 1):
-            a, b = (found == c) & known, (labels == c) & known
+            a, b = (labels_predicted == c) & annotated, (labels == c) & annotated
             overlap[c - 1] += float((a & b).sum())
             union[c - 1] += float((a | b).sum())
     held = union > 0

@@ -95,11 +95,11 @@ def _centers(stage: StageKeys, block: int, count: int) -> tuple[Float[Tensor, "p
     keys = stage.keys[block].transpose(0, 1).flatten(1)  # l c, the heads side by side
     centers, owner, shares = [], [], class_shares(stage.values).T
     for k, share in enumerate(shares):
-        most = count // len(shares) + (k < count % len(shares))
+        limit = count // len(shares) + (k < count % len(shares))
         inside = F.normalize(keys[share >= 0.5 * share.max()], dim=1)
-        if most and float(share.max()) > 0:
-            centers.append(cluster(inside, most, F.normalize(inside.mean(0), dim=0)))
-            owner += [k] * most
+        if limit and float(share.max()) > 0:
+            centers.append(cluster(inside, limit, F.normalize(inside.mean(0), dim=0)))
+            owner += [k] * limit
     middle = torch.stack([c.mean(0) for c in centers]).mean(0)
     return torch.cat(centers) - middle, torch.tensor(owner, device=keys.device)
 

@@ -28,7 +28,7 @@ _CROPS = 12
 _POINTS = 1500
 _FOLDS = 5
 
-Answer = Callable[[Tensor], Tensor]
+Predictor = Callable[[Tensor], Tensor]
 """From which crops are asked, a bool of each, to the shares of the classes at their points: "asked points k+1"."""
 
 
@@ -77,29 +77,31 @@ def _probe(
     """Mean IoU over the classes at points of the crops, each fold judged by the others."""
     features = [cache.encode([crop]) for crop in crops]
     points = [_draw_points(crop, rng) for crop in crops]
-    y = torch.stack([v.labels[at[:, 0], at[:, 1]].long() for v, at in zip(crops, points, strict=True)])
+    y = torch.stack(
+        [v.labels[points_at[:, 0], points_at[:, 1]].long() for v, points_at in zip(crops, points, strict=True)]
+    )
     several = len({v.slice for v in crops}) > 1
     folds = torch.tensor([(v.slice if several else number) % _FOLDS for number, v in enumerate(crops)])
     if len(folds.unique()) < 2:
         folds = torch.arange(len(crops)) % 2
     if teacher is None:
-        answer = _by_ridge(features, points, y, classes)
+        predict = _by_ridge(features, points, y, classes)
     else:
-        answer = _by_teacher(teacher, features, points, crops, cache, classes)
-    found = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
+        predict = _by_teacher(teacher, features, points, crops, cache, classes)
+    confusion = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     for fold in folds.unique():
-        found[folds == fold] = answer(folds == fold).double()
-    found, y = found.flatten(0, 1), y.flatten()
-    ious = [_best_iou(found[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
+        confusion[folds == fold] = predict(folds == fold).double()
+    confusion, y = confusion.flatten(0, 1), y.flatten()
+    ious = [_best_iou(confusion[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
     return float(np.mean(ious)) if ious else 0.0
 
 
-def _by_ridge(features: list[FeaturePyramid], points: list[Tensor], y: Int[Tensor, "v n"], classes: int) -> Answer:
+def _by_ridge(features: list[FeaturePyramid], points: list[Tensor], y: Int[Tensor, "v n"], classes: int) -> Predictor:
     """Ridge regression on the features under the points."""
-    x = torch.stack([point_features(f.map(Tensor.cpu), at) for f, at in zip(features, points, strict=True)])
+    x = torch.stack([point_features(f.map(Tensor.cpu), place) for f, place in zip(features, points, strict=True)])
     x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
     x = torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double()
-    return lambda asked: _ridge(x[~asked].flatten(0, 1), y[~asked].flatten(), classes, x[asked])
+    return lambda held_out: _ridge(x[~held_out].flatten(0, 1), y[~held_out].flatten(), classes, x[held_out])
 
 
 def _by_teacher(
@@ -109,26 +111,26 @@ def _by_teacher(
     crops: list[Crop],
     cache: FeatureCache,
     classes: int,
-) -> Answer:
+) -> Predictor:
     """A teacher that the crops not asked are shown to."""
 
-    def answer(asked: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
-        told = torch.nonzero(~asked).flatten().tolist()
-        labels = torch.stack([crops[i].labels for i in told]).to(cache.device.torch)
-        found = []
+    def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
+        support_rows = torch.nonzero(~held_out).flatten().tolist()
+        labels = torch.stack([crops[i].labels for i in support_rows]).to(cache.device.torch)
+        votes = []
         with cache.device.autocast():
-            keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in told]), labels, classes))
-            for i in torch.nonzero(asked).flatten().tolist():
+            keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in support_rows]), labels, classes))
+            for i in torch.nonzero(held_out).flatten().tolist():
                 shares = merge_classes(teacher(features[i], keys).logits).softmax(1)[0].cpu()
-                found.append(shares[:, points[i][:, 0], points[i][:, 1]].T)
-        return torch.stack(found)
+                votes.append(shares[:, points[i][:, 0], points[i][:, 1]].T)
+        return torch.stack(votes)
 
-    return answer
+    return predict
 
 
 def _draw_points(crop: Crop, rng: np.random.Generator) -> Int[Tensor, "n 2"]:
-    known = torch.nonzero(crop.labels != IGNORE)
-    return known[torch.from_numpy(rng.integers(len(known), size=_POINTS))]
+    annotated = torch.nonzero(crop.labels != IGNORE)
+    return annotated[torch.from_numpy(rng.integers(len(annotated), size=_POINTS))]
 
 
 def _best_iou(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
@@ -152,6 +154,8 @@ def point_features(features: FeaturePyramid, points: Tensor) -> Float[Tensor, "n
     columns = []
     for stage in features.stages:
         block = stage[-1][:1]
-        at = grid.to(block)[None, None]
-        columns.append(F.grid_sample(block, at, mode="bilinear", align_corners=False, padding_mode="border")[0, :, 0])
+        places = grid.to(block)[None, None]
+        columns.append(
+            F.grid_sample(block, places, mode="bilinear", align_corners=False, padding_mode="border")[0, :, 0]
+        )
     return torch.cat(columns).T

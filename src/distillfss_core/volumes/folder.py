@@ -14,7 +14,7 @@ import numpy as np
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import ArraySource, Found, Source, files_digest, letters_of
+from distillfss_core.volumes.source import ArraySource, Opened, Source, files_digest, letters_of
 from distillfss_core.volumes.tiff import open_tiff
 
 # a folder of planes
@@ -61,7 +61,7 @@ def _plane_of(path: Path, decode: Callable[[Path], Array]) -> Iterator[Source]:
         source.close()
 
 
-def open_folder(path: Path, axes: str | None) -> Found:
+def open_folder(path: Path, axes: str | None) -> Opened:
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in READABLE and not f.name.startswith(".")]
     if not files:
         raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")
@@ -71,4 +71,4 @@ def open_folder(path: Path, axes: str | None) -> Found:
     source = _FolderSource(files, shape, dtype)
     if axes is not None:
         source.axes = letters_of(axes, source.shape, str(path))
-    return Found(source, {"kind": "folder", "files": files_digest(files)}, color=len(shape) == 3)
+    return Opened(source, {"kind": "folder", "files": files_digest(files)}, color=len(shape) == 3)

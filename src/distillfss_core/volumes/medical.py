@@ -17,7 +17,7 @@ from distillfss_core.volumes.source import (
     MICROMETER,
     UNITS,
     ArraySource,
-    Found,
+    Opened,
     file_identity,
     files_digest,
     letters_of,
@@ -44,7 +44,7 @@ def _library(module: str, path: Path) -> Any:
 # MRC
 
 
-def open_mrc(path: Path, axes: str | None, series: int | None) -> Found:
+def open_mrc(path: Path, axes: str | None, series: int | None) -> Opened:
     mrcfile = _library("mrcfile", path)
     with mrcfile.mmap(path, mode="r") as file:
         data, size, header = file.data, file.voxel_size, file.header
@@ -53,7 +53,7 @@ def open_mrc(path: Path, axes: str | None, series: int | None) -> Found:
         axes = order
     factor = UNITS["angstrom"]
     step = {a: float(size[a]) * factor for a in "zyx" if size[a] > 0}
-    return Found(
+    return Opened(
         ArraySource(data, letters_of(axes, data.shape, str(path))),
         file_identity("mrc", path.stat()),
         step=step,
@@ -76,7 +76,7 @@ class _NiftiSource(ArraySource):
         return np.asarray(self.array[box]).astype(self.dtype, copy=False)
 
 
-def open_nifti(path: Path, axes: str | None, series: int | None) -> Found:
+def open_nifti(path: Path, axes: str | None, series: int | None) -> Opened:
     nibabel = _library("nibabel", path)
     try:
         image: Any = nibabel.load(path)
@@ -95,7 +95,7 @@ def open_nifti(path: Path, axes: str | None, series: int | None) -> Found:
         raise InputFileError(f"{path}: is cut short ({size} bytes, {needed} needed); copy it again")
     unit = _NIFTI_UNITS.get(header.get_xyzt_units()[0])
     step = {a: float(s) * UNITS[unit or "um"] for a, s in zip("xyz", header.get_zooms(), strict=False) if s > 0}
-    return Found(
+    return Opened(
         _NiftiSource(proxy, letters, stored if plain else np.dtype(np.float32)),
         file_identity("nifti", path.stat()),
         step=step,
@@ -172,7 +172,7 @@ def _has_mark(file: Path) -> bool:
         return data.read(132)[128:] == b"DICM"
 
 
-def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
+def open_dicom(path: Path, axes: str | None, series: int | None) -> Opened:
     pydicom = _library("pydicom", path)
     if axes not in (None, "zyx"):
         raise SettingsError(f"{path}: a DICOM series has axes zyx, not {axes}; leave axes out")
@@ -193,12 +193,12 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Found:
     header = pairs[0][1]
     step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
     step |= dict(zip("yx", header.get("PixelSpacing", ()), strict=False))
-    known = {a: float(s) * UNITS["mm"] for a, s in step.items() if s and float(s) > 0}
-    return Found(
+    scale = {a: float(s) * UNITS["mm"] for a, s in step.items() if s and float(s) > 0}
+    return Opened(
         _DicomSource([f for f, _ in pairs], [h for _, h in pairs], _dicom_dtype([h for _, h in pairs])),
         {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
-        step=known,
-        unit=MICROMETER if known else None,
+        step=scale,
+        unit=MICROMETER if scale else None,
     )
 
 
@@ -209,8 +209,10 @@ def _one_series(path: Path, pairs: list[tuple[Path, Any]], series: int | None) -
         groups.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((file, header))
     ordered = sorted(groups.values(), key=lambda g: (int(g[0][1].get("SeriesNumber") or 0), g[0][0].name))
     if series is None and len(ordered) > 1:
-        told = ", ".join(f"{i}: {g[0][1].get('SeriesDescription', '')} {len(g)}" for i, g in enumerate(ordered[:6]))
-        raise SettingsError(f"{path}: holds {len(ordered)} series ({told}); choose one, series 0 to {len(ordered) - 1}")
+        listed = ", ".join(f"{i}: {g[0][1].get('SeriesDescription', '')} {len(g)}" for i, g in enumerate(ordered[:6]))
+        raise SettingsError(
+            f"{path}: holds {len(ordered)} series ({listed}); choose one, series 0 to {len(ordered) - 1}"
+        )
     if not 0 <= (series or 0) < len(ordered):
         raise SettingsError(f"{path}: has no series {series}; it has {len(ordered)}")
     return ordered[series or 0]

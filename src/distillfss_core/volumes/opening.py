@@ -14,14 +14,14 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
-from distillfss_core.volumes.source import ArraySource, Found, array_content, file_identity, letters_of
+from distillfss_core.volumes.source import ArraySource, Opened, array_content, file_identity, letters_of
 from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
 from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, open_zarr
 
 LARGE_FILES = (*LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
 
 
-def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     if not path.exists():
         raise InputFileError(f"{path}: no such file or folder; check the name")
     if path.is_dir():
@@ -31,7 +31,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
             raise InputFileError(
                 f"{path}: has no zarr metadata ({', '.join(ZARR_FILES)}); the copy is not whole, or it is no zarr"
             )
-        found = open_folder(path, axes)
+        opened = open_folder(path, axes)
     elif path.suffix.lower() == ".zip":
         return open_zarr(path, level, axes, series)
     elif path.suffix.lower() in (*TIFF_SUFFIXES, *LARGE_TIFFS):
@@ -41,11 +41,11 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
         if not isinstance(array, np.ndarray):
             raise InputFileError(f"{path}: is no single .npy array; save it with numpy.save")
         stat = path.stat()
-        found = Found(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
+        opened = Opened(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
     elif path.suffix.lower() in READABLE:
         image = read_image(path)
         source = ArraySource(image, letters_of(axes or "yxc"[: image.ndim], image.shape, str(path)))
-        found = Found(source, file_identity("image", path.stat()), color=image.ndim == 3)
+        opened = Opened(source, file_identity("image", path.stat()), color=image.ndim == 3)
     else:
         raise InputFileError(
             f"{path}: cannot read {path.suffix or 'a file without suffix'!r}; give OME-Zarr, zarr, TIFF, MRC, NIfTI, "
@@ -53,12 +53,12 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> F
         )
     if level:
         raise SettingsError(f"{path}: has no level {level}; it has only level 0")
-    return found
+    return opened
 
 
-def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     """Open a path; as `sources.open_path`, and for the formats of this module."""
-    opener: Callable[[Path, str | None, int | None], Found] | None = None
+    opener: Callable[[Path, str | None, int | None], Opened] | None = None
     if path.is_file():
         name = path.name.lower()
         opener = next(
@@ -88,10 +88,10 @@ def stem_of(path: Path) -> str:
     return stem.removesuffix(".ome").removesuffix(".nii")
 
 
-def open_array(array: Any, axes: str | None) -> Found:
+def open_array(array: Any, axes: str | None) -> Opened:
     if isinstance(array, zarr.Array):
         return from_zarr_array(array, axes, "zarr array")
     if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):
         raise ImageError(f"a volume is a path or an array with shape and dtype, not {type(array).__name__}")
     source = ArraySource(array, letters_of(axes, array.shape, "array"))
-    return Found(source, {"kind": "array"}, partial(array_content, source))
+    return Opened(source, {"kind": "array"}, partial(array_content, source))

@@ -58,7 +58,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Found:
+class Opened:
     """What opening found: the array, and what is known about it.
 
     ``identity`` is what tells it from others without a look at its voxels; where that is not enough ``content`` gives
@@ -102,12 +102,12 @@ def spread(shape: Sequence[int], count: int) -> Iterator[tuple[int, ...]]:
 
 def _mirrored(number: int, base: int) -> float:
     """Its digits in a base, mirrored at the point: 6 in base 2 is 110, then 0.011."""
-    found, unit = 0.0, 1.0
+    fraction, unit = 0.0, 1.0
     while number:
         number, digit = divmod(number, base)
         unit /= base
-        found += digit * unit
-    return found
+        fraction += digit * unit
+    return fraction
 
 
 def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
@@ -162,8 +162,8 @@ def array_content(source: ArraySource) -> str:
         return digest.hexdigest()[:16]
     sides = [min(n, _SIDE) if a in "yx" else 1 for a, n in zip(source.axes, source.shape, strict=True)]
     count = _HASHED // (_SIDE * _SIDE * source.dtype.itemsize) if in_memory else _TILES
-    for at in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], count):
-        starts = [min(i * side, n - side) for i, side, n in zip(at, sides, source.shape, strict=True)]
+    for corner in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], count):
+        starts = [min(i * side, n - side) for i, side, n in zip(corner, sides, source.shape, strict=True)]
         tile = source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
         digest.update(np.ascontiguousarray(tile).data)
     return digest.hexdigest()[:16]

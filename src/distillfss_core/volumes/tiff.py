@@ -21,7 +21,7 @@ import zarr.storage
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import MICROMETER, UNITS, Found, file_identity, letters_of
+from distillfss_core.volumes.source import MICROMETER, UNITS, Opened, file_identity, letters_of
 
 log = logging.getLogger(__name__)
 LARGE_TIFFS = (".btf", ".tf8", ".lsm")
@@ -57,8 +57,8 @@ class _TiffSource:
     def get(self, box: tuple[slice, ...]) -> Array:
         if self._series.dataoffset is None:
             spans = [range(s.start, s.stop) for s in box[: self._leading]]
-            for at in product(*spans):
-                self._check_page(int(np.ravel_multi_index(at, self.shape[: self._leading])) if at else 0)
+            for index in product(*spans):
+                self._check_page(int(np.ravel_multi_index(index, self.shape[: self._leading])) if index else 0)
         return np.asarray(self._array[box])
 
     def _check_page(self, number: int) -> None:
@@ -89,7 +89,7 @@ class _TiffSource:
         self._file.close()
 
 
-def open_tiff(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+def open_tiff(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     with open(path, "rb") as raw:
         _check_pages_chained(raw, path)
     file = tifffile.TiffFile(path)
@@ -100,7 +100,7 @@ def open_tiff(path: Path, level: int, axes: str | None, series: int | None) -> F
         raise
 
 
-def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int | None) -> Found:
+def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     images = list(file.series)
     if series is None and len(images) > 1:
         sizes = ", ".join("x".join(map(str, s.shape)) for s in images[:4])
@@ -120,7 +120,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
         fine = dict(zip(source.axes, chosen.levels[0].shape, strict=False))
         coarse = dict(zip(source.axes, source.shape, strict=True))
         step = {a: s * fine.get(a, 1) / coarse.get(a, 1) for a, s in step.items()}
-    return Found(
+    return Opened(
         source,
         file_identity("tiff", path.stat()) | {"series": series or 0},
         step=step,
@@ -150,16 +150,16 @@ def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, t
         return _ome_scale(file.ome_metadata, series)
     if not file.is_imagej:
         return {}, None, ()
-    about = file.imagej_metadata or {}
+    metadata = file.imagej_metadata or {}
     step: dict[str, float] = {}
-    if about.get("spacing"):
-        step["z"] = float(about["spacing"])
+    if metadata.get("spacing"):
+        step["z"] = float(metadata["spacing"])
     for a, tag in (("y", "YResolution"), ("x", "XResolution")):
-        found = file.pages[0].tags.get(tag)
-        if found is not None and found.value[0] and found.value[1]:
-            step[a] = found.value[1] / found.value[0]
-    factor = UNITS.get(str(about.get("unit", "")).lower())
-    labels = tuple(str(v) for v in about.get("Labels") or ()) if about.get("channels", 1) > 1 else ()
+        tag_value = file.pages[0].tags.get(tag)
+        if tag_value is not None and tag_value.value[0] and tag_value.value[1]:
+            step[a] = tag_value.value[1] / tag_value.value[0]
+    factor = UNITS.get(str(metadata.get("unit", "")).lower())
+    labels = tuple(str(v) for v in metadata.get("Labels") or ()) if metadata.get("channels", 1) > 1 else ()
     if factor is None:
         return {a: abs(s) for a, s in step.items() if s}, None, labels
     return {a: abs(s) * factor for a, s in step.items() if s}, MICROMETER, labels
@@ -173,17 +173,17 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
     pixels = [e for e in root.iter() if e.tag.rpartition("}")[2] == "Pixels"]
     if series >= len(pixels):
         return {}, None, ()
-    about = pixels[series]
+    attributes = pixels[series]
     names = tuple(
-        e.get("Name") or str(i) for i, e in enumerate(c for c in about if c.tag.rpartition("}")[2] == "Channel")
+        e.get("Name") or str(i) for i, e in enumerate(c for c in attributes if c.tag.rpartition("}")[2] == "Channel")
     )
     step: dict[str, float] = {}
     factors: list[float | None] = []
     for a in "zyx":
-        value = about.get(f"PhysicalSize{a.upper()}")
+        value = attributes.get(f"PhysicalSize{a.upper()}")
         with suppress(ValueError):
             if value and 0 < float(value) < math.inf:
-                unit = about.get(f"PhysicalSize{a.upper()}Unit", "µm")
+                unit = attributes.get(f"PhysicalSize{a.upper()}Unit", "µm")
                 step[a] = float(value)
                 factors.append(UNITS.get(unit if unit == "m" else unit.lower()))
     if not step or any(f is None for f in factors):
@@ -209,23 +209,23 @@ def _check_pages_chained(file: BinaryIO, path: Path) -> None:
     size = file.seek(0, 2)
     if big and len(head) < 16:
         raise InputFileError(f"{path}: is cut short ({size} bytes); copy it again")
-    at = struct.unpack(next_form, head[8:16] if big else head[4:8])[0]
+    offset = struct.unpack(next_form, head[8:16] if big else head[4:8])[0]
     seen: set[int] = set()
-    while at:
-        file.seek(at)
+    while offset:
+        file.seek(offset)
         raw = file.read(struct.calcsize(count_form))
         short = len(raw) < struct.calcsize(count_form)
         if not short:
             file.seek(struct.unpack(count_form, raw)[0] * entry, 1)
             raw = file.read(struct.calcsize(next_form))
             short = len(raw) < struct.calcsize(next_form)
-        if short or at in seen:
-            what = "goes in a circle" if at in seen else "ends"
+        if short or offset in seen:
+            what = "goes in a circle" if offset in seen else "ends"
             raise InputFileError(
                 f"{path}: is cut short or damaged: its list of pages {what} after {len(seen)} ({size} bytes); "
                 "copy it again"
             )
-        seen.add(at)
-        at = struct.unpack(next_form, raw)[0]
+        seen.add(offset)
+        offset = struct.unpack(next_form, raw)[0]
     if not seen:
         raise InputFileError(f"{path}: holds no page; it was not written to its end")

@@ -14,7 +14,7 @@ import numpy as np
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
 from distillfss_core.volumes.opening import open_any, open_array
-from distillfss_core.volumes.source import READ_ERRORS, Found, Source, reason
+from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
 
 Scale = tuple[float | None, float | None, float | None]
 
@@ -97,15 +97,15 @@ class Volume:
         where = {**spans, **self._fixed}
         box = tuple(where[a] for a in self._source.axes)
         try:
-            found = np.asarray(self._source.get(box))
+            voxels = np.asarray(self._source.get(box))
         except (ImageError, InputFileError):
             raise
         except READ_ERRORS as error:
-            at = ", ".join(f"{a} {s.start}:{s.stop}" for a, s in spans.items())
+            place = ", ".join(f"{a} {s.start}:{s.stop}" for a, s in spans.items())
             raise InputFileError(
-                f"{self.name}: cannot be read at {at} ({reason(error)}); check that the file is whole"
+                f"{self.name}: cannot be read at {place} ({reason(error)}); check that the file is whole"
             ) from error
-        return self._ordered(found)
+        return self._ordered(voxels)
 
     def plane(self, z: int) -> Array:
         """Plane ``z``, shape (y, x) or (y, x, c).
@@ -143,10 +143,10 @@ class Volume:
     def __getitem__(self, key: Any) -> Array:
         """Basic indexing with numbers and slices, as dask and napari do."""
         spans, rest = split_index(key, self.shape)
-        found = self.read(*spans[:3])
+        voxels = self.read(*spans[:3])
         if self.ndim == 4:
-            found = found[..., spans[3]]
-        return found[rest]
+            voxels = voxels[..., spans[3]]
+        return voxels[rest]
 
     def close(self) -> None:
         """Let go of open files; reading is over then."""
@@ -164,14 +164,14 @@ class Volume:
     def __dask_tokenize__(self) -> str:
         return json.dumps([str(self.path), self.identity], sort_keys=True, default=str)
 
-    def _ordered(self, found: Array) -> Array:
+    def _ordered(self, voxels: Array) -> Array:
         """Axes of the source brought to z, y, x[, c]; those that are not wanted have length 1 here."""
         axes = self._source.axes
         names = [a for a in self.axes if a in axes]
         others = [a for a in axes if a not in names]
-        found = found.transpose([axes.index(a) for a in (*names, *others)])
-        found = found.reshape(found.shape[: len(names)])
-        return found if "z" in names else found[None]
+        voxels = voxels.transpose([axes.index(a) for a in (*names, *others)])
+        voxels = voxels.reshape(voxels.shape[: len(names)])
+        return voxels if "z" in names else voxels[None]
 
 
 def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tuple[slice | int, ...]]:
@@ -184,8 +184,8 @@ def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tu
     """
     key = key if isinstance(key, tuple) else (key,)
     if Ellipsis in key:
-        at = key.index(Ellipsis)
-        key = (*key[:at], *(slice(None),) * (len(shape) - len(key) + 1), *key[at + 1 :])
+        position = key.index(Ellipsis)
+        key = (*key[:position], *(slice(None),) * (len(shape) - len(key) + 1), *key[position + 1 :])
     key = (*key, *(slice(None),) * (len(shape) - len(key)))
     if len(key) > len(shape):
         raise IndexError(f"{len(key)} indices for {len(shape)} axes")
@@ -199,10 +199,10 @@ def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tu
             spans.append(slice(start, max(start, stop)))
             rest.append(slice(None, None, step))
         else:
-            at = int(part) + (n if part < 0 else 0)
-            if not 0 <= at < n:
+            position = int(part) + (n if part < 0 else 0)
+            if not 0 <= position < n:
                 raise IndexError(f"index {part} is out of range for an axis of {n}")
-            spans.append(slice(at, at + 1))
+            spans.append(slice(position, position + 1))
             rest.append(0)
     return tuple(spans), tuple(rest)
 
@@ -259,18 +259,18 @@ def open_volume(
     """
     if not isinstance(level, int) or level < 0:
         raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")
-    how = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series}
+    options = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series}
     if isinstance(source, Volume):
         return source
     path = Path(source) if isinstance(source, (str, Path)) else None
     name = str(source) if path is not None else "array"
-    found = _find(source, name, level, axes, series)
+    opened = _find(source, name, level, axes, series)
     if path is None and level:
         raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
-    return _choose(name, path, found, how, source)
+    return _choose(name, path, opened, options, source)
 
 
-def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Found:
+def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Opened:
     try:
         return (
             open_any(Path(source), level, axes, series) if isinstance(source, (str, Path)) else open_array(source, axes)
@@ -289,14 +289,14 @@ def count_choices(path: str | Path, *, axes: str | None = None, series: int | No
     InputFileError, SettingsError, ImageError
         As `open_volume` does.
     """
-    found = _find(path, str(path), 0, axes, series)
-    found.source.close()
-    size = dict(zip(found.source.axes, found.source.shape, strict=True))
-    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and found.color)}
+    opened = _find(path, str(path), 0, axes, series)
+    opened.source.close()
+    size = dict(zip(opened.source.axes, opened.source.shape, strict=True))
+    return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and opened.color)}
 
 
-def _open_again(source: Any, how: dict[str, Any], across: str) -> Volume:
-    volume = open_volume(source, **how)
+def _open_again(source: Any, options: dict[str, Any], across: str) -> Volume:
+    volume = open_volume(source, **options)
     return volume if across == "z" else volume.along(across)
 
 
@@ -314,19 +314,19 @@ class _Renamed:
         self.source.close()
 
 
-def _identity(found: Found, about: Mapping[str, Any], name: str) -> dict[str, Any]:
-    identity = {**found.identity, **about}
-    if found.content is not None:
+def _identity(opened: Opened, details: Mapping[str, Any], name: str) -> dict[str, Any]:
+    identity = {**opened.identity, **details}
+    if opened.content is not None:
         try:
-            identity["content"] = found.content()
+            identity["content"] = opened.content()
         except READ_ERRORS as error:
             raise InputFileError(f"{name}: cannot be read ({reason(error)}); check that it is whole") from error
     return identity
 
 
-def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], original: Any) -> Volume:
+def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any], original: Any) -> Volume:
     """Settle time and channel; what is left is z, y, x and perhaps c."""
-    source = found.source
+    source = opened.source
     axes, shape = source.axes, source.shape
     if 0 in shape:
         raise ImageError(f"{name}: is empty (shape {shape})")
@@ -334,35 +334,35 @@ def _choose(name: str, path: Path | None, found: Found, how: dict[str, Any], ori
         raise ImageError(f"{name}: cannot use voxels of type {source.dtype}; give integers, floats or bool")
     size = dict(zip(axes, shape, strict=True))
     points, count = size.get("t", 1), size.get("c", 1)
-    time = _time_point(name, how["time"], points)
-    channel = _channel(name, how["channel"], count, found)
+    time = _time_point(name, options["time"], points)
+    channel = _channel(name, options["channel"], count, opened)
     kept = {"t": slice(time, time + 1), "c": slice(0, count) if channel == "all" else slice(channel, channel + 1)}
     spatial = tuple(size.get(a, 1) for a in "zyx")
     chunk = dict(zip(axes, source.chunks, strict=True))
-    levels = [dict(zip(axes, s, strict=False)) for s in found.levels or (shape,)]
-    about = {
+    levels = [dict(zip(axes, s, strict=False)) for s in opened.levels or (shape,)]
+    details = {
         "axes": axes,
         "shape": list(shape),
         "dtype": str(source.dtype),
-        "level": how["level"],
-        "time": how["time"],
-        "channel": "all" if channel == "all" else None if how["channel"] is None else channel,
+        "level": options["level"],
+        "time": options["time"],
+        "channel": "all" if channel == "all" else None if options["channel"] is None else channel,
     }
     return Volume(
         name=name,
         shape=(*spatial, count) if channel == "all" and count > 1 else spatial,
         dtype=source.dtype,
-        scale=(found.step.get("z"), found.step.get("y"), found.step.get("x")),
-        unit=found.unit,
-        origin=(found.origin.get("z", 0.0), found.origin.get("y", 0.0), found.origin.get("x", 0.0)),
-        level=how["level"],
+        scale=(opened.step.get("z"), opened.step.get("y"), opened.step.get("x")),
+        unit=opened.unit,
+        origin=(opened.origin.get("z", 0.0), opened.origin.get("y", 0.0), opened.origin.get("x", 0.0)),
+        level=options["level"],
         levels=tuple((s.get("z", 1), s.get("y", 1), s.get("x", 1)) for s in levels),
         chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),
         path=path,
-        _identify=cache(partial(_identity, found, about, name)),
+        _identify=cache(partial(_identity, opened, details, name)),
         _source=source,
         _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
-        _reopen=(original if path is None else path.absolute(), how),
+        _reopen=(original if path is None else path.absolute(), options),
     )
 
 
@@ -375,19 +375,19 @@ def _time_point(name: str, time: int | None, points: int) -> int:
     return time or 0
 
 
-def _channel(name: str, channel: int | str | None, count: int, found: Found) -> Any:
+def _channel(name: str, channel: int | str | None, count: int, opened: Opened) -> Any:
     """The number of the channel that is meant, or "all"; it must be given where there are several, but of a picture."""
-    known = f" ({', '.join(found.channel_names)})" if found.channel_names else ""
-    if channel == "all" or (channel is None and found.color):
+    listed = f" ({', '.join(opened.channel_names)})" if opened.channel_names else ""
+    if channel == "all" or (channel is None and opened.color):
         return "all"
     if channel is None:
         if count > 1:
-            raise SettingsError(f"{name}: has {count} channels{known}; choose one, channel 0 to {count - 1}, or all")
+            raise SettingsError(f"{name}: has {count} channels{listed}; choose one, channel 0 to {count - 1}, or all")
         return 0
     if isinstance(channel, str):
-        if channel not in found.channel_names:
-            raise SettingsError(f"{name}: has no channel {channel!r}{known}; give its number from 0, or all")
-        return found.channel_names.index(channel)
+        if channel not in opened.channel_names:
+            raise SettingsError(f"{name}: has no channel {channel!r}{listed}; give its number from 0, or all")
+        return opened.channel_names.index(channel)
     if not 0 <= channel < count:
         raise SettingsError(f"{name}: has no channel {channel}; choose 0 to {count - 1}")
     return channel

@@ -25,7 +25,7 @@ from zarr.core.sync import sync
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Found, letters_of, reason, spread
+from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Opened, letters_of, reason, spread
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class _ZarrSource:
 
     def _look_for_missing(self, box: tuple[slice, ...]) -> None:
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, self._stored, strict=True)]
-        keys = [self.array.metadata.encode_chunk_key(at) for at in product(*spans)]
+        keys = [self.array.metadata.encode_chunk_key(index) for index in product(*spans)]
         assert self._root is not None
         gone = [key for key in keys if not (self._root / key).exists()]
         with self._lock:
@@ -85,7 +85,7 @@ def _zarr_content(array: Any) -> str:
     """A digest of the beginnings and ends of some of the files that hold an array, as they lie in its store."""
     sizes = getattr(array, "shards", None) or array.chunks
     grid = [-(-n // size) for n, size in zip(array.shape, sizes, strict=True)]
-    keys = [array.metadata.encode_chunk_key(at) for at in spread(grid, _CHUNKS)]
+    keys = [array.metadata.encode_chunk_key(index) for index in spread(grid, _CHUNKS)]
 
     async def ends() -> list[Any]:
         files = [array.store_path / key for key in keys]
@@ -93,12 +93,12 @@ def _zarr_content(array: Any) -> str:
         return await asyncio.gather(*(file.get(byte_range=part) for file in files for part in parts))
 
     digest = hashlib.sha256()
-    for found in sync(ends()):
-        digest.update(b"\0" if found is None else hashlib.sha256(found.to_bytes()).digest())
+    for hashes in sync(ends()):
+        digest.update(b"\0" if hashes is None else hashlib.sha256(hashes.to_bytes()).digest())
     return digest.hexdigest()[:16]
 
 
-def open_zarr(path: Path, level: int, axes: str | None, series: int | None) -> Found:
+def open_zarr(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else path
     node = zarr.open(store, mode="r")
     if isinstance(node, zarr.Array):
@@ -106,25 +106,27 @@ def open_zarr(path: Path, level: int, axes: str | None, series: int | None) -> F
             raise SettingsError(f"{path}: has no level {level}; it is one array, level 0 (or give the folder above it)")
         return from_zarr_array(node, axes, str(path))
     attributes = node.attrs.asdict()
-    about = attributes.get("ome", attributes)
-    if not isinstance(about, dict):
+    metadata = attributes.get("ome", attributes)
+    if not isinstance(metadata, dict):
         raise InputFileError(f"{path}: its OME metadata are damaged (no mapping under 'ome')")
-    if "plate" in about or "well" in about:
+    if "plate" in metadata or "well" in metadata:
         raise InputFileError(f"{path}: is a plate or well of many images; give the path of one image in it")
-    if "multiscales" not in about:
-        return _open_bare_group(path, node, about, level, axes, series)
-    return _open_multiscale(path, node, about, level, axes, series)
+    if "multiscales" not in metadata:
+        return _open_bare_group(path, node, metadata, level, axes, series)
+    return _open_multiscale(path, node, metadata, level, axes, series)
 
 
 def _open_bare_group(
-    path: Path, node: Any, about: dict[str, Any], level: int, axes: str | None, series: int | None
-) -> Found:
+    path: Path, node: Any, metadata: dict[str, Any], level: int, axes: str | None, series: int | None
+) -> Opened:
     """A group that is no multiscale image: a collection of images, or of plain arrays."""
-    if "labels" in about:
-        raise InputFileError(f"{path}: is a group of labels ({', '.join(map(str, about['labels']))}); give one of them")
+    if "labels" in metadata:
+        raise InputFileError(
+            f"{path}: is a group of labels ({', '.join(map(str, metadata['labels']))}); give one of them"
+        )
     arrays = sorted(name for name, _ in node.arrays())
     groups = sorted(name for name, _ in node.groups())
-    if groups and ("bioformats2raw.layout" in about or not arrays):
+    if groups and ("bioformats2raw.layout" in metadata or not arrays):
         images = [name for name in groups if name != "OME"]
         chosen = images[0] if len(images) == 1 else str(series) if series is not None else None
         if chosen in images:
@@ -143,10 +145,10 @@ def _open_bare_group(
 
 
 def _open_multiscale(
-    path: Path, node: Any, about: dict[str, Any], level: int, axes: str | None, series: int | None
-) -> Found:
+    path: Path, node: Any, multiscales: dict[str, Any], level: int, axes: str | None, series: int | None
+) -> Opened:
     try:
-        image = _read_multiscale(path, about, level, axes, series)
+        image = _read_multiscale(path, multiscales, level, axes, series)
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
         if isinstance(error, SettingsError):
             raise
@@ -171,16 +173,16 @@ def _open_multiscale(
         raise InputFileError(
             f"{path}: its metadata give an impossible scale {image.scales[1]}; mend it, or give the array"
         )
-    digest = hashlib.sha256(json.dumps([about["multiscales"], array.metadata.to_dict()], default=str).encode())
-    return Found(
+    digest = hashlib.sha256(json.dumps([multiscales["multiscales"], array.metadata.to_dict()], default=str).encode())
+    return Opened(
         # Where nothing is, labels have no file.
-        _ZarrSource(array, found_axes, str(path), sparse="image-label" in about),
+        _ZarrSource(array, found_axes, str(path), sparse="image-label" in multiscales),
         {"kind": "ome-zarr", "metadata": digest.hexdigest()[:16]},
         partial(_zarr_content, array),
         step=step,
         unit=unit,
         origin=origin,
-        levels=tuple(tuple(one.shape) for one in arrays if one is not None),
+        levels=tuple(tuple(level_array.shape) for level_array in arrays if level_array is not None),
         channel_names=image.channels,
     )
 
@@ -212,17 +214,17 @@ class _Multiscale:
         place = np.multiply(self.scales[0] or ones, self.shifts[1] or zeros) + (self.shifts[0] or zeros)
         spatial = [a for a in "zyx" if a in axes]
         factors = {a: UNITS.get((self.units.get(a) or "").lower()) for a in spatial}
-        known = bool(factors) and None not in factors.values()
-        step = {a: float(total[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
-        origin = {a: float(place[axes.index(a)]) * (factors[a] or 1.0 if known else 1.0) for a in spatial}
-        return step, origin, MICROMETER if known and step else None
+        has_scale = bool(factors) and None not in factors.values()
+        step = {a: float(total[axes.index(a)]) * (factors[a] or 1.0 if has_scale else 1.0) for a in spatial}
+        origin = {a: float(place[axes.index(a)]) * (factors[a] or 1.0 if has_scale else 1.0) for a in spatial}
+        return step, origin, MICROMETER if has_scale and step else None
 
 
 def _read_multiscale(
-    path: Path, about: dict[str, Any], level: int, axes: str | None, series: int | None
+    path: Path, metadata: dict[str, Any], level: int, axes: str | None, series: int | None
 ) -> _Multiscale:
     """What the metadata state of one image; damaged ones raise what Python raises."""
-    images = about["multiscales"]
+    images = metadata["multiscales"]
     if series is not None and not 0 <= series < len(images):
         raise SettingsError(f"{path}: has no series {series}; choose 0 to {len(images) - 1}")
     image = images[series or 0]
@@ -236,7 +238,7 @@ def _read_multiscale(
     if not 0 <= level < len(datasets):
         raise SettingsError(f"{path}: has no level {level}; its levels are 0 to {len(datasets) - 1}")
     whole, own = image.get("coordinateTransformations", ()), datasets[level][1]
-    channels = (about.get("omero") or {}).get("channels", ()) or ()
+    channels = (metadata.get("omero") or {}).get("channels", ()) or ()
     return _Multiscale(
         letters if axes is None else axes.lower(),
         units,
@@ -251,10 +253,10 @@ def _arrays_of_levels(node: Any, names: Sequence[str]) -> list[Any]:
     """The array of each level; None where there is none that can be read."""
     arrays: list[Any] = []
     for name in names:
-        found = None
+        array = None
         with suppress(KeyError, *READ_ERRORS):
-            found = node[name]
-        arrays.append(found if isinstance(found, zarr.Array) else None)
+            array = node[name]
+        arrays.append(array if isinstance(array, zarr.Array) else None)
     return arrays
 
 
@@ -274,13 +276,13 @@ def _unit_of(axis: Any) -> str | None:
 
 def _vector(transformations: Any, kind: str) -> list[float]:
     """The vector of the first transformation of a kind, "scale" or "translation"; empty if there is none."""
-    for one in transformations or ():
-        if one["type"] == kind and kind in one:
-            return [float(v) for v in one[kind]]
+    for transformation in transformations or ():
+        if transformation["type"] == kind and kind in transformation:
+            return [float(v) for v in transformation[kind]]
     return []
 
 
-def from_zarr_array(array: Any, axes: str | None, name: str) -> Found:
+def from_zarr_array(array: Any, axes: str | None, name: str) -> Opened:
     if axes is None:
         names = getattr(array.metadata, "dimension_names", None)
         letters = [str(n).lower() for n in names or ()]
@@ -288,4 +290,4 @@ def from_zarr_array(array: Any, axes: str | None, name: str) -> Found:
             axes = "".join(letters)
     digest = hashlib.sha256(json.dumps(array.metadata.to_dict(), default=str).encode())
     source = _ZarrSource(array, letters_of(axes, array.shape, name), name)
-    return Found(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]}, partial(_zarr_content, array))
+    return Opened(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]}, partial(_zarr_content, array))

@@ -92,14 +92,14 @@ class ApplyWidget(QWidget):
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
             region, mode = self.region.value(), MODES[self.mode.currentText()]
-            how = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
+            options = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
             self.job.check_free()
             by = (self._session.model_path, tuple(model.class_names))
             self._running, self._written = Applied(chosen, out, mode, region, *by), False
             self._active = self._viewer.layers.selection.active
             nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
             self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
-            self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **how))
+            self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **options))
             self.message.tell("")
 
         attempt(self.message, start)
@@ -129,9 +129,9 @@ class ApplyWidget(QWidget):
             self.message.tell("stopped; what is written is kept, and Apply goes on from there")
             return
         self._session.set_applied(self._running)
-        found = f", {report.found} found finished" if report.found else ""
+        finished = f", {report.finished} found finished" if report.finished else ""
         self.message.tell(
-            f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{found}; "
+            f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{finished}; "
             f"{report.path.name}"
         )
 
@@ -147,12 +147,12 @@ class ApplyWidget(QWidget):
             return
         self._remove_layer()
         classes = self._session.annotations.classes if self._session.annotations else ()
-        known = len(classes) == len(applied.classes)
+        is_matching = len(classes) == len(applied.classes)
         self.layer = self._viewer.add_labels(
             data if len(data) > 1 else data[0],
             name=applied.out.name.partition(".")[0],
             multiscale=len(data) > 1,
-            colormap=colors_of(classes, first=1) if known else None,
+            colormap=colors_of(classes, first=1) if is_matching else None,
             opacity=0.5,
             **chosen.place(),
         )
@@ -242,15 +242,20 @@ class ObjectsWidget(QWidget):
                 raise core.SettingsError("there are no labels yet; apply a student first")
             chosen = applied.volume
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
-            how: dict[str, Any] = {"class_id": self.of_class.currentIndex() + 1, "min_voxels": self.smallest.value()}
+            options: dict[str, Any] = {
+                "class_id": self.of_class.currentIndex() + 1,
+                "min_voxels": self.smallest.value(),
+            }
             if self.method.currentIndex() == 1:
-                how |= {"method": "watershed", "radius": self.radius.value()}
+                options |= {"method": "watershed", "radius": self.radius.value()}
             image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}
             table = out.with_name(f"{out.name.partition('.')[0]}.csv")
             self.job.start(
-                lambda stop: iter_counting(applied.out, out, stop, table=table, overwrite=out.exists(), **image, **how)
+                lambda stop: iter_counting(
+                    applied.out, out, stop, table=table, overwrite=out.exists(), **image, **options
+                )
             )
-            self._running = (chosen, Counted(out, table, how))
+            self._running = (chosen, Counted(out, table, options))
             self.message.tell("")
 
         attempt(self.message, start)

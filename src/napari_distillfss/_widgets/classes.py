@@ -75,17 +75,17 @@ class ClassList(QWidget):
         self.setValue(self._value[:-1])
 
     def _on_color_clicked(self) -> None:
-        at = max(0, self.brush() - FIRST_CLASS)
-        color = QColorDialog.getColor(QColor(self._value[at].color), self)
+        row = max(0, self.brush() - FIRST_CLASS)
+        color = QColorDialog.getColor(QColor(self._value[row].color), self)
         if color.isValid():
             value = list(self._value)
-            value[at] = Class(value[at].name, color.name())
+            value[row] = Class(value[row].name, color.name())
             self.setValue(value)
 
     def _on_item_changed(self, item: QListWidgetItem) -> None:
-        at = self.list.row(item) - FIRST_CLASS
+        position = self.list.row(item) - FIRST_CLASS
         value = list(self._value)
-        value[at] = Class(item.text().strip() or value[at].name, value[at].color)
+        value[position] = Class(item.text().strip() or value[position].name, value[position].color)
         self._value = ()
         self.setValue(value)
 

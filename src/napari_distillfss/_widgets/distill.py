@@ -82,22 +82,22 @@ class DistillWidget(QWidget):
             loss = sum(step.losses.values()) if step.losses else None
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
 
-    def _on_job_done(self, found: Distilled | None) -> None:
+    def _on_job_done(self, distilled: Distilled | None) -> None:
         if self._started is None:
             return
-        if found is None:
+        if distilled is None:
             self.plot.hide()
             self.message.tell("stopped before the first step; nothing was changed")
             return
-        self._session.take_student(found.model, found.path, *self._started, found.support)
-        record = found.model.training
-        line = f"{'stopped' if found.stopped else 'done'}: {record['steps']} steps in {record['seconds']:.0f} s"
-        if record.get("validation_iou") is not None:
-            line += f", IoU {record['validation_iou']:.3f} on the validation slice"
-        if found.stopped:
-            line += f"; the best student so far (step {record['best_step']}) is kept"
-        if found.error:
-            self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({found.error})")
+        self._session.take_student(distilled.model, distilled.path, *self._started, distilled.support)
+        card = distilled.model.training
+        line = f"{'stopped' if distilled.stopped else 'done'}: {card['steps']} steps in {card['seconds']:.0f} s"
+        if card.get("validation_iou") is not None:
+            line += f", IoU {card['validation_iou']:.3f} on the validation slice"
+        if distilled.stopped:
+            line += f"; the best student so far (step {card['best_step']}) is kept"
+        if distilled.error:
+            self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({distilled.error})")
             return
         self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
 

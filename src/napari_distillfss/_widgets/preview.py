@@ -38,9 +38,12 @@ class PreviewWidget(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._teacher: Any = None
-        self._told: tuple[Any, Any] = (None, None)  # of what kind a teacher was asked for, and of which annotations
+        self._requested: tuple[Any, Any] = (
+            None,
+            None,
+        )  # of what kind a teacher was asked for, and of which annotations
         self._plane = -1
-        self._known: dict[tuple[int, int], tuple[slice, slice]] = {}
+        self._painted_tiles: dict[tuple[int, int], tuple[slice, slice]] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._probabilities: np.ndarray | None = None
         self.layers: dict[str, Any] = {}
@@ -139,7 +142,7 @@ class PreviewWidget(QWidget):
 
     def _make_teacher(self) -> None:
         if self.job.running:  # what was asked for before ends first, and is dropped
-            self._told = (None, None)
+            self._requested = (None, None)
             self.job.cancel()
             return
         wanted = self._wanted()
@@ -147,7 +150,7 @@ class PreviewWidget(QWidget):
         def start() -> None:
             maker = self._session.support_maker()
             self.job.start(lambda stop: iter_teacher(maker, core.DistillSettings(), str(wanted[0]), stop))
-            self._told = wanted
+            self._requested = wanted
 
         attempt(self.message, start)
 
@@ -156,11 +159,11 @@ class PreviewWidget(QWidget):
 
     def _on_job_ended(self) -> None:
         kind, annotations = wanted = self._wanted()
-        if kind is not None and annotations is not None and wanted != self._told:
+        if kind is not None and annotations is not None and wanted != self._requested:
             self._make_teacher()
 
     def _on_teacher(self, teacher: Any) -> None:
-        if teacher is None or self._wanted() != self._told:  # stopped, or another is wanted by now
+        if teacher is None or self._wanted() != self._requested:  # stopped, or another is wanted by now
             return
         self._teacher = teacher
         self._forget_answers()
@@ -201,9 +204,9 @@ class PreviewWidget(QWidget):
         z = chosen.plane_at(dims.point)
         self._go_to(chosen, z, model)
         self._latest.cancel()
-        known, on_screen, volume = frozenset(self._known), chosen.on_screen(), chosen.volume
+        painted, on_screen, volume = frozenset(self._painted_tiles), chosen.on_screen(), chosen.volume
         self.message.tell(f"plane {z}: computing")
-        self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, known, stop))
+        self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, painted, stop))
 
     def _on_part(self, part: PlanePart) -> None:
         if part.plane != self._plane or self._probabilities is None:
@@ -213,7 +216,7 @@ class PreviewWidget(QWidget):
         self._arrays["uncertainty"][where] = part.uncertainty
         self._probabilities[(slice(None), *part.where)] = part.probabilities
         self._arrays["probability"][where] = part.probabilities[self.of_class.currentIndex() + 1]
-        self._known[part.where[0].start, part.where[1].start] = part.where
+        self._painted_tiles[part.where[0].start, part.where[1].start] = part.where
         self._show_layers()
 
     def _on_failed(self, message: str) -> None:
@@ -221,12 +224,12 @@ class PreviewWidget(QWidget):
         self.on.setChecked(False)
 
     def _on_idle(self) -> None:
-        if self.on.isChecked() and self._known:
+        if self.on.isChecked() and self._painted_tiles:
             self.message.tell(f"plane {self._plane}: done. Paint where it is wrong, then Refine")
             self.settled.emit()
 
     def _on_shown_toggled(self) -> None:
-        if self._known:
+        if self._painted_tiles:
             self._show_layers()
 
     def _on_class_activated(self, index: int) -> None:
@@ -235,7 +238,7 @@ class PreviewWidget(QWidget):
             self._show_layers()
 
     def _on_take_clicked(self) -> None:
-        if not self._known:
+        if not self._painted_tiles:
             self.message.warn("there is no preview of this plane yet; switch the preview on")
             return
         chosen = self._session.volume
@@ -243,10 +246,10 @@ class PreviewWidget(QWidget):
             self.message.warn("the preview is of another plane; wait until this one is computed")
             return
         labels = self._arrays["labels"].reshape(chosen.plane_shape)
-        known = np.full(labels.shape, core.IGNORE, np.uint8)
-        for where in self._known.values():  # what was not computed stays unlabeled
-            known[where] = labels[where]
-        self.correct.emit(from_classes(known))
+        annotation = np.full(labels.shape, core.IGNORE, np.uint8)
+        for where in self._painted_tiles.values():  # what was not computed stays unlabeled
+            annotation[where] = labels[where]
+        self.correct.emit(from_classes(annotation))
 
     def _on_layer_removed(self) -> None:
         self.layers = {name: layer for name, layer in self.layers.items() if layer in self._viewer.layers}
@@ -257,7 +260,7 @@ class PreviewWidget(QWidget):
         """Empty the layers and move them to another plane."""
         if z == self._plane:
             return
-        self._plane, self._known = z, {}
+        self._plane, self._painted_tiles = z, {}
         shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
         names = list(model.class_names)
         if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
@@ -289,13 +292,13 @@ class PreviewWidget(QWidget):
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
         classes = self._session.annotations.classes if self._session.annotations else ()
-        about = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
+        options = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
         if name == "labels":
-            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colors_of(classes, first=1), **about)
+            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colors_of(classes, first=1), **options)
         else:
             colors = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(
-                array, colormap=colors, contrast_limits=(0, 1), opacity=0.6, blending="additive", **about
+                array, colormap=colors, contrast_limits=(0, 1), opacity=0.6, blending="additive", **options
             )
         if active is not None:
             self._viewer.layers.selection.active = active  # the brush stays where it was
@@ -303,7 +306,7 @@ class PreviewWidget(QWidget):
 
     def _forget_answers(self) -> None:
         self._latest.cancel()
-        self._plane, self._known = -1, {}
+        self._plane, self._painted_tiles = -1, {}
 
     def _remove_layers(self) -> None:
         self._forget_answers()

@@ -104,18 +104,18 @@ class PresetPicker(QWidget):
 
 
 def _box(setting: Any) -> _Box:
-    about, kind = setting.metadata, str(setting.type)
-    if "choices" in about:
-        return combo("", about["choices"])
+    details, kind = setting.metadata, str(setting.type)
+    if "choices" in details:
+        return combo("", details["choices"])
     if kind == "int":
         whole = QSpinBox()
-        whole.setRange(about["low"], about["high"])
+        whole.setRange(details["low"], details["high"])
         whole.setValue(setting.default)
         return whole
     if kind == "float":
         number = QDoubleSpinBox()
         number.setDecimals(6)
-        number.setRange(about["low"], about["high"])
+        number.setRange(details["low"], details["high"])
         number.setSingleStep(setting.default / 2)
         number.setValue(setting.default)
         return number

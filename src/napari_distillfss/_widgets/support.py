@@ -94,10 +94,10 @@ class SupportWidget(QWidget):
         self.anew = button("Begin anew", "Set these annotations aside (they stay on disk)", self._on_anew_clicked)
         self.message = Message("choose a volume first")
         self.job = Job(session, "looking at slices", self)
-        self.look = Job(name="looking for slices that differ", parent=self)
-        self._asked: _Question | None = None
+        self.selecting = Job(name="looking for slices that differ", parent=self)
+        self._question: _Question | None = None
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
-        self._looked_for: _Question | None = None
+        self._answered_question: _Question | None = None
         self._thumbnails = LatestJob(self)
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
@@ -110,7 +110,7 @@ class SupportWidget(QWidget):
             self.list,
             row(self.remove, self.anew),
             row(self.import_file, self.kind),
-            JobBar(self.look, cancel="Stop looking; take them evenly", starting="looking for slices that differ"),
+            JobBar(self.selecting, cancel="Stop looking; take them evenly", starting="looking for slices that differ"),
             JobBar(self.job, cancel="Stop looking"),
             self.message,
         )
@@ -120,9 +120,9 @@ class SupportWidget(QWidget):
         self._soon.timeout.connect(self._on_painted)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
-        self.look.done.connect(self._on_look_done)
-        self.look.failed.connect(self.message.warn)
-        self.look.ended.connect(self._on_look_ended)
+        self.selecting.done.connect(self._on_selected)
+        self.selecting.failed.connect(self.message.warn)
+        self.selecting.ended.connect(self._on_selection_ended)
         self._thumbnails.answered.connect(self._on_picture)
         self.classes.valueChanged.connect(self._on_classes_edited)
         self.classes.brushChanged.connect(self._on_brush_changed)
@@ -142,14 +142,14 @@ class SupportWidget(QWidget):
         if not self._show_layer() or chosen is None:
             return
         count = min(self.count.value(), chosen.planes)
-        self.look.cancel()
+        self.selecting.cancel()
         painted = set(self._session.annotations.planes()) if self._session.annotations else set()
         if self.way.currentText() != LEAST_SURE:
             self._show_suggested(core.suggest_planes(chosen.planes, count))
-            self._asked = None
+            self._question = None
             if self.way.currentText() == DIFFERENT and chosen.planes > count:
-                self._asked = _Question(chosen, count, painted)
-                self._look()
+                self._question = _Question(chosen, count, painted)
+                self._select_slices()
             return
         model = self._session.model
         if model is None:
@@ -210,8 +210,8 @@ class SupportWidget(QWidget):
     # what happens
 
     def _on_volume_changed(self) -> None:
-        self.look.cancel()
-        self._asked = None
+        self.selecting.cancel()
+        self._question = None
         self._thumbnails.cancel()
         self._pictures.clear()
         self.suggested = []
@@ -223,10 +223,10 @@ class SupportWidget(QWidget):
             else:
                 self.message.warn(self._session.no_annotations)
             return
-        found = len(annotations.planes())
-        if found:
+        count = len(annotations.planes())
+        if count:
             self._show_layer()
-            self.message.tell(f"{found} slice{'s' if found > 1 else ''} of this volume, painted earlier, are back")
+            self.message.tell(f"{count} slice{'s' if count > 1 else ''} of this volume, painted earlier, are back")
         else:
             self.message.tell("suggest slices, then paint some background and objects in each; it is saved as you go")
 
@@ -281,11 +281,11 @@ class SupportWidget(QWidget):
             volume = self._session.volume.volume
             self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
 
-    def _on_picture(self, found: tuple[int, np.ndarray]) -> None:
-        z, picture = found
+    def _on_picture(self, thumbnail: tuple[int, np.ndarray]) -> None:
+        z, picture = thumbnail
         self._pictures[z] = picture
-        for at in range(self.list.count()):
-            item = self.list.item(at)
+        for index in range(self.list.count()):
+            item = self.list.item(index)
             if item is not None and item.data(Qt.ItemDataRole.UserRole) == z:
                 self.list.blockSignals(True)
                 item.setIcon(self._icon(z))
@@ -320,22 +320,22 @@ class SupportWidget(QWidget):
         if path:
             self.import_labels(Path(path), self.kind.currentText())
 
-    def _on_job_done(self, found: Any) -> None:
+    def _on_job_done(self, result: Any) -> None:
         annotations, show = self._then
-        if found and annotations is self._session.annotations:  # the answer to a question about another volume is not
-            show(found)
+        if result and annotations is self._session.annotations:  # the answer to a question about another volume is not
+            show(result)
 
-    def _on_look_done(self, planes: list[int] | None) -> None:
+    def _on_selected(self, planes: list[int] | None) -> None:
         """Take the planes that differ in place of the even ones, unless the user has moved on."""
-        annotations, asked = self._session.annotations, self._asked
-        if not planes or annotations is None or asked is None or asked is not self._looked_for:
+        annotations, question = self._session.annotations, self._question
+        if not planes or annotations is None or question is None or question is not self._answered_question:
             return
-        if set(annotations.planes()) == asked.painted:
+        if set(annotations.planes()) == question.painted:
             self._show_suggested(planes, stay=self.plane() != self.suggested[0])
 
-    def _on_look_ended(self) -> None:
-        if self._asked is not self._looked_for:
-            self._look()
+    def _on_selection_ended(self) -> None:
+        if self._question is not self._answered_question:
+            self._select_slices()
 
     def _on_layer_removed(self) -> None:
         if self.layer is not None and self.layer not in self._viewer.layers:
@@ -344,11 +344,13 @@ class SupportWidget(QWidget):
 
     # parts
 
-    def _look(self) -> None:
+    def _select_slices(self) -> None:
         """Look for planes that differ, as was asked last; what is under way ends first."""
-        if self._asked is not None and not self.look.running:
-            asked = self._looked_for = self._asked
-            self.look.start(lambda stop: iter_different(asked.chosen.volume, asked.count, asked.painted, stop))
+        if self._question is not None and not self.selecting.running:
+            question = self._answered_question = self._question
+            self.selecting.start(
+                lambda stop: iter_different(question.chosen.volume, question.count, question.painted, stop)
+            )
 
     def _start(self, work: Work, show: Callable[[Any], None]) -> None:
         """Begin some work on these annotations, what comes of which is to be shown so."""
@@ -428,8 +430,8 @@ class SupportWidget(QWidget):
         return QIcon(QPixmap.fromImage(image.copy()))
 
     def _forget_viewer(self) -> None:
-        self._asked = None
-        self.look.cancel()
+        self._question = None
+        self.selecting.cancel()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
         if self.layer is not None:

@@ -76,7 +76,7 @@ class _Measures(QAbstractTableModel):
         value = float(self.values[index.row(), index.column()])
         return f"{value:.6g}" if role == Qt.ItemDataRole.DisplayRole else value
 
-    def headerData(self, at: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
+    def headerData(self, section: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
         if role != Qt.ItemDataRole.DisplayRole or side != Qt.Orientation.Horizontal:
             return None
-        return self.columns[at].replace("_", " ")
+        return self.columns[section].replace("_", " ")

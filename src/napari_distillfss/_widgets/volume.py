@@ -79,9 +79,9 @@ class VolumePicker(QWidget):
         """Show a file lazily as a layer, and choose it."""
 
         def show() -> None:
-            levels, about = layer_of_file(path)
-            data = levels if about["multiscale"] else levels[0]
-            layer = self._viewer.add_image(data, **about)
+            levels, options = layer_of_file(path)
+            data = levels if options["multiscale"] else levels[0]
+            layer = self._viewer.add_image(data, **options)
             self.layers.setCurrentIndex(self._images().index(layer))
             self._on_choice_changed()
 

@@ -87,12 +87,12 @@ def test_the_same_seed_gives_the_same_task_whatever_was_drawn_before(folder, sou
     assert len({w.images.tobytes() for w in wanted}) == 12
 
 
-@pytest.mark.parametrize(("views", "size"), [(2, 64), (5, 96), (4, 256)])
-def test_views_are_bytes_of_the_size_asked_for(source, views, size):
+@pytest.mark.parametrize(("n_images", "size"), [(2, 64), (5, 96), (4, 256)])
+def test_views_are_bytes_of_the_size_asked_for(source, n_images, size):
     for seed in range(12):
-        task = source.task(seed, views=views, size=size)
-        assert task.images.shape == (views, size, size, 3)
-        assert task.labels.shape == (views, size, size)
+        task = source.task(seed, n_images=n_images, size=size)
+        assert task.images.shape == (n_images, size, size, 3)
+        assert task.labels.shape == (n_images, size, size)
         assert task.images.dtype == task.labels.dtype == np.uint8
         assert set(np.unique(task.labels)) <= {0, 1}
 
@@ -327,8 +327,8 @@ def test_names_of_sets_are_checked(folder):
 
 
 def test_too_few_or_too_small_views_are_refused(source):
-    with pytest.raises(DistillFSSError, match="at least 2 views of at least 32 pixels"):
-        source.task(0, views=1)
+    with pytest.raises(DistillFSSError, match="at least 2 images of at least 32 pixels"):
+        source.task(0, n_images=1)
     with pytest.raises(DistillFSSError, match="size is 8"):
         source.task(0, size=8)
 

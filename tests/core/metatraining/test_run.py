@@ -113,7 +113,7 @@ def test_hurried_annotations_are_part_of_the_truth():
 
 
 def test_foreign_masks_are_those_of_another_task():
-    tasks = [synthetic_task(i, views=2, size=64) for i in range(3)]
+    tasks = [synthetic_task(i, n_images=2, size=64) for i in range(3)]
     for task, foreign, following in zip(tasks, with_foreign_masks(tasks), (tasks[1], tasks[2], tasks[0]), strict=True):
         assert foreign.images is task.images
         assert foreign.labels is following.labels

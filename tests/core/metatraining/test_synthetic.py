@@ -25,40 +25,40 @@ def shares(labels: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", [0, 7, [3, 1, 4]])
 def test_the_same_seed_gives_the_same_bytes(seed):
-    one, two = (synthetic_task(seed, views=3, size=96) for _ in range(2))
+    one, two = (synthetic_task(seed, n_images=3, size=96) for _ in range(2))
     assert one.images.tobytes() == two.images.tobytes()
     assert one.labels.tobytes() == two.labels.tobytes()
     assert one.source == two.source
 
 
 def test_different_seeds_give_different_tasks():
-    images = {synthetic_task(seed, views=2, size=64).images.tobytes() for seed in range(12)}
+    images = {synthetic_task(seed, n_images=2, size=64).images.tobytes() for seed in range(12)}
     assert len(images) == 12
 
 
 def test_views_of_a_task_differ():
-    task = synthetic_task(5, views=4, size=64)
+    task = synthetic_task(5, n_images=4, size=64)
     assert len({image.tobytes() for image in task.images}) == 4
 
 
-@pytest.mark.parametrize(("views", "size"), [(2, 64), (5, 160), (3, 256)])
-def test_a_task_has_the_shapes_and_types_it_promises(views, size):
-    task = synthetic_task(11, views=views, size=size)
-    assert len(task) == views
-    assert task.images.shape == (views, size, size, 3)
-    assert task.labels.shape == (views, size, size)
+@pytest.mark.parametrize(("n_images", "size"), [(2, 64), (5, 160), (3, 256)])
+def test_a_task_has_the_shapes_and_types_it_promises(n_images, size):
+    task = synthetic_task(11, n_images=n_images, size=size)
+    assert len(task) == n_images
+    assert task.images.shape == (n_images, size, size, 3)
+    assert task.labels.shape == (n_images, size, size)
     assert task.images.dtype == task.labels.dtype == np.uint8
     assert set(np.unique(task.labels)) <= {0, 1}
     assert task.source.removeprefix("synthetic/") in FAMILIES
 
 
 def test_every_family_occurs():
-    sources = {synthetic_task([2, seed], views=2, size=64).source for seed in range(30 * len(FAMILIES) // 4)}
+    sources = {synthetic_task([2, seed], n_images=2, size=64).source for seed in range(30 * len(FAMILIES) // 4)}
     assert sources == {f"synthetic/{name}" for name in FAMILIES}
 
 
 def test_shares_of_the_object_spread_broadly():
-    found = np.concatenate([shares(synthetic_task([1, seed], views=4, size=64).labels) for seed in range(80)])
+    found = np.concatenate([shares(synthetic_task([1, seed], n_images=4, size=64).labels) for seed in range(80)])
     assert (found == 0).mean() <= 1 / 8
     assert np.quantile(found, 0.2) < 0.05
     assert np.quantile(found, 0.9) > 0.2
@@ -67,7 +67,7 @@ def test_shares_of_the_object_spread_broadly():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_paints_an_object_that_can_be_found(family):
     for seed in range(6):
-        task = synthetic_task(seed, views=4, size=128, family=family)
+        task = synthetic_task(seed, n_images=4, size=128, family=family)
         found = shares(task.labels)
         assert task.source == f"synthetic/{family}"
         assert (found >= SMALLEST_SHARE).mean() >= 0.5
@@ -81,7 +81,7 @@ def test_the_object_has_an_edge_in_the_picture(family):
     """Gray, color or texture changes where the label does: the label lies on something that is there."""
     contrast = []
     for seed in range(8):
-        task = synthetic_task([9, seed], views=2, size=128, family=family)
+        task = synthetic_task([9, seed], n_images=2, size=128, family=family)
         for image, label in zip(task.images.astype(np.float32), task.labels == 1, strict=True):
             if 0.01 < label.mean() < 0.8:
                 detail = [np.abs(image - np.roll(image, 1, axis)) for axis in (0, 1)]
@@ -94,8 +94,8 @@ def test_the_object_has_an_edge_in_the_picture(family):
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"views": 1}, "views is 1"),
-        ({"views": 65}, "views is 65"),
+        ({"n_images": 1}, "n_images is 1"),
+        ({"n_images": 65}, "n_images is 65"),
         ({"size": 32}, "size is 32"),
         ({"size": 100}, "size is 100"),
         ({"size": 1056}, "size is 1056"),

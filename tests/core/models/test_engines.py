@@ -138,7 +138,7 @@ def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, t
         patch.setattr(engines, "find_spec", lambda name: None)
         with pytest.raises(SettingsError, match=rf"begun with engine {other}.*pip install 'napari-distillfss\["):
             segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE)
-    assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE).found >= 1
+    assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE).finished >= 1
     assert f"going on with engine {other}" in caplog.text
     once, parts = (zarr.open_array(tmp_path / n / "0", mode="r")[...] for n in ("once.zarr", "parts.zarr"))
     assert np.array_equal(once, parts)

@@ -70,7 +70,7 @@ def test_labels_on_disk_are_those_in_memory(volume, plain_student, expected, tmp
     assert steps[0].eta > 0
     report = segment_to_zarr(volume, plain_student, out, tile=TILE)  # all is there
     assert report.computed == 0
-    assert report.found == 3 * 3 * 3
+    assert report.finished == 3 * 3 * 3
 
 
 def test_the_pyramid_holds_what_most_voxels_have(volume, plain_student, expected, tmp_path):
@@ -151,7 +151,7 @@ def test_a_cancelled_run_goes_on_without_computing_again(volume, plain_student, 
     spied = pickle.loads(pickle.dumps(plain_student))
     spied.region_labels = lambda *a, **k: seen.append(1) or original(*a, **k)
     report = segment_to_zarr(volume, spied, out, tile=TILE)
-    assert report.found >= 4
+    assert report.finished >= 4
     assert len(seen) < 5 * 9 - 3 * 2
     assert np.array_equal(labels_of(out), expected)
 
@@ -170,7 +170,7 @@ def test_a_half_written_shard_is_never_taken_for_whole(volume, plain_student, ex
     coarse.write_bytes(coarse.read_bytes() + b"!")
     (out / "zarr.json").write_bytes(b"{")
     report = segment_to_zarr(volume, plain_student, out, tile=TILE)
-    assert report.found == 27 - 3
+    assert report.finished == 27 - 3
     before.pop("zarr.json")
     after = files_of(out)
     assert json.loads(after.pop("zarr.json"))["attributes"]["ome"]
@@ -263,7 +263,7 @@ def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, exp
         with pytest.raises(OutputError, match=r"No space left on device.*kept"):
             segment_to_zarr(volume, plain_student, out, tile=TILE)
     report = segment_to_zarr(volume, plain_student, out, tile=TILE)
-    assert report.found > 0
+    assert report.finished > 0
     assert np.array_equal(labels_of(out), expected)
 
 

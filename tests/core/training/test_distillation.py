@@ -292,7 +292,7 @@ def test_published_forms_train_too(support, tiny) -> None:
 
 def test_the_store_of_features_keeps_to_its_memory(support) -> None:
     backbone = load_backbone()
-    cache = FeatureCache(backbone, choose_device("cpu"), memory=2_000_000, most=1000)
+    cache = FeatureCache(backbone, choose_device("cpu"), memory=2_000_000, limit=1000)
     sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation())
     cache.fill(sampler, [0, 1, 2], np.random.default_rng(0))
     assert 6 <= len(cache) < 60
@@ -300,7 +300,7 @@ def test_the_store_of_features_keeps_to_its_memory(support) -> None:
 
 
 def test_stored_features_are_those_of_the_view(support) -> None:
-    cache = FeatureCache(load_backbone(), choose_device("cpu"), memory=1 << 30, most=4)
+    cache = FeatureCache(load_backbone(), choose_device("cpu"), memory=1 << 30, limit=4)
     sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, PLAIN)
     view = sampler.cut(0, np.random.default_rng(0))
     cache.add(view)

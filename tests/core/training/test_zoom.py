@@ -39,7 +39,7 @@ def discs(radius: int, *, foreign: bool = False) -> SupportSet:
 
 @pytest.fixture(scope="module")
 def choose() -> Choose:
-    cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, most=1)
+    cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, limit=1)
 
     def run(support: SupportSet, teacher: Teacher | None = None) -> tuple[Fraction, dict[str, float]]:
         return zoom.choose_zoom(support, fit_preprocess([s.image for s in support.slices]), cache, 0, teacher)

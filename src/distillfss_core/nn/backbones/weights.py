@@ -146,10 +146,10 @@ def file_tensors(path: str | Path, net: nn.Module, needed: Mapping[str, Tensor])
         ) from error
     # Before timm's own renaming, which would also stretch tensors made for another size to fit.
     check_shapes(tensors, needed, str(path))
-    known = net.state_dict().keys()
-    if not (tensors.keys() <= known and needed.keys() <= tensors.keys()):
+    expected = net.state_dict().keys()
+    if not (tensors.keys() <= expected and needed.keys() <= tensors.keys()):
         tensors = _renamed_by_timm(tensors, net, str(path))
-    check_tensors(tensors, wanted=needed, allowed=known, source=str(path))
+    check_tensors(tensors, wanted=needed, allowed=expected, source=str(path))
     return tensors
 
 

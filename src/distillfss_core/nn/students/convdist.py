@@ -87,8 +87,8 @@ class LightConvDist(Student):
         for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
             x = torch.cat([_normalize(block) for block in blocks], 1)
             x = torch.relu(look(torch.relu(reduce(x))))
-            found = read(x)  # not unflatten: traced, it would hold for one size only
-            maps.append(found.reshape(-1, self.classes, len(blocks), found.shape[2], found.shape[3]))
+            logits = read(x)  # not unflatten: traced, it would hold for one size only
+            maps.append(logits.reshape(-1, self.classes, len(blocks), logits.shape[2], logits.shape[3]))
         return CoarseMaps(*maps)
 
 

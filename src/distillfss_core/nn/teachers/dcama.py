@@ -264,12 +264,12 @@ class DcamaTeacher(nn.Module):
         maps = []
         for attention, blocks, stage in zip(self.DCAMA_blocks, query.coarse, keys.stages, strict=True):
             assert isinstance(attention, CrossAttention)
-            found = []
+            coarse_maps = []
             for block, k in zip(blocks, stage.keys, strict=True):
                 q = attention.queries(attention.tokens(block))  # b heads l d
                 m = self._against_the_rest(attend(q, k, stage.values, stage.bias))  # b l k
-                found.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
-            maps.append(torch.stack(found, 2))  # b k n h w
+                coarse_maps.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
+            maps.append(torch.stack(coarse_maps, 2))  # b k n h w
         return CoarseMaps(*maps)
 
     def _against_the_rest(self, m: Float[Tensor, "b l k"]) -> Float[Tensor, "b l k"]:

@@ -57,12 +57,12 @@ class PrototypeTeacher:
         return PrototypeKeys(tuple(stages), present_classes(support))
 
     def _prototypes(self, tokens: Float[Tensor, "l c"], shares: Float[Tensor, "l k1"]) -> Float[Tensor, "k1 p c"]:
-        found = []
+        per_class = []
         for share in shares.T:
             mean = F.normalize(share @ tokens, dim=0)
             inside = tokens[share >= 0.5 * share.max().clamp_min(1e-6)]
-            found.append(torch.cat([mean[None], cluster(inside, self.prototypes - 1, mean)]))
-        return torch.stack(found)
+            per_class.append(torch.cat([mean[None], cluster(inside, self.prototypes - 1, mean)]))
+        return torch.stack(per_class)
 
     @torch.no_grad()
     def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:

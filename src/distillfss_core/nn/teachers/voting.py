@@ -47,11 +47,15 @@ class VotingTeacher:
         assert isinstance(keys, VotingKeys)
         sums: list[Tensor] = []
 
-        def answers() -> Iterator[Tensor]:  # one group at a time: there may be many
+        def group_logits() -> Iterator[Tensor]:  # one group at a time: there may be many
             for group in keys.groups:
-                found = self.teacher(query, group)
-                sums[:] = [a + b for a, b in zip(sums, found.coarse, strict=True)] if sums else list(found.coarse)
-                yield found.logits
+                logits_of_group = self.teacher(query, group)
+                sums[:] = (
+                    [a + b for a, b in zip(sums, logits_of_group.coarse, strict=True)]
+                    if sums
+                    else list(logits_of_group.coarse)
+                )
+                yield logits_of_group.logits
 
-        logits = vote(answers())
+        logits = vote(group_logits())
         return Prediction(CoarseMaps(*(s / len(keys.groups) for s in sums)), logits)
