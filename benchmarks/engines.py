@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -193,7 +194,7 @@ def _labels(models: dict[tuple[str, str], StudentModel], plane: Array) -> Iterat
 def _nuclei_student() -> tuple[StudentModel, Array]:
     sample = generate_sample(planes=6, size=SIDE)
     slices = tuple(AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 2, 4))
-    student = distill(SupportSet(slices, ("nucleus",)), DistillSettings(steps=60, zoom="1", device="cpu"))
+    student = distill(SupportSet(slices, ("nucleus",)), DistillSettings(steps=60, zoom=Fraction(1), device="cpu"))
     return student, sample.image[5]
 
 

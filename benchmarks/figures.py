@@ -51,7 +51,7 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.plotting import Panel, Row, draw_panels
 from distillfss_core.samples import generate_sample
 from distillfss_core.segmentation.modes import make_mode
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, iter_refine, unrefined_teacher
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
@@ -244,7 +244,8 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
 
     def without_head() -> Segmenter:
         run = iter_distill(task.support, DistillSettings())
-        zoom, steps = run.preprocess.zoom, next(run).total
+        zoom = parse_zoom(run.preprocess.zoom)
+        steps = next(step.total for step in run if not step.is_preparation)
         run.close()
         return student(head="none", zoom=zoom, steps=steps)
 

@@ -24,6 +24,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ class Measured:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.settings = DistillSettings(device=size.device, zoom="1")
+        self.settings = DistillSettings(device=size.device, zoom=Fraction(1))
 
     @cached_property
     def support(self) -> SupportSet:
@@ -262,7 +263,7 @@ class Measured:
 
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if not self.size.dry else [])]
         run = iter_distill(self.support, replace(self.settings, steps=self.size(40, 3)))
-        next(run)
+        next(step for step in run if not step.is_preparation)
         with profile(activities=activities) as profiled:
             for _ in range(self.size(15, 1)):
                 next(run)

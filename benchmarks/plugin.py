@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -95,7 +96,7 @@ def measure_gaps() -> dict[str, float]:
     for z in dock.support.suggested:
         dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
     dock.session.painted()
-    dock.distill.settings.setValue(DistillSettings(steps=40, crops=32, crop_size=128, zoom="1"))
+    dock.distill.settings.setValue(DistillSettings(steps=40, crops=32, crop_size=128, zoom=Fraction(1)))
     during("preparing to distill", dock.distill.start, lambda: dock.distill.plot.losses)
     during("distilling", nothing, lambda: not dock.session.busy)
     during("first preview", nothing, lambda: "done" in dock.preview.message.text())

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ import torch
 import zarr
 
 from distillfss_core import StudentModel, distill, generate_sample, open_volume, segment_lazy, segment_to_zarr
-from distillfss_core.labelstore.store import RECORD
+from distillfss_core.labelstore.store import JOURNAL
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import AnnotatedSlice
@@ -95,7 +96,7 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     sample = generate_sample(planes=REAL, size=CHUNK)
     if not (args.folder / "model.safetensors").exists():
         slices = tuple(AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8)) for z in (0, 5, 10))
-        settings = DistillSettings(steps=60, zoom="1", device="cpu")
+        settings = DistillSettings(steps=60, zoom=Fraction(1), device="cpu")
         distill(SupportSet(slices, ("nucleus",)), settings).save(args.folder / "model.safetensors")
     rows = []
     for gb in args.gb:
@@ -229,7 +230,7 @@ def kills(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    files = (f for f in path.rglob("*") if f.is_file() and f.name != RECORD.name)
+    files = (f for f in path.rglob("*") if f.is_file() and f.name != JOURNAL.name)
     return {str(f.relative_to(path)): f.read_bytes() for f in files}
 
 

@@ -1,6 +1,7 @@
 """Two-dimensional images in a folder: learn from a few annotated ones, segment all of them, and score the result."""
 
 # %% A folder of images, and one of labels for some of them. Here they are generated; use your own files instead.
+from fractions import Fraction
 from pathlib import Path
 
 from distillfss_core import (
@@ -26,7 +27,7 @@ for z in (1, 4, 6):
 
 # %% Distill a student. Leave the settings out for a model of full quality: 20 steps only show how it is done.
 support = load_support("images", "labels")
-student = distill(support, DistillSettings(steps=20, zoom="1", crops=24))
+student = distill(support, DistillSettings(steps=20, zoom=Fraction(1), crops=24))
 student.save("nuclei.safetensors")
 
 # %% Segment every image. A student is one file, so this can be another script on another computer.

@@ -1,6 +1,8 @@
 """A volume on disk: look at any part of it at once, then write all labels to OME-Zarr, and count the objects."""
 
 # %% A student and a volume; here both are made from a generated stack. Your own: StudentModel.load, open_volume(path).
+from fractions import Fraction
+
 import numpy as np
 import zarr
 
@@ -19,7 +21,7 @@ from distillfss_core import (
 sample = generate_sample("nuclei", planes=6, size=256)
 zarr.create_array("nuclei.zarr", data=sample.image, chunks=(1, 128, 128))
 slices = [AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8), f"plane {z}") for z in (1, 4)]
-student = distill(SupportSet(tuple(slices), ("nucleus",)), DistillSettings(steps=20, zoom="1", crops=24))
+student = distill(SupportSet(tuple(slices), ("nucleus",)), DistillSettings(steps=20, zoom=Fraction(1), crops=24))
 
 # %% Any part of any plane, computed when it is looked at (a dask array, as napari shows it).
 volume = open_volume("nuclei.zarr")

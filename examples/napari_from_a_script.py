@@ -1,6 +1,8 @@
 """napari from a script: show a stack, the lazy labels of a student, and the dock to go on with."""
 
 # %% A stack and a student.
+from fractions import Fraction
+
 import napari
 import numpy as np
 
@@ -16,7 +18,7 @@ from distillfss_core import (
 
 sample = generate_sample("nuclei", planes=6, size=192)
 slices = [AnnotatedSlice(sample.image[z], (sample.labels[z] > 0).astype(np.uint8), f"plane {z}") for z in (1, 4)]
-student = distill(SupportSet(tuple(slices), ("nucleus",)), DistillSettings(steps=20, zoom="1", crops=24))
+student = distill(SupportSet(tuple(slices), ("nucleus",)), DistillSettings(steps=20, zoom=Fraction(1), crops=24))
 
 # %% What is on screen is segmented when it is shown.
 viewer = napari.Viewer()

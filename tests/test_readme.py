@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_the_python_of_the_readme_runs(readme, own_data, monkeypatch):
     from distillfss_core import DistillSettings, distill
 
     # The README's code has the default settings; here only that it runs is asked, so a few steps will do.
-    few = DistillSettings(steps=2, crops=4, queries=1, shots=1, crop_size=64, zoom="1")
+    few = DistillSettings(steps=2, crops=4, queries=1, shots=1, crop_size=64, zoom=Fraction(1))
     monkeypatch.setattr(distillfss_core, "distill", lambda support: distill(support, few))
     found = blocks(readme, "python")
     assert found

@@ -17,7 +17,7 @@ from distillfss_core.metrics import evaluate
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.plotting import Panel, Row, draw_panels
 from distillfss_core.samples import generate_sample
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.slice_selection import suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
@@ -186,15 +186,12 @@ def iter_demo(
     _make_folder(folder / LABELS)
     began = time.perf_counter()
     run = iter_distill(data.support, settings)
-    done = 0
-    for step in run:
-        done += 1
-        yield step
+    yield from run
     student = run.result()
     seconds = time.perf_counter() - began
     student.save(folder / MODEL)
 
-    fixed = replace(settings, zoom=student.preprocess.zoom)  # not chosen a second time
+    fixed = replace(settings, zoom=parse_zoom(student.preprocess.zoom))  # not chosen a second time
     models: list[tuple[str, Segmenter]] = [
         ("prototype teacher", unrefined_teacher(data.support, fixed, kind="prototype"))
     ]
@@ -228,7 +225,7 @@ def iter_demo(
         supports=tuple(s.source for s in data.support.slices),
         queries=tuple(q.source for q in data.queries),
         scores=tuple(scores),
-        steps=done,
+        steps=student.training["steps"],
         seconds=seconds,
         model_mb=(folder / MODEL).stat().st_size / 1e6,
         peak_mb=_peak_mb(),

@@ -1,18 +1,107 @@
-"""Settings of the long jobs: frozen, checked when made, and described well enough to draw a form from."""
+"""Settings of the long jobs: one declaration for validation, documentation, CLI options and the plugin's form."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from fractions import Fraction
+from typing import Any, Literal, TypeVar
 
 from distillfss_core.errors import SettingsError
 
+Auto = Literal["auto"]
+
+ZOOMS = tuple(Fraction(text) for text in ("1/4", "1/3", "1/2", "2/3", "1", "3/2", "2", "3", "4"))
+"""Zoom factors on offer: small fractions, so that tiles start on whole pixels before and after zooming."""
+
+Settings = TypeVar("Settings")
+
 
 def _setting(default: Any, label: str, help: str, **limits: Any) -> Any:
-    """A dataclass field with a label, a sentence of help and limits (``low``, ``high`` or ``choices``)."""
+    """A dataclass field with a label, a sentence of help and its limits.
+
+    Limits are ``low`` and ``high``, or ``choices``, or ``parse``: a function that returns the value for a text or a
+    value, and raises `SettingsError`.
+    """
     return field(default=default, metadata={"label": label, "help": help, **limits})
+
+
+def _documented(settings: type[Settings]) -> type[Settings]:
+    """Append a section "Parameters", made from the declaration, to the docstring."""
+    lines = [settings.__doc__ or "", "", "    Parameters", "    ----------"]
+    for setting in fields(settings):  # type: ignore[arg-type]
+        lines += [
+            f"    {setting.name} : {setting.type}, default {setting.default!r}",
+            f"        {setting.metadata['help']}",
+        ]
+    settings.__doc__ = "\n".join(lines)
+    return settings
+
+
+def parse_zoom(zoom: Fraction | str | float) -> Fraction:
+    """The zoom on offer that equals ``zoom``.
+
+    Raises
+    ------
+    SettingsError
+        If it is none of `ZOOMS`.
+
+    Examples
+    --------
+    >>> parse_zoom("1/2")
+    Fraction(1, 2)
+    """
+    try:
+        wanted = Fraction(zoom).limit_denominator(16)
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise SettingsError(f"zoom {zoom!r} is no number; choose one of {', '.join(map(str, ZOOMS))}") from error
+    if wanted not in ZOOMS:
+        raise SettingsError(f"zoom {zoom} is not on offer; choose one of {', '.join(map(str, ZOOMS))}")
+    return wanted
+
+
+def _zoom(value: Any) -> Fraction | Auto:
+    return "auto" if value == "auto" else parse_zoom(value)
+
+
+def _probability(value: Any) -> float | Auto:
+    if value == "auto":
+        return "auto"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 <= number <= 1.0:
+        raise SettingsError(f"invert_prob is {value!r}; give auto or a probability from 0 to 1")
+    return number
+
+
+def _slice_number(value: Any) -> int | Auto | None:
+    if value == "auto":
+        return "auto"
+    if value in (None, "none"):
+        return None
+    if isinstance(value, bool) or not str(value).isdecimal():
+        raise SettingsError(f"validation_slice is {value!r}; give auto, none or the number of a slice")
+    return int(value)
+
+
+def format_setting(value: Any) -> str:
+    """Text of a value, as the command line and the plugin's form take it.
+
+    Examples
+    --------
+    >>> format_setting(Fraction(1, 2)), format_setting(None)
+    ('1/2', 'none')
+    """
+    return "none" if value is None else str(value)
+
+
+def settings_to_json(settings: Any) -> dict[str, Any]:
+    """Values of the settings, as model cards and checkpoints hold them: a zoom is a text such as "1/2"."""
+    values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
+    return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
 
 
 SAMPLES = ("nuclei", "mitochondria", "nodules")
@@ -36,6 +125,7 @@ def upgrade_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     return {_OLDER_NAMES.get(name, name): value for name, value in record.items()}
 
 
+@_documented
 @dataclass(frozen=True)
 class DistillSettings:
     """How a student is made from a support set.
@@ -98,10 +188,11 @@ class DistillSettings:
     width: int = _setting(32, "Decoder width", "Channels of the default decoder.", low=4, high=512)
     learning_rate: float = _setting(2e-3, "Learning rate", "AdamW's largest rate.", low=1e-7, high=1.0)
     weight_decay: float = _setting(1e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
-    zoom: str = _setting(
+    zoom: Fraction | Auto = _setting(
         "auto",
         "Zoom",
         "Enlargement before the backbone; auto chooses by cross-validation over the slices. E.g. 1/2, 1, 2.",
+        parse=_zoom,
     )
     normalization: str = _setting(
         "auto",
@@ -110,18 +201,20 @@ class DistillSettings:
         "stack.",
         choices=("auto", "per-image", "per-volume"),
     )
-    invert_prob: str = _setting(
+    invert_prob: float | Auto = _setting(
         "auto",
         "Inversion probability",
         "Probability of inverting a crop; auto: 0.3, but 0 for planes of one stack or several classes.",
+        parse=_probability,
     )
     crops: int = _setting(192, "Crops", "Augmented crops whose features are cached, at most.", low=2, high=1_000_000)
     cache_mb: int = _setting(600, "Cache", "Megabytes of cached features, at most.", low=1, high=1_000_000)
-    validation_slice: str = _setting(
+    validation_slice: int | Auto | None = _setting(
         "auto",
         "Validation slice",
         "Slice that is not trained on and chooses the best step: its number, none, or auto (of 8 and more the one "
         "nearest the middle that is not the only one of a class).",
+        parse=_slice_number,
     )
     seed: int = _setting(0, "Seed", "Same seed, same result on one machine's CPU.", low=0, high=2**31 - 1)
     device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
@@ -147,24 +240,30 @@ class DistillSettings:
             raise SettingsError(f"preset is {name!r}; choose {', '.join(FORMS)}")
         return cls(**dict.fromkeys(("student", "decoder", "teacher", "loss"), name) | changes)
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> DistillSettings:
+        """Settings from the values that `settings_to_json` or a form gives.
+
+        Raises
+        ------
+        SettingsError
+            If a value lies outside its limits.
+        """
+        parsers = {setting.name: setting.metadata["parse"] for setting in fields(cls) if "parse" in setting.metadata}
+        return cls(**{name: parsers[name](value) if name in parsers else value for name, value in values.items()})
+
     def __post_init__(self) -> None:
         for setting in fields(self):
-            _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
-        if self.validation_slice not in ("auto", "none") and not self.validation_slice.isdigit():
-            raise SettingsError(
-                f"validation_slice is {self.validation_slice!r}; give auto, none or the number of a slice"
-            )
-        if self.invert_prob != "auto":
-            try:
-                good = 0.0 <= float(self.invert_prob) <= 1.0
-            except ValueError:
-                good = False
-            if not good:
-                raise SettingsError(f"invert_prob is {self.invert_prob!r}; give auto or a probability from 0 to 1")
+            value = getattr(self, setting.name)
+            if "parse" in setting.metadata:
+                object.__setattr__(self, setting.name, setting.metadata["parse"](value))
+            else:
+                _check(setting.name, value, setting.type, setting.metadata)
         if self.crop_size % 32:
             raise SettingsError(f"crop_size is {self.crop_size}; give a multiple of 32")
 
 
+@_documented
 @dataclass(frozen=True)
 class PretrainSettings:
     """How a few-shot head, and its backbone if wanted, is meta-trained over episodes of many tasks.

@@ -18,6 +18,9 @@ IGNORE = 255
 
 MAX_CLASSES = 254
 
+PREPARATION = ("load", "zoom", "encode")
+"""Stages of a run before its first training step."""
+
 Array = npt.NDArray[Any]
 
 P = ParamSpec("P")
@@ -145,7 +148,7 @@ class TrainStep:
     losses, metrics : mapping of str to float
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
-        What is being done: "refine", "joint", "distill" or "direct".
+        Preparation: "load", "zoom" or "encode". Training: "refine", "joint", "distill" or "direct".
     """
 
     index: int
@@ -153,6 +156,11 @@ class TrainStep:
     losses: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     metrics: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     stage: str = "distill"
+
+    @property
+    def is_preparation(self) -> bool:
+        """Whether the step precedes the training, so that no weights have changed yet."""
+        return self.stage in PREPARATION
 
 
 def evenly(length: int, limit: int) -> list[int]:

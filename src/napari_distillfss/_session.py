@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
+from distillfss_core.settings import settings_to_json
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
 
@@ -181,7 +182,7 @@ class Session:
     ) -> None:
         """A student that was distilled here, from slices of a volume that may no longer be the one chosen."""
         defaults = {f.name: f.default for f in fields(settings)}
-        changed = {name: value for name, value in asdict(settings).items() if value != defaults[name]}
+        changed = {name: value for name, value in settings_to_json(settings).items() if value != defaults[name]}
         training = Training(changed, start, tuple(model.class_names), model.pixel_size, support)
         self.set_model(model, path=path, training=training)
 

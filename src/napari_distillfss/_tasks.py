@@ -26,9 +26,17 @@ Work = Callable[[Event], Generator[Any, None, Any]]
 """Given the event that asks it to stop, yields its progress and returns what came of it."""
 
 
+_AFTER = {
+    "load": "choosing the zoom on your slices",
+    "zoom": "choosing the zoom on your slices",
+    "encode": "encoding crops of your slices",
+}
+"""Text for the work that follows a step of the preparation."""
+
+
 @dataclass(frozen=True)
 class Doing:
-    """What a job is doing now, where it has no steps to count."""
+    """Text for work that has no steps to count."""
 
     text: str
 
@@ -108,16 +116,15 @@ def iter_training(
     load_torch()
     yield Doing("reading the annotated slices")
     planes, support = make_support()
-    yield Doing("starting; the zoom is chosen on your slices")
+    yield Doing("loading the backbone")
     run = core.iter_distill(support, settings, init_from=start)
-    yield Doing("looking at your slices from many sides")
     begun = False
     for step in run:
         if stop.is_set() and not begun:  # one step makes no student
             run.close()
             return None
-        begun = True
-        yield step
+        begun = not step.is_preparation
+        yield Doing(_AFTER[step.stage]) if step.is_preparation else step
         if stop.is_set():
             run.close()
             break

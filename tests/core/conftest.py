@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 
@@ -11,7 +12,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from pictures import blobs
 
-TINY = DistillSettings(steps=4, zoom="1", crop_size=64, queries=2, shots=2, crops=8, device="cpu")
+TINY = DistillSettings(steps=4, zoom=Fraction(1), crop_size=64, queries=2, shots=2, crops=8, device="cpu")
 
 
 @pytest.fixture(scope="session")

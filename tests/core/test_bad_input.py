@@ -5,6 +5,7 @@ import errno
 import os
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from distillfss_core.training.crops import FeatureCache
 from pictures import blobs
 
 FEW = ["--steps=2", "--crops=2", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
-TINY = DistillSettings(steps=2, crops=2, queries=1, shots=1, crop_size=64, zoom="1", device="cpu")
+TINY = DistillSettings(steps=2, crops=2, queries=1, shots=1, crop_size=64, zoom=Fraction(1), device="cpu")
 IMAGE = np.random.default_rng(0).integers(0, 200, (96, 96)).astype(np.uint8)
 LABELS = np.zeros((96, 96), np.uint8)
 LABELS[20:50, 30:70] = 1
@@ -191,7 +192,7 @@ def test_a_one_pixel_slice_may_be_learned_from():
     assert np.isfinite(model.predict(IMAGE).probabilities).all()
 
 
-@pytest.mark.parametrize("zoom", ["auto", "1/4"])
+@pytest.mark.parametrize("zoom", ["auto", Fraction(1, 4)])
 def test_two_scribbled_pixels_are_little_but_no_crash(zoom):
     labels = np.full((200, 200), IGNORE, np.uint8)
     labels[50, 50], labels[100, 100] = 0, 1

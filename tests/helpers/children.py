@@ -28,6 +28,6 @@ def imported_while_learning(record):
     for name in record["peers"]:
         PEERS[name].load()
         before = {module.partition(".")[0] for module in sys.modules}
-        PEERS[name].learn(support, DistillSettings(**record["settings"]))
+        PEERS[name].learn(support, DistillSettings.from_json(record["settings"]))
         found[name] = sorted({module.partition(".")[0] for module in sys.modules} - before)
     return found

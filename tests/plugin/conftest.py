@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -122,4 +123,4 @@ def few():
     """Settings of a training that takes a second."""
     from distillfss_core import DistillSettings
 
-    return DistillSettings(steps=3, crops=4, queries=1, shots=1, crop_size=64, zoom="1")
+    return DistillSettings(steps=3, crops=4, queries=1, shots=1, crop_size=64, zoom=Fraction(1))

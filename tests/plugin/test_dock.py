@@ -149,7 +149,7 @@ def test_no_part_of_the_dock_hides_a_function_of_qt(dock):
 
 def test_impossible_settings_are_said(dock, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.distill.settings.form.boxes["crop_size"].setValue(100)
+    dock.distill.settings.form.boxes["crop_size"].value = 100
     dock.distill.start()
     assert "multiple of 32" in dock.distill.message.text()
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import shlex
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
     truth = made.labels > 0
     viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     dock = open_dock(viewer)
-    dock.distill.settings.setValue(DistillSettings(steps=150, crops=64, crop_size=128, queries=2, shots=2, zoom="2"))
+    dock.distill.settings.setValue(
+        DistillSettings(steps=150, crops=64, crop_size=128, queries=2, shots=2, zoom=Fraction(2))
+    )
 
     dock.support.count.setValue(5)
     dock.support.suggest_slices()

@@ -1,5 +1,7 @@
 """Every editor keeps its contract: value, setValue, valueChanged."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ def region_edit(viewer, tmp_path):
 
 
 def settings_form(viewer, tmp_path):
-    return SettingsForm(), [DistillSettings(steps=7, student="published", learning_rate=0.01, zoom="1/2")]
+    return SettingsForm(), [DistillSettings(steps=7, student="published", learning_rate=0.01, zoom=Fraction(1, 2))]
 
 
 def preset_picker(viewer, tmp_path):
@@ -54,25 +56,25 @@ def test_an_edited_box_changes_the_value(qtbot):
     form = SettingsForm()
     qtbot.addWidget(form)
     with qtbot.waitSignal(form.valueChanged):
-        form.boxes["steps"].setValue(11)
+        form.boxes["steps"].value = 11
     assert form.value().steps == 11
 
 
 def test_impossible_settings_are_said_and_not_taken(qtbot):
     form = SettingsForm()
     qtbot.addWidget(form)
-    form.boxes["crop_size"].setValue(100)
+    form.boxes["crop_size"].value = 100
     assert "multiple of 32" in form.error
     assert form.value().crop_size == 256
-    form.boxes["crop_size"].setValue(128)
+    form.boxes["crop_size"].value = 128
     assert not form.error
 
 
 def test_every_setting_has_a_box_with_its_help(qtbot):
     form = SettingsForm()
     qtbot.addWidget(form)
-    assert list(form.boxes) == list(DistillSettings.__dataclass_fields__)
-    assert all(box.toolTip() for box in form.boxes.values())
+    assert [box.name for box in form.boxes] == list(DistillSettings.__dataclass_fields__)
+    assert all(box.native.toolTip() and box.label for box in form.boxes)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -81,7 +83,7 @@ def test_a_preset_is_recognized(name, qtbot):
     qtbot.addWidget(picker)
     picker.setPreset(name)
     assert picker.preset.currentText() == name
-    picker.form.boxes["seed"].setValue(5)
+    picker.form.boxes["seed"].value = 5
     assert picker.preset.currentText() == "own settings"
 
 

@@ -28,7 +28,8 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, refine, unrefined_teacher
 from distillfss_core.training.crops import CropSampler
-from distillfss_core.training.distillation import augmentation, auto_steps
+from distillfss_core.training.distillation import auto_steps
+from distillfss_core.training.preparation import augmentation
 from distillfss_core.training.zoom import point_features
 from distillfss_core.types import IGNORE, Array
 

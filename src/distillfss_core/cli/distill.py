@@ -103,7 +103,7 @@ def _distill(args: argparse.Namespace) -> int:
                 show_step(bar, step)
     except KeyboardInterrupt:
         interrupted = True
-        if step is None:
+        if step is None or step.is_preparation:
             say("interrupted before the first step; nothing was saved")
             return INTERRUPTED
     model = run.result()

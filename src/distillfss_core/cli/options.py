@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import DistillSettings, format_setting
 
 if TYPE_CHECKING:
     from distillfss_core.labelstore.layout import Part
@@ -64,12 +65,24 @@ def add_settings(parser: argparse.ArgumentParser, kind_of: type = DistillSetting
         kind = {"int": int, "float": float}.get(str(setting.type), str)
         group.add_argument(
             option_flag(setting.name),
-            type=kind,
+            type=_argument_type(details["parse"]) if "parse" in details else kind,
             default=argparse.SUPPRESS,
             choices=details.get("choices"),
             metavar=None if "choices" in details else {int: "N", float: "X"}.get(kind, "TEXT"),
-            help=f"{details['help']} Default: {setting.default}.".replace("%", "%%"),
+            help=f"{details['help']} Default: {format_setting(setting.default)}.".replace("%", "%%"),
         )
+
+
+def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The parser of a setting, with the error that argparse expects."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except SettingsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
 
 
 def given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -> dict[str, Any]:
@@ -133,7 +146,7 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
     group.add_argument(
         "--mode",
-        choices=("planes", "smooth", "consensus"),
+        choices=("planewise", "smoothed", "consensus"),
         help="planes on their own (default), with their neighbors, or three directions together (slow)",
     )
     group.add_argument(
@@ -178,7 +191,7 @@ def opening_options(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any
         from distillfss_core.segmentation.cluster import connect
 
         cluster = stack.enter_context(connect(args.cluster, device=args.device, precision=args.precision))
-    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planes", "cluster": cluster}
+    return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planewise", "cluster": cluster}
 
 
 def _region(text: str) -> Part:

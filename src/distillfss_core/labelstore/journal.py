@@ -31,14 +31,14 @@ class Journal:
     path : path
         The folder is there.
     header : mapping, optional
-        JSON-able; for a new record. Of an old one, the header it has is read.
+        JSON-able; for a new journal. Of an old one, the header it has is read.
 
     Raises
     ------
     OutputError
         If it cannot be written, or another run has it open.
     InputFileError
-        If there is an old one that is no record, or of a newer program.
+        If there is an old one that is no journal, or of a newer program.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any] | None = None) -> None:
@@ -93,9 +93,9 @@ class Journal:
             lines.append(entry)
             good += len(raw)
         if not lines or lines[0].get("format") != FORMAT:
-            raise InputFileError(f"{self.path}: is no record of a run, or damaged; delete the output and begin anew")
+            raise InputFileError(f"{self.path}: is no journal of a run, or damaged; delete the output and begin anew")
         if lines[0].get("version") != VERSION:
-            raise InputFileError(f"{self.path}: is a record of another program version; go on with that version")
+            raise InputFileError(f"{self.path}: is a journal of another program version; go on with that version")
         self._file.seek(good)
         self._file.truncate()
         self.entries = lines[1:]

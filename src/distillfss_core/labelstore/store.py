@@ -1,4 +1,4 @@
-"""Labels of a volume on disk: an OME-Zarr 0.5 pyramid, written shard by shard beside a record of what is finished.
+"""Labels of a volume on disk: an OME-Zarr 0.5 pyramid, written shard by shard beside a journal of what is finished.
 
 A shard is one file of many chunks. A task writes one whole shard, and no other task writes there::
 
@@ -36,7 +36,9 @@ from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
 
 log = logging.getLogger(__name__)
-RECORD = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
+JOURNAL = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
+_OLDER_MODES = {"planes": "planewise", "smooth": "smoothed"}
+"""Names of modes in journals that were begun before the modes had their names of now."""
 _TELLING = ("device", "mode", "tile")  # settings that are short enough to be told
 
 
@@ -81,27 +83,27 @@ class LabelStore:
         self.path, self.layout, self._majority = path, layout, bool(description.classes)
         settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
         check_place(path)
-        mine = (path / RECORD).is_file()
+        mine = (path / JOURNAL).is_file()
         if mine and not resume:
             raise OutputError(f"{path}: is there already; resume it, overwrite it, or give another name")
-        if not mine and any(f.is_file() and f.parent != (path / RECORD).parent for f in path.rglob("*")):
+        if not mine and any(f.is_file() and f.parent != (path / JOURNAL).parent for f in path.rglob("*")):
             raise OutputError(f"{path}: is there already and not from here; give another name")
         with _named_errors(path):
-            (path / RECORD).parent.mkdir(parents=True, exist_ok=True)
-        self.record = Journal(path / RECORD, {"settings": settings, "notes": dict(notes or {})})
+            (path / JOURNAL).parent.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(path / JOURNAL, {"settings": settings, "notes": dict(notes or {})})
         try:
             self._check_settings(settings)
-            self.notes: dict[str, Any] = self.record.header["notes"]
+            self.notes: dict[str, Any] = self.journal.header["notes"]
             with _named_errors(path):
                 for left in path.rglob("*.partial"):
                     left.unlink(missing_ok=True)  # of writes that were killed
                 _remove_rest(path)
                 self._arrays = write_metadata(path, layout, description, self.notes)
         except BaseException:
-            self.record.close()
+            self.journal.close()
             raise
         self._done: dict[tuple[int, Index], dict[str, Any]] = {}
-        for entry in self.record.entries:
+        for entry in self.journal.entries:
             self._remember(entry)
         self._trusted: set[tuple[int, Index]] = set()
 
@@ -113,7 +115,7 @@ class LabelStore:
     def missing(self, level: int, index: Index, box: Box) -> list[Box]:
         """What has to be computed before this part of a shard is finished: nothing if it is on disk as it was written.
 
-        A file that the record does not know, or knows otherwise, may be half-written: it is removed, and whatever
+        A file that the journal does not know, or knows otherwise, may be half-written: it is removed, and whatever
         else was finished in it has to be computed again as well.
         """
         entry = self._done.get((level, index))
@@ -145,13 +147,13 @@ class LabelStore:
         return write_shard(self.path, self._arrays[level], self.layout, level, box, labels)
 
     def note(self, level: int, index: Index, boxes: Sequence[Box], digest: str, made_from: str = "") -> None:
-        """Put into the record that these parts of a shard are finished."""
+        """Put into the journal that these parts of a shard are finished."""
         previous = self._done.get((level, index))
         before = [as_box(map(tuple, b)) for b in (previous["boxes"] if previous else [])]
         kept = [b for b in before if not any(_within(b, new) for new in boxes)]
         entry = {"level": level, "at": index, "boxes": [*kept, *boxes], "file": digest, "from": made_from}
-        self.record.add(json.loads(json.dumps(entry)))
-        self._remember(self.record.entries[-1])
+        self.journal.add(json.loads(json.dumps(entry)))
+        self._remember(self.journal.entries[-1])
         self._trusted.add((level, index))
 
     def file(self, level: int, index: Index) -> Path:
@@ -198,7 +200,7 @@ class LabelStore:
                 group.attrs["distillfss"] = attributes
 
     def close(self) -> None:
-        self.record.close()
+        self.journal.close()
 
     def _remember(self, entry: dict[str, Any]) -> None:
         z, y, x = entry["at"]
@@ -211,7 +213,9 @@ class LabelStore:
             self.file(level, index).unlink(missing_ok=True)
 
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
-        before = self.record.header.get("settings", {})
+        before = dict(self.journal.header.get("settings", {}))
+        if "mode" in before:
+            before["mode"] = _OLDER_MODES.get(before["mode"], before["mode"])
         differing = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
         if differing:
             changes = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
@@ -224,7 +228,7 @@ class LabelStore:
 def write_shard(path: Path, array: Any, layout: Layout, level: int, box: Box, labels: Array) -> str:
     """Put labels into one shard, force it to disk, and give the digest of its file ("" where nothing is in it).
 
-    It needs no record, so that workers elsewhere can do it; nobody else may write into this shard meanwhile.
+    It needs no journal, so that workers elsewhere can do it; nobody else may write into this shard meanwhile.
     """
     z, y, x = (a // n for (a, _), n in zip(box, layout.shard, strict=True))
     corner = (z, y, x)
@@ -270,9 +274,9 @@ def remove_labels(path: Path) -> None:
     """
     if not path.exists():
         return
-    if not (path / RECORD).is_file():
+    if not (path / JOURNAL).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
-    Journal(path / RECORD, {}).close()  # nobody else has it open
+    Journal(path / JOURNAL, {}).close()  # nobody else has it open
     with _named_errors(path):
         _remove_rest(path)
         path.rename(_renamed(path))

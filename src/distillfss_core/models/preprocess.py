@@ -14,10 +14,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.settings import parse_zoom
 from distillfss_core.types import Array
-
-ZOOMS = tuple(Fraction(z) for z in ("1/4", "1/3", "1/2", "2/3", "1", "3/2", "2", "3", "4"))
-"""Zoom factors on offer: small fractions, so that tiles start on whole pixels before and after zooming."""
 
 PERCENTILES = (0.5, 99.5)
 _SAMPLE = 1 << 20  # pixels that percentiles are taken from at most
@@ -164,28 +162,6 @@ def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fract
     samples = np.concatenate([_sample(image, _SAMPLE // len(images)) for image in prepared])
     fitted = percentile_limits(samples, together=together)
     return Preprocess(channels, _mix(channels, (samples, fitted)), scope, fitted, together, probe.zoom)
-
-
-def parse_zoom(zoom: Fraction | str | float) -> Fraction:
-    """The zoom on offer that equals ``zoom``.
-
-    Raises
-    ------
-    SettingsError
-        If it is none of `ZOOMS`.
-
-    Examples
-    --------
-    >>> parse_zoom("1/2")
-    Fraction(1, 2)
-    """
-    try:
-        wanted = Fraction(zoom).limit_denominator(16)
-    except (ValueError, ZeroDivisionError) as error:
-        raise SettingsError(f"zoom {zoom!r} is no number; choose one of {', '.join(map(str, ZOOMS))}") from error
-    if wanted not in ZOOMS:
-        raise SettingsError(f"zoom {zoom} is not on offer; choose one of {', '.join(map(str, ZOOMS))}")
-    return wanted
 
 
 def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:

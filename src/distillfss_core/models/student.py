@@ -18,13 +18,14 @@ from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.models.batches import PIXELS
 from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
 from distillfss_core.models.engines import Runner, StudentNetwork, choose_engine, choose_precision
-from distillfss_core.models.preprocess import ZOOMS, Preprocess
+from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.models.segmenter import HALO, Segmenter
 from distillfss_core.nn.backbones import Backbone, backbone_from_state
 from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import can_be_found_again, find_backbone
+from distillfss_core.settings import ZOOMS
 from distillfss_core.types import Array
 
 KEEP_BACKBONE = (

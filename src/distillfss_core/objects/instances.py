@@ -31,7 +31,7 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
-from distillfss_core.labelstore.store import RECORD, LabelStore, check_apart, finished_regions, remove_labels
+from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, finished_regions, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
@@ -182,8 +182,8 @@ def iter_instances(
     if overwrite:
         remove_labels(out)
     store = LabelStore(out, layout, description, settings, resume=resume)
-    measures = (out / RECORD).with_name("objects.npy")
-    pieces = (out / RECORD).with_name("pieces")
+    measures = (out / JOURNAL).with_name("objects.npy")
+    pieces = (out / JOURNAL).with_name("pieces")
     try:
         blocks = list(layout.shards(0, layout.whole(0)))
         todo = [index for index in blocks if store.missing(0, index, layout.box(0, index))]
@@ -390,7 +390,7 @@ def _ids(seeds: Array, origin: Sequence[int], shape: Sequence[int]) -> npt.NDArr
 
 
 def _piece_file(work: LabelStore, index: Index) -> Path:
-    return (work.path / RECORD).with_name(f"{'.'.join(map(str, index))}.npy")
+    return (work.path / JOURNAL).with_name(f"{'.'.join(map(str, index))}.npy")
 
 
 def _save(path: Path, array: Array) -> None:

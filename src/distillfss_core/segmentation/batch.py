@@ -106,7 +106,7 @@ def iter_batch(
     *,
     resume: bool = True,
     overwrite: bool = False,
-    mode: str = "planes",
+    mode: str = "planewise",
     tile: int | None = None,
     cluster: str | Connection | None = None,
 ) -> Generator[BatchStep, None, list[dict[str, Any]]]:

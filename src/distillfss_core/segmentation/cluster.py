@@ -28,7 +28,7 @@ from distillfss_core.errors import OutOfMemoryError, SettingsError
 from distillfss_core.labelstore.layout import Box, Index, Layout
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
-from distillfss_core.segmentation.modes import PlaneLabels
+from distillfss_core.segmentation.modes import PlanewiseLabels
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def iter_shards(
     connection: Connection,
     model: StudentModel,
     engine: str,
-    mode_labels: PlaneLabels,
+    mode_labels: PlanewiseLabels,
     path: Path,
     layout: Layout,
     todo: Mapping[Index, Sequence[Box]],

@@ -24,7 +24,7 @@ _CHUNK = 128
 _SAMPLED = 16  # planes that say what is dark and bright in other directions
 
 
-class PlaneLabels:
+class PlanewiseLabels:
     """Each plane on its own: labels are those of `StudentModel.predict_labels`.
 
     Parameters
@@ -35,7 +35,7 @@ class PlaneLabels:
         Inner side of a tile in pixels after zooming.
     """
 
-    mode = "planes"
+    mode = "planewise"
 
     def __init__(self, volume: Volume, model: Segmenter, *, tile: int | None = None) -> None:
         self.volume, self.model, self.tile = volume, model, tile or TILE
@@ -55,13 +55,13 @@ class PlaneLabels:
         return self.segmenter.stack_labels(range(*box[0]), box[1:], pixels)
 
 
-class SmoothLabels(PlaneLabels):
+class SmoothedLabels(PlanewiseLabels):
     """Probabilities of a plane (two parts) and of its two neighbors (a part each, where there is one) together.
 
     What flickers from plane to plane goes, and so do objects of a single plane.
     """
 
-    mode = "smooth"
+    mode = "smoothed"
 
     def read(self, box: Box) -> Array:
         return super().read(self._with_neighbors(box))
@@ -88,7 +88,7 @@ class SmoothLabels(PlaneLabels):
         return (max(0, z0 - 1), min(self.volume.shape[0], z1 + 1)), y, x
 
 
-class ConsensusLabels(PlaneLabels):
+class ConsensusLabels(PlanewiseLabels):
     """The mean of the probabilities that planes along z, along y and along x give a voxel, for voxels about as long as
     wide.
 
@@ -140,10 +140,10 @@ class ConsensusLabels(PlaneLabels):
         return likeliest(total)
 
 
-MODES = {kind.mode: kind for kind in (PlaneLabels, SmoothLabels, ConsensusLabels)}
+MODES = {kind.mode: kind for kind in (PlanewiseLabels, SmoothedLabels, ConsensusLabels)}
 
 
-def make_mode(mode: str, volume: Volume, model: Segmenter, tile: int | None = None) -> PlaneLabels:
+def make_mode(mode: str, volume: Volume, model: Segmenter, tile: int | None = None) -> PlanewiseLabels:
     """The way of labeling that goes by this name.
 
     Raises
@@ -167,15 +167,15 @@ def _side(model: Segmenter, shape: tuple[int, int], tile: int) -> tuple[int, int
 
 def _check_cubic(volume: Volume) -> None:
     if volume.shape[0] == 1:
-        raise SettingsError(f"{volume.name}: has one plane, so there is no consensus of directions; use mode planes")
+        raise SettingsError(f"{volume.name}: has one plane, so there is no consensus of directions; use mode planewise")
     sides = [s for s in volume.scale if s is not None]
     if len(sides) < 3:
         log.warning("%s: its scale is not known; for the consensus voxels are taken to be cubes", volume.name)
     elif max(sides) > CUBIC * min(sides):
         size = " x ".join(f"{s:g}" for s in sides)
         raise SettingsError(
-            f"{volume.name}: a voxel is {size} (z y x), too far from a cube for a consensus of directions; use mode "
-            "smooth, or a level at which y and x are as coarse as z"
+            f"{volume.name}: a voxel is {size} (z y x), too far from a cube for a consensus of directions; "
+            "use mode smoothed, or a level at which y and x are as coarse as z"
         )
 
 

@@ -38,7 +38,7 @@ from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
-from distillfss_core.segmentation.modes import PlaneLabels, make_mode
+from distillfss_core.segmentation.modes import PlanewiseLabels, make_mode
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
@@ -94,7 +94,7 @@ def segment_to_zarr(
     region: Part | None = None,
     resume: bool = True,
     overwrite: bool = False,
-    mode: str = "planes",
+    mode: str = "planewise",
     tile: int | None = None,
     cluster: str | Connection | None = None,
 ) -> VolumeReport:
@@ -125,7 +125,7 @@ def iter_segment(
     region: Part | None = None,
     resume: bool = True,
     overwrite: bool = False,
-    mode: str = "planes",
+    mode: str = "planewise",
     tile: int | None = None,
     cluster: str | Connection | None = None,
 ) -> Generator[ShardDone, None, VolumeReport]:
@@ -148,7 +148,7 @@ def iter_segment(
         False refuses to go on with what another run began.
     overwrite : bool
         Begin anew in place of labels that were written from here.
-    mode : {"planes", "smooth", "consensus"}
+    mode : {"planewise", "smoothed", "consensus"}
         Each plane on its own; with its neighbors along z; or the mean of what planes in three directions say, where
         voxels are about as long as wide (some ten times slower). See `modes`.
     tile : int, optional
@@ -232,7 +232,7 @@ def check_region(volume: Volume, region: Part | None) -> Box:
 
 
 def open_store(
-    mode_labels: PlaneLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
+    mode_labels: PlanewiseLabels, model: StudentModel, out: Path, *, device: str, notes: Mapping[str, Any], resume: bool
 ) -> LabelStore:
     """The labels to be written, new or begun; errors are those of `LabelStore`."""
     volume = mode_labels.volume
@@ -299,7 +299,7 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
 
 
 def _segmented(
-    mode_labels: PlaneLabels, store: LabelStore, todo: dict[Index, list[Box]]
+    mode_labels: PlanewiseLabels, store: LabelStore, todo: dict[Index, list[Box]]
 ) -> Generator[Index, None, None]:
     """Read, infer and write at the same time; gives each shard when it is in the record.
 
@@ -360,7 +360,7 @@ def _segmented_by(
     workers: Connection,
     model: StudentModel,
     engine: str,
-    mode_labels: PlaneLabels,
+    mode_labels: PlanewiseLabels,
     store: LabelStore,
     todo: dict[Index, list[Box]],
     missing: set[str],

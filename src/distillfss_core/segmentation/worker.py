@@ -17,7 +17,7 @@ from distillfss_core.labelstore.layout import Box, Layout
 from distillfss_core.labelstore.store import write_shard
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
-from distillfss_core.segmentation.modes import PlaneLabels, make_mode
+from distillfss_core.segmentation.modes import PlanewiseLabels, make_mode
 from distillfss_core.volumes.volume import Volume
 
 
@@ -45,7 +45,7 @@ class Job(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         self._lock = threading.Lock()
-        self._mode: PlaneLabels | None = None
+        self._mode: PlanewiseLabels | None = None
 
     def teardown(self, worker: Any) -> None:
         if self._mode is not None:
@@ -62,7 +62,7 @@ class Job(WorkerPlugin):
             digest = write_shard(spec.path, array, spec.layout, 0, box, labels)
         return digest, mode_labels.volume.missing - before
 
-    def _ready(self) -> PlaneLabels:
+    def _ready(self) -> PlanewiseLabels:
         with self._lock:
             if self._mode is None:
                 spec = self.spec

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,7 @@ from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import IGNORE, Array
+from distillfss_core.types import IGNORE, Array, TrainStep
 
 STEP = 32  # pixels that sides of crops are multiples of
 
@@ -254,14 +254,17 @@ class FeatureCache:
         result: FeaturePyramid = features.map(Tensor.float)
         return result
 
-    def fill(self, sampler: CropSampler, slices: Sequence[int], rng: np.random.Generator) -> None:
-        """Cut and store crops of the slices in turn until the limits are reached."""
+    def iter_fill(
+        self, sampler: CropSampler, slices: Sequence[int], rng: np.random.Generator
+    ) -> Generator[TrainStep, None, None]:
+        """Cut and store crops of the slices in turn until the limits are reached; yields the steps of "encode"."""
         while True:
             for index in slices:
                 self.add(sampler.cut(index, rng))
-            each = self.features[0].nbytes
-            room = min(self.limit, self.memory // each)
-            if len(self) + len(slices) > max(room, 2 * len(slices)):
+            room = min(self.limit, self.memory // self.features[0].nbytes)
+            total = max(room, 2 * len(slices)) // len(slices) * len(slices)
+            yield TrainStep(len(self), total, stage="encode")
+            if len(self) >= total:
                 return
 
     def add(self, crop: Crop) -> None:

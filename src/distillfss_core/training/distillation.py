@@ -8,37 +8,34 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from distillfss_core.errors import NoStudentYetError, SettingsError, SupportSetError
+from distillfss_core.errors import NoStudentYetError, SettingsError
 from distillfss_core.models.card import thumbnails
 from distillfss_core.models.fewshot import FewShotModel
-from distillfss_core.models.preprocess import Preprocess, fit_preprocess, parse_zoom
+from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.models.student import StudentModel
-from distillfss_core.nn.backbones import Backbone, load_backbone
+from distillfss_core.nn.backbones import Backbone, backbone_spec
 from distillfss_core.nn.decoder import SlimDecoder
-from distillfss_core.nn.device import Device, choose_device, seeded
+from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import EncodedSupport, cat_pyramids
-from distillfss_core.nn.head import FewShotHead, HeadForm
-from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head
+from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
-from distillfss_core.settings import DistillSettings
+from distillfss_core.settings import DistillSettings, settings_to_json
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training.crops import PLAIN, Augmentation, Crop, CropSampler, FeatureCache
+from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
+from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
 from distillfss_core.training.student_init import start_from_attention
-from distillfss_core.training.zoom import choose_zoom
-from distillfss_core.types import IGNORE, Array, TrainStep, evenly
+from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
 AUTO_VALIDATION = 8  # slices from which on one is the validation slice by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
 FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
-AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 AGAIN = 5  # a warm start takes a fifth of the steps
 INIT_CROPS = 24  # stored crops that tell a student what its teacher attends to
 SAMPLES, SAMPLE_SIDE = 8, 96  # parts of the support that a student keeps, and their side in pixels after zooming
@@ -46,8 +43,9 @@ SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher a
 
 
 class DistillRun(Iterator[TrainStep]):
-    """A training under way: iterate it for progress, ask `result` for the best student so far.
+    """A training that runs step by step; `result` returns the best student so far.
 
+    The first steps prepare the training (stages "load", "zoom", "encode"). Nothing is loaded or computed before them.
     Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
 
     Parameters
@@ -70,88 +68,94 @@ class DistillRun(Iterator[TrainStep]):
         teacher_only: bool = False,
     ) -> None:
         if init_from is not None:
-            init_from, settings = _prepare_start(init_from, support, settings)
+            init_from, settings = match_start(init_from, support, settings)
+        backbone_spec(settings.backbone)
         self.support, self.settings = support, settings
         self.device = choose_device(settings.device, settings.precision)
+        self._init_from, self._teacher_only = init_from, teacher_only
         self._began = time.perf_counter()
         self._validation_index = None if teacher_only else _validation_index(settings, support)
-        self._weights: HeadWeights | None = None
-        if init_from:
-            self.backbone = copy.deepcopy(init_from.backbone)
-        else:
-            self.backbone, self._weights = _load_start(settings)
-        self.backbone.to(self.device.torch)
         self._slices = [i for i in range(len(support)) if i != self._validation_index]
-        is_trained = init_from is not None or (self._weights is not None and settings.method != "direct")
-        few = is_trained and not support.planes_of_one_volume
-        self._steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
-        crops = min(settings.crops, self._steps * settings.queries)
-        self._cache = FeatureCache(self.backbone, self.device, memory=settings.cache_mb << 20, limit=crops)
-        head = (
-            copy.deepcopy(init_from.head) if init_from else _new_head(settings, self.backbone, support, self._weights)
-        )
-        self.head = head.requires_grad_(True).eval()
-        self.head.to(self.device.torch)
-        judge = self.head.teacher if self._weights else None
-        self.preprocess, self.zoom_scores = (
-            (init_from.preprocess, {}) if init_from else _fit_preprocess(support, settings, self._cache, judge)
-        )
-        self._sampler = CropSampler(support, self.preprocess, settings.crop_size, augmentation(settings, support))
-        self._best = Best(self.head)
         self._pixel_size = support.pixel_size or (init_from.pixel_size if init_from else None)
+        self._ready: Prepared | None = None
+        self._best: Best | None = None
         self._refined: FewShotHead | None = None
         self._stage_began, self._steps_done, self._finished = 0, 0, False
         self._has_student = not teacher_only and settings.method != "two-stage"
-        self._generator = self._run(init_from, teacher_only)
+        self._generator = self._run()
 
     def __iter__(self) -> DistillRun:
         return self
 
     def __next__(self) -> TrainStep:
-        step = next(self._generator)
-        self._steps_done += 1
-        return step
+        return next(self._generator)
 
     def close(self) -> None:
-        """Stop training; `result` keeps its answer."""
+        """Stop training; `result` keeps the best student so far."""
         self._generator.close()
 
-    def _run(self, init_from: StudentModel | None, teacher_only: bool) -> Generator[TrainStep, None, None]:
-        validation = self._validation_crops()
-        self._cache.fill(self._sampler, self._slices, np.random.default_rng(self.settings.seed))
-        if isinstance(self.head.decoder, SlimDecoder) and init_from is None and self._weights is None:
-            self.head.decoder.fit_norms(self._cache.pyramid(range(min(len(self._cache), 32))))
-        stages = (
-            ["refine"]
-            if teacher_only
-            else {"two-stage": ["refine", "distill"]}.get(self.settings.method, [self.settings.method])
-        )
+    @property
+    def backbone(self) -> Backbone:
+        """The backbone of the run; it is loaded if it was not yet."""
+        return self._prepared().backbone
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """The zoom and intensity limits of the run; they are chosen if they were not yet."""
+        return self._prepared().preprocess
+
+    def _prepared(self) -> Prepared:
+        """Iterate to the end of the stages "load" and "zoom"."""
+        while self._ready is None:
+            if next(self._generator, None) is None and self._ready is None:
+                raise NoStudentYetError("the run was closed before its backbone was loaded; start another run")
+        return self._ready
+
+    def _run(self) -> Generator[TrainStep, None, None]:
+        settings, init_from = self.settings, self._init_from
+        ready = self._ready = yield from iter_prepare(self.support, settings, self.device, init_from)
+        self._best = Best(ready.head)
+        is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
+        few = is_trained and not self.support.planes_of_one_volume
+        steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
+        validation = self._validation_crops(ready)
+        cache = ready.cache
+        cache.limit = min(settings.crops, steps * settings.queries)
+        yield from cache.iter_fill(ready.sampler, self._slices, np.random.default_rng(settings.seed))
+        if isinstance(ready.head.decoder, SlimDecoder) and init_from is None and ready.weights is None:
+            ready.head.decoder.fit_norms(cache.pyramid(range(min(len(cache), 32))))
         fixed = None
-        for stage in stages:
+        for stage in self._stages():
             if stage == "distill":
                 self._refined, self._has_student = self._best_head(), True
                 self._stage_began = self._steps_done
                 fixed = self._refined.decoder
             if stage in ("joint", "distill") and init_from is None:
-                crops = evenly(len(self._cache), INIT_CROPS)
-                start_from_attention(self.head, self._cache.support(crops, self.support.classes))
-            self._best = Best(self.head)
+                chosen = evenly(len(cache), INIT_CROPS)
+                start_from_attention(ready.head, cache.support(chosen, self.support.classes))
+            best = self._best = Best(ready.head)
             judge = validation if stage != "refine" else None
-            yield from iter_fit(
-                self.head, stage, self._cache, self._sampler, self.settings, self._steps, judge, self._best, fixed
-            )
+            for step in iter_fit(ready.head, stage, cache, ready.sampler, settings, steps, judge, best, fixed):
+                self._steps_done += 1
+                yield step
         self._finished = True
 
-    def _validation_crops(self) -> ValidationCrops | None:
+    def _stages(self) -> list[str]:
+        if self._teacher_only:
+            return ["refine"]
+        return ["refine", "distill"] if self.settings.method == "two-stage" else [self.settings.method]
+
+    def _validation_crops(self, ready: Prepared) -> ValidationCrops | None:
         if self._validation_index is None:
             return None
-        crops = self._sampler.grid(self._validation_index, 8)
-        features = [self._cache.encode([v]) for v in crops]
-        return ValidationCrops(features, [v.labels[None].long().to(self.device.torch) for v in crops])
+        crops = ready.sampler.grid(self._validation_index, 8)
+        features = [ready.cache.encode([crop]) for crop in crops]
+        return ValidationCrops(features, [crop.labels[None].long().to(self.device.torch) for crop in crops])
 
     def _best_head(self) -> FewShotHead:
-        head = copy.deepcopy(self._best.average)
-        self._best.restore(head)
+        best = self._best or Best(self._prepared().head)
+        head = copy.deepcopy(best.average)
+        best.restore(head)
         return head.eval()
 
     def result(self) -> StudentModel:
@@ -167,29 +171,31 @@ class DistillRun(Iterator[TrainStep]):
                 f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
                 "let it go on, or use method joint, which has a student from the first step"
             )
+        ready = self._prepared()
+        best = self._best or Best(ready.head)
         card = {
             "method": self.settings.method,
-            "head": self._weights.name if self._weights else None,
+            "head": ready.weights.name if ready.weights else None,
             "steps": self._steps_done,
-            "best_step": self._stage_began + (self._best.best_step or self._best.steps),
+            "best_step": self._stage_began + (best.best_step or best.steps),
             "validation_slice": self._validation_index,
-            "validation_iou": self._best.score,
-            "zoom_scores": self.zoom_scores,
+            "validation_iou": best.score,
+            "zoom_scores": ready.zoom_scores,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
-            "settings": asdict(self.settings),
+            "settings": settings_to_json(self.settings),
             "support": [s.source for s in self.support.slices],
             "support_shares": [round(float(s), 6) for s in self.support.shares()],
         }
         model = StudentModel(
-            self.backbone,
+            ready.backbone,
             self._best_head(),
-            self.preprocess,
+            ready.preprocess,
             self.support.class_names,
             pixel_size=self._pixel_size,
             training=card,
             thumbnails=thumbnails(self.support),
-            samples=_samples(self._sampler, len(self.support)),
+            samples=_samples(ready.sampler, len(self.support)),
             device=self.device,
         )
         if self._finished:
@@ -199,7 +205,7 @@ class DistillRun(Iterator[TrainStep]):
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, told by the whole support set."""
         head = self._refined or self._best_head()
-        return _tell(head.teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
+        return _show_support(head.teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
 
 
 def iter_distill(
@@ -259,17 +265,14 @@ def unrefined_teacher(
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
-    backbone, weights = _load_start(settings)
-    cache = FeatureCache(backbone.to(device.torch), device, memory=1, limit=1)
-    own = _new_head(settings, backbone, support, weights).to(device.torch).eval().teacher
-    preprocess, _ = _fit_preprocess(support, settings, cache, own if weights else None)
-    teacher: Teacher = own if kind == "dcama" else PrototypeTeacher()
+    ready = finish(GeneratorRun(iter_prepare(support, settings, device)))
+    teacher: Teacher = ready.head.teacher.eval() if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)
-    return _tell(teacher, backbone, preprocess, support, settings, device)
+    return _show_support(teacher, ready.backbone, ready.preprocess, support, settings, device)
 
 
-def _tell(
+def _show_support(
     teacher: Teacher,
     backbone: Backbone,
     preprocess: Preprocess,
@@ -301,13 +304,13 @@ def _samples(sampler: CropSampler, slices: int) -> UInt8[Array, "n 3 s s"]:
 
 def _validation_index(settings: DistillSettings, support: SupportSet) -> int | None:
     """The validation slice; of its own accord none that alone shows a class, or the background."""
-    if settings.validation_slice == "none" or (settings.validation_slice == "auto" and len(support) < AUTO_VALIDATION):
+    if settings.validation_slice is None or (settings.validation_slice == "auto" and len(support) < AUTO_VALIDATION):
         return None
     alone = support.shown_once()
     if settings.validation_slice == "auto":
         from_the_middle = sorted(range(len(support)), key=lambda i: abs(i - len(support) // 2))
         return next((i for i in from_the_middle if not alone[i].any()), None)
-    index = int(settings.validation_slice)
+    index = settings.validation_slice
     if not index < len(support) or len(support) == 1:
         raise SettingsError(
             f"validation_slice is {index}, but there are {len(support)} slices; at least one must remain"
@@ -321,28 +324,6 @@ def _validation_index(settings: DistillSettings, support: SupportSet) -> int | N
     return index
 
 
-def _fit_preprocess(
-    support: SupportSet, settings: DistillSettings, cache: FeatureCache, judge: Teacher | None
-) -> tuple[Preprocess, dict[str, float]]:
-    scope = settings.normalization.removeprefix("per-")
-    if scope == "auto":
-        scope = "volume" if support.planes_of_one_volume else "image"
-    images = [s.image for s in support.slices]
-    if settings.zoom != "auto":
-        return fit_preprocess(images, scope=scope, zoom=parse_zoom(settings.zoom)), {}
-    preprocess = fit_preprocess(images, scope=scope)
-    zoom, scores = choose_zoom(support, preprocess, cache, settings.seed, judge)
-    return replace(preprocess, zoom=str(zoom)), scores
-
-
-def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
-    """How crops of a support set are varied where the settings leave it open."""
-    if settings.invert_prob != "auto":
-        return Augmentation(polarity=float(settings.invert_prob))
-    one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
-    return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
-
-
 def auto_steps(slices: int, *, few: bool = False, again: bool = False) -> int:
     """Steps of a stage for so many slices, fewer for a warm start.
 
@@ -352,66 +333,6 @@ def auto_steps(slices: int, *, few: bool = False, again: bool = False) -> int:
     first, each = FEWER_STEPS if few else AUTO_STEPS
     steps = first + each * max(0, slices - 5)
     return steps // AGAIN if again else steps
-
-
-def _new_head(
-    settings: DistillSettings, backbone: Backbone, support: SupportSet, weights: HeadWeights | None
-) -> FewShotHead:
-    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
-    with seeded(settings.seed):
-        head = FewShotHead(backbone.spec, support.classes, form)
-    if weights is not None:
-        weights.put_into(head)
-    return head
-
-
-def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
-    """The backbone and the meta-trained weights to start from.
-
-    Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained
-    with.
-    """
-    if settings.head not in ("auto", "none"):
-        weights = load_head(settings.head)
-        return _backbone_of(weights, settings) or load_backbone(settings.backbone, settings.weights), weights
-    is_default = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
-    head_weights = packaged_head(settings.backbone) if is_default else None
-    if head_weights is None or head_weights.width != settings.width:
-        return load_backbone(settings.backbone, settings.weights), None
-    own = head_weights.trained_backbone() if settings.weights == "auto" else None
-    backbone = own or load_backbone(settings.backbone, settings.weights)
-    return backbone, head_weights if head_weights.backbone_digest == backbone.digest() else None
-
-
-def _backbone_of(weights: HeadWeights, settings: DistillSettings) -> Backbone | None:
-    """The backbone that was trained with the head, if any; other settings must not ask for another one."""
-    backbone = weights.trained_backbone()
-    if backbone is not None:
-        for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
-            chosen = getattr(settings, name)
-            if chosen != own:
-                raise SettingsError(
-                    f"{name} is {chosen!r}, but head {weights.source} brings its own backbone; give {own!r}"
-                )
-    return backbone
-
-
-def _prepare_start(
-    init_from: StudentModel, support: SupportSet, settings: DistillSettings
-) -> tuple[StudentModel, DistillSettings]:
-    """The student to go on from at the support's pixel size, and the settings as the student decides them."""
-    if init_from.class_names != tuple(support.class_names):
-        raise SupportSetError(
-            f"the student to start from knows the classes {list(init_from.class_names)}, the support set has "
-            f"{list(support.class_names)}; give the same classes, or start afresh"
-        )
-    if init_from.pixel_size and support.pixel_size:
-        init_from = init_from.at_pixel_size(support.pixel_size)
-    preprocess, form = init_from.preprocess, init_from.head.form
-    settings = replace(
-        settings, backbone=init_from.backbone.spec.name, zoom=preprocess.zoom, normalization=f"per-{preprocess.scope}"
-    )
-    return init_from, replace(settings, **form.to_json())
 
 
 def _busiest_part(support: SupportSet, side: int) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyra
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
-from distillfss_core.types import IGNORE
+from distillfss_core.types import IGNORE, TrainStep
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
@@ -32,10 +32,10 @@ Predictor = Callable[[Tensor], Tensor]
 """From which crops are asked, a bool of each, to the shares of the classes at their points: "asked points k+1"."""
 
 
-def choose_zoom(
+def iter_zoom(
     support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
-) -> tuple[Fraction, dict[str, float]]:
-    """The zoom at which crops of held-out slices are segmented best by what the other slices show.
+) -> Generator[TrainStep, None, tuple[Fraction, dict[str, float]]]:
+    """Choose the zoom at which crops of held-out slices are segmented best; yields a step after each zoom.
 
     Every fifth of the slices (of a single slice: of its crops) is left out in turn. A meta-trained teacher is told by
     the rest and answers; without one, ridge regression from the features under a pixel to its class is fitted on it.
@@ -54,7 +54,7 @@ def choose_zoom(
         Mean IoU of each candidate.
     """
     scores = {}
-    for zoom in CANDIDATES:
+    for index, zoom in enumerate(CANDIDATES, 1):
         size = int(_SIDE * zoom)
         sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), size, PLAIN)
         rng = np.random.default_rng(seed)
@@ -62,6 +62,7 @@ def choose_zoom(
         crops = [sampler.cut(order[i % len(order)], rng) for i in range(max(_CROPS, min(len(order), 2 * _CROPS)))]
         crops = [crop for crop in crops if bool((crop.labels != IGNORE).any())]
         scores[str(zoom)] = _probe(crops, cache, support.classes, rng, teacher)
+        yield TrainStep(index, len(CANDIDATES), stage="zoom")
     best = max(scores.values())
     if best - min(scores.values()) < ALIKE:
         return Fraction(1), scores

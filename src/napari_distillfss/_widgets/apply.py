@@ -21,7 +21,7 @@ from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colors_of
 from napari_distillfss._widgets.table import ObjectTable
 
-MODES = {"planes": "planes", "smooth along z": "smooth", "consensus of 3 directions": "consensus"}
+MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
 
 

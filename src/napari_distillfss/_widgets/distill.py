@@ -78,7 +78,7 @@ class DistillWidget(QWidget):
         attempt(self.message, start)
 
     def _on_job_stepped(self, step: Any) -> None:
-        if isinstance(step, core.TrainStep):
+        if isinstance(step, core.TrainStep) and not step.is_preparation:
             loss = sum(step.losses.values()) if step.losses else None
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
 

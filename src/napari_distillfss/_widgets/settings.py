@@ -1,15 +1,18 @@
-"""A form for the settings of a training, drawn from what the core says of them."""
+"""A form for the settings of a training, drawn by magicgui from the declaration in the core."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
+from magicgui.widgets import ComboBox, Container, FloatSpinBox, LineEdit, SpinBox
+from magicgui.widgets.bases import ValueWidget
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QComboBox, QDoubleSpinBox, QFormLayout, QLineEdit, QSpinBox, QWidget
+from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
+from distillfss_core.settings import format_setting
 from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
 from napari_distillfss._widgets._common import column, combo, row
 
@@ -17,25 +20,18 @@ DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(core.DistillSet
 OWN = "own settings"
 
 
-_Box = QComboBox | QSpinBox | QDoubleSpinBox | QLineEdit
-
-
 class SettingsForm(QWidget):
-    """Edits DistillSettings, each by a box with its limits and its help; what is impossible is said by `error`."""
+    """A magicgui form for DistillSettings; `error` holds the reason why the boxes show no possible settings."""
 
     valueChanged = Signal(object)
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.boxes: dict[str, _Box] = {}
-        form = QFormLayout(self)
-        form.setContentsMargins(0, 0, 0, 0)
-        form.setFieldGrowthPolicy(QFormLayout.FieldGrowthPolicy.AllNonFixedFieldsGrow)
-        for setting in fields(core.DistillSettings):
-            box = self.boxes[setting.name] = _box(setting)
-            box.setToolTip(f"<p>{setting.metadata['help']}</p><p>Default: {setting.default}</p>")
-            form.addRow(setting.metadata["label"], box)
-            _edited(box).connect(self._on_box_edited)
+        declared = {setting.name: _box(setting) for setting in fields(core.DistillSettings)}
+        self.boxes: Container[ValueWidget[Any]] = Container(widgets=list(declared.values()))
+        self.boxes.margins = (0, 0, 0, 0)
+        column(self, self.boxes.native, margin=0)
+        self.boxes.changed.connect(self._on_boxes_changed)
         self._value = core.DistillSettings()
         self.error = ""
 
@@ -44,15 +40,18 @@ class SettingsForm(QWidget):
         return self._value
 
     def setValue(self, value: core.DistillSettings) -> None:
-        for name, number in asdict(value).items():
-            self.boxes[name].blockSignals(True)
-            _show(self.boxes[name], number)
-            self.boxes[name].blockSignals(False)
-        self._on_box_edited()
+        with self.boxes.changed.blocked():
+            for box in self.boxes:
+                chosen = getattr(value, box.name)
+                box.value = format_setting(chosen) if isinstance(box, LineEdit) else chosen
+        self._on_boxes_changed()
 
-    def _on_box_edited(self, *_: object) -> None:
+    def _on_boxes_changed(self) -> None:
+        values: dict[str, Any] = {
+            box.name: box.value.strip() if isinstance(box, LineEdit) else box.value for box in self.boxes
+        }
         try:
-            self._value = core.DistillSettings(**{name: _read(box) for name, box in self.boxes.items()})
+            self._value = core.DistillSettings.from_json(values)
         except core.SettingsError as error:
             self.error = str(error)
         else:
@@ -99,45 +98,20 @@ class PresetPicker(QWidget):
             self.more.setCurrentIndex(1)
 
     def _on_form_changed(self, value: core.DistillSettings) -> None:
-        self.preset.setCurrentText(preset_of(asdict(value), DEFAULTS) or OWN)
+        self.preset.setCurrentText(preset_of(vars(value), DEFAULTS) or OWN)
         self.valueChanged.emit(value)
 
 
-def _box(setting: Any) -> _Box:
+def _box(setting: Any) -> ValueWidget[Any]:
+    """A magicgui widget for one declared setting; values such as auto or 1/2 are edited as text."""
     details, kind = setting.metadata, str(setting.type)
+    help_and_default = f"<p>{details['help']}</p><p>Default: {format_setting(setting.default)}</p>"
+    common: dict[str, Any] = {"name": setting.name, "label": details["label"], "tooltip": help_and_default}
     if "choices" in details:
-        return combo("", details["choices"])
+        return ComboBox(choices=details["choices"], value=setting.default, **common)
     if kind == "int":
-        whole = QSpinBox()
-        whole.setRange(details["low"], details["high"])
-        whole.setValue(setting.default)
-        return whole
+        return SpinBox(min=details["low"], max=details["high"], value=setting.default, **common)
     if kind == "float":
-        number = QDoubleSpinBox()
-        number.setDecimals(6)
-        number.setRange(details["low"], details["high"])
-        number.setSingleStep(setting.default / 2)
-        number.setValue(setting.default)
-        return number
-    return QLineEdit(str(setting.default))
-
-
-def _edited(box: _Box) -> Any:
-    if isinstance(box, QComboBox):
-        return box.currentTextChanged
-    return box.editingFinished if isinstance(box, QLineEdit) else box.valueChanged
-
-
-def _read(box: _Box) -> Any:
-    if isinstance(box, QComboBox):
-        return box.currentText()
-    return box.text().strip() if isinstance(box, QLineEdit) else box.value()
-
-
-def _show(box: _Box, value: Any) -> None:
-    if isinstance(box, QComboBox):
-        box.setCurrentText(value)
-    elif isinstance(box, QLineEdit):
-        box.setText(value)
-    else:
-        box.setValue(value)
+        limits = {"min": details["low"], "max": details["high"], "step": setting.default / 2}
+        return FloatSpinBox(value=setting.default, **limits, **common)
+    return LineEdit(value=format_setting(setting.default), **common)

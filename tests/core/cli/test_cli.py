@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +142,46 @@ def test_every_setting_has_an_option_of_its_kind(command, setting):
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=-1", "--crop-size=33", "--learning-rate=nan", "--validation-slice=all", "--zoom=7"]
+    ("option", "value"),
+    [
+        ("--zoom=1/2", Fraction(1, 2)),
+        ("--zoom=2", Fraction(2)),
+        ("--invert-prob=0.25", 0.25),
+        ("--validation-slice=none", None),
+        ("--validation-slice=3", 3),
+    ],
 )
-def test_a_setting_outside_its_limits_is_an_error(here, capsys, option):
+def test_settings_are_values_and_not_text(option, value):
+    args = build_parser().parse_args(["distill", "a", "b", "-o", "m", option])
+    parsed = vars(args)[option[2:].partition("=")[0].replace("-", "_")]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_a_preset_sets_the_four_forms_and_is_refused_beside_a_start(here, capsys):
+    assert run("distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, "--preset=published") == FINE
+    settings = StudentModel.load("new.safetensors").training["settings"]
+    assert {settings[name] for name in ("student", "decoder", "teacher", "loss")} == {"published"}
+    again = ["distill", "stack.tif", "stack_labels.tif", "-o", "again.safetensors", *FEW]
+    assert "--init-from" in error_of(capsys, *again, "--preset=published", "--init-from=new.safetensors")
+    assert not (here / "again.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "code"),
+    [
+        ("--steps=-1", ERROR),
+        ("--crop-size=33", ERROR),
+        ("--learning-rate=nan", ERROR),
+        ("--validation-slice=all", USAGE),
+        ("--zoom=7", USAGE),
+        ("--invert-prob=2", USAGE),
+    ],
+)
+def test_a_setting_outside_its_limits_is_an_error(here, capsys, option, code):
     name = option[2:].partition("=")[0].replace("-", "_")
-    assert name in error_of(capsys, "distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option)
+    arguments = ["distill", "stack.tif", "stack_labels.tif", "-o", "new.safetensors", *FEW, option]
+    assert name in error_of(capsys, *arguments, code=code)
     assert not (here / "new.safetensors").exists()
 
 
@@ -245,14 +281,15 @@ def test_an_output_that_cannot_be_written_is_found_before_the_training(here, cap
 
 
 def interrupt_at(step: int, monkeypatch) -> None:
-    """Ctrl-C within the step after this one."""
+    """Ctrl-C within the training step after this one."""
     original = DistillRun.__next__
 
     def one_step(self):
         if self.taken == step:
             signal.raise_signal(signal.SIGINT)
-        self.taken += 1
-        return original(self)
+        current = original(self)
+        self.taken += not current.is_preparation
+        return current
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     monkeypatch.setattr(DistillRun, "taken", 0, raising=False)
@@ -570,7 +607,7 @@ def test_a_demo_that_cannot_be_is_an_error(here, capsys, arguments):
 def test_the_demo_may_be_called_from_python(here):
     from distillfss_core.demo import own_data, run_demo
 
-    few = DistillSettings(steps=2, crops=4, queries=1, shots=1, crop_size=64, zoom="1", device="cpu")
+    few = DistillSettings(steps=2, crops=4, queries=1, shots=1, crop_size=64, zoom=Fraction(1), device="cpu")
     report = run_demo(own_data("stack.tif", "stack_labels.tif", supports=2), "out", few)
     assert report.queries == ("stack.tif plane 3",)
     assert report.files[-1] == os.path.join("out", "segmented", "stack_plane_3.tif")

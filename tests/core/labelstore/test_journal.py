@@ -1,4 +1,4 @@
-"""A record of finished work survives whatever happens while a line is written."""
+"""A journal of finished work survives whatever happens while a line is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from threading import Barrier
 import pytest
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.labelstore import journal as record_module
+from distillfss_core.labelstore import journal as journal_module
 from distillfss_core.labelstore.journal import Journal
 
 
@@ -21,20 +21,20 @@ def path(tmp_path):
 
 
 def write(path, count: int) -> bytes:
-    record = Journal(path, {"run": "a"})
+    journal = Journal(path, {"run": "a"})
     for at in range(count):
-        record.add({"at": at})
-    record.close()
+        journal.add({"at": at})
+    journal.close()
     return path.read_bytes()
 
 
 def test_what_is_added_is_there_again(path):
     write(path, 3)
-    record = Journal(path, {"run": "another"})
-    assert record.header["run"] == "a"
-    assert record.entries == [{"at": 0}, {"at": 1}, {"at": 2}]
-    record.add({"at": 3})
-    record.close()
+    journal = Journal(path, {"run": "another"})
+    assert journal.header["run"] == "a"
+    assert journal.entries == [{"at": 0}, {"at": 1}, {"at": 2}]
+    journal.add({"at": 3})
+    journal.close()
     assert [e["at"] for e in Journal(path).entries] == [0, 1, 2, 3]
 
 
@@ -43,11 +43,11 @@ def test_a_record_cut_anywhere_keeps_its_whole_lines_and_goes_on(path):
     lines = whole.splitlines(keepends=True)
     for size in range(len(lines[0]), len(whole)):
         path.write_bytes(whole[:size])
-        record = Journal(path)
+        journal = Journal(path)
         kept = sum(size >= len(b"".join(lines[: n + 2])) for n in range(2))
-        assert len(record.entries) == kept
-        record.add({"at": "new"})
-        record.close()
+        assert len(journal.entries) == kept
+        journal.add({"at": "new"})
+        journal.close()
         again = Journal(path)
         assert again.entries[-1] == {"at": "new"}
         assert len(again.entries) == kept + 1
@@ -86,25 +86,25 @@ def test_of_runs_that_start_at_once_one_has_it(tmp_path):
 
         with ThreadPoolExecutor(4) as pool:
             opened = [future.result() for future in [pool.submit(start) for _ in range(4)]]
-        (record,) = [r for r in opened if r]
-        record.add({"at": 0})
-        record.close()
+        (journal,) = [r for r in opened if r]
+        journal.add({"at": 0})
+        journal.close()
         assert Journal(path).entries == [{"at": 0}]
 
 
 def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
     write(path, 2)
-    original, removed = record_module._lock, []
+    original, removed = journal_module._lock, []
 
     def late(file, name):
         if not removed:
             removed.append(path.rename(path.with_name("removed")))
         original(file, name)
 
-    monkeypatch.setattr(record_module, "_lock", late)
-    record = Journal(path, {"run": "b"})
-    record.add({"at": 7})
-    record.close()
+    monkeypatch.setattr(journal_module, "_lock", late)
+    journal = Journal(path, {"run": "b"})
+    journal.add({"at": 7})
+    journal.close()
     assert Journal(path).header["run"] == "b"
     assert Journal(path).entries == [{"at": 7}]
     assert len(Journal(removed[0]).entries) == 2
@@ -118,8 +118,8 @@ def test_a_header_that_was_cut_is_written_again(path):
 
 
 def test_a_full_disk_leaves_it_good(path, monkeypatch):
-    record = Journal(path, {})
-    record.add({"at": 0})
+    journal = Journal(path, {})
+    journal.add({"at": 0})
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_it_good(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OutputError, match="No space left"):
-            record.add({"at": 1})
-    record.add({"at": 2})
-    record.close()
+            journal.add({"at": 1})
+    journal.add({"at": 2})
+    journal.close()
     assert [e["at"] for e in Journal(path).entries] == [0, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from importlib.resources import as_file, files
 
 import numpy as np
@@ -479,7 +480,7 @@ def test_it_reads_the_support(nuclei):
     foreign = [AnnotatedSlice(s.image, np.ascontiguousarray(s.labels[::-1, ::-1].T)) for s in slices]
     ious = []
     for shown in (slices, foreign):
-        model = unrefined_teacher(SupportSet(tuple(shown[:3])), DistillSettings(zoom="1", device="cpu"))
+        model = unrefined_teacher(SupportSet(tuple(shown[:3])), DistillSettings(zoom=Fraction(1), device="cpu"))
         ious.append(evaluate([(model.predict_labels(slices[4].image), slices[4].labels)], 1).iou)
     right, wrong = ious
     assert right > 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def case(request, tiny) -> tuple[StudentModel, np.ndarray]:
     if request.param == "color":
         slices = [replace(s, image=np.stack([s.image, s.image // 2, 255 - s.image], -1)) for s in slices]
     names = ("bright", "dark")[:classes]
-    settings = replace(tiny, steps=30, crops=12, zoom="2" if request.param == "zoomed" else "1")
+    settings = replace(tiny, steps=30, crops=12, zoom=Fraction(2 if request.param == "zoomed" else 1))
     model = distill(SupportSet(tuple(slices[:2]), names), settings)
     model.halo = 32
     return model.to("cpu", "float32", "torch"), np.stack([s.image for s in slices[1:]])

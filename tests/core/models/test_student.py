@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_an_image_with_other_channels_is_refused(student) -> None:
         student.predict(np.zeros((8, 8, 5), np.uint8))
 
 
-@pytest.fixture(scope="module", params=["1", "2", "1/2"])
+@pytest.fixture(scope="module", params=[Fraction(1), Fraction(2), Fraction(1, 2)], ids=str)
 def practiced(request, nuclei, tiny) -> StudentModel:
     """A student with sharp answers, at several zooms."""
     support = SupportSet(
@@ -225,7 +226,7 @@ def test_the_published_form_is_blended_across_tiles(support, tiny) -> None:
 
 def test_a_class_without_example_stays_finite_when_the_plane_is_enlarged_again(tiny, monkeypatch) -> None:
     support = SupportSet((blobs(0, classes=2), blobs(1, classes=2)), ("bright", "dark"))
-    teacher = unrefined_teacher(support, replace(tiny, zoom="1/2"))
+    teacher = unrefined_teacher(support, replace(tiny, zoom=Fraction(1, 2)))
     teacher.keys.present[1] = False
     found = teacher.predict(blobs(10).image)
     assert np.isfinite(found.probabilities).all()

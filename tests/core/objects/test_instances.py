@@ -15,7 +15,7 @@ from skimage.segmentation import relabel_sequential
 from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
-from distillfss_core.labelstore.store import RECORD
+from distillfss_core.labelstore.store import JOURNAL
 from distillfss_core.objects.instances import iter_instances, label_instances
 from distillfss_core.volumes.volume import open_volume
 from volumes import noise, write_ome_zarr
@@ -161,11 +161,11 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bytes(worms, tmp_path, stop)
 
     def files(path: Path) -> dict[str, bytes]:
         return {
-            str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != RECORD.name
+            str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != JOURNAL.name
         }
 
     assert files(out) == files(once)
-    assert not (out / RECORD).with_name("pieces").exists()
+    assert not (out / JOURNAL).with_name("pieces").exists()
 
 
 def test_labels_made_anew_are_not_taken_for_the_old_ones(worms, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from distillfss_core.cli.console import FINE
 from distillfss_core.cli.main import main
 from distillfss_core.errors import InputFileError, SettingsError
-from distillfss_core.labelstore.store import RECORD
+from distillfss_core.labelstore.store import JOURNAL
 from distillfss_core.segmentation.cluster import connect
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
@@ -48,7 +48,7 @@ def volume(tmp_path, monkeypatch):
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != RECORD.name}
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != JOURNAL.name}
 
 
 def test_a_cluster_that_loses_a_worker_writes_the_bytes_of_one_process(volume, plain_student, workers, tmp_path):

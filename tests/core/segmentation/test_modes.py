@@ -10,7 +10,7 @@ import zarr
 
 from distillfss_core.errors import SettingsError
 from distillfss_core.models.student import StudentModel
-from distillfss_core.segmentation.modes import ConsensusLabels, SmoothLabels
+from distillfss_core.segmentation.modes import ConsensusLabels, SmoothedLabels
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
@@ -53,7 +53,7 @@ def test_smoothing_is_that_of_probabilities_in_memory_for_any_shards(plain_stude
     expected = (2 * planes + around[:-2] + around[2:]).argmax(1)
     monkeypatch.setattr("distillfss_core.labelstore.layout._SHARD", 2 * 32 * 32)
     monkeypatch.setattr("distillfss_core.labelstore.layout._SIDE", 32)
-    segment_to_zarr(open_volume(stack), plain_student, tmp_path / "out.zarr", mode="smooth", tile=TILE)
+    segment_to_zarr(open_volume(stack), plain_student, tmp_path / "out.zarr", mode="smoothed", tile=TILE)
     assert np.array_equal(labels_of(tmp_path / "out.zarr"), expected)
     assert not np.array_equal(expected, planes.argmax(1))
 
@@ -98,13 +98,13 @@ def test_a_mode_that_does_not_go_with_the_volume_is_refused(plain_student, tmp_p
         segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", mode="magic")
     segment_to_zarr(flat, plain_student, tmp_path / "out.zarr")
     with pytest.raises(SettingsError, match="another mode"):
-        segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", mode="smooth")
+        segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", mode="smoothed")
     ConsensusLabels(open_volume(noise((4, 32, 32))), plain_student)
     assert "taken to be cubes" in caplog.text
 
 
 def test_one_plane_is_smoothed_to_itself(plain_student, tmp_path):
     plane = blobs(1, 64).image
-    mode_labels = SmoothLabels(open_volume(plane), plain_student)
+    mode_labels = SmoothedLabels(open_volume(plane), plain_student)
     box = ((0, 1), (0, 64), (0, 64))
     assert np.array_equal(mode_labels.labels(box, mode_labels.read(box))[0], plain_student.predict_labels(plane))

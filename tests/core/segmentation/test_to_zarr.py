@@ -23,7 +23,7 @@ from distillfss_core.errors import ImageError, InputFileError, OutputError, Sett
 from distillfss_core.labelstore import layout as label_layout
 from distillfss_core.labelstore import store as label_store
 from distillfss_core.labelstore.pyramid import coarsen_labels
-from distillfss_core.labelstore.store import RECORD
+from distillfss_core.labelstore.store import JOURNAL
 from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
@@ -57,7 +57,7 @@ def labels_of(path: Path, level: int = 0) -> np.ndarray:
 
 
 def files_of(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != RECORD.name}
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != JOURNAL.name}
 
 
 def test_labels_on_disk_are_those_in_memory(volume, plain_student, expected, tmp_path):
@@ -314,13 +314,13 @@ def test_killed_at_any_moment_the_result_is_that_of_a_run_never_stopped(saved_mo
     text, errors = once.communicate()
     assert once.returncode == 0, errors
     rng, out, kills = random.Random(0), tmp_path / "parts" / "out.zarr", 0
-    record = out / RECORD
+    journal = out / JOURNAL
     while True:
         process = start(out)
-        lines = len(record.read_bytes().splitlines()) if record.exists() else 0
+        lines = len(journal.read_bytes().splitlines()) if journal.exists() else 0
         more = rng.randint(0, 20)  # killed after so many further shards, or a little later
         while process.poll() is None and kills < 2:
-            now = len(record.read_bytes().splitlines()) if record.exists() else 0
+            now = len(journal.read_bytes().splitlines()) if journal.exists() else 0
             if now > lines + more:
                 time.sleep(rng.random() * 0.05)
                 process.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -61,12 +62,12 @@ def test_a_student_begins_where_its_teacher_is(tiny, method: str, classes: int) 
     support = SupportSet(tuple(blobs(i, classes=classes) for i in range(3)), names)
     run = iter_distill(support, replace(tiny, method=method, steps=4))
     for step in run:
-        if step.stage != "refine":
+        if not step.is_preparation and step.stage != "refine":
             break
     assert min(_ious(run.result(), classes)) > 0.6
 
     unprepared = iter_distill(support, replace(tiny, method="direct", steps=4))
-    next(unprepared)
+    next(step for step in unprepared if not step.is_preparation)
     assert max(_ious(unprepared.result(), classes)) < 0.4
 
 
@@ -122,6 +123,8 @@ def test_the_backbone_stays_as_it_was(student) -> None:
 def test_cancelling_keeps_the_best_so_far(support, tiny) -> None:
     run = iter_distill(support, replace(tiny, steps=1000))
     for step in run:
+        if step.is_preparation:
+            continue
         assert step.total == 1000
         if step.index == 3:
             run.close()
@@ -134,6 +137,25 @@ def test_a_result_is_there_before_the_first_step(support, tiny) -> None:
     assert iter_distill(support, tiny).result().training["steps"] == 0
 
 
+def test_a_run_loads_nothing_before_its_first_step_and_prepares_step_by_step(support, tiny, monkeypatch) -> None:
+    run = iter_distill(support, replace(tiny, zoom="auto", steps=1))
+    steps = [(step.stage, step.index, step.total) for step in run]
+    assert steps[:4] == [("load", 1, 1), ("zoom", 1, 3), ("zoom", 2, 3), ("zoom", 3, 3)]
+    encoded = [step for step in steps if step[0] == "encode"]
+    assert steps[4:] == [*encoded, ("joint", 1, 1)]
+    assert encoded[-1][1] == encoded[-1][2]
+
+    def no_loading(*_args: object) -> None:
+        raise AssertionError("a backbone was loaded")
+
+    monkeypatch.setattr("distillfss_core.training.preparation.load_backbone", no_loading)
+    monkeypatch.setattr("distillfss_core.training.preparation.packaged_head", no_loading)
+    untouched = iter_distill(support, tiny)
+    untouched.close()
+    with pytest.raises(NoStudentYetError, match="closed before its backbone was loaded"):
+        untouched.result()
+
+
 def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monkeypatch) -> None:
     support = SupportSet(tuple(blobs(i) for i in range(3)))
     cut: set[int] = set()
@@ -144,7 +166,7 @@ def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monke
         return original(self, index, rng)
 
     monkeypatch.setattr(CropSampler, "cut", spy)
-    run = iter_distill(support, replace(tiny, steps=24, validation_slice="1"))
+    run = iter_distill(support, replace(tiny, steps=24, validation_slice=1))
     scores = {s.index: s.metrics["iou"] for s in run if "iou" in s.metrics}
     record = run.result().training
     assert cut == {0, 2}
@@ -160,7 +182,7 @@ def test_the_left_out_slice_is_never_trained_on_and_chooses_the_step(tiny, monke
 def test_of_states_that_one_slice_cannot_tell_apart_the_latest_is_kept(support, tiny, monkeypatch, looks, kept) -> None:
     monkeypatch.setattr(fit, "validation_iou", lambda *_: coming.pop(0))
     coming = list(looks)
-    run = iter_distill(support, replace(tiny, steps=10 * len(looks), validation_slice="1"))
+    run = iter_distill(support, replace(tiny, steps=10 * len(looks), validation_slice=1))
     for _ in run:
         pass
     record = run.result().training
@@ -171,8 +193,8 @@ def test_of_states_that_one_slice_cannot_tell_apart_the_latest_is_kept(support, 
 def test_a_training_stops_where_the_left_out_slice_finds_it_worse_for_long(support, tiny, monkeypatch) -> None:
     monkeypatch.setattr(fit, "validation_iou", lambda *_: coming.pop(0))
     coming = [0.8, *[0.5] * fit.PATIENCE]
-    run = iter_distill(support, replace(tiny, steps=200, validation_slice="1"))
-    assert len(list(run)) == 16 * (1 + fit.PATIENCE)
+    run = iter_distill(support, replace(tiny, steps=200, validation_slice=1))
+    assert len([step for step in run if not step.is_preparation]) == 16 * (1 + fit.PATIENCE)
     assert run.result().training["best_step"] == 16
 
 
@@ -206,16 +228,16 @@ def test_no_slice_is_left_out_where_each_alone_shows_something(tiny) -> None:
 
 def test_the_only_slice_of_a_class_cannot_be_left_out(tiny) -> None:
     with pytest.raises(SettingsError, match=r"validation_slice is 1, but no other slice shows 'rare'.*give another"):
-        iter_distill(_with_rare_class(3, 1), replace(tiny, validation_slice="1"))
+        iter_distill(_with_rare_class(3, 1), replace(tiny, validation_slice=1))
     scribbled = [
         replace(s, labels=np.where(s.labels == 0, IGNORE, s.labels).astype(np.uint8)) for s in map(blobs, (0, 1))
     ]
     with pytest.raises(SettingsError, match=r"validation_slice is 2, but no other slice shows background"):
-        iter_distill(SupportSet((*scribbled, blobs(2))), replace(tiny, validation_slice="2"))
+        iter_distill(SupportSet((*scribbled, blobs(2))), replace(tiny, validation_slice=2))
 
 
-@pytest.mark.parametrize("left_out", ["3", "x", "-1"])
-def test_a_slice_that_is_not_there_cannot_be_left_out(support, tiny, left_out: str) -> None:
+@pytest.mark.parametrize("left_out", [3, -1])
+def test_a_slice_that_is_not_there_cannot_be_left_out(support, tiny, left_out: int) -> None:
     with pytest.raises(SettingsError, match="validation_slice"):
         iter_distill(support, replace(tiny, validation_slice=left_out))
 
@@ -294,7 +316,9 @@ def test_the_store_of_features_keeps_to_its_memory(support) -> None:
     backbone = load_backbone()
     cache = FeatureCache(backbone, choose_device("cpu"), memory=2_000_000, limit=1000)
     sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), 64, Augmentation())
-    cache.fill(sampler, [0, 1, 2], np.random.default_rng(0))
+    steps = list(cache.iter_fill(sampler, [0, 1, 2], np.random.default_rng(0)))
+    assert [step.index for step in steps] == [3 * (i + 1) for i in range(len(steps))]
+    assert steps[-1].index == steps[-1].total == len(cache)
     assert 6 <= len(cache) < 60
     assert sum(f.nbytes for f in cache.features) <= 2_000_000
 
@@ -344,8 +368,8 @@ def test_a_slice_smaller_than_a_view_is_mirrored_and_the_margin_not_annotated() 
         ({"crop_size": 100}, "crop_size is 100; give a multiple of 32"),
         ({"seed": -1}, "seed"),
         ({"device": "tpu"}, "device"),
-        ({"zoom": "9"}, "zoom 9"),
-        ({"invert_prob": "2"}, "invert_prob is '2'; give auto or a probability"),
+        ({"zoom": Fraction(9)}, "zoom 9"),
+        ({"invert_prob": 2.0}, "invert_prob is 2.0; give auto or a probability"),
         ({"backbone": "vgg"}, "vgg"),
     ],
 )
@@ -373,7 +397,7 @@ def test_half_precision_arithmetic_trains_and_answers(support, tiny, method: str
 
 def test_a_two_stage_run_has_no_student_before_its_second_stage(support, tiny) -> None:
     run = iter_distill(support, replace(tiny, method="two-stage", steps=2))
-    next(run)
+    next(step for step in run if not step.is_preparation)
     with pytest.raises(NoStudentYetError, match="after 1 steps"):
         run.result()
     list(run)

@@ -16,7 +16,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import unrefined_teacher, zoom
 from distillfss_core.training.crops import FeatureCache
-from distillfss_core.types import AnnotatedSlice
+from distillfss_core.types import AnnotatedSlice, GeneratorRun, finish
 
 Choose = Callable[..., tuple[Fraction, dict[str, float]]]
 
@@ -42,14 +42,16 @@ def choose() -> Choose:
     cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, limit=1)
 
     def run(support: SupportSet, teacher: Teacher | None = None) -> tuple[Fraction, dict[str, float]]:
-        return zoom.choose_zoom(support, fit_preprocess([s.image for s in support.slices]), cache, 0, teacher)
+        return finish(
+            GeneratorRun(zoom.iter_zoom(support, fit_preprocess([s.image for s in support.slices]), cache, 0, teacher))
+        )
 
     return run
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Teacher:
-    return unrefined_teacher(discs(12), DistillSettings(zoom="1", device="cpu")).teacher
+    return unrefined_teacher(discs(12), DistillSettings(zoom=Fraction(1), device="cpu")).teacher
 
 
 def test_meta_trained_teacher_enlarges_small_objects_only(choose: Choose, teacher: Teacher) -> None:

@@ -1,0 +1,171 @@
+"""Prepare a training: load the backbone and the head, fit the intensity limits, choose the zoom."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+from distillfss_core.errors import SettingsError, SupportSetError
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess
+from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import Backbone, load_backbone
+from distillfss_core.nn.device import Device, seeded
+from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head
+from distillfss_core.nn.teachers import Teacher
+from distillfss_core.settings import DistillSettings, parse_zoom
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
+from distillfss_core.training.zoom import iter_zoom
+from distillfss_core.types import TrainStep
+
+AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The networks, preprocessing and crops with which a training starts.
+
+    Parameters
+    ----------
+    backbone : Backbone
+    weights : HeadWeights, optional
+        Meta-trained weights that the head starts from.
+    head : FewShotHead
+        On the device, in evaluation mode, its parameters require gradients.
+    preprocess : Preprocess
+    zoom_scores : dict
+        Mean IoU of each zoom that was tried; empty where the settings fix the zoom.
+    cache : FeatureCache
+        Empty.
+    sampler : CropSampler
+    """
+
+    backbone: Backbone
+    weights: HeadWeights | None
+    head: FewShotHead
+    preprocess: Preprocess
+    zoom_scores: dict[str, float]
+    cache: FeatureCache
+    sampler: CropSampler
+
+
+def iter_prepare(
+    support: SupportSet, settings: DistillSettings, device: Device, init_from: StudentModel | None = None
+) -> Generator[TrainStep, None, Prepared]:
+    """Prepare a training; yields the steps of the stages "load" and "zoom".
+
+    Parameters
+    ----------
+    init_from : StudentModel, optional
+        Student of a warm start, as `match_start` returns it.
+
+    Raises
+    ------
+    SettingsError, WeightsUnavailableError
+    """
+    weights: HeadWeights | None = None
+    if init_from is not None:
+        backbone, head = copy.deepcopy(init_from.backbone), copy.deepcopy(init_from.head)
+    else:
+        backbone, weights = _load_start(settings)
+        head = _new_head(settings, backbone, support, weights)
+    backbone.to(device.torch)
+    head = head.requires_grad_(True).eval()
+    head.to(device.torch)
+    cache = FeatureCache(backbone, device, memory=settings.cache_mb << 20, limit=settings.crops)
+    yield TrainStep(1, 1, stage="load")
+    if init_from is not None:
+        preprocess, scores = init_from.preprocess, dict[str, float]()
+    else:
+        judge = head.teacher if weights else None
+        preprocess, scores = yield from _iter_preprocess(support, settings, cache, judge)
+    sampler = CropSampler(support, preprocess, settings.crop_size, augmentation(settings, support))
+    return Prepared(backbone, weights, head, preprocess, scores, cache, sampler)
+
+
+def match_start(
+    init_from: StudentModel, support: SupportSet, settings: DistillSettings
+) -> tuple[StudentModel, DistillSettings]:
+    """The student to go on from at the support's pixel size, and the settings as the student decides them."""
+    if init_from.class_names != tuple(support.class_names):
+        raise SupportSetError(
+            f"the student to start from knows the classes {list(init_from.class_names)}, the support set has "
+            f"{list(support.class_names)}; give the same classes, or start afresh"
+        )
+    if init_from.pixel_size and support.pixel_size:
+        init_from = init_from.at_pixel_size(support.pixel_size)
+    preprocess, form = init_from.preprocess, init_from.head.form
+    settings = replace(
+        settings,
+        backbone=init_from.backbone.spec.name,
+        zoom=parse_zoom(preprocess.zoom),
+        normalization=f"per-{preprocess.scope}",
+    )
+    return init_from, replace(settings, **form.to_json())
+
+
+def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
+    """The backbone and the meta-trained weights to start from.
+
+    Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained
+    with.
+    """
+    if settings.head not in ("auto", "none"):
+        weights = load_head(settings.head)
+        return _backbone_of(weights, settings) or load_backbone(settings.backbone, settings.weights), weights
+    is_default = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
+    head_weights = packaged_head(settings.backbone) if is_default else None
+    if head_weights is None or head_weights.width != settings.width:
+        return load_backbone(settings.backbone, settings.weights), None
+    own = head_weights.trained_backbone() if settings.weights == "auto" else None
+    backbone = own or load_backbone(settings.backbone, settings.weights)
+    return backbone, head_weights if head_weights.backbone_digest == backbone.digest() else None
+
+
+def _backbone_of(weights: HeadWeights, settings: DistillSettings) -> Backbone | None:
+    """The backbone that was trained with the head, if any; other settings must not ask for another one."""
+    backbone = weights.trained_backbone()
+    if backbone is not None:
+        for name, own in {"backbone": backbone.spec.name, "weights": "auto"}.items():
+            chosen = getattr(settings, name)
+            if chosen != own:
+                raise SettingsError(
+                    f"{name} is {chosen!r}, but head {weights.source} brings its own backbone; give {own!r}"
+                )
+    return backbone
+
+
+def _new_head(
+    settings: DistillSettings, backbone: Backbone, support: SupportSet, weights: HeadWeights | None
+) -> FewShotHead:
+    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+    with seeded(settings.seed):
+        head = FewShotHead(backbone.spec, support.classes, form)
+    if weights is not None:
+        weights.put_into(head)
+    return head
+
+
+def _iter_preprocess(
+    support: SupportSet, settings: DistillSettings, cache: FeatureCache, judge: Teacher | None
+) -> Generator[TrainStep, None, tuple[Preprocess, dict[str, float]]]:
+    """Fit the intensity limits and choose the zoom."""
+    scope = settings.normalization.removeprefix("per-")
+    if scope == "auto":
+        scope = "volume" if support.planes_of_one_volume else "image"
+    images = [s.image for s in support.slices]
+    if settings.zoom != "auto":
+        return fit_preprocess(images, scope=scope, zoom=settings.zoom), {}
+    preprocess = fit_preprocess(images, scope=scope)
+    zoom, scores = yield from iter_zoom(support, preprocess, cache, settings.seed, judge)
+    return replace(preprocess, zoom=str(zoom)), scores
+
+
+def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+    """How crops of a support set are varied where the settings leave it open."""
+    if settings.invert_prob != "auto":
+        return Augmentation(polarity=settings.invert_prob)
+    one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
+    return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
