@@ -9,15 +9,15 @@ from typing import Any
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "quick": {"steps": 80, "crops": 96},
-        "balanced": {},
+        "default": {},
         "thorough": {"steps": 1200, "crops": 384, "cache_mb": 1200},
     }
 )
 
 EXPLAINED: Mapping[str, str] = MappingProxyType(
     {
-        "quick": "A first look: 80 steps, about a third of the time of balanced.",
-        "balanced": "Steps by the number of slices (300 and more); meant to do.",
+        "quick": "A first look: 80 steps, about a third of the time of default.",
+        "default": "Steps by the number of slices (300 and more); meant to do.",
         "thorough": "1200 steps on twice as many crops: for the last percent, overnight for large backbones.",
     }
 )

@@ -25,7 +25,8 @@ def region_edit(viewer, tmp_path):
 
 
 def settings_form(viewer, tmp_path):
-    return SettingsForm(), [DistillSettings(steps=7, student="published", learning_rate=0.01, zoom=Fraction(1, 2))]
+    first = DistillSettings(steps=7, student="published", learning_rate=0.00015, zoom=Fraction(1, 2))
+    return SettingsForm(), [first, DistillSettings(validation_slice=None, invert_prob=0.25, learning_rate=1e-7)]
 
 
 def preset_picker(viewer, tmp_path):

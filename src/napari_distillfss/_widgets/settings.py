@@ -27,8 +27,8 @@ class SettingsForm(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        declared = {setting.name: _box(setting) for setting in fields(core.DistillSettings)}
-        self.boxes: Container[ValueWidget[Any]] = Container(widgets=list(declared.values()))
+        self.boxes: Container[ValueWidget[Any]] = Container()
+        self.boxes.extend(_box(setting) for setting in fields(core.DistillSettings))
         self.boxes.margins = (0, 0, 0, 0)
         column(self, self.boxes.native, margin=0)
         self.boxes.changed.connect(self._on_boxes_changed)
@@ -74,7 +74,7 @@ class PresetPicker(QWidget):
         self.preset.activated.connect(self._on_preset_activated)
         self.more.currentIndexChanged.connect(self.form.setVisible)
         self.form.valueChanged.connect(self._on_form_changed)
-        self.setPreset("balanced")
+        self.setPreset("default")
 
     @property
     def error(self) -> str:
@@ -112,6 +112,7 @@ def _box(setting: Any) -> ValueWidget[Any]:
     if kind == "int":
         return SpinBox(min=details["low"], max=details["high"], value=setting.default, **common)
     if kind == "float":
-        limits = {"min": details["low"], "max": details["high"], "step": setting.default / 2}
-        return FloatSpinBox(value=setting.default, **limits, **common)
+        number = FloatSpinBox(min=details["low"], max=details["high"], step=1e-7, value=setting.default, **common)
+        number.native.setSingleStep(setting.default / 2)  # as ``step`` it would round the values, too
+        return number
     return LineEdit(value=format_setting(setting.default), **common)
