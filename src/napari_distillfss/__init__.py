@@ -1,1 +1,1 @@
-"""The napari plugin of DistillFSS. What it offers is listed in napari.yaml; it imports no torch."""
+"""napari plugin of DistillFSS. napari.yaml lists its contributions. This package does not import torch."""

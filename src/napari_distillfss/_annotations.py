@@ -1,4 +1,4 @@
-"""What the user paints: an array on disk that a Labels layer paints into, so that nothing is ever lost.
+"""Annotations on disk: a zarr array that a Labels layer paints into, so that no stroke is lost.
 
 A stroke is on disk when it is drawn. The same volume finds its annotations again, after a crash too. In the array 0 is
 not labeled, 1 is background, 2, 3, ... are the classes.
@@ -35,7 +35,7 @@ _Stamp = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True)
 class Class:
-    """A class to be segmented: its name, and the color it is painted in ("#rrggbb")."""
+    """A class to segment: its name and the color of its label ("#rrggbb")."""
 
     name: str
     color: str
@@ -43,7 +43,7 @@ class Class:
 
 @dataclass(frozen=True, eq=False)
 class PaintedSlice:
-    """How much of a plane is painted: pixels of every label (0 not labeled, 1 background, 2.. classes)."""
+    """Number of painted pixels in a plane for every label (0 not labeled, 1 background, 2.. classes)."""
 
     plane: int
     counts: npt.NDArray[np.int64]
@@ -60,7 +60,7 @@ class PaintedSlice:
 
 
 class Annotations:
-    """The painted planes of a volume, in a folder of their own.
+    """Painted planes of a volume in a folder.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class Annotations:
 
     @property
     def array(self) -> Any:
-        """The zarr array that is painted into; made when it is first asked for.
+        """Zarr array of the painted labels; it is made at the first access.
 
         Raises
         ------
@@ -130,7 +130,7 @@ class Annotations:
         self._write_notes()
 
     def planes(self) -> list[int]:
-        """Planes in which anything is painted, ascending."""
+        """Numbers of the painted planes, ascending."""
         if len(self._shape) < 3:
             numbers = {0}
         else:
@@ -138,13 +138,13 @@ class Annotations:
         return [z for z in sorted(numbers) if self.counts(z)[1:].any()]
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:
-        """Labels as painted, shape (y, x)."""
+        """Painted labels of a plane, shape (y, x)."""
         if self._array is None:
             return np.zeros(self._shape[-2:], np.uint8)
         return np.asarray(self._array[self.index(z)])
 
     def counts(self, z: int) -> npt.NDArray[np.int64]:
-        """Pixels of each of the 256 labels; counted anew only where files have changed since."""
+        """Number of pixels of each of the 256 labels; counted again only where files have changed."""
         stamp = self._stamp(z)
         if z not in self._counts or self._counts[z][0] != stamp:
             self._counts[z] = stamp, np.bincount(self.plane(z).ravel(), minlength=256)
@@ -154,16 +154,16 @@ class Annotations:
         return [PaintedSlice(z, self.counts(z), z not in self._disabled) for z in self.planes()]
 
     def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
-        """Replace what is painted in a plane."""
+        """Replace the painted labels of a plane."""
         self.array[self.index(z)] = labels
 
     def remove(self, z: int) -> None:
-        """Wipe a plane."""
+        """Remove the painted labels of a plane."""
         self.put(z, np.zeros(self._shape[-2:], np.uint8))
         self.enable(z)
 
     def close(self) -> None:
-        """Let others take it up; a folder in which nothing was ever kept goes."""
+        """Release the folder for other processes; a folder without annotations is removed."""
         (self.folder / "owner").unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -180,7 +180,7 @@ class Annotations:
         return self._path / "c"  # a chunk without labels has no file
 
     def _stamp(self, z: int) -> _Stamp:
-        """Which files hold a plane, as they are now."""
+        """Names and times of the files that hold a plane."""
         folder = self._chunks.joinpath(*map(str, self.index(z)))
         files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
         stats = [os.stat(file) for file in files]
@@ -196,7 +196,7 @@ class Annotations:
 def make_support(
     volume: Any, annotations: Annotations, pixel_size: tuple[float, float] | None
 ) -> tuple[list[int], Any]:
-    """The painted planes that are enabled, and the support set of them; planes are read here.
+    """Read the enabled painted planes and make the support set.
 
     Raises
     ------
@@ -213,7 +213,7 @@ def make_support(
 
 
 def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Images and painted labels by plane, as images/plane_0012.tif and labels/plane_0012.tif.
+    """Write images and painted labels of planes as images/plane_0012.tif and labels/plane_0012.tif.
 
     Files of other planes that an earlier call left are removed.
 
@@ -239,17 +239,17 @@ def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray
 
 
 def to_classes(painted: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Painted labels as the core has them: 0 background, 1.. classes, IGNORE not annotated."""
+    """Convert painted labels to labels of the core: 0 background, 1.. classes, IGNORE not annotated."""
     return np.where(painted == UNLABELED, core.IGNORE, painted - np.uint8(1)).astype(np.uint8)
 
 
 def from_classes(labels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """The core's labels as they are painted."""
+    """Convert labels of the core to painted labels."""
     return np.where(labels == core.IGNORE, UNLABELED, labels.astype(np.int64) + 1).astype(np.uint8)
 
 
 def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
-    """Where the annotations of a volume are kept: the same volume finds the same folder, unless it is in use."""
+    """Folder of the annotations of a volume. The same volume has the same folder, unless another process uses it."""
     identity_text = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
     digest = hashlib.sha256(identity_text.encode()).hexdigest()[:12]
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
@@ -260,7 +260,9 @@ def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a folder of annotations, so that the volume begins anew; nothing is deleted. Returns where it is now."""
+    """Rename a folder of annotations, so that the volume starts without any. Nothing is deleted. Returns the new
+    path.
+    """
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
@@ -269,14 +271,14 @@ def set_aside(folder: Path) -> Path:
 
 
 def _process(pid: int) -> str:
-    """A running process in a line; another that gets its number later, or has it on another machine, has another."""
+    """One-line identity of a running process: host, process number and start time."""
     with suppress(psutil.Error):
         return f"{pid} {psutil.Process(pid).create_time():.2f} {platform.node()}"
     return ""
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether a process of this machine has it; one of another machine cannot be asked, and is taken to be gone."""
+    """Whether a process of this machine holds the folder. A process of another machine counts as ended."""
     owner = folder / "owner"
     line = owner.read_text() if owner.is_file() else ""
     pid = line.partition(" ")[0]
@@ -284,7 +286,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def painted_from(numbers: npt.NDArray[Any], kind: str, classes: int, source: str) -> npt.NDArray[np.uint8]:
-    """Numbers of a label file as they are painted; see `iter_import` for the kinds.
+    """Convert the values of a label file to painted labels; see `iter_import` for the kinds.
 
     Raises
     ------

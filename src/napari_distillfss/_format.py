@@ -1,4 +1,4 @@
-"""What is shown in words: sizes, times, shares, and what work will cost."""
+"""Text for sizes, times, shares and the cost of work."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def size(count: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """How many of something: "1 piece", "2 pieces"."""
+    """A number of things: "1 piece", "2 pieces"."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def lengths(*micrometers: float) -> str:
-    """Lengths in one unit that suits them: "8 × 8 nm", "0.5 × 0.5 µm", "2.5 mm"."""
+    """Lengths in one unit of suitable size: "8 × 8 nm", "0.5 × 0.5 µm", "2.5 mm"."""
     unit, factor = "µm", 1.0
     if max(micrometers) < 0.1:
         unit, factor = "nm", 1e3
@@ -40,7 +40,7 @@ def lengths(*micrometers: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time to wait, roughly."""
+    """An approximate waiting time."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 90:
@@ -51,12 +51,12 @@ def duration(seconds: float) -> str:
 
 
 def share(value: float) -> str:
-    """A part of a whole; never 0 % for something."""
+    """A share in percent; a share above zero is never "0 %"."""
     return "0 %" if not value else "<1 %" if value < 0.01 else f"{100 * value:.0f} %"
 
 
 def volume(chosen: ChosenVolume) -> str:
-    """Size, axes, pixel size and memory of a volume, a line each."""
+    """Size, axes, pixel size and memory of a volume, one line each."""
     v = chosen.volume
     extent = " × ".join(f"{n:,}".replace(",", " ") for n in v.shape)
     lead = "".join(f", {name} {chosen.lead[letter]}" for letter, name in (("t", "time"), ("c", "channel"))
@@ -76,7 +76,7 @@ def volume(chosen: ChosenVolume) -> str:
 
 
 def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
-    """Bytes that training and applying take at most, about."""
+    """Estimated peak memory of training and segmentation, bytes."""
     v = chosen.volume
     voxels = min(float(np.prod(v.shape, dtype=float)), 4.0 * _BLOCK)
     result: float = _FIXED + max(cache_mb << 20, voxels * (v.dtype.itemsize + 1))
@@ -84,13 +84,13 @@ def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
 
 
 def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:
-    """How much of a plane is painted, and with what."""
+    """The labeled share of a plane and its labels."""
     parts = [f"{name} {share(slice_.share(FIRST_CLASS + k))}" for k, name in enumerate(class_names)]
     return f"plane {slice_.plane}: {share(slice_.annotated)} labeled\n{', '.join(parts)}"
 
 
 class Pace:
-    """Judges how long the rest of some work takes by the last of its steps.
+    """Estimates the remaining time of a job from its last steps.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class Pace:
         self._clock, self._seen = clock, [(0, clock())]
 
     def left(self, index: int, total: int) -> float:
-        """Seconds until ``total``, now that ``index`` steps are done; NaN before there is a pace."""
+        """Seconds until ``total`` after ``index`` steps; NaN before the pace is known."""
         self._seen = [*self._seen[-19:], (index, self._clock())]
         (first, begun), (last, now) = self._seen[0], self._seen[-1]
         return (now - begun) / (last - first) * (total - last) if last > first else math.nan

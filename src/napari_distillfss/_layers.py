@@ -1,4 +1,4 @@
-"""napari's image layers as volumes of the core, and back: axes, scale, units and place are kept."""
+"""Conversion between napari's image layers and volumes of the core; axes, scale, units and position are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True, eq=False)
 class ChosenVolume:
-    """A volume, and the grid on which its voxels lie in napari's world.
+    """A volume and the grid of its voxels in napari's world.
 
     Parameters
     ----------
@@ -64,22 +64,22 @@ class ChosenVolume:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an array on this grid, with as many axes as the layer: one long where time or channel was chosen."""
+        """Shape of an array on this grid with the axes of the layer; chosen time and channel axes have length 1."""
         spatial = self.volume.shape[:3] if self.layer.ndim > 2 else self.volume.shape[1:3]
         return (*(1 for _ in self.lead), *(int(n) for n in spatial))
 
     @property
     def pixel_size(self) -> tuple[float, float] | None:
-        """Of a pixel (y, x) in micrometers, where the layer's units say so."""
+        """Size of a pixel (y, x) in micrometers, if the layer's units are lengths."""
         _, y, x = self.volume.scale
         return (y, x) if self.volume.unit and y and x else None
 
     def index(self, z: int) -> tuple[Any, ...]:
-        """Plane ``z`` in an array of `shape`."""
+        """Index of plane ``z`` in an array of `shape`."""
         return (*(0 for _ in self.lead), z) if self.layer.ndim > 2 else ()
 
     def place(self, z: int = 0) -> dict[str, Any]:
-        """Keywords of a layer whose array has this grid and begins at plane ``z``."""
+        """Keywords of a layer whose array lies on this grid and starts at plane ``z``."""
         layer, factors = self.layer, self._factors()
         offset = np.array([*self.lead.values(), *((f - 1) / 2 for f in factors[len(self.lead) :])], float)
         if layer.ndim > 2:
@@ -95,7 +95,7 @@ class ChosenVolume:
         }
 
     def plane_at(self, point: Sequence[float]) -> int:
-        """The plane that a point of the world lies in; the nearest one outside the volume."""
+        """Plane at a point of the world; the nearest plane for a point outside the volume."""
         if self.layer.ndim < 3:
             return 0
         f = self.factors[0]
@@ -103,7 +103,7 @@ class ChosenVolume:
         return int(np.clip(math.floor(z + 0.5), 0, self.planes - 1))
 
     def point_of(self, z: float, y: float | None = None, x: float | None = None) -> np.ndarray:
-        """The place of a voxel in the world, a number an axis of the layer; by default of the middle of plane ``z``."""
+        """World coordinates of a voxel, one number for each axis of the layer; by default the middle of plane ``z``."""
         rows, columns = self.plane_shape
         voxel = (z, rows / 2 if y is None else y, columns / 2 if x is None else x)
         inside = [v * f + (f - 1) / 2 for v, f in zip(voxel, self.factors, strict=True)]
@@ -111,7 +111,7 @@ class ChosenVolume:
         return np.asarray(self.layer.data_to_world([*self.lead.values(), *spatial]))
 
     def on_screen(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The part (y, x) of a plane that the canvas shows; all of it where that is not known."""
+        """Part (y, x) of a plane that the canvas shows; the whole plane if it is not known."""
         corners = np.asarray(self.layer.corner_pixels, float)[:, -2:]
         if self.layer.multiscale:
             shapes = self.layer.level_shapes[:, -2:]
@@ -129,7 +129,7 @@ class ChosenVolume:
 
 
 def lead_axes(layer: Image) -> str:
-    """Letters of the axes before z y x: "", "t", "c" or "tc"; a label of the layer's own is believed.
+    """Letters of the axes before z y x: "", "t", "c" or "tc". Axis labels of the layer take precedence.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def lead_axes(layer: Image) -> str:
 
 
 def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: int = 0) -> ChosenVolume:
-    """The volume that an image layer shows; at most parts of three planes are read.
+    """Open the volume that an image layer shows; parts of three planes are read at most.
 
     Where the layer still shows what is in its file, the volume is that of the file.
 
@@ -207,14 +207,14 @@ def _open(
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether the middles of three planes are the same: a layer may have been worked on since it was read."""
+    """Whether the middles of three planes agree with the file; a layer may have been modified since it was read."""
     last = a.shape[0] - 1
     y, x = (slice(max(0, n // 2 - _SAMPLE), n // 2 + _SAMPLE) for n in a.shape[1:3])
     return all(np.array_equal(a[z, y, x], b[z, y, x], equal_nan=True) for z in {0, last // 2, last})
 
 
 def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
-    """Size of a voxel (z, y, x), in micrometers where the layer's units are lengths; None where nothing is known."""
+    """Size of a voxel (z, y, x), in micrometers if the layer's units are lengths; None where it is not known."""
     step = [abs(float(s)) for s in layer.scale[-3:]]
     lengths = [_micrometers(u) for u in layer.units[-3:]]
     has_scale = all(length is not None for length in lengths[-2:])
@@ -234,7 +234,7 @@ def _micrometers(unit: pint.Unit) -> float | None:
 
 
 def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str, Any]]:
-    """A file as lazy levels (finest first) and keywords of an image layer, with all its time points and channels.
+    """Lazy pyramid levels of a file (finest first) and keywords of its image layer, with all time points and channels.
 
     Parameters
     ----------
@@ -285,7 +285,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
 
 
 class OnGrid:
-    """An array (z, y, x) seen with the axes of a layer: one-long axes before it, or without z for a plane.
+    """View of an array (z, y, x) with the axes of a layer: axes of length 1 before it, or without z for a plane.
 
     It is looked up anew each time, so what is written meanwhile is seen.
     """
@@ -296,7 +296,7 @@ class OnGrid:
         self.shape = (*(1,) * lead, *array.shape) if ndim > 2 else tuple(array.shape[1:])
 
     def look_at(self, array: Any) -> None:
-        """Show another array of the same shape and type from now on."""
+        """Replace the array by another one of the same shape and dtype."""
         self._array = array
 
     def __getitem__(self, key: Any) -> np.ndarray:
@@ -313,5 +313,5 @@ class OnGrid:
 
 
 def camera_of(viewer: Any) -> Any:
-    """A viewer's camera: since napari 0.9 it belongs to the scene."""
+    """Camera of a viewer; since napari 0.9 it belongs to the scene."""
     return getattr(viewer, "scene", viewer).camera

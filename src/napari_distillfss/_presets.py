@@ -1,4 +1,4 @@
-"""How thorough a training is: presets over the core's settings."""
+"""Presets of the training settings, from quick to thorough."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ EXPLAINED: Mapping[str, str] = MappingProxyType(
 
 
 def preset_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
-    """The preset that some settings are, if any: everything else as by default."""
+    """Name of the preset with these settings, or None."""
     changed = {name: value for name, value in values.items() if value != defaults[name]}
     return next((name for name, preset in PRESETS.items() if dict(preset) == changed), None)

@@ -1,4 +1,4 @@
-"""File > Open: student files as pictures of their support, and OME-Zarr lazily where napari has no reader for it."""
+"""File > Open: student files as images of their support, and OME-Zarr where napari has no reader for it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LayerTuple = tuple[Any, dict[str, Any], str]
 
 
 def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerTuple]] | None:
-    """The function that reads a path, or None if it is nothing of ours."""
+    """Reader function for a path, or None if this plugin does not read it."""
     if isinstance(path, list):
         return None
     if Path(path).suffix == ".safetensors":
@@ -24,7 +24,7 @@ def get_reader(path: str | list[str]) -> Callable[[str | list[str]], list[LayerT
 
 
 def read_student(path: str | list[str]) -> list[LayerTuple]:
-    """The pictures of the slices that a student learned from, with its card as metadata."""
+    """Images of the slices that a student was trained on, with its card as metadata."""
     card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
     if pictures is None:
         raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock's Model section")
@@ -39,7 +39,7 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
 
 
 def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
-    """An OME-Zarr image, a layer a channel, or labels; read when they are looked at."""
+    """Open an OME-Zarr image lazily, one layer for each channel, or its labels."""
     path = str(path)
     attributes: dict[str, Any] = zarr.open(path, mode="r").attrs.asdict()
     if "image-label" in attributes.get("ome", attributes):
@@ -56,6 +56,6 @@ def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
 
 
 def _channels(path: str) -> list[int | None]:
-    """The channels that become layers of their own; [None] where there is one, or colors that belong together."""
+    """Channels that become separate layers; [None] for one channel or for the channels of a color image."""
     channels = core.count_choices(path).get("c", 0)
     return list(range(channels)) if channels else [None]

@@ -1,4 +1,4 @@
-"""File > Open Sample: generated stacks with their truth."""
+"""File > Open Sample: generated stacks with true labels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_nodules() -> list[LayerTuple]:
 
 
 def _layers(kind: str, **options: Any) -> list[LayerTuple]:
-    """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), in one place."""
+    """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), at the same position."""
     sample = generate_sample(kind)
     place = {"scale": sample.scale, "units": (sample.unit,) * 3}
     return [

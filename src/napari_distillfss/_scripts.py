@@ -1,4 +1,4 @@
-"""What was done, as commands and as Python: the very steps, to be run without napari."""
+"""The steps of a session as shell commands and as Python lines that run without napari."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NO_FILE_NOTE = f"# the volume is in napari only: save it as a file, and put its
 
 
 def command_line(session: Session) -> str:
-    """The commands of `distillfss` that do what was done here."""
+    """Commands of `distillfss` that repeat the steps of the session."""
     lines = []
     model = _name(session.model_path)
     if session.training is not None:
@@ -53,7 +53,7 @@ def command_line(session: Session) -> str:
 
 
 def python_lines(session: Session) -> str:
-    """The same in Python."""
+    """Python lines that repeat the steps of the session."""
     lines = []
     model = _name(session.model_path)
     names = ["StudentModel"]
@@ -102,7 +102,7 @@ def _name(model: Path | None) -> str:
 
 
 def _is_measured(session: Session) -> bool:
-    """Whether the image's mean over each object was measured, and can be again."""
+    """Whether the image's mean over each object was measured and can be measured again."""
     volume = session.applied.volume.volume if session.applied else None
     return volume is not None and volume.path is not None and volume.ndim == 3
 

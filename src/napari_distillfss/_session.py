@@ -1,4 +1,4 @@
-"""What the user has made so far: a volume, annotations, a student, labels. Whoever shows a part of it listens."""
+"""State of a session: volume, annotations, student and labels, with signals for the widgets that show them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 @dataclass(frozen=True)
 class Training:
-    """How the student came about, for the script."""
+    """Provenance of the student, for the script."""
 
     settings: Mapping[str, Any]  # those that differ from the defaults
     start: Path | None  # the student it went on from
@@ -31,7 +31,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Applied:
-    """Labels that were written, of what volume, for the script and for counting."""
+    """Labels that were written, and their volume, for the script and for counting."""
 
     volume: ChosenVolume
     out: Path
@@ -51,7 +51,7 @@ class Counted:
 
 
 class Session:
-    """What the user has made so far.
+    """State of a session.
 
     Parameters
     ----------
@@ -82,7 +82,7 @@ class Session:
 
     @property
     def busy(self) -> str:
-        """What long work is going on, in a word; one at a time."""
+        """Name of the running job; empty if there is none. One job runs at a time."""
         return self._busy
 
     @busy.setter
@@ -91,7 +91,7 @@ class Session:
         self.busy_changed.emit()
 
     def choose_volume(self, chosen: ChosenVolume | None) -> None:
-        """Work on this volume; its annotations are found again if there are any.
+        """Choose the volume to work on and open its annotations, if there are any.
 
         Raises
         ------
@@ -114,7 +114,7 @@ class Session:
             self.slices_changed.emit()
 
     def begin_anew(self) -> None:
-        """Set the annotations of this volume aside and begin with none."""
+        """Set the annotations of this volume aside and start with none."""
         if self.volume is None or self.annotations is None:
             return
         self.annotations.close()
@@ -124,7 +124,7 @@ class Session:
         self.choose_volume(self.volume)
 
     def _follow(self, folder: Path, aside: Path) -> None:
-        """What was kept in a folder is now in another."""
+        """Replace a folder in all paths of the session after it was moved."""
 
         def moved(path: Path | None) -> Path | None:
             return aside / path.relative_to(folder) if path is not None and path.is_relative_to(folder) else path
@@ -143,13 +143,13 @@ class Session:
             self.classes_changed.emit()
 
     def painted(self) -> None:
-        """Something may have been painted, or undone, in any plane."""
+        """Signal that labels of any plane may have been painted or undone."""
         if self._slices() != self._seen_slices:
             self._seen_slices = self._slices()
             self.slices_changed.emit()
 
     def support_maker(self) -> Callable[[], tuple[list[int], Any]]:
-        """A function that reads the planes that are annotated and the support set of them, as they are now.
+        """Return a function that reads the annotated planes and their support set in their present state.
 
         It may run in another thread.
 
@@ -170,7 +170,7 @@ class Session:
         self.model_changed.emit()
 
     def next_model_path(self) -> Path | None:
-        """Where the next student is to be kept: beside the annotations, in place of none."""
+        """Path for the next student: beside the annotations, under a name that is not used."""
         if self.annotations is None:
             return None
         folder = self.annotations.folder
@@ -180,14 +180,14 @@ class Session:
     def take_student(
         self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None
     ) -> None:
-        """A student that was distilled here, from slices of a volume that may no longer be the one chosen."""
+        """Take a student that was distilled in this session; its volume may no longer be the chosen one."""
         defaults = {f.name: f.default for f in fields(settings)}
         changed = {name: value for name, value in settings_to_json(settings).items() if value != defaults[name]}
         training = Training(changed, start, tuple(model.class_names), model.pixel_size, support)
         self.set_model(model, path=path, training=training)
 
     def save_model(self, path: Path) -> None:
-        """Write the student; from now on it is known by this file.
+        """Write the student. The session then refers to it by this file.
 
         Raises
         ------
@@ -203,14 +203,14 @@ class Session:
         self.labels_changed.emit()
 
     def close(self) -> None:
-        """The user is done: stop what runs, let others have the annotations."""
+        """End the session: stop the running job and release the annotations."""
         self.closed.emit()
         if self.annotations is not None:
             self.annotations.close()
         self.volume = self.annotations = None
 
     def _slices(self) -> list[tuple[int, bytes]]:
-        """What is painted, to be compared with what it was."""
+        """Content of the painted slices, for comparison."""
         return [(s.plane, s.counts.tobytes()) for s in self.annotations.slices()] if self.annotations else []
 
     def _open_annotations(self, chosen: ChosenVolume) -> None:

@@ -1,4 +1,4 @@
-"""The long jobs as generators that can be told to stop: no Qt, no napari. The core, and so torch, is loaded in here."""
+"""Long jobs as generators that can be stopped. This module imports neither Qt nor napari; it loads torch."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Doing:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """Labels on disk that can be looked at from now on: zarr arrays (z, y, x), finest first."""
+    """Labels on disk that can be shown from now on: zarr arrays (z, y, x), finest first."""
 
     levels: list[Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Distilled:
-    """A new student, where it and its support were kept (None if that failed: ``error``); ``stopped`` if cancelled."""
+    """A new student with the paths of its file and its support (None if writing failed: ``error``)."""
 
     model: Any
     path: Path | None
@@ -61,7 +61,7 @@ class Distilled:
 
 @dataclass(frozen=True, eq=False)
 class PlanePart:
-    """What a model says of a part of a plane: ``where`` (y, x); labels "y x", probabilities "k+1 y x"."""
+    """Output of a model for a part of a plane: ``where`` (y, x), labels "y x", probabilities "k+1 y x"."""
 
     plane: int
     where: tuple[slice, slice]
@@ -71,7 +71,7 @@ class PlanePart:
 
 
 def keep_triton_out() -> None:
-    """Let torch do without triton where Mesa draws by LLVM (no GPU, remote desktops): two LLVMs crash the process.
+    """Disable triton where Mesa draws by LLVM (no GPU, remote desktops): two copies of LLVM crash the process.
 
     Nothing here needs triton. What has loaded it before is left as it is.
     """
@@ -81,7 +81,7 @@ def keep_triton_out() -> None:
 
 
 def load_torch() -> None:
-    """Load torch so that the window goes on meanwhile, and leave a core to the window.
+    """Load torch without blocking the window, and leave one core to the window.
 
     Importing torch opens its large libraries with Python's lock held, half a second and more. Opened before, by a plain
     call of C, which lets go of the lock, they are there already.
@@ -100,7 +100,7 @@ def load_torch() -> None:
 
 
 def iter_device(stop: Event) -> Generator[Doing, None, str]:
-    """Look up what this machine computes on; loads torch on the way."""
+    """Choose the device of this machine; loads torch."""
     yield Doing("looking for a GPU")
     load_torch()
     return str(core.choose_device())
@@ -109,7 +109,7 @@ def iter_device(stop: Event) -> Generator[Doing, None, str]:
 def iter_training(
     make_support: Callable[[], tuple[list[int], Any]], settings: Any, start: Any, keep: Path, stop: Event
 ) -> Generator[Any, None, Distilled | None]:
-    """Distill, or refine ``start``; the student is saved in ``keep``, the slices it learns from in a folder beside it.
+    """Distill, or refine ``start``; save the student in ``keep`` and its slices in a folder beside it.
 
     Told to stop, it returns the best student so far, or None if there was no step yet.
     """
@@ -144,7 +144,7 @@ def iter_training(
 
 
 def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any]:
-    """A run of the core until it ends or is stopped; its result, or None if it was stopped."""
+    """Iterate a run of the core to its end or until it is stopped. Returns its result, or None if it was stopped."""
     with closing(run):
         while True:
             try:
@@ -157,7 +157,7 @@ def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any
 
 
 def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
-    """Segment a volume into OME-Zarr; stopped, what is finished is kept. `Written` comes first and last."""
+    """Segment a volume into OME-Zarr. Finished labels are kept when it is stopped. `Written` comes first and last."""
     yield Doing("preparing")
     run = iter_until(core.iter_segment(volume, model, out, **options), stop)
     begun = False
@@ -175,7 +175,7 @@ def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: An
 
 
 def iter_counting(labels: Path, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
-    """Number and measure the objects of labels on disk; `Written` comes last."""
+    """Number and measure the objects of labels on disk. `Written` comes last."""
     yield Doing("looking for objects")
     report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **options), stop)
     if report is not None:
@@ -184,7 +184,7 @@ def iter_counting(labels: Path, out: Path, stop: Event, **options: Any) -> Gener
 
 
 def open_levels(path: Path) -> list[Any]:
-    """The levels of labels on disk as zarr arrays (z, y, x), finest first."""
+    """Pyramid levels of labels on disk as zarr arrays (z, y, x), finest first."""
     names = sorted((p.name for p in path.iterdir() if p.name.isdigit()), key=int)
     return [zarr.open_array(path / name, mode="r") for name in names]
 
@@ -192,7 +192,7 @@ def open_levels(path: Path) -> list[Any]:
 def iter_teacher(
     make_support: Callable[[], tuple[list[int], Any]], settings: Any, kind: str, stop: Event
 ) -> Generator[Doing, None, Any]:
-    """A teacher that answers without training, ``kind`` "dcama" or "prototype"; None if it was stopped."""
+    """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
     yield Doing("telling the teacher your slices")
     _, support = make_support()
@@ -201,7 +201,7 @@ def iter_teacher(
 
 
 def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
-    """The student of a file; None if it was stopped."""
+    """Load the student of a file. Returns None if it was stopped."""
     load_torch()
     yield Doing(f"loading {path.name}")
     model = core.StudentModel.load(path)
@@ -211,7 +211,7 @@ def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
 def iter_plane(
     volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], finished: Collection[tuple[int, int]], stop: Event
 ) -> Generator[PlanePart, None, None]:
-    """What a model says of a plane, tile by tile: what is on screen, from its middle; the rest not at all.
+    """Segment the visible tiles of a plane, from the middle of the screen outwards.
 
     Parameters
     ----------
@@ -234,7 +234,7 @@ def iter_plane(
 def tiles_on_screen(
     rows: Sequence[int], columns: Sequence[int], on_screen: tuple[Span, Span]
 ) -> list[tuple[slice, slice]]:
-    """Tiles (of these heights and widths) that touch what is on screen, those nearest to its middle first."""
+    """Tiles (of these heights and widths) that intersect the screen, nearest to its middle first."""
     middle = [sum(span) / 2 for span in on_screen]
     tiles = [
         (y, x)
@@ -246,14 +246,14 @@ def tiles_on_screen(
 
 
 def iter_different(volume: Any, count: int, taken: Collection[int], stop: Event) -> Generator[Any, None, Any]:
-    """The planes that differ most, beside those that are taken; None if it was stopped."""
+    """Choose the planes that differ most from one another and from the painted ones. Returns None if it was stopped."""
     return (yield from iter_until(core.iter_diverse_planes(volume, count, taken=taken), stop))
 
 
 def iter_least_sure(
     volume: Any, model: Any, planes: Sequence[int], count: int, stop: Event
 ) -> Generator[core.TrainStep, None, list[int]]:
-    """The planes of which a model is least sure in the mean, at most ``count``, ascending."""
+    """Choose at most ``count`` planes with the largest mean uncertainty of a model, ascending."""
     outputs = core.segment_lazy(volume, model, what="uncertainty")
     doubt: dict[int, float] = {}
     for index, z in enumerate(planes, 1):
@@ -274,7 +274,7 @@ def _cut(lengths: Sequence[int]) -> Iterator[slice]:
 def iter_import(
     annotations: Annotations, path: Path, shape: tuple[int, int, int], z: int, kind: str, stop: Event
 ) -> Generator[core.TrainStep, None, list[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]]:
-    """Take over planes of a label file in place of what is painted; those without any label stay as they are.
+    """Import planes of a label file in place of the painted labels; planes without a label are not changed.
 
     Parameters
     ----------
@@ -324,7 +324,7 @@ def iter_import(
 def iter_thumbnails(
     volume: Any, planes: Sequence[int], stop: Event
 ) -> Generator[tuple[int, npt.NDArray[np.uint8]], None, None]:
-    """Small pictures of planes, as `thumbnail` makes them."""
+    """Make thumbnails of planes, see `thumbnail`."""
     for z in planes:
         if stop.is_set():
             return
@@ -332,7 +332,7 @@ def iter_thumbnails(
 
 
 def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.uint8]:
-    """A plane "y x" or "y x c" as a gray picture of "side side" pixels, stretched to its own range."""
+    """A plane "y x" or "y x c" as a gray image of "side side" pixels, scaled to its own range."""
     small = pick(plane, side).astype(np.float32)
     small = small.mean(-1) if small.ndim == 3 else small
     low, high = np.nanpercentile(small, (1, 99))
@@ -341,7 +341,7 @@ def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.
 
 
 def pick(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[Any]:
-    """Every so manieth pixel, "side side"."""
+    """Every n-th row and column, "side side"."""
     rows, columns = (((np.arange(side) + 0.5) * n / side).astype(int) for n in plane.shape[:2])
     result: npt.NDArray[Any] = plane[rows][:, columns]
     return result

@@ -1,4 +1,4 @@
-"""Work in another thread: progress out, a wish to stop in; expected errors come out as one sentence."""
+"""Jobs in threads: signals carry progress and errors, an event stops them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _RARELY = 200  # collections of the middle generation before one of all objects;
 
 
 class _Out(QObject):
-    """What comes out of a thread; without a parent, so that it lives as long as the thread."""
+    """Signals of a thread. It has no parent, so that it lives as long as the thread."""
 
     step = Signal(object)
     end = Signal(object)
 
 
 class Job(QObject):
-    """Work out of the way of the window; of the jobs of a session one at a time.
+    """Runs work in a thread. Of all jobs of a session one runs at a time.
 
     ``stepped`` gives what the work yields, ``done`` what it returns, ``failed`` a sentence; ``ended`` comes last in
     any case. (superqt's workers redirect the warnings of the whole process while they run, which breaks where two
@@ -61,7 +61,7 @@ class Job(QObject):
         return self._stop is not None and self._stop.is_set()
 
     def check_free(self) -> None:
-        """See to it that work can begin.
+        """Check that no other job runs.
 
         Raises
         ------
@@ -73,7 +73,7 @@ class Job(QObject):
             raise core.DistillFSSError(f"already {busy}; cancel that, or wait until it has ended")
 
     def start(self, work: Work) -> None:
-        """Begin some work.
+        """Start work in a thread.
 
         Raises
         ------
@@ -92,7 +92,7 @@ class Job(QObject):
         Thread(target=_run, args=(work, stop, out), name=f"distillfss {self._name}").start()
 
     def cancel(self) -> None:
-        """Ask the work to stop at its next step."""
+        """Stop the work after its present step."""
         if self._stop is not None:
             self._stop.set()
 
@@ -115,7 +115,7 @@ class Job(QObject):
 
 
 class LatestJob(QObject):
-    """Answers the latest question only: a new one stops the work on the one before, whose answers are dropped."""
+    """Runs the latest request only. A new request stops the previous one, whose results are dropped."""
 
     answered = Signal(object)
     failed = Signal(str)
@@ -162,7 +162,7 @@ class LatestJob(QObject):
 
 
 class _Considerate:
-    """While any work goes on, the window's thread gets its turn at once; collections of all objects become rare.
+    """While a job runs, give the window's thread its turn at once and collect garbage rarely.
 
     Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
     A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
@@ -192,7 +192,7 @@ _considerate = _Considerate()
 
 
 def _run(work: Work, stop: Event, out: _Out) -> None:
-    """Do the work; whatever it ends with goes to the window's thread, bugs too."""
+    """Run the work and send its result, or its error, to the window's thread."""
     with _considerate:
         outcome = _outcome(work, stop, out)
     out.end.emit(outcome)

@@ -12,7 +12,7 @@ from napari_distillfss._annotations import write_planes
 
 
 def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> list[str]:
-    """Write images/plane_0012.tif and labels/plane_0012.tif of every plane that has a label.
+    """Write images/plane_0012.tif and labels/plane_0012.tif of every labeled plane.
 
     Raises
     ------

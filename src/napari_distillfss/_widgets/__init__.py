@@ -1,1 +1,1 @@
-"""The dock: one file a widget; each edits one value or does one thing."""
+"""The dock, one widget a file. Each widget edits one value or runs one job."""

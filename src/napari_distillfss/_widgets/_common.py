@@ -1,4 +1,4 @@
-"""Small parts that the sections share."""
+"""Widgets and helpers that several sections use."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAULT_COLOR = "#e0524d"  # readable on napari's light and dark
 
 
 class Message(QLabel):
-    """State in words; errors in red."""
+    """A line of text that shows the state; errors are red."""
 
     def __init__(self, text: str = "", parent: QWidget | None = None) -> None:
         super().__init__(text, parent)
@@ -51,7 +51,7 @@ class Message(QLabel):
 
 
 class Section(QWidget):
-    """A heading that folds what is below it."""
+    """A heading that collapses its content."""
 
     def __init__(self, title: str, content: QWidget, *, tooltip: str, unfolded: bool = True) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Section(QWidget):
 
 
 class JobBar(QWidget):
-    """Progress of a job in words and as a bar, and the button that cancels it; hidden while nothing runs."""
+    """Progress of a job as text and bar, with a button that cancels it; hidden while no job runs."""
 
     def __init__(
         self, job: Job, *, cancel: str, starting: str = "starting (the first time this loads torch, some seconds)"
@@ -127,7 +127,7 @@ def button(text: str, tooltip: str, clicked: Callable[[], object]) -> QPushButto
 
 
 def combo(tooltip: str, choices: tuple[str, ...] = ()) -> QComboBox:
-    """Narrow enough for the dock, however long its texts are."""
+    """A combo box that fits the dock whatever the length of its items."""
     made = QComboBox()
     made.setToolTip(tooltip)
     made.addItems(choices)
@@ -145,7 +145,7 @@ def spin(low: int, high: int, value: int, tooltip: str) -> QSpinBox:
 
 
 def row(*parts: QWidget | str, first: int = 1) -> QWidget:
-    """Widgets (texts become labels) side by side; the first is ``first`` times as wide as the others."""
+    """Lay out widgets side by side (texts become labels); the first is ``first`` times as wide as the others."""
     holder = QWidget()
     layout = QHBoxLayout(holder)
     layout.setContentsMargins(0, 0, 0, 0)
@@ -160,7 +160,7 @@ def row(*parts: QWidget | str, first: int = 1) -> QWidget:
 
 
 def column(holder: QWidget, *parts: QWidget, margin: int = 4) -> None:
-    """Widgets one below the other in ``holder``."""
+    """Lay out widgets in a column of ``holder``."""
     layout = QVBoxLayout(holder)
     layout.setContentsMargins(margin, margin, margin, margin)
     layout.setSpacing(4)
@@ -169,7 +169,7 @@ def column(holder: QWidget, *parts: QWidget, margin: int = 4) -> None:
 
 
 def attempt(message: Message, action: Callable[[], object]) -> bool:
-    """Do something; an expected error is shown in a sentence. Whether it was done."""
+    """Run a function and show an expected error as one sentence. Returns whether it succeeded."""
     try:
         action()
     except core.DistillFSSError as error:

@@ -1,4 +1,4 @@
-"""The whole volume, or a region of it, into OME-Zarr; then its objects, counted and measured."""
+"""Segmentation of the volume, or a region of it, into OME-Zarr; count and measurement of its objects."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LOOK_AGAIN = 500  # milliseconds
 
 
 class ApplyWidget(QWidget):
-    """Writes labels with the student; the layer is there as soon as something is written."""
+    """Writes labels with the student; their layer appears as soon as the first labels are written."""
 
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -80,7 +80,7 @@ class ApplyWidget(QWidget):
         self._on_state_changed()
 
     def start(self) -> None:
-        """Segment, or go on where a run was stopped."""
+        """Segment the volume, or continue a stopped run."""
 
         def start() -> None:
             chosen, model = self._session.volume, self._session.model
@@ -136,7 +136,7 @@ class ApplyWidget(QWidget):
         )
 
     def _show(self, levels: list[Any]) -> None:
-        """Labels (z, y, x) as the layer: the finest level while they are written, the pyramid in the end."""
+        """Show labels (z, y, x): the finest level during the run, the pyramid after it."""
         if self._running is None:
             return
         applied, chosen = self._running, self._running.volume
@@ -190,7 +190,7 @@ class ApplyWidget(QWidget):
 
 
 class ObjectsWidget(QWidget):
-    """Numbers the objects of the labels that were written, and shows their measures beside them."""
+    """Numbers the objects of the written labels and shows their measures."""
 
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -234,7 +234,7 @@ class ObjectsWidget(QWidget):
         self._on_state_changed()
 
     def start(self) -> None:
-        """Number and measure."""
+        """Number and measure the objects."""
 
         def start() -> None:
             applied = self._session.applied
@@ -289,7 +289,7 @@ class ObjectsWidget(QWidget):
         )
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
-        """Show an object: ``box`` is its middle (z, y, x) in voxels."""
+        """Move to an object: ``box`` is its middle (z, y, x) in voxels."""
         if self._running is None or self.layer not in self._viewer.layers:
             return
         chosen = self._running[0]

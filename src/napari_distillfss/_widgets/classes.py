@@ -1,4 +1,4 @@
-"""The classes: names and colors, and which one the brush paints."""
+"""The list of classes: names, colors, and the class of the brush."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNLABELED = ("eraser (not labeled)", "#00000000")
 
 
 class ClassList(QWidget):
-    """Edits the classes; `brushChanged` gives the label to paint: 0 not labeled, 1 background, 2.. the classes."""
+    """Edits the classes. `brushChanged` emits the label of the brush: 0 not labeled, 1 background, 2.. classes."""
 
     valueChanged = Signal(tuple)
     brushChanged = Signal(int)
@@ -59,7 +59,7 @@ class ClassList(QWidget):
             self.brushChanged.emit(self.brush())
 
     def brush(self) -> int:
-        """The label that is painted."""
+        """Label of the brush."""
         return self.list.currentRow() if self.list.currentRow() >= 0 else FIRST_CLASS
 
     def setBrush(self, label: int) -> None:

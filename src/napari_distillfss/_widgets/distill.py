@@ -1,4 +1,4 @@
-"""Distill: from the annotated slices to a student, with its progress."""
+"""Distillation of the annotated slices to a student, with its progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HINT = "annotate some slices, then press Distill"
 
 
 class DistillWidget(QWidget):
-    """Trains a student in another thread; cancelled, the best one so far is kept."""
+    """Trains a student in a thread. A cancelled training keeps its best student so far."""
 
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -51,11 +51,11 @@ class DistillWidget(QWidget):
         self._on_state_changed()
 
     def start(self) -> None:
-        """Distill anew."""
+        """Distill a new student."""
         self._start(None)
 
     def start_refining(self) -> None:
-        """Go on from the student there is."""
+        """Refine the present student."""
         if self._session.model is None:
             self.message.warn("there is no student to refine yet; press Distill first")
             return

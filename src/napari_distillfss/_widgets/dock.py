@@ -1,4 +1,4 @@
-"""The dock: from top to bottom what a user does from first to last."""
+"""The dock, whose sections follow the order of work from top to bottom."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WIDTH = 380  # so that half of a small screen is left for the image
 
 
 class DistillDock(QScrollArea):
-    """Volume, Support, Distill, Preview, Apply, Objects, Model.
+    """Sections: Volume, Support, Distill, Preview, Apply, Objects, Model.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class DistillDock(QScrollArea):
 
 
 class ApplyDock(DistillDock):
-    """The same for those who have a student already: load it, preview, apply, count."""
+    """A dock for a student that exists already: load, preview, apply, count."""
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__(napari_viewer, folder)

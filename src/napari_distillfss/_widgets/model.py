@@ -1,4 +1,4 @@
-"""The student as a file: save, load, its card; and what was done as a script."""
+"""The file of the student (save, load, card) and the script of the session."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUFFIX = ".safetensors"
 
 
 class ModelWidget(QWidget):
-    """Saves and loads students, shows their cards, and copies what was done as a script."""
+    """Saves and loads students, shows their cards, and copies the session as a script."""
 
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -61,7 +61,7 @@ class ModelWidget(QWidget):
         attempt(self.message, save)
 
     def load_from(self, path: Path) -> None:
-        """Read a student in another thread."""
+        """Load a student in a thread."""
 
         def load() -> None:
             self.job.start(lambda stop: iter_loading(path, stop))
@@ -115,7 +115,7 @@ class ModelWidget(QWidget):
 
 
 def describe(card: dict[str, Any]) -> str:
-    """A card in a few lines."""
+    """A card as a few lines of text."""
     training, pixel = card["training"], card["pixel_size_um"]
     lines = [
         f"classes: {', '.join(card['classes'])}",

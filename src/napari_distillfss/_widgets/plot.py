@@ -1,4 +1,4 @@
-"""Two curves over the steps of a training, drawn by Qt alone: its loss, and the IoU on the validation slice."""
+"""A plot of two curves over the training steps, the loss and the IoU on the validation slice; it needs Qt only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MOST_POINTS = 400
 
 
 class TrainingPlot(QWidget):
-    """Shows the loss (smoothed, its own scale) and the validation IoU (0 to 1) as they come."""
+    """Plots the smoothed loss (own scale) and the validation IoU (0 to 1) during a training."""
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -33,7 +33,7 @@ class TrainingPlot(QWidget):
         self.update()
 
     def add(self, index: int, total: int, loss: float | None, score: float | None) -> None:
-        """One more step; a number that was not measured is None."""
+        """Add a step; None for a number that was not measured."""
         self.total = total
         if loss is not None:
             smooth = loss if not self.losses else 0.8 * self.losses[-1][1] + 0.2 * loss

@@ -1,4 +1,4 @@
-"""What the student says of the plane on screen, while scrolling; what is wrong can be painted over."""
+"""Preview of the plane on screen during scrolling, with corrections by painting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _WAIT = 60  # milliseconds without a move before a plane is asked for
 
 
 class PreviewWidget(QWidget):
-    """Keeps up to three layers of one plane at the plane on screen; answers to outdated questions are dropped.
+    """Keeps up to three preview layers at the plane on screen; results of earlier requests are dropped.
 
     ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
     emitted whenever all that is on screen has been answered.
@@ -109,16 +109,16 @@ class PreviewWidget(QWidget):
 
     @property
     def busy(self) -> bool:
-        """Whether an answer is being computed."""
+        """Whether a preview is being computed."""
         return self._latest.busy
 
     @property
     def plane(self) -> int:
-        """The plane that the layers hold."""
+        """Plane of the preview layers."""
         return self._plane
 
     def model(self) -> Any:
-        """Who is asked: the student or the teacher; None if there is none."""
+        """Model of the preview, the student or a teacher; None if there is none."""
         return self._session.model if SOURCES[self.source.currentText()] is None else self._teacher
 
     # what happens
@@ -190,7 +190,7 @@ class PreviewWidget(QWidget):
             self._soon.start()
 
     def _ask(self) -> None:
-        """Ask for what is on screen and not known yet."""
+        """Request the tiles on screen that are not computed yet."""
         chosen, model = self._session.volume, self.model()
         if not self.on.isChecked() or chosen is None:
             return
@@ -257,7 +257,7 @@ class PreviewWidget(QWidget):
     # layers
 
     def _go_to(self, chosen: ChosenVolume, z: int, model: Any) -> None:
-        """Empty the layers and move them to another plane."""
+        """Clear the preview layers and move them to another plane."""
         if z == self._plane:
             return
         self._plane, self._painted_tiles = z, {}

@@ -1,4 +1,4 @@
-"""A box of the volume: from where to where along z, y and x."""
+"""A region of the volume: start and stop along z, y and x."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class RegionEdit(QWidget):
                 box.valueChanged.connect(self._on_edited)
 
     def setShape(self, shape: tuple[int, int, int]) -> None:
-        """The size of the volume; the region becomes all of it."""
+        """Set the size of the volume; the region becomes the whole volume."""
         for (start, stop), n in zip(self.ends, shape, strict=True):
             start.setRange(0, n - 1)
             stop.setRange(1, n)

@@ -21,7 +21,7 @@ OWN = "own settings"
 
 
 class SettingsForm(QWidget):
-    """A magicgui form for DistillSettings; `error` holds the reason why the boxes show no possible settings."""
+    """A magicgui form for DistillSettings. `error` is the reason why the values of the boxes are not valid."""
 
     valueChanged = Signal(object)
 
@@ -36,7 +36,7 @@ class SettingsForm(QWidget):
         self.error = ""
 
     def value(self) -> core.DistillSettings:
-        """The last possible settings; while ``error`` is not empty, the boxes show others."""
+        """The last valid settings; while ``error`` is not empty, the boxes show other values."""
         return self._value
 
     def setValue(self, value: core.DistillSettings) -> None:
@@ -60,7 +60,7 @@ class SettingsForm(QWidget):
 
 
 class PresetPicker(QWidget):
-    """Chooses how thorough a training is; ``form`` shows what that means and takes changes."""
+    """Chooses a preset of the training; ``form`` shows its settings and takes changes."""
 
     valueChanged = Signal(object)
 
@@ -87,7 +87,7 @@ class PresetPicker(QWidget):
         self.form.setValue(value)
 
     def setPreset(self, name: str) -> None:
-        """Take the settings of a preset; everything else goes back to its default."""
+        """Set a preset; all other settings return to their defaults."""
         self.form.setValue(core.DistillSettings(**PRESETS[name]))
 
     def _on_preset_activated(self, _: int) -> None:

@@ -1,4 +1,4 @@
-"""The annotated slices: suggested, painted, listed, imported."""
+"""The annotated slices: suggestion, painting, list and import."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 
 @dataclass(frozen=True, eq=False)
 class _Question:
-    """Which planes of a volume differ most, beside those that were painted."""
+    """Selection of the planes of a volume that differ most from one another and from the painted ones."""
 
     chosen: ChosenVolume
     count: int
@@ -57,7 +57,7 @@ class _Question:
 
 
 class SupportWidget(QWidget):
-    """Suggests planes, keeps the layer that is painted, lists what is painted."""
+    """Suggests planes, keeps the annotation layer, and lists the painted planes."""
 
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -137,7 +137,7 @@ class SupportWidget(QWidget):
     # what the user does
 
     def suggest_slices(self) -> None:
-        """Suggest planes to paint, and go to the first; what is looked for takes the place of an even choice."""
+        """Suggest planes and move to the first. Even ones are shown until the chosen ones are known."""
         chosen = self._session.volume
         if not self._show_layer() or chosen is None:
             return
@@ -160,11 +160,13 @@ class SupportWidget(QWidget):
         self._start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop), self._show_suggested)
 
     def fill_rest(self) -> None:
-        """Whatever is not labeled in the current plane becomes background."""
+        """Label all unlabeled pixels of the current plane as background."""
         self.put_into_plane(None)
 
     def put_into_plane(self, labels: np.ndarray | None) -> None:
-        """Put labels (as painted, "y x"; by default background) where the current plane has none; it can be undone."""
+        """Put labels (as painted, "y x"; by default background) where the current plane has none; this can be
+        undone.
+        """
         annotations = self._session.annotations
         if not self._show_layer() or annotations is None:
             return
@@ -175,7 +177,7 @@ class SupportWidget(QWidget):
         self._show_replaced([(z, before, after)])
 
     def _show_replaced(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        """Labels of whole planes were replaced: show it, and let Ctrl+Z bring back what was there."""
+        """Show replaced labels of whole planes and make the change undoable."""
         annotations = self._session.annotations
         if self._show_layer() and annotations is not None:
             for z, before, after in planes:  # as `data_setitem` does; pixel by pixel zarr takes a second for a million
@@ -184,7 +186,7 @@ class SupportWidget(QWidget):
         self._session.painted()
 
     def go_to(self, z: int) -> None:
-        """Show a plane."""
+        """Move to a plane."""
         chosen = self._session.volume
         if chosen is None:
             return
@@ -194,12 +196,12 @@ class SupportWidget(QWidget):
             dims.set_point(axis, value)
 
     def plane(self) -> int:
-        """The plane that is shown."""
+        """The plane on screen."""
         chosen = self._session.volume
         return chosen.plane_at(self._viewer.dims.point) if chosen else 0
 
     def import_labels(self, path: Path, kind: str = "masks") -> None:
-        """Take over the labels of a file."""
+        """Import the labels of a file."""
         chosen, annotations = self._session.volume, self._session.annotations
         if chosen is None or annotations is None:
             self.message.warn(self._session.no_annotations)
@@ -326,7 +328,7 @@ class SupportWidget(QWidget):
             show(result)
 
     def _on_selected(self, planes: list[int] | None) -> None:
-        """Take the planes that differ in place of the even ones, unless the user has moved on."""
+        """Replace the even planes by the chosen ones, unless the user has moved on."""
         annotations, question = self._session.annotations, self._question
         if not planes or annotations is None or question is None or question is not self._answered_question:
             return
@@ -345,7 +347,7 @@ class SupportWidget(QWidget):
     # parts
 
     def _select_slices(self) -> None:
-        """Look for planes that differ, as was asked last; what is under way ends first."""
+        """Start the latest selection of planes; a running one ends first."""
         if self._question is not None and not self.selecting.running:
             question = self._answered_question = self._question
             self.selecting.start(
@@ -353,7 +355,7 @@ class SupportWidget(QWidget):
             )
 
     def _start(self, work: Work, show: Callable[[Any], None]) -> None:
-        """Begin some work on these annotations, what comes of which is to be shown so."""
+        """Start work on these annotations; ``show`` gets its result."""
 
         def start() -> None:
             self.job.start(work)
@@ -381,7 +383,7 @@ class SupportWidget(QWidget):
             self.go_to(planes[0])
 
     def _show_layer(self) -> bool:
-        """Make the annotation layer if it is not there; whether there is one. If not, it is said why."""
+        """Make the annotation layer if it is missing. Returns whether there is one; the reason is shown if not."""
         chosen, annotations = self._session.volume, self._session.annotations
         if chosen is None or annotations is None:
             self.message.warn(self._session.no_annotations)

@@ -1,4 +1,4 @@
-"""Measures of objects as a table; choosing a row shows the object."""
+"""A table of object measures; a chosen row shows its object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROLES = (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.UserRole)
 
 
 class ObjectTable(QWidget):
-    """Shows a table of measures; ``chosen`` gives the label of a row and the middle of its box (z, y, x) in voxels."""
+    """Shows a table of measures. ``chosen`` emits the label of a row and the middle of its box (z, y, x) in voxels."""
 
     chosen = Signal(int, tuple)
 
@@ -35,7 +35,7 @@ class ObjectTable(QWidget):
         layout.addWidget(self.view)
 
     def read(self, path: Path) -> None:
-        """Show a table as the core writes it (.csv)."""
+        """Show a table that the core has written (.csv)."""
         with open(path, newline="") as file:
             columns, *objects = list(csv.reader(file))
         self.model = _Measures(columns, np.array(objects, float).reshape(len(objects), len(columns)))
@@ -44,13 +44,13 @@ class ObjectTable(QWidget):
         self.view.resizeColumnsToContents()
 
     def select(self, label: int) -> None:
-        """Mark the row of an object."""
+        """Select the row of an object."""
         rows = np.flatnonzero(self.model.values[:, 0] == label)
         if len(rows):
             self.view.selectRow(self._sorted.mapFromSource(self.model.index(int(rows[0]), 0)).row())
 
     def choose(self, row: int) -> None:
-        """Do as if a row of the file was clicked."""
+        """Choose the row of the file with this number."""
         measures = dict(zip(self.model.columns, self.model.values[row], strict=True))
         middle = tuple((measures[f"box_{a}0"] + measures[f"box_{a}1"] - 1) / 2 for a in "zyx")
         self.chosen.emit(int(measures["label"]), middle)

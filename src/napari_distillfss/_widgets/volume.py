@@ -1,4 +1,4 @@
-"""The volume to work on: a layer, or a file that becomes one."""
+"""Choice of the volume: an image layer, or a file that becomes one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from napari_distillfss._widgets._common import Message, attempt, button, column,
 
 
 class VolumePicker(QWidget):
-    """Edits which volume is worked on; ``valueChanged`` gives a ChosenVolume or None."""
+    """Edits the chosen volume. ``valueChanged`` emits a ChosenVolume or None."""
 
     valueChanged = Signal(object)
 
@@ -76,7 +76,7 @@ class VolumePicker(QWidget):
         self._take(value)
 
     def open_path(self, path: str | Path) -> None:
-        """Show a file lazily as a layer, and choose it."""
+        """Open a file lazily as a layer and choose it."""
 
         def show() -> None:
             levels, options = layer_of_file(path)
@@ -122,7 +122,7 @@ class VolumePicker(QWidget):
             self._take(None)
 
     def _fit_boxes(self, layer: Any) -> None:
-        """Show what there is to choose of a layer."""
+        """Show the levels, times and channels of a layer."""
         letters = lead_axes(layer)
         shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
         for letter, box in self.lead.items():
