@@ -17,8 +17,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 EXPLAINED: Mapping[str, str] = MappingProxyType(
     {
         "quick": "A first look: 80 steps, about a third of the time of default.",
-        "default": "Steps by the number of slices (300 and more); meant to do.",
-        "thorough": "1200 steps on twice as many crops: for the last percent, overnight for large backbones.",
+        "default": "300 steps or more, by the number of slices. Suitable for most data.",
+        "thorough": "1200 steps on twice as many crops. Gains the last percent; takes a night with large backbones.",
     }
 )
 

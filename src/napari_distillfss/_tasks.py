@@ -194,7 +194,7 @@ def iter_teacher(
 ) -> Generator[Doing, None, Any]:
     """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
-    yield Doing("telling the teacher your slices")
+    yield Doing("encoding your slices for the teacher")
     _, support = make_support()
     teacher = core.unrefined_teacher(support, settings, kind=kind)
     return None if stop.is_set() else teacher

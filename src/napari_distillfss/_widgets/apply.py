@@ -37,22 +37,22 @@ class ApplyWidget(QWidget):
         self.layer: Any = None
         self.region = RegionEdit()
         self.on_screen = button(
-            "What is on screen", "Take the part of the planes that you see", self._on_screen_clicked
+            "What is on screen", "Restrict the region to the visible part of the planes", self._on_screen_clicked
         )
         self.mode = combo(
-            "planes: each on its own; smooth: with its neighbors, so that single planes do not flicker; consensus: "
-            "three directions, for voxels as long as wide (ten times slower)",
+            "planewise: each plane alone; smoothed: with its neighbors along z, which removes flicker; consensus: "
+            "three directions, for nearly cubic voxels (ten times slower)",
             tuple(MODES),
         )
         self.out = QLineEdit()
-        self.out.setToolTip("Folder of the labels, ending in .ome.zarr; an unfinished one goes on where it stopped")
+        self.out.setToolTip("Folder of the labels, ending in .ome.zarr; an unfinished one is continued")
         self.out.setPlaceholderText("NAME.ome.zarr")
         self.browse = button("…", "Choose where to write", self._on_browse_clicked)
         self.browse.setMaximumWidth(32)
         self.replace = QCheckBox("Replace labels that are there")
-        self.replace.setToolTip("Begin anew in place of labels that were written from here; nothing else is replaced")
+        self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.apply = button(
-            "Apply", "Segment into OME-Zarr; cancelled or crashed, pressing Apply again goes on", self.start
+            "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
         self.job = Job(session, "segmenting", self)
         self.message = Message("distill or load a student first")
@@ -199,11 +199,11 @@ class ObjectsWidget(QWidget):
         self._levels: list[Any] = []
         self.layer: Any = None
         self.method = combo(
-            "connected: whatever hangs together is one object; watershed: objects that touch are cut apart where "
-            "they are narrow",
+            "connected: each connected piece is one object; watershed: touching objects are separated where they "
+            "are narrow",
             ("connected", "watershed"),
         )
-        self.of_class = combo("Objects of which class")
+        self.of_class = combo("Class of the objects")
         self.radius = QDoubleSpinBox()
         self.radius.setRange(0.01, 1e6)
         self.radius.setValue(5)

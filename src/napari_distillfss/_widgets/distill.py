@@ -26,9 +26,11 @@ class DistillWidget(QWidget):
         self._session = session
         self._started: tuple[Any, Path | None] | None = None  # the path is that of the student gone on from
         self.settings = PresetPicker()
-        self.distill = button("Distill", "Make a student from the annotated slices", self.start)
+        self.distill = button("Distill", "Train a student on the annotated slices", self.start)
         self.refine = button(
-            "Refine", "Go on from the student there is, with the slices as they are now: quick", self.start_refining
+            "Refine",
+            "Continue the training of the present student on the present slices (a fifth of the steps)",
+            self.start_refining,
         )
         self.job = Job(session, "distilling", self)
         self.plot = TrainingPlot()
@@ -37,7 +39,7 @@ class DistillWidget(QWidget):
             self,
             self.settings,
             row(self.distill, self.refine),
-            JobBar(self.job, cancel="Stop here and keep the best student so far"),
+            JobBar(self.job, cancel="Stop the training and keep the best student so far"),
             self.plot,
             self.message,
         )

@@ -49,12 +49,12 @@ class DistillDock(QScrollArea):
         self.model = ModelWidget(session)
         sections = [
             Section("1  Volume", self.volume, tooltip="What to segment"),
-            Section("2  Support", self.support, tooltip="The few slices that you annotate"),
-            Section("3  Distill", self.distill, tooltip="From your slices to a student"),
-            Section("4  Preview", self.preview, tooltip="What the student says of the plane on screen"),
+            Section("2  Support", self.support, tooltip="Slices that you annotate"),
+            Section("3  Distill", self.distill, tooltip="Training of a student on your slices"),
+            Section("4  Preview", self.preview, tooltip="Output of the student for the plane on screen"),
             Section("5  Apply", self.apply, tooltip="The whole volume into OME-Zarr", unfolded=False),
             Section("6  Objects", self.objects, tooltip="Count and measure what was segmented", unfolded=False),
-            Section("7  Model", self.model, tooltip="The student as a file; what was done as a script", unfolded=False),
+            Section("7  Model", self.model, tooltip="File of the student; script of the session", unfolded=False),
         ]
         self.sections = {section.content: section for section in sections}
         content = QWidget()

@@ -25,16 +25,20 @@ class ModelWidget(QWidget):
         super().__init__(parent)
         self._session = session
         self._loading: Path | None = None
-        self.save = button("Save…", "Write the student as one file, which needs no support", self._on_save_clicked)
-        self.load = button("Load…", "Take a student from a file, to preview and apply it", self._on_load_clicked)
-        self.command = button(
-            "Copy command", "The exact commands of what was done, for a terminal or a cluster", self.copy_command
+        self.save = button(
+            "Save…", "Save the student as one file, which needs no support images", self._on_save_clicked
         )
-        self.python = button("Copy Python", "The same as lines of Python", self.copy_python)
+        self.load = button("Load…", "Load a student from a file, to preview and apply it", self._on_load_clicked)
+        self.command = button(
+            "Copy command",
+            "Copy the steps of this session as shell commands, for a terminal or a cluster",
+            self.copy_command,
+        )
+        self.python = button("Copy Python", "Copy the steps of this session as Python lines", self.copy_python)
         self.card = QPlainTextEdit()
         self.card.setReadOnly(True)
         self.card.setMinimumHeight(120)
-        self.card.setToolTip("What the student is and how it was made; it travels with its file")
+        self.card.setToolTip("Model card of the student; it is part of the file")
         self.job = Job(session, "loading a student", self)
         self.message = Message("no student yet")
         column(

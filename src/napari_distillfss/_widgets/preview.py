@@ -48,9 +48,9 @@ class PreviewWidget(QWidget):
         self._probabilities: np.ndarray | None = None
         self.layers: dict[str, Any] = {}
         self.on = QCheckBox("Preview the plane on screen")
-        self.on.setToolTip("Segment what you look at, as you scroll; only what is on screen is computed")
+        self.on.setToolTip("Segment the visible part of each plane during scrolling")
         self.source = combo(
-            "student: what you distilled; teacher and prototypes answer from your slices at once, without training",
+            "student: the distilled model; teacher and prototypes: few-shot models on your slices, without training",
             tuple(SOURCES),
         )
         self.shown = {name: QCheckBox(name) for name in _NAMES}
@@ -64,11 +64,10 @@ class PreviewWidget(QWidget):
         self.of_class = combo("The class whose probability is shown")
         self.take = button(
             "Correct this plane",
-            "Copy the preview of this plane into the annotations where nothing is painted, so that you only repaint "
-            "what is wrong; then Refine",
+            "Copy the preview of this plane into its unpainted pixels. Then repaint the errors and press Refine",
             self._on_take_clicked,
         )
-        self.job = Job(session, "telling the teacher", self)
+        self.job = Job(session, "encoding slices for the teacher", self)
         self.message = Message("distill a student first, or choose teacher or prototypes")
         self._latest = LatestJob(self)
         self._soon = QTimer(self)

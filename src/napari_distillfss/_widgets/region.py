@@ -18,8 +18,8 @@ class RegionEdit(QWidget):
         super().__init__(parent)
         self._quiet = False
         self.which = combo(
-            "What to segment. The labels have the volume's size in any case; what is left out stays 0, and can be "
-            "segmented later",
+            "Region to segment. The labels always have the size of the volume; the rest stays 0 and can be segmented "
+            "later",
             ("whole volume", "a region"),
         )
         self.ends = [

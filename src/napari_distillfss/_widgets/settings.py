@@ -68,7 +68,7 @@ class PresetPicker(QWidget):
         super().__init__(parent)
         self.form = SettingsForm()
         self.preset = combo("<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN))
-        self.more = combo("Every option of the training, for those who know what they want", ("usual", "all options"))
+        self.more = combo("Show all options of the training", ("usual", "all options"))
         column(self, row("Thoroughness", self.preset), row("Options", self.more), self.form, margin=0)
         self.form.hide()
         self.preset.activated.connect(self._on_preset_activated)

@@ -67,15 +67,15 @@ class SupportWidget(QWidget):
         self._pictures: dict[int, np.ndarray] = {}
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
-            "different: planes that together are most like all the others, looked for in brightness, texture and "
-            "place; evenly: both ends, then midpoints; least sure: where the student doubts most (after Distill)",
+            "different: planes that represent all others best in brightness, texture and position; evenly: both "
+            "ends, then midpoints; least sure: planes with the largest uncertainty of the student (after Distill)",
             (DIFFERENT, EVENLY, LEAST_SURE),
         )
-        self.suggest = button("Suggest slices", "Which slices to paint", self.suggest_slices)
+        self.suggest = button("Suggest slices", "Suggest slices to paint", self.suggest_slices)
         self.classes = ClassList()
         self.paint = button("Paint", "Show the annotation layer and take the brush", self._on_paint_clicked)
         self.rest = button(
-            "Rest is background", "Whatever is not labeled in this slice becomes background (Ctrl+Z undoes it)",
+            "Rest is background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
             self.fill_rest,
         )  # fmt: skip
         self.list = QListWidget()
@@ -83,14 +83,14 @@ class SupportWidget(QWidget):
         self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
         self.list.setMinimumHeight(150)
         self.remove = button(
-            "Remove slice", "Wipe what is painted in the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
+            "Remove slice", "Remove all labels of the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
         )
         self.kind = combo(
             "What numbers of a label file mean. masks: 0 background, others the first class; classes: 0 background, "
             "1.. classes; scribbles: 0 not labeled, 1 background, 2.. classes",
             KINDS,
         )
-        self.import_file = button("Import…", "Take labels of a file over", self._on_import_clicked)
+        self.import_file = button("Import…", "Import labels of a file", self._on_import_clicked)
         self.anew = button("Begin anew", "Set these annotations aside (they stay on disk)", self._on_anew_clicked)
         self.message = Message("choose a volume first")
         self.job = Job(session, "looking at slices", self)
