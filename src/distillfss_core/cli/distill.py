@@ -26,7 +26,7 @@ from distillfss_core.cli.options import (
     parse_planes,
 )
 from distillfss_core.errors import OutputError, SettingsError
-from distillfss_core.settings import FORMS, DistillSettings
+from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
@@ -127,7 +127,7 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
         "decoder": form.decoder,
         "teacher": form.teacher,
         "width": form.width,
-        "zoom": start.preprocess.zoom,
+        "zoom": parse_zoom(start.preprocess.zoom),
         "normalization": f"per-{start.preprocess.scope}",
     }
     for name, value in decided.items():
