@@ -14,6 +14,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="device of the tests that are marked cuda (default: cuda)")
 
 
+TRAIN_OR_DRAW = {"tiny", "student", "plain_student", "saved_model", "viewer", "open_dock", "workers", "data"}
+"""Fixtures of tests that train a model, start a cluster or open a window of napari."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests as slow by their fixtures."""
+    for item in items:
+        if isinstance(item, pytest.Function) and TRAIN_OR_DRAW & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
