@@ -211,15 +211,13 @@ def iter_demo(
             yield TrainStep(len(scores) * len(data.queries) + len(predictions[name]), total, stage="judge")
         scores.append(_score(name, predictions[name], data, 1000 * spent / len(data.queries)))
 
-    files = [folder / MODEL, folder / PICTURE]
+    files = demo_files(data, folder)
     _draw(data, predictions, folder / PICTURE)
     if data.stack is not None and data.truth is not None:
         write_stack(folder / "stack.tif", data.stack)
         write_labels(folder / "stack_truth.tif", data.truth)
-        files += [folder / "stack.tif", folder / "stack_truth.tif"]
-    for query, labels in zip(data.queries, predictions["student"], strict=True):
-        files.append(folder / LABELS / f"{_file_stem(query.source)}.tif")
-        write_labels(files[-1], labels)
+    for path, labels in zip(files[-len(data.queries) :], predictions["student"], strict=True):
+        write_labels(path, labels)
     return DemoReport(
         data=data.name,
         supports=tuple(s.source for s in data.support.slices),
@@ -233,6 +231,13 @@ def iter_demo(
         folder=str(folder),
         files=tuple(map(str, files)),
     )
+
+
+def demo_files(data: DemoData, folder: Path) -> tuple[Path, ...]:
+    """What the demo writes into its folder: model, picture, the stack if it was generated, labels."""
+    stack = [] if data.stack is None or data.truth is None else [folder / "stack.tif", folder / "stack_truth.tif"]
+    labels = [folder / LABELS / f"{_file_stem(query.source)}.tif" for query in data.queries]
+    return (folder / MODEL, folder / PICTURE, *stack, *labels)
 
 
 def run_demo(

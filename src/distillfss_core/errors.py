@@ -1,6 +1,11 @@
 """The family of expected errors: each message says what happened, with which value, and what to do."""
 
 
+def printable(name: object) -> str:
+    """A name as text that every UTF-8 file and message can hold; bytes that are no text become ``\\udcNN``."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class DistillFSSError(Exception):
     """An expected error; its message is one line, fit to be shown to a user as it is."""
 

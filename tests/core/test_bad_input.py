@@ -297,7 +297,7 @@ def test_a_full_disk_while_the_model_is_saved_keeps_the_old_file(here, error, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    line = error(main(["distill", "images", "labels", "-o", "model.safetensors", *FEW]))
+    line = error(main(["distill", "images", "labels", "-o", "model.safetensors", "--overwrite", *FEW]))
     assert "model.safetensors: No space left on device; free some space" in line
     assert Path("model.safetensors").read_bytes() == old
     assert sorted(os.listdir()) == before

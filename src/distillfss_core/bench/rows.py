@@ -77,7 +77,6 @@ class Rows:
             self._file = path.open("a+b")
             self._file.seek(0)
             whole = self._file.read().rpartition(b"\n")[0]
-            self._file.truncate(len(whole) + 1 if whole else 0)
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
         try:
@@ -88,6 +87,10 @@ class Rows:
         if others:
             was = Machine(**others[0])
             raise InputFileError(f"{path}: its figures are of {was}; this is {machine}; give another folder with -o")
+        try:
+            self._file.truncate(len(whole) + 1 if whole else 0)
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows)

@@ -23,8 +23,8 @@ def add_batch(commands: Any) -> None:
         "batch",
         help="segment many volumes to OME-Zarr",
         description="Segment the volumes of a folder, or of a CSV file with a column 'volume' (and, where wanted, "
-        "output, region, level, channel, time, series, axes), one after another. One that fails does not stop the "
-        "others; the report has a row for each.",
+        "output, region, level, channel, time, series, axes; delimited by commas, semicolons or tabs), one after "
+        "another. One that fails does not stop the others; the report has a row for each.",
     )
     parser.add_argument("input", type=Path, metavar="INPUT", help="a folder of volumes, or a CSV file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
@@ -35,11 +35,15 @@ def add_batch(commands: Any) -> None:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from distillfss_core.segmentation.batch import iter_batch, plan_batch
+    from distillfss_core.io.writing import check_folder_name, check_replaceable
+    from distillfss_core.segmentation.batch import iter_batch, plan_jobs
     from distillfss_core.types import finish
 
-    jobs = plan_batch(args.input, args.output, given_opening(args), args.region)
+    reads = [args.model]
+    jobs = plan_jobs(args.input, args.output, given_opening(args), args.region, reads=reads)
     report = args.report or args.output / "report.csv"
+    check_folder_name(args.output)
+    check_replaceable([report], [*reads, *([args.input] if args.input.is_file() else [])], overwrite=True)
     model = load_model(args)
     try:
         args.output.mkdir(exist_ok=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, positive, print_json, progress, say
+from distillfss_core.cli.options import add_overwrite
 from distillfss_core.errors import OutputError, SettingsError
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(FOLDER), metavar="FOLDER", help=f"rows and tables go here ({FOLDER})"
     )
+    add_overwrite(parser)
 
 
 def _accuracy(args: argparse.Namespace) -> int:
@@ -166,9 +168,12 @@ def _run(args: argparse.Namespace, name: str, jobs: list[Job], table: Callable[[
     from distillfss_core.bench.jobs import iter_jobs, run_apart
     from distillfss_core.bench.rows import Rows
     from distillfss_core.bench.tables import note
+    from distillfss_core.io.writing import check_replaceable
 
     machine = _machine(args.device)
     _make(args.output)
+    goes_on = (args.output / f"{name}.jsonl").exists()
+    check_replaceable([args.output / f"{name}.md"], [], overwrite=args.overwrite or goes_on)
     outcomes: list[Outcome] = []
     stopped = False
     with closing(Rows(args.output / f"{name}.jsonl", machine)) as rows, progress(name, len(jobs), "model") as bar:
@@ -194,17 +199,20 @@ def _speed(args: argparse.Namespace) -> int:
     _need_packages()
     from distillfss_core.bench.plots import draw_speed
     from distillfss_core.bench.speed import Plan, run_speed, speed_table
+    from distillfss_core.io.writing import check_replaceable
 
     _make(args.output)
+    table, figures, *pictures = (args.output / f"speed{suffix}" for suffix in (".md", ".json", ".png", ".svg"))
+    check_replaceable([table, figures, *pictures], [], overwrite=args.overwrite)
     plan = Plan(args.backbone, args.side, args.sides, args.shots, args.classes, args.planes, args.rounds)
     reports = []
     for device in args.device:
         with progress(f"speed, {device}", unit="figure") as bar:
             reports.append(run_speed(plan, device, bar.set_postfix_str))
     text = "\n\n".join(speed_table(report) for report in reports) + "\n"
-    _write(args.output / "speed.md", text)
-    _write(args.output / "speed.json", json.dumps([asdict(report) for report in reports], indent=1) + "\n")
-    draw_speed(reports, [args.output / "speed.png", args.output / "speed.svg"])
+    _write(table, text)
+    _write(figures, json.dumps([asdict(report) for report in reports], indent=1) + "\n")
+    draw_speed(reports, pictures)
     if args.json:
         print_json([asdict(report) for report in reports])
     else:
@@ -241,7 +249,7 @@ def _write(path: Path, text: str) -> None:
     from distillfss_core.io.writing import atomic_path
 
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _data(text: str) -> tuple[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distillfss_core.errors import ImageError, OutputError
+from distillfss_core.errors import ImageError, OutputError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -85,7 +86,14 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    return " ".join(printable(text).split())
+
+
+def show_any_name() -> None:
+    """Write what a terminal or a file cannot show as escapes, where Python would end with an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any) -> None:

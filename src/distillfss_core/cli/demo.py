@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.cli.console import FINE, add_common, cell, positive, print_json, print_table, progress, show_step
-from distillfss_core.cli.options import add_label_options, add_settings, given_settings
+from distillfss_core.cli.options import add_label_options, add_overwrite, add_settings, given_settings
 from distillfss_core.errors import SettingsError
 from distillfss_core.settings import SAMPLES, DistillSettings
 
@@ -42,6 +42,7 @@ def add_demo(commands: Any) -> None:
     parser.add_argument("--planes", type=positive, default=12, metavar="N", help="planes to generate (default: 12)")
     parser.add_argument("--size", type=positive, default=384, metavar="N", help="their side in pixels (default: 384)")
     add_label_options(parser)
+    add_overwrite(parser)
     add_settings(parser)
     add_common(parser, _demo)
 
@@ -54,7 +55,16 @@ def _demo(args: argparse.Namespace) -> int:
     if not args.data and (args.classes or args.scribbles):
         raise SettingsError("--classes and --scribbles speak of your own data; give it with --data")
 
-    from distillfss_core.demo import DEMO_FOLDER, DEMO_STEPS, DEMO_SUPPORTS, generated_data, iter_demo, own_data
+    from distillfss_core.demo import (
+        DEMO_FOLDER,
+        DEMO_STEPS,
+        DEMO_SUPPORTS,
+        demo_files,
+        generated_data,
+        iter_demo,
+        own_data,
+    )
+    from distillfss_core.io.writing import check_folder_name, check_replaceable
     from distillfss_core.types import finish
 
     settings = DistillSettings(**{"steps": DEMO_STEPS, **options})
@@ -63,8 +73,12 @@ def _demo(args: argparse.Namespace) -> int:
         data = own_data(*args.data, supports=supports, classes=args.classes, scribbles=args.scribbles)
     else:
         data = generated_data(args.planes, args.size, supports, settings.seed, args.sample)
+    folder = args.output or Path(DEMO_FOLDER)
+    check_folder_name(folder)
+    reads = [inner for path in args.data or () for inner in (path, path / "images", path / "labels")]
+    check_replaceable(demo_files(data, folder), reads, overwrite=args.overwrite)
     with progress("preparing") as bar:
-        report = finish(iter_demo(data, args.output or DEMO_FOLDER, settings), lambda step: show_step(bar, step))
+        report = finish(iter_demo(data, folder, settings), lambda step: show_step(bar, step))
     if args.json:
         print_json(asdict(report))
     else:

@@ -19,6 +19,7 @@ from distillfss_core.cli.console import (
 )
 from distillfss_core.cli.options import (
     add_label_options,
+    add_overwrite,
     add_settings,
     given_settings,
     option_flag,
@@ -31,6 +32,9 @@ from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
     from distillfss_core.types import TrainStep
+
+
+MODEL_SUFFIX = ".safetensors"
 
 
 def add_distill(commands: Any) -> None:
@@ -56,23 +60,19 @@ def add_distill(commands: Any) -> None:
         "--preset", choices=FORMS, default="default", help="form of student, decoder, teacher and loss (default)"
     )
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
+    add_overwrite(parser)
     add_settings(parser)
     add_common(parser, _distill)
 
 
 def _distill(args: argparse.Namespace) -> int:
-    from distillfss_core.io.images import READABLE
-    from distillfss_core.io.writing import check_output
-
     options = given_settings(args)
     if args.init_from and args.preset != "default":
         raise SettingsError("--preset does not go with --init-from: the model has its form; leave the option out")
     settings = DistillSettings.preset(args.preset, **options)
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
-    if args.output.suffix.lower() in READABLE:
-        raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
-    check_output(args.output)
+    _check_model_file(args, settings)
 
     from distillfss_core.models.student import KEEP_BACKBONE, StudentModel
     from distillfss_core.nn.pretrained import can_be_found_again
@@ -116,6 +116,21 @@ def _distill(args: argparse.Namespace) -> int:
         )
     _print_model(args, model)
     return INTERRUPTED if interrupted else FINE
+
+
+def _check_model_file(args: argparse.Namespace, settings: DistillSettings) -> None:
+    """Find out before the training that the model cannot be written, or would take the place of something."""
+    from distillfss_core.io.images import READABLE
+    from distillfss_core.io.writing import check_output, check_replaceable
+
+    suffix = args.output.suffix.lower()
+    if suffix in READABLE:
+        raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
+    if suffix not in ("", MODEL_SUFFIX) and not args.output.is_dir():
+        raise OutputError(f"cannot write {args.output}: {suffix} is no suffix of a model; end its name in .safetensors")
+    check_output(args.output)
+    reads = [args.images, args.labels, *filter(None, [args.init_from]), Path(settings.weights), Path(settings.head)]
+    check_replaceable([args.output], reads, overwrite=args.overwrite)
 
 
 def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> DistillSettings:

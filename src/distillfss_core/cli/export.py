@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.cli.console import FINE, add_common, format_mb, print_json
-from distillfss_core.cli.options import option_flag, parse_pixel_size
+from distillfss_core.cli.options import add_overwrite, option_flag, parse_pixel_size
 from distillfss_core.errors import OutputError, SettingsError
 
 # export
@@ -29,6 +29,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--format", choices=tuple(_FORMATS), help="default: what the name of OUT says")
     parser.add_argument("--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometers of a pixel, if another")
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
+    add_overwrite(parser)
     group = parser.add_argument_group("of a BioImage.IO package")
     group.add_argument("--author", action="append", metavar="NAME", help="needed; may be given again")
     group.add_argument("--name", metavar="TEXT", help="of the model (default: its classes)")
@@ -38,7 +39,7 @@ def add_export(commands: Any) -> None:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from distillfss_core.io.writing import check_output
+    from distillfss_core.io.writing import check_output, check_replaceable
 
     by_suffix = {suffix: name for name, suffix in _FORMATS.items()}
     kind = by_suffix.get(args.output.suffix.lower())
@@ -51,6 +52,7 @@ def _export(args: argparse.Namespace) -> int:
             f"{option_flag(next(iter(details), 'author'))} is for BioImage.IO packages; end OUT in .zip"
         )
     check_output(args.output)
+    check_replaceable([args.output], [args.model, Path(args.weights)], overwrite=args.overwrite)
 
     from distillfss_core.export.bioimageio import export_bioimageio
     from distillfss_core.export.onnx import export_onnx

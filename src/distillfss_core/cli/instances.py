@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
-from distillfss_core.cli.options import is_label_folder, parse_channel, parse_whole
+from distillfss_core.cli.options import add_overwrite, is_label_folder, parse_channel, parse_whole
 from distillfss_core.cli.segment import follow_steps
 from distillfss_core.errors import OutputError
 
@@ -60,7 +60,7 @@ def add_instances(commands: Any) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="go on where a run that was stopped or killed had come to"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    add_overwrite(parser)
     add_common(parser, _instances, threads=False)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from distillfss_core.cli.backbones import add_backbones
 from distillfss_core.cli.batch import add_batch
 from distillfss_core.cli.bench import add_bench
-from distillfss_core.cli.console import ERROR, INTERRUPTED, USAGE, fail, one_line, say, warnings_shown
+from distillfss_core.cli.console import ERROR, INTERRUPTED, USAGE, fail, one_line, say, show_any_name, warnings_shown
 from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
 from distillfss_core.cli.evaluate import add_evaluate
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     int
         0 fine, 1 an expected error (one line on stderr said which), 2 wrong usage, 130 interrupted.
     """
+    show_any_name()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as end:  # argparse: --help, --version, or a usage error that it has told

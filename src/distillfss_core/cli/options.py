@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
     parser.add_argument(
@@ -26,7 +30,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="Y,X",
         help="micrometers of a pixel here: zooms as the model needs, which must have been given its own",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+    add_overwrite(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument(
         "--precision",

@@ -18,7 +18,7 @@ from distillfss_core.cli.console import (
     say,
     show_step,
 )
-from distillfss_core.cli.options import add_settings, given_settings, parse_names
+from distillfss_core.cli.options import add_overwrite, add_settings, given_settings, parse_names
 from distillfss_core.errors import SettingsError
 from distillfss_core.settings import PretrainSettings
 
@@ -49,6 +49,7 @@ def add_pretrain(commands: Any) -> None:
         "--holdout", type=parse_names, default=(), metavar="SET,SET,...", help="sets not trained on, but judged on"
     )
     parser.add_argument("--name", default="", metavar="TEXT", help="name and version for the card")
+    add_overwrite(parser)
     add_settings(parser, PretrainSettings, "meta-training")
     add_common(parser, _pretrain)
 
@@ -57,12 +58,20 @@ def _pretrain(args: argparse.Namespace) -> int:
     settings = PretrainSettings(**given_settings(args, PretrainSettings))
     if args.holdout and not args.real:
         raise SettingsError("--holdout names sets of --real; give it too")
+    from distillfss_core.io.writing import check_replaceable
+
     try:
-        from distillfss_core.metatraining.run import PretrainRun, sources
+        from distillfss_core.metatraining.run import CHECKPOINT, CURVES, HEAD, PretrainRun, sources
     except ModuleNotFoundError as error:
         raise SettingsError(f"meta-training needs {error.name}: pip install 'napari-distillfss[pretrain]'") from error
 
     make_folder(args.output)
+    goes_on = (args.output / CHECKPOINT).exists()
+    check_replaceable(
+        [args.output / name for name in (CURVES, HEAD)],
+        [Path(settings.init_from), Path(settings.weights)],
+        overwrite=args.overwrite or goes_on,
+    )
     real, held_out = sources(args.real, args.holdout)
     run = PretrainRun(settings, args.output, real=real, held_out=held_out)
     step: TrainStep | None = None

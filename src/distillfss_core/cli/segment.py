@@ -64,16 +64,15 @@ def add_segment(commands: Any) -> None:
 
 
 def _segment(args: argparse.Namespace) -> int:
+    from distillfss_core.io.writing import check_replaceable
+
     if is_label_folder(args.output):
         return segment_volume(args)
     check_no_volume_options(args)
     extras = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
     jobs = _plan_folder(args, extras) if args.input.is_dir() else [_plan_file(args, extras)]
     written = [path for _, outputs in jobs for path in outputs.values()]
-    present = [path for path in written if path.exists()]
-    if present and not args.overwrite:
-        more = f" and {len(present) - 1} more" if len(present) > 1 else ""
-        raise OutputError(f"{present[0]}{more} already there; give --overwrite, or another name with -o")
+    check_replaceable(written, [args.input, args.model, Path(args.weights)], overwrite=args.overwrite)
     done, failed = _segment_files(load_model(args), jobs, written, make_folders=args.input.is_dir())
     if args.json:
         print_json({"written": [str(path) for path in done], "failed": failed})
@@ -115,15 +114,14 @@ def _segment_files(
 
 def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[_FileJob]:
     """Each readable file of the folder with the files to write for it; extras go into folders of their own."""
-    from distillfss_core.io.images import READABLE
+    from distillfss_core.io.writing import check_folder_name
     from distillfss_core.volumes.zarr import is_zarr
 
     if is_zarr(args.input):
         raise OutputError(f"{args.output} is no name for its labels: {args.input} is a volume; end OUT in .ome.zarr")
     if args.output.exists() and not args.output.is_dir():
         raise OutputError(f"{args.output} is a file, but {args.input} is a folder; give a folder with -o")
-    if args.output.suffix.lower() in READABLE:
-        raise OutputError(f"{args.output} is the name of a file, but {args.input} is a folder; give a folder with -o")
+    check_folder_name(args.output)
     if args.output.resolve() == args.input.resolve():
         raise OutputError(f"{args.output} is the folder of the images, which would be lost; give another with -o")
     jobs: list[_FileJob] = []
@@ -169,9 +167,6 @@ def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
         raise OutputError(f"{args.output} is a folder, but {args.input} is a file; give the name of a file with -o")
     if args.output.suffix.lower() not in (*TIFF_SUFFIXES, ".png"):
         raise OutputError(f"cannot write {args.output}: end its name in .tif or .png")
-    for path in (args.input, args.model):
-        if path.exists() and path.resolve() == args.output.resolve():
-            raise OutputError(f"{args.output} is read by this command, and would be lost; give another name with -o")
     outputs = {"labels": args.output}
     outputs |= {extra: args.output.with_name(f"{args.output.stem}_{extra}.tif") for extra in extras}
     return args.input, outputs
@@ -258,12 +253,14 @@ def _read_planes(path: Path) -> Array:
 
 def segment_volume(args: argparse.Namespace) -> int:
     """``distillfss segment`` where the output is OME-Zarr."""
+    from distillfss_core.labelstore.store import check_apart
     from distillfss_core.segmentation.to_zarr import iter_segment
     from distillfss_core.volumes.volume import open_volume
 
     unable = [name for name in ("probabilities", "uncertainty") if getattr(args, name)]
     if unable:
         raise SettingsError(f"--{unable[0]} is not written for volumes; segment_lazy in Python computes it on demand")
+    check_apart(args.output, args.model)
     with ExitStack() as stack:
         volume = stack.enter_context(open_volume(args.input, **given_opening(args)))
         run = iter_segment(volume, load_model(args), args.output, region=args.region, **opening_options(args, stack))

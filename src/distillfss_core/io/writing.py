@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import tifffile
 from PIL import Image
 
 from distillfss_core.errors import ImageError, OutputError
-from distillfss_core.io.images import TIFF_SUFFIXES, PathLike
+from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, PathLike
 from distillfss_core.types import Array
 
 
@@ -114,6 +114,57 @@ def check_output(path: Path) -> None:
             probe.write(b"x")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}; write elsewhere") from error
+
+
+FILE_SUFFIXES = (*READABLE, ".csv", ".tsv", ".json", ".parquet", ".xlsx", ".txt", ".zip", ".onnx", ".safetensors")
+"""What a new folder is not called: these names mean a file."""
+
+
+def check_folder_name(folder: Path) -> None:
+    """Refuse to make a folder whose name means a file.
+
+    Raises
+    ------
+    OutputError
+    """
+    if folder.suffix.lower() in FILE_SUFFIXES and not folder.is_dir():
+        raise OutputError(f"{folder} is the name of a file, but a folder is written; give another with -o")
+
+
+def check_replaceable(outputs: Iterable[Path], reads: Iterable[Path], *, overwrite: bool) -> None:
+    """Refuse outputs that are read, and, unless they may be overwritten, those that are there already.
+
+    Parameters
+    ----------
+    outputs : paths of files
+    reads : paths
+        Files that are read; of a folder, the files in it.
+    overwrite : bool
+
+    Raises
+    ------
+    OutputError
+        Nothing was written.
+    """
+    present = [path for path in outputs if path.exists()]
+    if not present:
+        return
+    inputs = {_identity(file) for path in reads for file in (path, *_files_in(path)) if file.exists()}
+    for path in present:
+        if _identity(path) in inputs:
+            raise OutputError(f"{path} is read by this command, and would be lost; give another name for the output")
+    if not overwrite:
+        more = f" and {len(present) - 1} more are" if len(present) > 1 else " is"
+        raise OutputError(f"{present[0]}{more} already there; give --overwrite, or another name for the output")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def _files_in(path: Path) -> Iterator[Path]:
+    return path.iterdir() if path.is_dir() else iter(())
 
 
 def _target(path: Path) -> Path:

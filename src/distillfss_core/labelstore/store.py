@@ -270,17 +270,24 @@ def remove_labels(path: Path) -> None:
     Raises
     ------
     OutputError
-        If they are not from here, or are being written.
+        If they are not from here, hold something else, or are being written.
     """
     if not path.exists():
         return
     if not (path / JOURNAL).is_file():
         raise OutputError(f"{path}: is there already and not from here; it is not overwritten, give another name")
+    if foreign := sorted(e.name for e in path.iterdir() if not _is_of_labels(e.name)):
+        raise OutputError(f"{path}: holds {foreign[0]}, which is not of these labels and would be lost; move it first")
     Journal(path / JOURNAL, {}).close()  # nobody else has it open
     with _named_errors(path):
         _remove_rest(path)
         path.rename(_renamed(path))
         _remove_rest(path)
+
+
+def _is_of_labels(name: str) -> bool:
+    """Whether labels have an entry of this name; what file browsers leave behind does not count."""
+    return name == "zarr.json" or name.isdigit() or name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 def _renamed(path: Path) -> Path:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core import __version__
-from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, SettingsError, printable
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
@@ -126,7 +126,8 @@ def iter_instances(
         As for `iter_segment`: OME-Zarr 0.5 labels, uint32, objects being 1, 2, ... in the order of their first voxels
         (components) or seeds (watershed).
     table : path, optional
-        Where to write the measures of the objects, .csv or .parquet; the columns are those of `write_table`.
+        Where to write the measures of the objects, .csv or .parquet; the columns are those of `write_table`. A table
+        that is there is replaced with ``overwrite`` only; one that a run wrote before it was stopped is kept.
     image : Volume, optional
         Of the same size, one channel: its mean over each object is measured, too.
     class_id : int, optional
@@ -173,14 +174,18 @@ def iter_instances(
     splitter.check()
     if min_voxels < 1:
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
+    inputs = (labels.path, image.path if image else None)
     if table is not None:
-        check_table(Path(table))
+        check_table(Path(table), overwrite=overwrite, resume=resume and (out / RECORD).is_file())
+        check_apart(Path(table), out, *inputs)
     _check_finished(labels)
-    check_apart(out, labels.path, image.path if image else None)
+    check_apart(out, *inputs)
     settings = {**splitter.settings(), "min_voxels": min_voxels}
     description, layout = _plan(labels, image, out, block, settings)
     if overwrite:
         remove_labels(out)
+        if table is not None:  # stopped and resumed, the run writes it anew
+            Path(table).unlink(missing_ok=True)
     store = LabelStore(out, layout, description, settings, resume=resume)
     measures = (out / JOURNAL).with_name("objects.npy")
     pieces = (out / JOURNAL).with_name("pieces")
@@ -202,7 +207,8 @@ def iter_instances(
         yield from _write_pyramid(store)
         objects = np.load(measures, allow_pickle=False)
         if table is not None:
-            write_table(Path(table), objects, labels.scale, labels.unit, measured=image is not None)
+            measured = image is not None
+            write_table(Path(table), objects, labels.scale, labels.unit, measured=measured, overwrite=overwrite)
         store.finish(layout.whole(0))
         shutil.rmtree(pieces, ignore_errors=True)
     finally:
@@ -217,7 +223,7 @@ def _plan(
     """Metadata and shards of the numbered objects."""
     inside = image_of(out)
     description = About(
-        name=out.name.partition(".")[0],
+        name=printable(out.name.partition(".")[0]),
         scale=labels.scale,
         origin=labels.origin,
         unit=labels.unit,

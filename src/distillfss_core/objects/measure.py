@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from distillfss_core.errors import SettingsError
-from distillfss_core.io.writing import atomic_path, check_output
+from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.io.writing import atomic_path, check_output, check_replaceable
 from distillfss_core.types import Array
 
 TABLES = (".csv", ".parquet")
@@ -106,25 +107,32 @@ def join_pieces(pieces: Array, pairs: Array, min_voxels: int) -> tuple[Array, Ar
     return objects, ids, objects["id"][group].astype(np.uint32)
 
 
-def check_table(path: Path) -> None:
-    """Find out now that a table could not be written.
+def check_table(path: Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Find out now that a table could not be written. Of a run that goes on, it may be there.
 
     Raises
     ------
     SettingsError
         If it has another suffix, or a library is missing.
     OutputError
-        If there is no such folder, or nothing can be written there.
+        If there is no such folder, nothing can be written there, or another table is there.
     """
     if path.suffix.lower() not in TABLES:
         raise SettingsError(f"table {path}: end its name in .csv or .parquet")
     if path.suffix.lower() == ".parquet" and find_spec("pyarrow") is None:
         raise SettingsError("a table as Parquet needs pyarrow: pip install 'napari-distillfss[instances]'; or use .csv")
     check_output(path)
+    check_replaceable([path], [], overwrite=overwrite or resume)
 
 
 def write_table(
-    path: Path, objects: Array, scale: Sequence[float | None], unit: str | None, *, measured: bool
+    path: Path,
+    objects: Array,
+    scale: Sequence[float | None],
+    unit: str | None,
+    *,
+    measured: bool,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write measures of objects, a row each; whole or not at all.
 
@@ -138,6 +146,8 @@ def write_table(
         As of a `Volume`.
     measured : bool
         Whether there was an image; where it holds NaN, the mean of that object alone is NaN.
+    overwrite : bool
+        Replace another table. The same table, of a run that was stopped, may be there in any case.
 
     Returns
     -------
@@ -149,6 +159,7 @@ def write_table(
     Raises
     ------
     OutputError
+        If it cannot be written, or another table is there.
     """
     objects = objects[objects["id"] > 0]
     has_scale = all(s is not None for s in scale)
@@ -174,4 +185,8 @@ def write_table(
                 for start in range(0, len(objects), _ROWS):
                     part = [column[start : start + _ROWS].tolist() for column in columns.values()]
                     writer.writerows(zip(*part, strict=True))
+        if path.exists() and not overwrite and not filecmp.cmp(path, temporary, shallow=False):
+            raise OutputError(
+                f"{path} is already there, with other content; give --overwrite, or another name for the table"
+            )
     return list(columns)

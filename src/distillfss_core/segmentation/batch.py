@@ -7,14 +7,16 @@ import json
 import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distillfss_core.errors import DistillFSSError, InputFileError, OutputError, SettingsError
-from distillfss_core.io.writing import atomic_path, check_output
+from distillfss_core.errors import DistillFSSError, InputFileError, OutputError, SettingsError, printable
+from distillfss_core.io.tables import TableRow, read_table
+from distillfss_core.io.writing import atomic_path, check_output, check_replaceable
 from distillfss_core.labelstore.layout import Part, parse_region
-from distillfss_core.labelstore.store import count_voxels
+from distillfss_core.labelstore.store import check_apart, count_voxels
 from distillfss_core.models.student import StudentModel
 from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_segment
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 REPORTS = (".csv", ".json")
 _NUMBERS = ("level", "time", "series")
 _OPTIONS = ("axes", "channel", *_NUMBERS)
+_COLUMNS = ("volume", "output", "region", *_OPTIONS)
+_REPORTED = ("volume", "output", "status")  # columns by which a report is recognized
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Job:
         Options of `open_volume`.
     notes : mapping
         Further columns of the table it came from; they are repeated in the report.
+    error : str
+        Why it cannot be segmented, where that is known before; it becomes the error of its row.
     """
 
     source: Path
@@ -48,6 +54,7 @@ class Job:
     region: Part | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,14 @@ class BatchStep:
 
 
 def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None) -> list[Job]:
-    """The volumes of a folder or a table.
+    """The volumes of a folder or a table; what is wrong with one of them is the error of its job.
 
     Parameters
     ----------
     source : path
         A folder whose entries are volumes (zarr, TIFF, .npy, folders of planes), or a CSV file with a column
         ``volume`` and, where wanted, ``output``, ``region``, ``level``, ``channel``, ``time``, ``series`` and ``axes``.
-        Relative paths start at the table's folder.
+        Relative paths start at the table's folder. Delimiters and encodings are those of `read_table`.
     out : path
         Folder of the labels; each is called after its volume.
     options : mapping
@@ -79,23 +86,38 @@ def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part
     Raises
     ------
     InputFileError
-        If it holds no volume or is no such table, or two volumes would have one output.
+        If it holds no volume or is no such table, or none of the volumes can be segmented.
+    """
+    jobs = plan_jobs(source, out, options, region)
+    if all(job.error for job in jobs):
+        raise InputFileError(jobs[0].error)
+    return jobs
+
+
+def plan_jobs(
+    source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None, *, reads: Sequence[Path] = ()
+) -> list[Job]:
+    """As `plan_batch`, also where none of the volumes can be segmented.
+
+    Parameters
+    ----------
+    source, out, options, region
+        As for `plan_batch`.
+    reads : paths
+        Files that are read as well, beside the volumes and the table; no labels are written over them.
+
+    Raises
+    ------
+    InputFileError
+        If the source holds no volume or is no such table.
     """
     if source.is_dir():
-        jobs = [Job(path, out / f"{stem_of(path)}.ome.zarr", region, options) for path in _volumes_in(source)]
+        jobs = _jobs_in(source, out, options, region)
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
     else:
-        jobs = _read_table(source, out, options, region)
-    taken: dict[Path, Path] = {}
-    for job in jobs:
-        other = taken.setdefault(job.output.resolve(), job.source)
-        if other is not job.source:
-            raise InputFileError(
-                f"{source}: {other} and {job.source} would both be written to {job.output}; rename one, or give a "
-                "table with a column output"
-            )
-    return jobs
+        jobs = [_job_of(row, source, out, options, region) for row in read_table(source, "volume", _COLUMNS)]
+    return _apart(_of_one_output(jobs, source), [source, *reads] if source.is_file() else reads)
 
 
 @as_run
@@ -137,19 +159,28 @@ def iter_batch(
     if report.suffix.lower() not in REPORTS:
         raise SettingsError(f"report {report}: end its name in .csv or .json")
     check_output(report)
+    goes_on = resume and _is_report_of(report, jobs)
+    check_replaceable([report], _sources(jobs), overwrite=overwrite or goes_on)
+    check_apart(report, *(job.output for job in jobs), *_sources(jobs))
     unwritten: OutputError | None = None
     rows: list[dict[str, Any]] = []
     for index, job in enumerate(jobs, 1):
         start = time.monotonic()
-        row: dict[str, Any] = {**job.notes, "volume": str(job.source), "output": str(job.output), "status": "done"}
+        row: dict[str, Any] = {**job.notes, "volume": printable(job.source), "output": printable(job.output)}
+        row["status"] = "done"
         try:
             run = _segment_job(job, model, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster)
             while True:
                 yield BatchStep(index, len(jobs), job, next(run))
         except StopIteration as end:
             row |= end.value
-        except DistillFSSError as error:
-            row |= {"status": "failed", "error": str(error)}
+        except Exception as error:
+            row |= {"status": "failed", "error": printable(_reason(error, job))}
+            log.debug("%s", job.source, exc_info=True)
+        except BaseException:
+            with suppress(OutputError):
+                write_report(report, [*rows, row | {"status": "interrupted"}])
+            raise
         rows.append({**row, "seconds": round(time.monotonic() - start, 1)})
         try:
             write_report(report, rows)
@@ -179,6 +210,29 @@ def write_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def _is_report_of(path: Path, jobs: Sequence[Job]) -> bool:
+    """Whether a file is a report of these jobs, of a run that can go on."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = json.load(file) if path.suffix.lower() == ".json" else list(csv.DictReader(file))
+        if not all(name in row for row in rows for name in _REPORTED):
+            return False
+        outputs = {printable(job.output.resolve()) for job in jobs}
+        return bool(rows) and all(
+            str(Path(row["output"]).resolve()) in outputs for row in rows if row["status"] == "done"
+        )
+    except (OSError, ValueError, TypeError, csv.Error):
+        return False
+
+
+def _reason(error: Exception, job: Job) -> str:
+    """What the report says of a volume that failed."""
+    if isinstance(error, DistillFSSError):
+        return str(error)
+    what = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__} {error}"
+    return f"{job.source}: cannot be segmented ({' '.join(what.split())[:200]}); check its name and that it is whole"
+
+
 def _segment_job(
     job: Job,
     model: StudentModel,
@@ -189,6 +243,8 @@ def _segment_job(
     tile: int | None,
     cluster: str | Connection | None,
 ) -> Generator[ShardDone, None, dict[str, Any]]:
+    if job.error:
+        raise InputFileError(job.error)
     with open_volume(job.source, **job.options) as volume:
         if not job.output.parent.is_dir():
             raise OutputError(f"cannot make {job.output}: there is no folder {job.output.parent}; make it first")
@@ -217,33 +273,75 @@ def _segment_job(
         }
 
 
-def _volumes_in(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and is_volume(path)]
-
-
-def _read_table(path: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputFileError(f"{path}: cannot be read as a table ({error}); give a folder or a CSV file") from error
-    if not rows or "volume" not in rows[0]:
-        raise InputFileError(f"{path}: has no row with a column 'volume'; name the volumes there, one a line")
+def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     jobs = []
-    for line, row in enumerate(rows, 2):
-        cells = {name: text.strip() for name, text in row.items() if name and isinstance(text, str) and text.strip()}
-        if "volume" not in cells:
-            raise InputFileError(f"{path} line {line}: names no volume; fill it in, or remove the line")
-        source = path.parent / cells["volume"]
-        output = path.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
-        notes = {n: t for n, t in cells.items() if n not in ("volume", "output", "region", *_OPTIONS)}
+    for path in sorted(folder.iterdir()):
+        output, error = out / f"{stem_of(path)}.ome.zarr", ""
+        if path.name.startswith("."):
+            continue
         try:
-            part = parse_region(cells["region"]) if "region" in cells else region
-            own = {name: _option(name, cells[name]) for name in _OPTIONS if name in cells}
-        except ValueError as error:
-            raise InputFileError(f"{path} line {line}: {error}") from error
-        jobs.append(Job(source, output, part, {**options, **own}, notes))
+            if not is_volume(path):
+                continue
+        except OSError as refused:
+            error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
+        jobs.append(Job(path, output, region, options, error=error))
     return jobs
+
+
+def _job_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> Job:
+    cells, at = row.cells, f"{table} line {row.line}:"
+    notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
+    source = table.parent / cells.get("volume", "")
+    if row.error or "volume" not in cells:
+        error = f"{at} {row.error or 'names no volume; fill it in, or remove the line'}"
+        return Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)
+    output = table.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
+    try:
+        part = parse_region(cells["region"]) if "region" in cells else region
+        own = {name: _option(name, cells[name]) for name in _OPTIONS if name in cells}
+    except ValueError as error:
+        return Job(source, output, region, options, notes, f"{at} {error}")
+    return Job(source, output, part, {**options, **own}, notes)
+
+
+def _of_one_output(jobs: Sequence[Job], source: Path) -> list[Job]:
+    """The jobs, with an error for each whose labels would be written where those of another one are."""
+    places: dict[Path, list[Job]] = {}
+    for job in jobs:
+        places.setdefault(job.output.resolve(), []).append(job)
+    checked = []
+    for job in jobs:
+        others = [other.source for other in places[job.output.resolve()] if other is not job]
+        if others and not job.error:
+            error = (
+                f"{source}: {job.source} and {others[0]} would both be written to {job.output}; rename one, or give a "
+                "table with a column output"
+            )
+            job = replace(job, error=error)
+        checked.append(job)
+    return checked
+
+
+def _sources(jobs: Sequence[Job]) -> list[Path]:
+    """The volumes that are read."""
+    return [job.source for job in jobs if not job.error]
+
+
+def _apart(jobs: Sequence[Job], reads: Sequence[Path]) -> list[Job]:
+    """The jobs, with an error for each whose labels would be written where anything is read."""
+    inputs = {path.resolve(): path for path in (*_sources(jobs), *reads)}
+    above = {parent: path for resolved, path in inputs.items() for parent in resolved.parents}
+    checked = []
+    for job in jobs:
+        out = job.output.resolve()
+        near = [inputs[place] for place in (out, *out.parents) if place in inputs]
+        near += [above[out]] if out in above else []
+        try:
+            check_apart(job.output, *near)
+        except OutputError as error:
+            job = job if job.error else replace(job, error=str(error))
+        checked.append(job)
+    return checked
 
 
 def _option(name: str, text: str) -> str | int:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from distillfss_core import __version__
-from distillfss_core.errors import SettingsError
+from distillfss_core.errors import SettingsError, printable
 from distillfss_core.labelstore.layout import Box, Index, Part, overlap
 from distillfss_core.labelstore.metadata import About, image_of
 from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
@@ -239,7 +239,7 @@ def open_store(
     layout = mode_labels.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
     digest = model.digest()
     description = About(
-        name=out.name.partition(".")[0],
+        name=printable(out.name.partition(".")[0]),
         scale=volume.scale,
         origin=volume.origin,
         unit=volume.unit,
@@ -247,7 +247,7 @@ def open_store(
         provenance={
             "program": f"napari-distillfss {__version__}",
             "model": {"digest": digest, "card": model.card},
-            "volume": {"path": str(volume.path) if volume.path else None, **volume.identity},
+            "volume": {"path": printable(volume.path) if volume.path else None, **volume.identity},
             "device": device,
         },
         image=_path_to_image(volume, out),
@@ -393,7 +393,7 @@ def _path_to_image(volume: Volume, out: Path) -> str | None:
     """From the labels to the image they are of, as OME-Zarr has it."""
     if volume.path is None or volume.identity.get("kind") != "ome-zarr":
         return None
-    return Path(os.path.relpath(volume.path, out)).as_posix()
+    return printable(Path(os.path.relpath(volume.path, out)).as_posix())
 
 
 def _engine_of(store: LabelStore, engine: str) -> str:

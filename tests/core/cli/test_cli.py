@@ -217,7 +217,7 @@ def test_single_files_and_named_classes(here, capsys):
     write_labels("two.png", labels)
     arguments = ("distill", "images/plane_0.tif", "two.png", "-o", "new.safetensors", *FEW)
     assert json_of(capsys, *arguments, "--classes=nucleus, debris")["classes"] == ["nucleus", "debris"]
-    assert json_of(capsys, *arguments)["classes"] == ["object"]
+    assert json_of(capsys, *arguments, "--overwrite")["classes"] == ["object"]
 
 
 def test_scribbles_leave_pixels_out(here, capsys):
@@ -233,7 +233,7 @@ def test_scribbles_leave_pixels_out(here, capsys):
 def test_files_of_one_volume_are_learned_from_as_a_stack_is(here, capsys):
     separate, together = (
         json_of(capsys, "distill", "images", "labels", "-o", "new.safetensors", *FEW, *more)
-        for more in ([], ["--same-volume"])
+        for more in ([], ["--same-volume", "--overwrite"])
     )
     assert [card["preprocess"]["scope"] for card in (separate, together)] == ["image", "volume"]
 
@@ -263,7 +263,7 @@ def test_a_model_to_start_from_keeps_its_form(here, capsys):
     assert card["training"]["settings"]["zoom"] == before.preprocess.zoom
     changed = [n for n, v in after.head.state_dict().items() if not v.equal(before.head.state_dict()[n])]
     assert any(name.startswith("student.") for name in changed)
-    assert "--width 16 does not go with --init-from" in error_of(capsys, *arguments, *few, "--width=16")
+    assert "--width 16 does not go with --init-from" in error_of(capsys, *arguments, *few, "--width=16", "--overwrite")
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_training(here, capsys, monkeypatch):
@@ -277,7 +277,7 @@ def test_an_output_that_cannot_be_written_is_found_before_the_training(here, cap
     assert "is no image" in error_of(capsys, *arguments, "stack.tif")
     assert "write elsewhere" in error_of(capsys, *arguments, "/proc/model.safetensors")
     with pytest.raises(AssertionError, match="began"):
-        run(*arguments, "model.safetensors")
+        run(*arguments, "model.safetensors", "--overwrite")
 
 
 def interrupt_at(step: int, monkeypatch) -> None:
@@ -311,7 +311,8 @@ def test_an_interrupted_training_saves_the_best_so_far(here, capsys, monkeypatch
 def test_an_interrupt_before_the_first_step_saves_nothing(here, capsys, monkeypatch):
     old = (here / "model.safetensors").read_bytes()
     interrupt_at(0, monkeypatch)
-    assert run("distill", "stack.tif", "stack_labels.tif", "-o", "model.safetensors", *FEW) == INTERRUPTED
+    arguments = ("distill", "stack.tif", "stack_labels.tif", "-o", "model.safetensors", "--overwrite", *FEW)
+    assert run(*arguments) == INTERRUPTED
     assert capsys.readouterr().err == "distillfss: interrupted before the first step; nothing was saved\n"
     assert (here / "model.safetensors").read_bytes() == old
 

@@ -115,7 +115,7 @@ def test_means_are_in_the_table_where_an_image_was_given_whatever_it_holds(worms
     assert len(means) > 1
     empty = open_volume(np.zeros(SHAPE, np.uint8))
     for options, has in (({}, False), ({"image": open_volume(image)}, True)):
-        label_instances(empty, tmp_path / f"{has}.zarr", table=table, block=BLOCK, **options)
+        label_instances(empty, tmp_path / f"{has}.zarr", table=table, block=BLOCK, overwrite=True, **options)
         assert table.read_text().strip().endswith("mean_intensity") == has
 
 
