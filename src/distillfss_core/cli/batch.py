@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, print_json, progress, say
 from distillfss_core.cli.options import add_model_options, add_opening, given_opening, load_model, opening_options
 from distillfss_core.cli.segment import show_shard
+from distillfss_core.cli.stopping import check_stopped, hold_signals
 from distillfss_core.errors import OutputError
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def _batch(args: argparse.Namespace) -> int:
             run = stack.enter_context(closing(iter_batch(jobs, model, report, **opening_options(args, stack))))
             rows = finish(run, lambda step: _show_batch(bar, step))
     except KeyboardInterrupt:
+        hold_signals()
         say(f"interrupted; what is finished is kept, and --resume goes on; the volumes so far are in {report}")
         return INTERRUPTED
     failed = [row for row in rows if row["status"] == "failed"]
@@ -67,6 +69,7 @@ def _batch(args: argparse.Namespace) -> int:
 
 
 def _show_batch(bar: tqdm[NoReturn], step: BatchStep) -> None:
+    check_stopped()
     bar.set_description(f"{step.job.source.name} ({step.index} of {step.total})", refresh=False)
     if step.shard is not None:
         show_shard(bar, step.shard)

@@ -9,10 +9,11 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from distillfss_core.cli.stopping import check_stopped
 from distillfss_core.errors import ImageError, OutputError, printable
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def fail(error: Exception | str) -> int:
 
 
 def say(text: str) -> None:
-    print(f"distillfss: {one_line(text)}", file=sys.stderr)
+    with suppress(OSError):  # of a terminal that was closed
+        print(f"distillfss: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
@@ -146,6 +148,7 @@ def source_named(source: str) -> Iterator[None]:
 
 
 def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
+    check_stopped()
     if bar.disable:
         return
     if bar.total != step.total or step.index < bar.n:  # another stage

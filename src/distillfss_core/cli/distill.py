@@ -26,11 +26,13 @@ from distillfss_core.cli.options import (
     parse_pixel_size,
     parse_planes,
 )
-from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.cli.stopping import hold_signals
+from distillfss_core.errors import NoStudentYetError, OutputError, SettingsError
 from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
+    from distillfss_core.training import DistillRun
     from distillfss_core.types import TrainStep
 
 
@@ -41,7 +43,8 @@ def add_distill(commands: Any) -> None:
     parser = commands.add_parser(
         "distill",
         help="make a model from labeled slices",
-        description="Make a model from labeled slices. Ctrl-C stops the training and saves the best model so far.",
+        description="Make a model from labeled slices. Ctrl-C (or SIGTERM, or SIGHUP) stops the training and saves the "
+        "best model so far.",
     )
     parser.usage = f"{parser.prog} IMAGES LABELS -o MODEL [options]"
     parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, an image or a stack")
@@ -93,7 +96,6 @@ def _distill(args: argparse.Namespace) -> int:
         same_volume=args.same_volume,
     )
     step: TrainStep | None = None
-    interrupted = False
     try:
         with progress("preparing") as bar:
             run = iter_distill(support, settings, init_from=start)
@@ -101,21 +103,34 @@ def _distill(args: argparse.Namespace) -> int:
                 raise SettingsError(KEEP_BACKBONE)
             for step in run:
                 show_step(bar, step)
+        model = run.result()
+        hold_signals()
     except KeyboardInterrupt:
-        interrupted = True
+        hold_signals()
         if step is None or step.is_preparation:
             say("interrupted before the first step; nothing was saved")
             return INTERRUPTED
-    model = run.result()
+        return _save_best(args, run, step)
     model.save(args.output, with_backbone=not args.without_backbone)
-    if interrupted and step is not None:
-        best = model.training["best_step"]
-        say(
-            f"interrupted at step {step.index} of {step.total} ({step.stage}); "
-            f"the best model so far, of step {best}, is saved in {args.output}"
-        )
     _print_model(args, model)
-    return INTERRUPTED if interrupted else FINE
+    return FINE
+
+
+def _save_best(args: argparse.Namespace, run: DistillRun, step: TrainStep) -> int:
+    """Save the best model of a training that was interrupted."""
+    try:
+        model = run.result(measure_halo=False)
+    except NoStudentYetError as error:
+        say(f"interrupted, and nothing was saved: {error}")
+        return INTERRUPTED
+    model.save(args.output, with_backbone=not args.without_backbone)
+    best = model.training["best_step"]
+    say(
+        f"interrupted at step {step.index} of {step.total} ({step.stage}); "
+        f"the best model so far, of step {best}, is saved in {args.output}"
+    )
+    _print_model(args, model)
+    return INTERRUPTED
 
 
 def _check_model_file(args: argparse.Namespace, settings: DistillSettings) -> None:

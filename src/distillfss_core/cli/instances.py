@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
 from distillfss_core.cli.options import add_overwrite, is_label_folder, parse_channel, parse_whole
 from distillfss_core.cli.segment import follow_steps
+from distillfss_core.cli.stopping import check_stopped
 from distillfss_core.errors import OutputError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _instances(args: argparse.Namespace) -> int:
 
 
 def _show_stage(bar: tqdm[NoReturn], step: InstanceStep) -> None:
+    check_stopped()
     if bar.total != step.total or step.index < bar.n:
         bar.reset(step.total)
     bar.set_description(step.stage, refresh=False)

@@ -11,7 +11,17 @@ from typing import Any, NoReturn
 from distillfss_core.cli.backbones import add_backbones
 from distillfss_core.cli.batch import add_batch
 from distillfss_core.cli.bench import add_bench
-from distillfss_core.cli.console import ERROR, INTERRUPTED, USAGE, fail, one_line, say, show_any_name, warnings_shown
+from distillfss_core.cli.console import (
+    ERROR,
+    FINE,
+    INTERRUPTED,
+    USAGE,
+    fail,
+    one_line,
+    say,
+    show_any_name,
+    warnings_shown,
+)
 from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
 from distillfss_core.cli.evaluate import add_evaluate
@@ -20,6 +30,7 @@ from distillfss_core.cli.info import add_info
 from distillfss_core.cli.instances import add_instances
 from distillfss_core.cli.pretrain import add_pretrain
 from distillfss_core.cli.segment import add_segment
+from distillfss_core.cli.stopping import is_stopped, stop_code, stop_on_signals
 from distillfss_core.errors import DistillFSSError
 
 
@@ -34,13 +45,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        0 fine, 1 an expected error (one line on stderr said which), 2 wrong usage, 130 interrupted.
+        0 fine, 1 an expected error (one line on stderr said which), 2 wrong usage, 130 interrupted,
+        143 and 129 stopped by SIGTERM and SIGHUP.
     """
     show_any_name()
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as end:  # argparse: --help, --version, or a usage error that it has told
         return int(end.code or 0)
+    with stop_on_signals():
+        try:
+            code = _run(args)
+        except KeyboardInterrupt:  # once more, while the first was reported
+            code = INTERRUPTED
+        except Exception:
+            if not is_stopped():
+                raise
+            code = ERROR  # a library took the signal for an error of its own
+        _flush()
+        return stop_code() if is_stopped() and code != FINE else code
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command; its code, also where it ended with an error."""
     try:
         with warnings_shown():
             if getattr(args, "threads", None):
@@ -56,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         say("interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # "distillfss ... | head": the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -67,6 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         return fail("the device is out of memory; lower --cache-mb, --crop-size or --queries, or use --device cpu")
+
+
+def _flush() -> None:
+    """Write what was printed; where the terminal or the reader is gone, Python would end with a code of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def build_parser() -> argparse.ArgumentParser:

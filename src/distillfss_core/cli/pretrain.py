@@ -19,6 +19,7 @@ from distillfss_core.cli.console import (
     show_step,
 )
 from distillfss_core.cli.options import add_overwrite, add_settings, given_settings, parse_names
+from distillfss_core.cli.stopping import hold_signals, is_stopped
 from distillfss_core.errors import SettingsError
 from distillfss_core.settings import PretrainSettings
 
@@ -79,7 +80,10 @@ def _pretrain(args: argparse.Namespace) -> int:
         with progress("preparing") as bar:
             for step in run:
                 show_step(bar, step)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_stopped():  # workers end with the same signal
+            raise
+        hold_signals()
         run.close()
         say(f"interrupted at step {run.step} of {settings.steps}; the same command goes on from {args.output}")
         return INTERRUPTED

@@ -31,6 +31,7 @@ from distillfss_core.cli.options import (
     load_model,
     opening_options,
 )
+from distillfss_core.cli.stopping import check_stopped, hold_signals
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _segment_files(
     failed = 0
     with progress("segmenting", len(jobs), "file") as bar:
         for source, outputs in jobs:
+            check_stopped()
             try:
                 _segment_file(model, source, outputs)
             except (InputFileError, ImageError) as error:  # the other files can still be done
@@ -229,6 +231,7 @@ def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: di
                     if "uncertainty" in outputs:
                         writers["uncertainty"].write(predicted.uncertainty, metadata={"axes": "ZYX"}, **plain)
                     bar.update()
+                    check_stopped()
                     yield labels
 
         writers["labels"].write(
@@ -293,12 +296,14 @@ def follow_steps(
         with progress(what, unit=unit) as bar:
             return finish(run, lambda step: show(bar, step))
     except KeyboardInterrupt:
+        hold_signals()
         run.close()
         say(f"interrupted; what is finished is kept, and --resume goes on from {out}")
         return None
 
 
 def show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:
+    check_stopped()
     if bar.total != step.total or step.index < bar.n:
         bar.reset(step.total)
     if not step.computed and not bar.n:

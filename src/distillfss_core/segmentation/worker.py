@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ class Job(WorkerPlugin):
         self.spec = spec
 
     def setup(self, worker: Any) -> None:
+        _close_on_sigterm(worker)
         self._lock = threading.Lock()
         self._mode: PlanewiseLabels | None = None
 
@@ -74,6 +78,24 @@ class Job(WorkerPlugin):
                     model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
                 self._mode = make_mode(spec.mode, spec.volume, model, spec.tile)
             return self._mode
+
+
+def _close_on_sigterm(worker: Any) -> None:
+    """On SIGTERM, which SLURM sends before the walltime, the worker gives its tasks back and closes.
+
+    A worker that has a handler already, and one that runs in a thread, is left as it is.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return
+    loop = asyncio.get_running_loop()
+    closing: set[asyncio.Task[None]] = set()  # a loop holds its tasks weakly
+
+    def close() -> None:
+        closing.add(loop.create_task(worker.close_gracefully(reason="SIGTERM")))
+
+    with suppress(NotImplementedError):  # Windows
+        loop.add_signal_handler(signal.SIGTERM, close)
 
 
 def segment_shard(name: str, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:

@@ -158,8 +158,13 @@ class DistillRun(Iterator[TrainStep]):
         best.restore(head)
         return head.eval()
 
-    def result(self) -> StudentModel:
+    def result(self, *, measure_halo: bool = True) -> StudentModel:
         """The best student so far, with its card. Its halo is measured once the training has ended, and wide before.
+
+        Parameters
+        ----------
+        measure_halo : bool
+            False leaves the halo wide in any case, which takes no time.
 
         Raises
         ------
@@ -198,7 +203,7 @@ class DistillRun(Iterator[TrainStep]):
             samples=_samples(ready.sampler, len(self.support)),
             device=self.device,
         )
-        if self._finished:
+        if self._finished and measure_halo:
             model.fit_halo(_busiest_part(self.support, model.halo_side))
         return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
 

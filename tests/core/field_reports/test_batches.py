@@ -113,7 +113,7 @@ def test_tables_are_read_as_people_write_them(tmp_path, monkeypatch, text, encod
     Path("t.csv").write_bytes(text.lstrip("\ufeff" if encoding != "utf-8" else "").encode(encoding))
     (job,) = plan_batch(Path("t.csv"), Path("out"), {})
     assert job.source == Path("s.tif")
-    assert list(job.region)[0] == (0, 2)
+    assert next(iter(job.region)) == (0, 2)
     assert job.notes == ({"who": "Ägäis"} if "who" in text else {})
 
 
@@ -148,8 +148,8 @@ def test_a_table_without_any_good_row_has_a_report(here, capsys):
     assert run_batch("t.csv") == ERROR
     assert "0 of 2 volumes segmented" in capsys.readouterr().out
     assert [row["status"] for row in report().values()] == ["failed", "failed"]
+    Path("u.csv").write_text("volume,region\ns.tif,2\n")
     with pytest.raises(InputFileError, match="region '2'"):
-        Path("u.csv").write_text("volume,region\ns.tif,2\n")
         plan_batch(Path("u.csv"), Path("out"), {})
 
 
