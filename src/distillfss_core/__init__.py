@@ -4,9 +4,14 @@ The public names stand in ``__init__.pyi``. They are fetched from their modules 
 package loads neither torch nor a GUI.
 """
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 
 import lazy_loader
+
+# ONNX Runtime and huggingface_hub read these when they are imported; a user who wants their telemetry sets "0".
+for _switch in ("ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ.setdefault(_switch, "1")
 
 try:
     __version__ = version("napari-distillfss")

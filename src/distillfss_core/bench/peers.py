@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distillfss_core.errors import DistillFSSError
+from distillfss_core.models.engines import import_openvino
 from distillfss_core.models.preprocess import Preprocess, fit_preprocess, resize
 from distillfss_core.nn.backbones import SPECS, load_backbone
 from distillfss_core.nn.backbones.trunks import create_net
@@ -77,7 +78,7 @@ class Peer:
         """Import what it needs, so that no clock sees it."""
         for module in self.imports:
             if importlib.util.find_spec(module.partition(".")[0]) is not None:
-                importlib.import_module(module)
+                import_openvino() if module == "openvino" else importlib.import_module(module)
 
     def missing(self) -> str | None:
         """Why it cannot be asked here, if a package is missing."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -228,11 +230,24 @@ class _OnnxRuntime:
         return torch.from_numpy(self._session.run(None, {_GRAPH_INPUT: image.contiguous().numpy()})[0])
 
 
+def import_openvino() -> Any:
+    """OpenVINO without openvino-telemetry, which writes an identity and sends an event as soon as it is imported.
+
+    Whoever imported openvino before decided otherwise.
+    """
+    telemetry = "openvino_telemetry"
+    if "openvino" in sys.modules or telemetry in sys.modules:
+        return importlib.import_module("openvino")
+    sys.modules[telemetry] = None  # type: ignore[assignment]  # an ImportError, for which openvino has a stub
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        del sys.modules[telemetry]
+
+
 class _OpenVino:
     def __init__(self, graph: bytes, threads: int, precision: str) -> None:
-        import openvino
-
-        core = openvino.Core()
+        core = import_openvino().Core()
         hints = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads,
