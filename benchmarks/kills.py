@@ -36,7 +36,7 @@ import tifffile
 from distillfss_core import StudentModel, generate_sample, write_labels
 from distillfss_core.errors import DistillFSSError
 from distillfss_core.labelstore import layout as label_layout
-from distillfss_core.labelstore.store import RECORD, finished_regions
+from distillfss_core.labelstore.store import JOURNAL, finished_regions
 
 SIDE = 64  # of a shard, in voxels
 TALL = 16  # times that the truth is repeated in z, so that objects lie in several blocks
@@ -76,7 +76,7 @@ def labels_digest(path: Path) -> str | None:
     """That of the files of labels in OME-Zarr, once their metadata state that they are finished."""
     if not path.exists() or not finished_regions(path):
         return None
-    files = sorted(f for f in path.rglob("*") if f.is_file() and RECORD.parent.name not in f.parts)
+    files = sorted(f for f in path.rglob("*") if f.is_file() and JOURNAL.parent.name not in f.parts)
     return digest_of(*(str(f.relative_to(path)).encode() + f.read_bytes() for f in files))
 
 
@@ -271,7 +271,7 @@ def files_of(folder: Path) -> dict[str, str]:
 def is_part(path: str) -> bool:
     """Whether a file is a part of a result that was never finished; journals are none."""
     parts = Path(path).parts
-    return RECORD.parent.name not in parts and (parts[-1].startswith(".") or path.endswith(".partial"))
+    return JOURNAL.parent.name not in parts and (parts[-1].startswith(".") or path.endswith(".partial"))
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def iter_instances(
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
     inputs = (labels.path, image.path if image else None)
     if table is not None:
-        check_table(Path(table), overwrite=overwrite, resume=resume and (out / RECORD).is_file())
+        check_table(Path(table), overwrite=overwrite, resume=resume and (out / JOURNAL).is_file())
         check_apart(Path(table), out, *inputs)
     _check_finished(labels)
     check_apart(out, *inputs)
