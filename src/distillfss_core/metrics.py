@@ -101,7 +101,11 @@ class Tally:
                     f"holds the label {n_classes}, classes are 1 to {MAX_CLASSES}; if labels count objects, "
                     "turn them into classes first (mode 'binary')"
                 )
-        self._matrices.append(confusion(predicted, truth, n_classes, self.ignore))
+        self.add_counts(confusion(predicted, truth, n_classes, self.ignore))
+
+    def add_counts(self, matrix: Counts) -> None:
+        """Add one image that `confusion` has counted, or the sum over its parts."""
+        self._matrices.append(matrix)
 
     def scores(self) -> Scores:
         """Scores of all images added so far; ImageError if there is none."""

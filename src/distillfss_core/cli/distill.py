@@ -21,6 +21,8 @@ from distillfss_core.cli.options import (
     add_label_options,
     add_overwrite,
     add_settings,
+    add_volume_part,
+    given_opening,
     given_settings,
     option_flag,
     parse_pixel_size,
@@ -47,10 +49,12 @@ def add_distill(commands: Any) -> None:
         "best model so far.",
     )
     parser.usage = f"{parser.prog} IMAGES LABELS -o MODEL [options]"
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, an image or a stack")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, an image, a stack or a volume")
     parser.add_argument("labels", type=Path, metavar="LABELS", help="the same of labels; folders are paired by stem")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="MODEL", help="model file to write")
-    parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="labeled planes of a stack, from 0")
+    parser.add_argument(
+        "--planes", type=parse_planes, metavar="Z,Z,...", help="labeled planes of a stack or volume, from 0"
+    )
     add_label_options(parser)
     parser.add_argument(
         "--same-volume", action="store_true", help="the files are planes of one volume, as those of a stack are anyway"
@@ -64,6 +68,7 @@ def add_distill(commands: Any) -> None:
     )
     parser.add_argument("--without-backbone", action="store_true", help="leave the backbone's weights out of the file")
     add_overwrite(parser)
+    add_volume_part(parser.add_argument_group("volumes", "which part of the image; its labels are one number a voxel"))
     add_settings(parser)
     add_common(parser, _distill)
 
@@ -94,6 +99,8 @@ def _distill(args: argparse.Namespace) -> int:
         scribbles=args.scribbles,
         pixel_size=args.pixel_size or (start.pixel_size if start else None),
         same_volume=args.same_volume,
+        region=args.region,
+        **given_opening(args),
     )
     step: TrainStep | None = None
     try:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.cli.console import FINE, add_common, cell, print_json, print_table, progress, source_named
-from distillfss_core.cli.options import add_label_options, parse_planes
+from distillfss_core.cli.options import add_label_options, add_volume_part, given_opening, parse_planes
 from distillfss_core.errors import ImageError, SettingsError
 
 if TYPE_CHECKING:
-    from distillfss_core.metrics import Measures, Scores
+    from distillfss_core.metrics import Counts, Measures, Scores
     from distillfss_core.types import Array
 
 
@@ -25,30 +25,32 @@ MEASURES = ("iou", "dice", "precision", "recall")
 def add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="compare label images with the truth",
-        description="Compare label images with the truth: IoU, Dice, precision and recall of each class, for each "
-        "image and over all pixels.",
+        help="compare labels with the truth",
+        description="Compare label images, stacks or volumes with the truth: IoU, Dice, precision and recall of each "
+        "class, for each image or plane and over all pixels.",
     )
-    parser.add_argument("predicted", type=Path, metavar="PREDICTED", help="a folder, a label image or a stack")
+    parser.add_argument("predicted", type=Path, metavar="PREDICTED", help="a folder, an image, a stack or a volume")
     parser.add_argument("truth", type=Path, metavar="TRUTH", help="the same; folders are paired by stem")
     parser.add_argument("--planes", type=parse_planes, metavar="Z,Z,...", help="compare these planes of a stack only")
     add_label_options(parser)
+    add_volume_part(parser.add_argument_group("volumes", "which part of both, as far as they have a choice"))
     add_common(parser, _evaluate, threads=False)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from distillfss_core.io.labels import pair_files
-    from distillfss_core.metrics import Tally, evaluate
+    from distillfss_core.metrics import Tally
+    from distillfss_core.support.label_volumes import pair_volumes
 
     names = tuple(args.classes) if args.classes else ("object",)
     tally = Tally(len(names))
     each: list[tuple[str, Scores]] = []
     with progress("comparing", unit="image") as bar:
-        for predicted, truth in pair_files(args.predicted, args.truth):
-            for name, prediction, real in _label_pairs(predicted, truth, args, len(names)):
-                with source_named(name):
-                    tally.add(prediction, real)
-                    each.append((name, evaluate([(prediction, real)], len(names))))
+        for predicted, truth in pair_volumes(args.predicted, args.truth):
+            for name, counts in _count_planes(predicted, truth, args, len(names)):
+                tally.add_counts(counts)
+                one = Tally(len(names))
+                one.add_counts(counts)
+                each.append((name, one.scores()))
                 bar.update()
     scores = tally.scores()
     if args.json:
@@ -77,8 +79,34 @@ def _evaluate(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _label_pairs(
+def _count_planes(
     predicted: Path, truth: Path, args: argparse.Namespace, n_classes: int
+) -> Iterator[tuple[str, Counts]]:
+    """Name of each plane of two files or volumes, and its pixels by true and predicted class."""
+    from distillfss_core.metrics import confusion
+    from distillfss_core.support.label_volumes import are_images, compare_volumes
+
+    plain = "classes" if args.classes else "binary"
+    modes = (plain, "scribbles" if args.scribbles else plain)
+    opening = given_opening(args)
+    if not are_images(predicted, truth) or opening or args.region:
+        yield from compare_volumes(
+            predicted,
+            truth,
+            planes=args.planes,
+            modes=modes,
+            n_classes=n_classes,
+            region=args.region,
+            opening=opening,
+        )
+        return
+    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes):
+        with source_named(name):
+            yield name, confusion(found, real, n_classes)
+
+
+def _label_pairs(
+    predicted: Path, truth: Path, planes: Sequence[int] | None, modes: tuple[str, str], n_classes: int
 ) -> Iterator[tuple[str, Array, Array]]:
     """Name, prediction and truth of each plane of two files."""
     from distillfss_core.io.labels import labels_from_image, read_label_stack
@@ -89,8 +117,7 @@ def _label_pairs(
             f"{predicted.name} has {len(predicted_planes)} plane(s), {truth.name} has {len(true_planes)}; "
             "compare stacks of equal depth"
         )
-    plain = "classes" if args.classes else "binary"
-    for z in args.planes or range(len(predicted_planes)):
+    for z in planes or range(len(predicted_planes)):
         if not z < len(predicted_planes):
             raise SettingsError(
                 f"plane {z} is outside {predicted.name}, whose planes are 0 to {len(predicted_planes) - 1}"
@@ -98,8 +125,8 @@ def _label_pairs(
         plane = f" plane {z}" if len(predicted_planes) > 1 else ""
         yield (
             predicted.name + plane,
-            labels_from_image(predicted_planes[z], plain, n_classes, predicted.name + plane),
-            labels_from_image(true_planes[z], "scribbles" if args.scribbles else plain, n_classes, truth.name + plane),
+            labels_from_image(predicted_planes[z], modes[0], n_classes, predicted.name + plane),
+            labels_from_image(true_planes[z], modes[1], n_classes, truth.name + plane),
         )
 
 

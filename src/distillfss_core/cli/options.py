@@ -132,22 +132,11 @@ def is_label_folder(path: Path) -> bool:
 
 
 def add_opening(parser: argparse.ArgumentParser) -> None:
-    """Options that say what of a volume is meant."""
+    """Options that say what of a volume is meant, and how it is segmented."""
     group = parser.add_argument_group(
         "volumes", "where labels go to OME-Zarr: OUT is NAME.ome.zarr or IMAGE.ome.zarr/labels/NAME"
     )
-    group.add_argument(
-        "--region", type=_region, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels to segment, e.g. 0:100,:,512:1024"
-    )
-    group.add_argument(
-        "--level", type=parse_whole, metavar="N", help="resolution of a pyramid; 0 is the finest (default)"
-    )
-    group.add_argument("--channel", type=parse_channel, metavar="C", help="number from 0, name, or all")
-    group.add_argument("--time", type=parse_whole, metavar="T", help="time point, from 0")
-    group.add_argument(
-        "--series", type=parse_whole, metavar="S", help="which image of a file that holds several, from 0"
-    )
-    group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
+    add_volume_part(group)
     group.add_argument(
         "--mode",
         choices=("planewise", "smoothed", "consensus"),
@@ -159,6 +148,20 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
         help="local, local:N (processes here), slurm:N (jobs) or tcp://HOST:PORT; --device is that of its workers",
     )
     group.add_argument("--resume", action="store_true", help="go on where a run that was stopped or killed had come to")
+
+
+def add_volume_part(group: argparse._ArgumentGroup) -> None:
+    """Options that say what of a volume is meant."""
+    group.add_argument("--region", type=_region, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels, e.g. 0:100,:,512:1024")
+    group.add_argument(
+        "--level", type=parse_whole, metavar="N", help="resolution of a pyramid; 0 is the finest (default)"
+    )
+    group.add_argument("--channel", type=parse_channel, metavar="C", help="number from 0, name, or all")
+    group.add_argument("--time", type=parse_whole, metavar="T", help="time point, from 0")
+    group.add_argument(
+        "--series", type=parse_whole, metavar="S", help="which image of a file that holds several, from 0"
+    )
+    group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
 
 
 def check_no_volume_options(args: argparse.Namespace) -> None:

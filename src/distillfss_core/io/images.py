@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
@@ -140,8 +141,40 @@ def _read_tiff(path: Path) -> Pixels:
     return Pixels(array, stack=bool(depth), channels=array.ndim == 3 + bool(depth))
 
 
+def load_npy(path: Path, *, mapped: bool = False) -> Any:
+    """The array of a .npy file, in memory or mapped from the file.
+
+    Raises
+    ------
+    InputFileError
+        If it holds pickled objects, as the _seg.npy of Cellpose does: to open a pickle runs what is in it.
+    """
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except ValueError as error:
+        if not re.search("pickle|Python objects", str(error)):
+            raise
+        raise InputFileError(
+            f"{path}: holds pickled Python objects, which are not opened because a pickle can run any program; of a "
+            "_seg.npy of Cellpose, save the masks as TIFF or PNG (in Cellpose: File, Save masks)"
+        ) from error
+
+
+def is_pickled(path: Path) -> bool:
+    """Whether a .npy file holds pickled objects instead of an array."""
+    if path.suffix.lower() != ".npy":
+        return False
+    try:
+        load_npy(path, mapped=True)
+    except InputFileError:
+        return True
+    except DECODER_ERRORS:
+        return False
+    return False
+
+
 def _read_npy(path: Path, stack: bool) -> Pixels:
-    array = np.load(path, allow_pickle=False)
+    array = load_npy(path)
     if not isinstance(array, np.ndarray) or array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise ImageError(f"{path}: holds an array of shape {np.shape(array)}; give y x, y x c, z y x or z y x c")
     if array.ndim == 4:

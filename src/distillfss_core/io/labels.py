@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError, SupportSetError
-from distillfss_core.io.images import KINDS_READ, READABLE, PathLike, Pixels, check_plane, read_pixels, single_plane
+from distillfss_core.io.images import (
+    KINDS_READ,
+    READABLE,
+    PathLike,
+    Pixels,
+    check_plane,
+    is_pickled,
+    read_pixels,
+    single_plane,
+)
 from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
 
 log = logging.getLogger(__name__)
 
 LABEL_MODES = ("binary", "classes", "scribbles")
 
-LABEL_ENDINGS = ("masks", "mask", "labels", "label", "seg", "segmentation", "gt")
+LABEL_ENDINGS = (
+    *("masks", "mask", "labels", "label", "seg", "segmentation", "gt"),
+    *("cp_masks", "simple segmentation", "object identities", "object predictions"),  # of Cellpose and ilastik
+)
 """What a label file's stem may end in after "_" or "-", beyond the stem of its image."""
 
 
@@ -38,14 +50,14 @@ def read_labels(path: PathLike) -> Array:
         If it is a stack, a color picture, or holds fractions or negative numbers.
     """
     path = Path(path)
-    return _whole_numbers(single_plane(read_pixels(path, palette_numbers=True), path), path.name)
+    return whole_numbers(single_plane(read_pixels(path, palette_numbers=True), path), path.name)
 
 
 def read_label_stack(path: PathLike) -> Array:
     """Read the labels of a stack, shape (z, y, x); one plane is a stack of one. As `read_labels` otherwise."""
     path = Path(path)
     pixels = read_pixels(path, palette_numbers=True, npy_stack=True)
-    labels = _whole_numbers(pixels, path.name)
+    labels = whole_numbers(pixels, path.name)
     return labels if pixels.stack else labels[None]
 
 
@@ -109,15 +121,26 @@ def labels_from_image(
     return np.where(array == 0, IGNORE, array.astype(np.int64) - 1).astype(np.uint8)
 
 
-def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
+def image_stem(path: Path) -> str | None:
+    """The stem of a readable image file ("a.ome.tif" has the stem "a"); None for hidden files and anything else."""
+    if path.suffix.lower() not in READABLE or path.name.startswith(".") or not path.is_file():
+        return None
+    return path.stem.removesuffix(".ome")
+
+
+def pair_files(
+    images: PathLike, labels: PathLike, stem_of: Callable[[Path], str | None] = image_stem
+) -> list[tuple[Path, Path]]:
     """Find the image of every label file.
 
     Parameters
     ----------
     images, labels : path
         Two files, or two folders. In folders files belong together by stem; the label's may end in ``_mask``,
-        ``_masks``, ``_label``, ``_labels``, ``_seg``, ``_segmentation`` or ``_gt``. Images without labels are left
-        out; a line in the log says how many.
+        ``_masks``, ``_label``, ``_labels``, ``_seg``, ``_segmentation``, ``_gt``, ``_cp_masks`` (Cellpose) or
+        ``_Simple Segmentation`` (ilastik). Images without labels are left out; a line in the log says how many.
+    stem_of : function
+        The stem of an entry of a folder, or None if the entry has no part in it.
 
     Returns
     -------
@@ -137,11 +160,11 @@ def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
         raise InputFileError(f"{folder} is a folder but {file} is a file; give two folders or two files")
     if images.is_file():
         return [(images, labels)]
-    by_stem = _by_stem(images)
+    by_stem = _by_stem(images, stem_of)
     if images.samefile(labels):  # one folder for both: what has a label's ending is a label
         wanted = [(f, s) for s, f in by_stem.items() if _without_ending(s) in by_stem and _without_ending(s) != s]
     else:
-        wanted = [(f, s) for s, f in _by_stem(labels).items()]
+        wanted = [(f, s) for s, f in _by_stem(labels, stem_of).items()]
     if not wanted:
         raise InputFileError(f"{labels}: no label image in this folder; put {KINDS_READ} files there")
     pairs = []
@@ -159,6 +182,7 @@ def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
             f"{len(lonely)} of {len(wanted)} label files have no image of the same stem in {images}: {names}; "
             "name image and label alike (a label may end in _mask, _label or _seg)"
         )
+    pairs = _without_pickled_duplicates(pairs)
     twice = [image.name for image, n in Counter(image for image, _ in pairs).items() if n > 1]
     if twice:
         raise InputFileError(f"{labels}: {twice[0]} has more than one label file; keep one")
@@ -166,6 +190,15 @@ def pair_files(images: PathLike, labels: PathLike) -> list[tuple[Path, Path]]:
     if unlabeled:
         log.warning("%d of %d images in %s have no label file; left out", unlabeled, unlabeled + len(pairs), images)
     return sorted(pairs)
+
+
+def _without_pickled_duplicates(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, Path]]:
+    """The pairs without the _seg.npy of Cellpose, which is not read, where an image has another label file too."""
+    counts = Counter(image for image, _ in pairs)
+    dropped = [(image, file) for image, file in pairs if counts[image] > 1 and is_pickled(file)]
+    if dropped:
+        log.warning("%d pickled label file(s) beside others are left out: %s", len(dropped), dropped[0][1].name)
+    return [pair for pair in pairs if pair not in dropped]
 
 
 def load_support_arrays(
@@ -208,28 +241,28 @@ def load_support_arrays(
     slices: list[AnnotatedSlice] = []
     from_stack = False
     for image_path, label_path in pairs:
-        read_slices, from_stack = _slices_of_pair(image_path, label_path, planes, mode, n_classes)
+        read_slices, from_stack = load_pair(image_path, label_path, planes, mode, n_classes)
         slices += read_slices
     return slices, from_stack and len(pairs) == 1
 
 
-def _slices_of_pair(
+def load_pair(
     image_path: Path, label_path: Path, planes: Sequence[int] | None, mode: str, n_classes: int | None
 ) -> tuple[list[AnnotatedSlice], bool]:
-    """Slices of an image file, and whether it is a stack."""
+    """Slices of one image file, and whether it is a stack; as `load_support_arrays`."""
     labels_in = read_pixels(label_path, palette_numbers=True)
     # A .npy file does not say what its axes are; the labels beside it do.
     image_in = read_pixels(image_path, npy_stack=labels_in.array.ndim == 3 and image_path.suffix.lower() == ".npy")
     if not image_in.stack:
         if planes is not None:
             raise SettingsError(f"planes are given, but {image_path.name} is a single plane; leave them out")
-        numbers = _whole_numbers(single_plane(labels_in, label_path), label_path.name)
+        numbers = whole_numbers(single_plane(labels_in, label_path), label_path.name)
         classes = labels_from_image(numbers, mode, n_classes, label_path.name)
         return [AnnotatedSlice(image_in.array, classes, image_path.name)], False
     stack = image_in.array
     if label_path.suffix.lower() == ".npy" and labels_in.array.ndim == 3:
         labels_in = Pixels(labels_in.array, stack=True, channels=False)
-    numbers = _whole_numbers(labels_in, label_path.name)
+    numbers = whole_numbers(labels_in, label_path.name)
     if not labels_in.stack:
         if planes is None or len(planes) != 1:
             raise SettingsError(
@@ -255,7 +288,7 @@ def _slices_of_pair(
     return slices, True
 
 
-def _whole_numbers(pixels: Pixels, source: str) -> Array:
+def whole_numbers(pixels: Pixels, source: str) -> Array:
     """Labels as integers without a channel axis."""
     array = pixels.array
     if pixels.channels:
@@ -283,13 +316,13 @@ def _whole_numbers(pixels: Pixels, source: str) -> Array:
     return array
 
 
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """Readable files of a folder by stem ("a.ome.tif" has the stem "a"); hidden files are passed over."""
+def _by_stem(folder: Path, stem_of: Callable[[Path], str | None]) -> dict[str, Path]:
+    """Entries of a folder by stem."""
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() not in READABLE or file.name.startswith(".") or not file.is_file():
+        stem = stem_of(file)
+        if stem is None:
             continue
-        stem = file.stem.removesuffix(".ome")
         if stem in files:
             raise InputFileError(f"{folder}: {files[stem].name} and {file.name} have the same stem; keep one of them")
         files[stem] = file
@@ -297,8 +330,8 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _without_ending(stem: str) -> str:
-    for mark in "_-":
-        head, separator, tail = stem.rpartition(mark)
-        if separator and head and tail.lower() in LABEL_ENDINGS:
-            return head
+    lower = stem.lower()
+    for ending in sorted(LABEL_ENDINGS, key=len, reverse=True):
+        if lower.endswith((f"_{ending}", f"-{ending}")) and len(stem) > len(ending) + 1:
+            return stem[: -len(ending) - 1]
     return stem

@@ -156,6 +156,24 @@ def parse_region(text: str) -> Part:
     return [*spans, *[(None, None)] * (3 - len(spans))]
 
 
+def box_within(shape: Sequence[int], region: Part | None, name: str) -> Box:
+    """A region with all its ends; without one, all of a volume of shape (z, y, x).
+
+    Raises
+    ------
+    SettingsError
+        If it is empty or not within the volume.
+    """
+    box = []
+    for axis, (start, stop), length in zip("zyx", region or [(None, None)] * 3, shape, strict=True):
+        first, last = start or 0, length if stop is None else stop
+        if not 0 <= first < last <= length:
+            raise SettingsError(f"region {axis} {first}:{last} is empty or outside {name}, 0:{length}")
+        box.append((first, last))
+    z, y, x = box
+    return z, y, x
+
+
 def slices(box: Box) -> tuple[slice, slice, slice]:
     """A box for numpy."""
     return slice(*box[0]), slice(*box[1]), slice(*box[2])

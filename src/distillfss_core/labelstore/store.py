@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ import zarr.errors
 from distillfss_core.errors import InputFileError, OutputError, SettingsError
 from distillfss_core.io.writing import error_reason
 from distillfss_core.labelstore.journal import Journal
-from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, slices
+from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, overlap, slices
 from distillfss_core.labelstore.metadata import About, check_place, image_of, write_metadata
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
@@ -306,6 +307,51 @@ def finished_regions(path: Path) -> list[Box] | None:
         return None
     attributes = zarr.open(path, mode="r").attrs.get("distillfss")
     return [as_box(map(tuple, r)) for r in attributes.get("finished", [])] if isinstance(attributes, dict) else None
+
+
+def check_finished(path: Path | None, name: str, shape: Sequence[int], region: Box | None = None) -> None:
+    """Warn if a region (by default all) of labels that were written from here is not finished.
+
+    Parameters
+    ----------
+    path : path or None
+        Of the labels; others than those written from here are passed over.
+    name : str
+        For messages.
+    shape : (z, y, x)
+        Of level 0, in voxels.
+    region : (start, stop) along z, y, x, optional
+
+    Raises
+    ------
+    InputFileError
+        If nothing of the labels is finished.
+    """
+    regions = finished_regions(path) if path else None
+    if regions is None:
+        return
+    if not regions:
+        raise InputFileError(f"{name}: nothing of it is finished; resume its segmentation first")
+    box = region or as_box((0, n) for n in shape)
+    inside = [overlap(box, r) for r in regions]
+    ends = [sorted({*span, *(e for r in inside for e in r[k])}) for k, span in enumerate(box)]
+    done = np.zeros([len(e) - 1 for e in ends], bool)
+    for part in inside:
+        if all(start < stop for start, stop in part):
+            done[tuple(slice(e.index(a), e.index(b)) for e, (a, b) in zip(ends, part, strict=True))] = True
+    if not done.all():
+        z, y, x = (np.diff(e) for e in ends)
+        share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(b - a for a, b in box)
+        listed = "; ".join(
+            ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
+        )
+        log.warning(
+            "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
+            "segmentation first to have all",
+            name,
+            listed,
+            100 * share,
+        )
 
 
 def count_voxels(path: Path, region: Box, classes: int) -> list[int]:

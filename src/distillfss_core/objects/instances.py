@@ -27,11 +27,11 @@ import numpy as np
 import numpy.typing as npt
 
 from distillfss_core import __version__
-from distillfss_core.errors import ImageError, InputFileError, SettingsError, printable
+from distillfss_core.errors import ImageError, SettingsError, printable
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
-from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, finished_regions, remove_labels
+from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_finished, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
@@ -178,7 +178,7 @@ def iter_instances(
     if table is not None:
         check_table(Path(table), overwrite=overwrite, resume=resume and (out / JOURNAL).is_file())
         check_apart(Path(table), out, *inputs)
-    _check_finished(labels)
+    check_finished(labels.path, labels.name, labels.levels[0])
     check_apart(out, *inputs)
     settings = {**splitter.settings(), "min_voxels": min_voxels}
     description, layout = _plan(labels, image, out, block, settings)
@@ -344,32 +344,6 @@ class _Splitter:
         peaks |= mask & ~seen[whole]  # what lies beside something larger is an object all the same
         seeds = cc3d.connected_components(peaks, connectivity=26, binary_image=True, out_dtype=np.uint32)
         return watershed(-smooth, seeds.astype(np.int32), mask=mask), seeds
-
-
-def _check_finished(labels: Volume) -> None:
-    """Labels that were written from here say how far they are."""
-    regions = finished_regions(labels.path) if labels.path else None
-    if regions is None:
-        return
-    if not regions:
-        raise InputFileError(f"{labels.name}: nothing of it is finished; resume its segmentation first")
-    ends = [sorted({0, n, *(e for r in regions for e in r[k])}) for k, n in enumerate(labels.levels[0])]
-    done = np.zeros([len(e) - 1 for e in ends], bool)
-    for region in regions:
-        done[tuple(slice(e.index(a), e.index(b)) for e, (a, b) in zip(ends, region, strict=True))] = True
-    if not done.all():
-        z, y, x = (np.diff(e) for e in ends)
-        share = (z[:, None, None] * y[:, None] * x)[done].sum() / math.prod(labels.levels[0])
-        listed = "; ".join(
-            ", ".join(f"{a} {start}:{stop}" for a, (start, stop) in zip("zyx", r, strict=True)) for r in regions
-        )
-        log.warning(
-            "%s: only %s is finished (%.0f%% of the voxels); the rest is counted as background, resume the "
-            "segmentation first to have all",
-            labels.name,
-            listed,
-            100 * share,
-        )
 
 
 def _fingerprint(volume: Volume) -> dict[str, Any]:

@@ -30,7 +30,7 @@ import torch
 
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError, printable
-from distillfss_core.labelstore.layout import Box, Index, Part, overlap
+from distillfss_core.labelstore.layout import Box, Index, Part, box_within, overlap
 from distillfss_core.labelstore.metadata import About, image_of
 from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
 from distillfss_core.models.engines import describe_engine
@@ -221,14 +221,7 @@ def check_region(volume: Volume, region: Part | None) -> Box:
     SettingsError
         If it is empty or not within the volume.
     """
-    box = []
-    for name, (start, stop), length in zip("zyx", region or [(None, None)] * 3, volume.shape, strict=False):
-        first, last = start or 0, length if stop is None else stop
-        if not 0 <= first < last <= length:
-            raise SettingsError(f"region {name} {first}:{last} is empty or outside {volume.name}, 0:{length}")
-        box.append((first, last))
-    z, y, x = box
-    return z, y, x
+    return box_within(volume.shape[:3], region, volume.name)
 
 
 def open_store(

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distillfss_core.errors import SupportSetError
+from distillfss_core.errors import SettingsError, SupportSetError
 from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
+
+if TYPE_CHECKING:
+    from distillfss_core.labelstore.layout import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,13 +112,16 @@ def load_support(
     scribbles: bool = False,
     pixel_size: tuple[float, float] | None = None,
     same_volume: bool = False,
+    region: Part | None = None,
+    **opening: Any,
 ) -> SupportSet:
     """Read annotated slices from files.
 
     Parameters
     ----------
     images, labels : path
-        Two folders paired by file stem, two single files, or two stacks (z y x).
+        Two folders paired by file stem, two single files, two stacks (z y x), or two volumes of any kind that
+        `open_volume` reads. Of volumes, only the slices are read.
     planes : sequence of int, optional
         Which planes of the stacks; by default those with any label.
     classes : sequence of str, optional
@@ -126,15 +133,35 @@ def load_support(
     same_volume : bool
         The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
         more steps.
+    region : ((start, stop),) * 3, optional
+        Part of a volume along z, y, x that slices are cut to; ends may be None.
+    **opening
+        ``axes``, ``level``, ``channel``, ``time`` and ``series`` of the image volume, as for `open_volume`. Labels are
+        taken at the level that has the size of the image.
 
     Raises
     ------
     InputFileError, ImageError, SupportSetError
         Each with one line that names the file and the value.
     """
-    from distillfss_core.io.labels import load_support_arrays
+    from distillfss_core.io.labels import load_pair
+    from distillfss_core.support.label_volumes import are_images, load_volume_slices, pair_volumes
 
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    slices, of_stack = load_support_arrays(Path(images), Path(labels), planes=planes, mode=mode, n_classes=len(names))
-    return SupportSet(tuple(slices), names, pixel_size, same_volume or of_stack)
+    images, labels = Path(images), Path(labels)
+    opening = {name: value for name, value in opening.items() if value is not None}
+    pairs = pair_volumes(images, labels)
+    if planes is not None and pairs != [(images, labels)]:
+        raise SettingsError(f"planes are given, but {images} is a folder; give one stack and its labels")
+    slices: list[AnnotatedSlice] = []
+    of_stack = False
+    for image, label in pairs:
+        if are_images(image, label) and not opening and region is None:
+            annotated, of_stack = load_pair(image, label, planes, mode, len(names))
+        else:
+            annotated, of_stack = load_volume_slices(
+                image, label, planes=planes, mode=mode, n_classes=len(names), region=region, opening=opening
+            )
+        slices += annotated
+    return SupportSet(tuple(slices), names, pixel_size, same_volume or (of_stack and len(pairs) == 1))

@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
-from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
+from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, load_npy, read_image
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
 from distillfss_core.volumes.source import ArraySource, Opened, array_content, file_identity, letters_of
@@ -37,7 +37,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
     elif path.suffix.lower() in (*TIFF_SUFFIXES, *LARGE_TIFFS):
         return open_tiff(path, level, axes, series)
     elif path.suffix.lower() == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = load_npy(path, mapped=True)
         if not isinstance(array, np.ndarray):
             raise InputFileError(f"{path}: is no single .npy array; save it with numpy.save")
         stat = path.stat()
@@ -80,6 +80,11 @@ def is_volume(path: Path) -> bool:
         inside = [f.name.lower() for f in path.iterdir()]
         return any(f in ZARR_FILES or f.endswith((*READABLE, *DICOM)) for f in inside)
     return path.name.lower().endswith((*READABLE, *LARGE_FILES, *MRC, *NIFTI, *DICOM))
+
+
+def is_one_volume(path: Path) -> bool:
+    """Whether a path is one file or volume: a zarr and a DICOM series are, although they are folders."""
+    return path.is_file() or (path.is_dir() and (is_zarr(path) or ".zarr" in path.suffixes or bool(dicom_files(path))))
 
 
 def stem_of(path: Path) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -15,6 +16,8 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
 from distillfss_core.volumes.opening import open_any, open_array
 from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
+
+log = logging.getLogger(__name__)
 
 Scale = tuple[float | None, float | None, float | None]
 
@@ -384,10 +387,31 @@ def _channel(name: str, channel: int | str | None, count: int, opened: Opened) -
         if count > 1:
             raise SettingsError(f"{name}: has {count} channels{listed}; choose one, channel 0 to {count - 1}, or all")
         return 0
+    names = opened.channel_names[:count]
     if isinstance(channel, str):
-        if channel not in opened.channel_names:
-            raise SettingsError(f"{name}: has no channel {channel!r}{listed}; give its number from 0, or all")
-        return opened.channel_names.index(channel)
+        return _channel_by_name(name, channel, names, listed)
     if not 0 <= channel < count:
-        raise SettingsError(f"{name}: has no channel {channel}; choose 0 to {count - 1}")
+        if str(channel) in names:
+            return _channel_by_name(name, str(channel), names, listed)
+        raise SettingsError(f"{name}: has no channel {channel}{listed}; choose 0 to {count - 1}, a name, or all")
+    if str(channel) in names and names.index(str(channel)) != channel:
+        log.warning(
+            "%s: channel %d is read by its number from 0%s; the channel named %r has number %d",
+            name,
+            channel,
+            f", named {names[channel]!r}" if channel < len(names) else "",
+            str(channel),
+            names.index(str(channel)),
+        )
     return channel
+
+
+def _channel_by_name(name: str, channel: str, names: Sequence[str], listed: str) -> int:
+    """The number of a channel, by its name; upper and lower case matter only where names differ in nothing else."""
+    exact = [number for number, label in enumerate(names) if label == channel]
+    numbers = exact or [number for number, label in enumerate(names) if label.lower() == channel.lower()]
+    if not numbers:
+        raise SettingsError(f"{name}: has no channel {channel!r}{listed}; give its number from 0, or all")
+    if len(numbers) > 1:
+        raise SettingsError(f"{name}: has several channels {channel!r}{listed}; give one by its number from 0")
+    return numbers[0]
