@@ -305,7 +305,7 @@ def finished_regions(path: Path) -> list[Box] | None:
     """The regions that are complete, of labels that were written from here; None of others."""
     if not (path / "zarr.json").is_file():
         return None
-    attributes = zarr.open(path, mode="r").attrs.get("distillfss")
+    attributes = zarr.open(path, mode="r", use_consolidated=False).attrs.get("distillfss")
     return [as_box(map(tuple, r)) for r in attributes.get("finished", [])] if isinstance(attributes, dict) else None
 
 

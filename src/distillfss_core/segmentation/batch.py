@@ -21,7 +21,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_segment
 from distillfss_core.types import as_run
-from distillfss_core.volumes.opening import is_volume, stem_of
+from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of, volumes_in
 from distillfss_core.volumes.volume import open_volume
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,10 @@ def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part
     Parameters
     ----------
     source : path
-        A folder whose entries are volumes (zarr, TIFF, .npy, folders of planes), or a CSV file with a column
-        ``volume`` and, where wanted, ``output``, ``region``, ``level``, ``channel``, ``time``, ``series`` and ``axes``.
-        Relative paths start at the table's folder. Delimiters and encodings are those of `read_table`.
+        A folder whose entries are volumes (zarr, TIFF, .npy, folders of planes), one zarr or DICOM series, or a CSV
+        file with a column ``volume`` and, where wanted, ``output``, ``region``, ``level``, ``channel``, ``time``,
+        ``series`` and ``axes``. Relative paths start at the table's folder. Delimiters and encodings are those of
+        `read_table`. Of a plate, a well and a collection of images in OME-Zarr, every image is a volume.
     out : path
         Folder of the labels; each is called after its volume.
     options : mapping
@@ -116,7 +117,8 @@ def plan_jobs(
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
     else:
-        jobs = [_job_of(row, source, out, options, region) for row in read_table(source, "volume", _COLUMNS)]
+        rows = read_table(source, "volume", _COLUMNS)
+        jobs = [job for row in rows for job in _jobs_of(row, source, out, options, region)]
     return _apart(_of_one_output(jobs, source), [source, *reads] if source.is_file() else reads)
 
 
@@ -273,35 +275,51 @@ def _segment_job(
         }
 
 
+def _volumes_of(path: Path, options: Mapping[str, Any]) -> list[tuple[Path, str]]:
+    """The volumes of a path, a plate or a collection, and their names; a series that was chosen is one volume."""
+    single = [(path, stem_of(path))]
+    try:
+        return single if "series" in options else volumes_in(path)
+    except InputFileError:  # reported as the error of this volume, when its turn comes
+        return single
+
+
 def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     jobs = []
-    for path in sorted(folder.iterdir()):
-        output, error = out / f"{stem_of(path)}.ome.zarr", ""
+    for path in [folder] if is_one_volume(folder) else sorted(folder.iterdir()):
+        error = ""
         if path.name.startswith("."):
             continue
         try:
-            if not is_volume(path):
+            if path != folder and not is_volume(path):
                 continue
+            volumes = _volumes_of(path, options)
         except OSError as refused:
             error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
-        jobs.append(Job(path, output, region, options, error=error))
+            volumes = [(path, stem_of(path))]
+        jobs += [Job(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
     return jobs
 
 
-def _job_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> Job:
+def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
+    """The jobs of a row; several for a plate or a collection of images."""
     cells, at = row.cells, f"{table} line {row.line}:"
     notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
     source = table.parent / cells.get("volume", "")
     if row.error or "volume" not in cells:
         error = f"{at} {row.error or 'names no volume; fill it in, or remove the line'}"
-        return Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)
+        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]
     output = table.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
     try:
         part = parse_region(cells["region"]) if "region" in cells else region
-        own = {name: _option(name, cells[name]) for name in _OPTIONS if name in cells}
+        own = {**options, **{name: _option(name, cells[name]) for name in _OPTIONS if name in cells}}
     except ValueError as error:
-        return Job(source, output, region, options, notes, f"{at} {error}")
-    return Job(source, output, part, {**options, **own}, notes)
+        return [Job(source, output, region, options, notes, f"{at} {error}")]
+    volumes = _volumes_of(source, own)
+    if "output" not in cells:
+        return [Job(volume, out / f"{name}.ome.zarr", part, own, notes) for volume, name in volumes]
+    several = f"{at} {source} holds {len(volumes)} images; leave its output out" if len(volumes) > 1 else ""
+    return [Job(source if several else volumes[0][0], output, part, own, notes, several)]
 
 
 def _of_one_output(jobs: Sequence[Job], source: Path) -> list[Job]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -158,6 +159,7 @@ _TAGS = [
     "PixelRepresentation",
     "RescaleSlope",
     "RescaleIntercept",
+    "SegmentSequence",
 ]
 
 
@@ -189,6 +191,13 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Opened:
             raise InputFileError(f"{file}: holds no image; remove it from the series")
         if header.get("SamplesPerPixel", 1) != 1:
             raise ImageError(f"{file}: is a color picture; give a series of gray values")
+        _check_decoder(file, header)
+        segments = header.get("SegmentSequence") or ()
+        if len(segments) > 1:
+            listed = ", ".join(str(s.get("SegmentLabel", i)) for i, s in enumerate(segments, 1))
+            raise ImageError(
+                f"{file}: holds {len(segments)} segments ({listed}), each with its own planes; save one segment a file"
+            )
     pairs, gap = _in_order(path, pairs)
     header = pairs[0][1]
     step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
@@ -240,6 +249,35 @@ def _in_order(path: Path, pairs: list[tuple[Path, Any]]) -> tuple[list[tuple[Pat
     return [pairs[k] for k in order], gap
 
 
+def _check_decoder(file: Path, header: Any) -> None:
+    """A compressed file is whole, but cannot be read without its decoder.
+
+    Raises
+    ------
+    SettingsError
+    """
+    syntax = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
+    if syntax is None or not syntax.is_transfer_syntax or not syntax.is_encapsulated:
+        return
+    try:
+        decoder = import_module("pydicom.pixels").get_decoder(syntax)
+    except NotImplementedError as error:
+        raise InputFileError(f"{file}: is compressed as {syntax.name}, which is not read; save it plain") from error
+    if not decoder.is_available:
+        needs = [line.partition(" - requires ")[2] for line in decoder.missing_dependencies]
+        choices = [_package_names(need) for need in needs]
+        raise SettingsError(
+            f"{file}: is compressed as {syntax.name}, and no decoder of it is installed; pip install "
+            f"{' or '.join(sorted(choices, key=len))}; or save it plain"
+        )
+
+
+def _package_names(need: str) -> str:
+    """ "numpy and gdcm>=3.0.10" of pydicom as what pip installs: "python-gdcm"."""
+    names = [name for name in re.findall(r"[a-z][\w-]*", need) if name not in ("and", "numpy")]
+    return " ".join("python-gdcm" if name == "gdcm" else name for name in names)
+
+
 def _rescale(header: Mapping[str, Any] | Any) -> tuple[float, float]:
     slope, intercept = float(header.get("RescaleSlope") or 1), float(header.get("RescaleIntercept") or 0)
     return slope, intercept
@@ -247,8 +285,11 @@ def _rescale(header: Mapping[str, Any] | Any) -> tuple[float, float]:
 
 def _dicom_dtype(headers: Sequence[Any]) -> np.dtype[Any]:
     """The type that holds every value: integers where the rescaling leaves them whole."""
+    first = headers[0]
+    bits = int(first.get("BitsAllocated", 16))
+    if bits >= 32 and "PixelRepresentation" not in first:  # floating pixels have no such element
+        return np.dtype(f"f{bits // 8}")
     scales = {_rescale(h) for h in headers}
     if scales == {(1.0, 0.0)}:
-        first = headers[0]
-        return np.dtype(f"{'i' if first.get('PixelRepresentation') else 'u'}{int(first.get('BitsAllocated', 16)) // 8}")
+        return np.dtype(f"{'i' if first.get('PixelRepresentation') else 'u'}{max(bits // 8, 1)}")
     return np.dtype(np.int32 if all(value.is_integer() for pair in scales for value in pair) else np.float32)

@@ -16,13 +16,17 @@ from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
 from distillfss_core.volumes.source import ArraySource, Opened, array_content, file_identity, letters_of
 from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
-from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, open_zarr
+from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, list_images, open_zarr, zip_place
 
-LARGE_FILES = (*LARGE_TIFFS, ".zip")  # opened as volumes, beside what is READABLE
+ZIPS = (".zip", ".ozx")
+LARGE_FILES = (*LARGE_TIFFS, *ZIPS)  # opened as volumes, beside what is READABLE
 
 
 def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     if not path.exists():
+        file = next((parent for parent in path.parents if parent.suffix.lower() in ZIPS and parent.is_file()), None)
+        if file is not None:
+            return open_zarr(path, level, axes, series, zip_place(file, path.relative_to(file).as_posix()))
         raise InputFileError(f"{path}: no such file or folder; check the name")
     if path.is_dir():
         if is_zarr(path):
@@ -32,8 +36,8 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
                 f"{path}: has no zarr metadata ({', '.join(ZARR_FILES)}); the copy is not whole, or it is no zarr"
             )
         opened = open_folder(path, axes)
-    elif path.suffix.lower() == ".zip":
-        return open_zarr(path, level, axes, series)
+    elif path.suffix.lower() in ZIPS:
+        return open_zarr(path, level, axes, series, zip_place(path))
     elif path.suffix.lower() in (*TIFF_SUFFIXES, *LARGE_TIFFS):
         return open_tiff(path, level, axes, series)
     elif path.suffix.lower() == ".npy":
@@ -74,6 +78,23 @@ def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Op
     return opener(path, axes, series)
 
 
+def volumes_in(path: Path) -> list[tuple[Path, str]]:
+    """The volumes that a path holds, and a name for the results of each.
+
+    The images of a plate (all fields of all wells), of a well and of a collection of bioformats2raw are volumes of
+    their own, called PLATE_ROW_COLUMN_FIELD. Any other path is one volume.
+
+    Raises
+    ------
+    InputFileError
+        If the metadata of a plate are damaged.
+    """
+    images = list_images(path) if path.is_dir() and is_zarr(path) else []
+    if not images or images == ["0"]:  # a collection of one image is that image
+        return [(path, stem_of(path))]
+    return [(path / image, "_".join((stem_of(path), *image.split("/")))) for image in images]
+
+
 def is_volume(path: Path) -> bool:
     """Whether a path looks like one volume, by its name and, of a folder, by the names in it."""
     if path.is_dir():
@@ -90,6 +111,8 @@ def is_one_volume(path: Path) -> bool:
 def stem_of(path: Path) -> str:
     """The name without its endings: "a.ome.zarr", "a.ome.tif" and "a.nii.gz" are "a"."""
     stem = path.name if path.is_dir() and ".zarr" not in path.suffixes else path.stem
+    if path.suffix.lower() in ZIPS:
+        stem = stem.removesuffix(".zarr")
     return stem.removesuffix(".ome").removesuffix(".nii")
 
 

@@ -8,7 +8,8 @@ import json
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,28 +44,26 @@ def is_zarr(folder: Path) -> bool:
 
 
 class _ZarrSource:
-    """A zarr array; says once in the log when chunks are asked for that have no file, unless it is ``sparse``."""
+    """A zarr array; warns once of chunks that were read and have no file, unless it is ``sparse``."""
 
     def __init__(self, array: Any, axes: str, name: str, *, sparse: bool = False) -> None:
         self.array, self.axes, self.name = array, axes, name
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
         self.chunks = tuple(array.chunks)
         self._stored = tuple(getattr(array, "shards", None) or array.chunks)  # what has a file of its own
-        store = array.store_path.store
-        self._root = store.root / array.path if isinstance(store, zarr.storage.LocalStore) and not sparse else None
+        self._is_stored = None if sparse else _stored_keys(array)
         self.missing: set[str] = set()
         self._lock = threading.Lock()
 
     def get(self, box: tuple[slice, ...]) -> Array:
-        if self._root is not None:
-            self._look_for_missing(box)
+        if self._is_stored is not None:
+            self._look_for_missing(box, self._is_stored)
         return np.asarray(self.array[box])
 
-    def _look_for_missing(self, box: tuple[slice, ...]) -> None:
+    def _look_for_missing(self, box: tuple[slice, ...], is_stored: Callable[[str], bool]) -> None:
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, self._stored, strict=True)]
         keys = [self.array.metadata.encode_chunk_key(index) for index in product(*spans)]
-        assert self._root is not None
-        gone = [key for key in keys if not (self._root / key).exists()]
+        gone = [key for key in keys if not is_stored(key)]
         with self._lock:
             first = bool(gone) and not self.missing
             self.missing.update(gone)
@@ -79,6 +78,19 @@ class _ZarrSource:
 
     def close(self) -> None:
         pass
+
+
+def _stored_keys(array: Any) -> Callable[[str], bool] | None:
+    """Whether a chunk has a file, by its key; None for stores that do not show it without a request."""
+    store = array.store_path.store
+    if isinstance(store, zarr.storage.LocalStore):
+        root = store.root / array.path
+        return lambda key: (root / key).exists()
+    if isinstance(store, zarr.storage.ZipStore):
+        with zipfile.ZipFile(store.path) as file:
+            names = frozenset(file.namelist())
+        return lambda key: f"{array.path}/{key}".lstrip("/") in names
+    return None
 
 
 def _zarr_content(array: Any) -> str:
@@ -98,26 +110,149 @@ def _zarr_content(array: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_zarr(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
-    store = zarr.storage.ZipStore(path, mode="r") if path.is_file() else path
-    node = zarr.open(store, mode="r")
+def open_zarr(path: Path, level: int, axes: str | None, series: int | None, place: ZarrPlace | None = None) -> Opened:
+    """Open an array or an image; ``place`` is where it lies, unless it is the folder ``path``."""
+    place = place or ZarrPlace(path)
+    node = place.open()
     if isinstance(node, zarr.Array):
         if level:
             raise SettingsError(f"{path}: has no level {level}; it is one array, level 0 (or give the folder above it)")
         return from_zarr_array(node, axes, str(path))
+    metadata = _ome_metadata(node, path)
+    if "plate" in metadata:
+        fields = list_images(path, place)
+        raise InputFileError(
+            f"{path}: is a plate of {len(metadata['plate'].get('wells', ()))} wells; give one of its images, e.g. "
+            f"{path / fields[0] if fields else path / 'A' / '1' / '0'}, or the plate to distillfss batch"
+        )
+    if "well" in metadata:
+        return _open_one_of(path, place, list_images(path, place), level, axes, series, "a well of")
+    if "multiscales" not in metadata:
+        return _open_bare_group(path, place, node, metadata, level, axes, series)
+    return _open_multiscale(path, node, metadata, level, axes, series)
+
+
+@dataclass(frozen=True)
+class ZarrPlace:
+    """Where a zarr lies: a store as zarr takes it, and the path in it."""
+
+    store: Any
+    inside: str = ""
+
+    def __truediv__(self, name: str) -> ZarrPlace:
+        return ZarrPlace(self.store, f"{self.inside}/{name}".lstrip("/"))
+
+    def open(self) -> Any:
+        """The array or group, by the metadata of each part: consolidated ones may be older than what is there."""
+        return zarr.open(self.store, path=self.inside, mode="r", use_consolidated=False)
+
+
+def zip_place(path: Path, inside: str = "") -> ZarrPlace:
+    """The zarr in a zip file: at its root, or in the one folder in it that is a zarr.
+
+    Raises
+    ------
+    InputFileError
+        If the file is damaged, or holds no zarr, or several.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = [name for name in file.namelist() if not name.startswith("__MACOSX/")]
+    except zipfile.BadZipFile as error:
+        raise InputFileError(f"{path}: is no zip file, or cut short ({reason(error)}); copy it again") from error
+    folders = {name.rpartition("/")[0] for name in names if name.rpartition("/")[2] in ZARR_FILES}
+    roots = [folder for folder in sorted(folders) if not any(_above(folder, other) for other in folders)]
+    if inside:
+        parent = next((root for root in ("", *roots) if f"{root}/{inside}".lstrip("/") in folders), None)
+        if parent is None:
+            raise InputFileError(f"{path}: has no zarr {inside!r} in it; it holds {', '.join(roots[:8]) or 'none'}")
+        return ZarrPlace(zarr.storage.ZipStore(path, mode="r"), f"{parent}/{inside}".lstrip("/"))
+    if len(roots) > 1:
+        raise InputFileError(f"{path}: holds {len(roots)} zarrs ({', '.join(roots[:8])}); give {path / roots[0]}, ...")
+    if not roots:
+        kinds = ", ".join(sorted({Path(name).suffix for name in names if Path(name).suffix})[:5]) or "no files"
+        advice = "save the regions of interest as a mask (TIFF or PNG)" if ".roi" in kinds else "unpack it"
+        raise InputFileError(f"{path}: holds no zarr ({kinds}); {advice}")
+    return ZarrPlace(zarr.storage.ZipStore(path, mode="r"), roots[0])
+
+
+def _above(folder: str, other: str) -> bool:
+    """Whether another folder of a zip file holds this one."""
+    return folder != other and (not other or folder.startswith(f"{other}/"))
+
+
+def list_images(path: Path, place: ZarrPlace | None = None) -> list[str]:
+    """Paths of the images in a plate, a well or a collection of bioformats2raw, in order; none for one image.
+
+    A well that the plate lists but that is not there stands for itself.
+
+    Raises
+    ------
+    InputFileError
+        If the metadata are damaged.
+    """
+    place = place or ZarrPlace(path)
+    try:
+        node = place.open()
+        metadata = {} if isinstance(node, zarr.Array) else _ome_metadata(node, path)
+        if "plate" in metadata:
+            wells = [str(well["path"]) for well in metadata["plate"]["wells"]]
+            return [image for well in wells for image in _images_of_well(place, well)]
+        if "well" in metadata:
+            return [str(image["path"]) for image in metadata["well"]["images"]]
+        if "bioformats2raw.layout" in metadata and "multiscales" not in metadata:
+            return sorted((name for name, _ in node.groups() if name != "OME"), key=lambda n: (len(n), n))
+    except READ_ERRORS as error:
+        if isinstance(error, InputFileError):
+            raise
+        raise InputFileError(
+            f"{path}: the metadata of its wells or images are damaged ({type(error).__name__}: {reason(error)})"
+        ) from error
+    return []
+
+
+def _images_of_well(place: ZarrPlace, well: str) -> list[str]:
+    with suppress(FileNotFoundError):
+        node = (place / well).open()
+        metadata = node.attrs.asdict()
+        images = metadata.get("ome", metadata)["well"]["images"]
+        return [f"{well}/{image['path']}" for image in images]
+    return [well]
+
+
+def _ome_metadata(node: Any, path: Path) -> dict[str, Any]:
     attributes = node.attrs.asdict()
     metadata = attributes.get("ome", attributes)
     if not isinstance(metadata, dict):
         raise InputFileError(f"{path}: its OME metadata are damaged (no mapping under 'ome')")
-    if "plate" in metadata or "well" in metadata:
-        raise InputFileError(f"{path}: is a plate or well of many images; give the path of one image in it")
-    if "multiscales" not in metadata:
-        return _open_bare_group(path, node, metadata, level, axes, series)
-    return _open_multiscale(path, node, metadata, level, axes, series)
+    return metadata
+
+
+def _open_one_of(
+    path: Path, place: ZarrPlace, images: Sequence[str], level: int, axes: str | None, series: int | None, what: str
+) -> Opened:
+    """The one image of several that is meant by its number or because it is the only one."""
+    if series is not None and not 0 <= series < len(images):
+        raise SettingsError(f"{path}: has no series {series}; it is {what} {len(images)} images")
+    if series is None and len(images) != 1:
+        listed = ", ".join(images[:8]) + (", ..." if len(images) > 8 else "")
+        raise InputFileError(
+            f"{path}: is {what} {len(images)} images ({listed}); give the path of one, e.g. {path / images[0]}"
+            if images
+            else f"{path}: is {what} no image; the copy is not whole"
+        )
+    chosen = images[series or 0]
+    return open_zarr(path / chosen, level, axes, None, place / chosen)
 
 
 def _open_bare_group(
-    path: Path, node: Any, metadata: dict[str, Any], level: int, axes: str | None, series: int | None
+    path: Path,
+    place: ZarrPlace,
+    node: Any,
+    metadata: dict[str, Any],
+    level: int,
+    axes: str | None,
+    series: int | None,
 ) -> Opened:
     """A group that is no multiscale image: a collection of images, or of plain arrays."""
     if "labels" in metadata:
@@ -128,10 +263,11 @@ def _open_bare_group(
     groups = sorted(name for name, _ in node.groups())
     if groups and ("bioformats2raw.layout" in metadata or not arrays):
         images = [name for name in groups if name != "OME"]
-        chosen = images[0] if len(images) == 1 else str(series) if series is not None else None
-        if chosen in images:
-            return open_zarr(path / str(chosen), level, axes, None)
-        raise InputFileError(f"{path}: holds {len(images)} images ({', '.join(images[:8])}); give the path of one")
+        if series is not None and str(series) in images:
+            images = [str(series)]
+        if len(images) != 1:
+            raise InputFileError(f"{path}: holds {len(images)} images ({', '.join(images[:8])}); give the path of one")
+        return open_zarr(path / images[0], level, axes, None, place / images[0])
     if len(arrays) == 1:
         if level:
             raise SettingsError(f"{path}: has no level {level}; it holds one array, level 0")
