@@ -162,7 +162,11 @@ def _images_in(folder: Path) -> list[Path]:
 def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
     """The one file and what to write for it."""
     from distillfss_core.io.images import TIFF_SUFFIXES
+    from distillfss_core.volumes.remote import address_of
 
+    address = address_of(args.input)
+    if address:
+        raise OutputError(f"{args.output} is no name for its labels: {address} is a volume; end OUT in .ome.zarr")
     if not args.input.exists():
         raise InputFileError(f"{args.input}: no such file or folder; check the name")
     if args.output.is_dir():

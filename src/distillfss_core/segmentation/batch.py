@@ -22,6 +22,7 @@ from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_segment
 from distillfss_core.types import as_run
 from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of, volumes_in
+from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import open_volume
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def plan_jobs(
     InputFileError
         If the source holds no volume or is no such table.
     """
-    if source.is_dir():
+    if source.is_dir() or address_of(source):
         jobs = _jobs_in(source, out, options, region)
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
@@ -168,8 +169,8 @@ def iter_batch(
     rows: list[dict[str, Any]] = []
     for index, job in enumerate(jobs, 1):
         start = time.monotonic()
-        row: dict[str, Any] = {**job.notes, "volume": printable(job.source), "output": printable(job.output)}
-        row["status"] = "done"
+        volume = printable(address_of(job.source) or job.source)
+        row: dict[str, Any] = {**job.notes, "volume": volume, "output": printable(job.output), "status": "done"}
         try:
             run = _segment_job(job, model, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster)
             while True:
@@ -286,7 +287,8 @@ def _volumes_of(path: Path, options: Mapping[str, Any]) -> list[tuple[Path, str]
 
 def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     jobs = []
-    for path in [folder] if is_one_volume(folder) else sorted(folder.iterdir()):
+    is_single = address_of(folder) or is_one_volume(folder)
+    for path in [folder] if is_single else sorted(folder.iterdir()):
         error = ""
         if path.name.startswith("."):
             continue
@@ -305,7 +307,8 @@ def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], 
     """The jobs of a row; several for a plate or a collection of images."""
     cells, at = row.cells, f"{table} line {row.line}:"
     notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
-    source = table.parent / cells.get("volume", "")
+    named = cells.get("volume", "")
+    source = Path(named) if address_of(named) else table.parent / named
     if row.error or "volume" not in cells:
         error = f"{at} {row.error or 'names no volume; fill it in, or remove the line'}"
         return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]

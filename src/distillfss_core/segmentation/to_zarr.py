@@ -183,7 +183,7 @@ def iter_segment(
     check_apart(out, volume.path)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
-        if workers and volume.path is None:
+        if workers and volume.location is None:
             raise SettingsError("a cluster reads volumes from files; this one is an array in memory, so save it first")
         device = workers.worker_device() if workers else f"{model.device.kind} {model.device.precision}"
         engine = model.engine if device.startswith("cpu") or model.engine == "torch-compiled" else "torch"
@@ -240,7 +240,7 @@ def open_store(
         provenance={
             "program": f"napari-distillfss {__version__}",
             "model": {"digest": digest, "card": model.card},
-            "volume": {"path": printable(volume.path) if volume.path else None, **volume.identity},
+            "volume": {"path": printable(volume.location) if volume.location else None, **volume.identity},
             "device": device,
         },
         image=_path_to_image(volume, out),
@@ -384,8 +384,8 @@ class _Clock:
 
 def _path_to_image(volume: Volume, out: Path) -> str | None:
     """From the labels to the image they are of, as OME-Zarr has it."""
-    if volume.path is None or volume.identity.get("kind") != "ome-zarr":
-        return None
+    if volume.identity.get("kind") != "ome-zarr" or volume.path is None:
+        return volume.address if volume.identity.get("kind") == "ome-zarr" else None
     return printable(Path(os.path.relpath(volume.path, out)).as_posix())
 
 

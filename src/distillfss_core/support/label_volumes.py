@@ -20,6 +20,7 @@ from distillfss_core.labelstore.store import check_finished
 from distillfss_core.metrics import Counts, confusion
 from distillfss_core.types import AnnotatedSlice, Array
 from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of
+from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import Volume, count_choices, open_volume
 
 _PIECE = 1 << 24
@@ -202,7 +203,7 @@ def _plane_name(path: Path, z: int, depth: int) -> str:
 
 def _open_labels(path: Path, like: Volume | None, opening: Mapping[str, Any]) -> Volume:
     """A volume of labels, if given of the size of another: of a pyramid the level that fits."""
-    if not path.exists():
+    if address_of(path) is None and not path.exists():
         raise InputFileError(f"{path}: no such file or folder; check the name")
     _check_is_labels(path)
     if are_images(path) and (path.suffix.lower() not in TIFF_SUFFIXES or not opening):

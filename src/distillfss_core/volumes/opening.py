@@ -14,9 +14,18 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, load_npy, read_image
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
+from distillfss_core.volumes.remote import Address, address_of, remote_store
 from distillfss_core.volumes.source import ArraySource, Opened, array_content, file_identity, letters_of
 from distillfss_core.volumes.tiff import LARGE_TIFFS, open_tiff
-from distillfss_core.volumes.zarr import ZARR_FILES, from_zarr_array, is_zarr, list_images, open_zarr, zip_place
+from distillfss_core.volumes.zarr import (
+    ZARR_FILES,
+    ZarrPlace,
+    from_zarr_array,
+    is_zarr,
+    list_images,
+    open_zarr,
+    zip_place,
+)
 
 ZIPS = (".zip", ".ozx")
 LARGE_FILES = (*LARGE_TIFFS, *ZIPS)  # opened as volumes, beside what is READABLE
@@ -60,6 +69,33 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
     return opened
 
 
+def open_address(address: Address, level: int, axes: str | None, series: int | None) -> Opened:
+    """Open a zarr at an address: without credentials, and where access is denied, with those of the user.
+
+    Raises
+    ------
+    InputFileError
+        If there is no zarr, access is denied, or the server cannot be reached.
+    """
+    denied = False
+    for anonymous in (True, False):
+        store = remote_store(address, anonymous=anonymous)
+        try:
+            return open_zarr(address, level, axes, series, ZarrPlace(store))
+        except FileNotFoundError:
+            denied = bool(store.denied)
+        except InputFileError:
+            if anonymous:
+                raise
+        if not denied or address.startswith("http"):
+            break
+    if denied:
+        raise InputFileError(
+            f"{address}: access is denied, or nothing is there; check the address, or your credentials"
+        )
+    raise InputFileError(f"{address}: no zarr is there; check the address, which ends at the folder of the zarr")
+
+
 def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
     """Open a path; as `sources.open_path`, and for the formats of this module."""
     opener: Callable[[Path, str | None, int | None], Opened] | None = None
@@ -89,7 +125,11 @@ def volumes_in(path: Path) -> list[tuple[Path, str]]:
     InputFileError
         If the metadata of a plate are damaged.
     """
-    images = list_images(path) if path.is_dir() and is_zarr(path) else []
+    address = address_of(path)
+    if address is not None:
+        images = list_images(address, ZarrPlace(remote_store(address)))
+    else:
+        images = list_images(path) if path.is_dir() and is_zarr(path) else []
     if not images or images == ["0"]:  # a collection of one image is that image
         return [(path, stem_of(path))]
     return [(path / image, "_".join((stem_of(path), *image.split("/")))) for image in images]
@@ -105,6 +145,8 @@ def is_volume(path: Path) -> bool:
 
 def is_one_volume(path: Path) -> bool:
     """Whether a path is one file or volume: a zarr and a DICOM series are, although they are folders."""
+    if address_of(path) is not None:
+        return True
     return path.is_file() or (path.is_dir() and (is_zarr(path) or ".zarr" in path.suffixes or bool(dicom_files(path))))
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array
-from distillfss_core.volumes.opening import open_any, open_array
+from distillfss_core.volumes.opening import open_address, open_any, open_array
+from distillfss_core.volumes.remote import Address, address_of
 from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class Volume:
     chunks : (z, y, x)
         Pieces in which it is stored: reading less than one costs as much as one.
     path : Path or None
-        Where it lies, unless it is an array.
+        Where it lies on disk; None of an array, and of what lies elsewhere.
+    address : str or None
+        Where it lies elsewhere (https://, s3://).
     """
 
     name: str
@@ -56,6 +59,7 @@ class Volume:
     levels: tuple[tuple[int, int, int], ...]
     chunks: tuple[int, int, int]
     path: Path | None
+    address: str | None
     _identify: Callable[[], Mapping[str, Any]] = field(repr=False)
     _source: Source = field(repr=False)
     _fixed: Mapping[str, slice] = field(repr=False)
@@ -70,6 +74,11 @@ class Volume:
         voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access.
         """
         return self._identify()
+
+    @property
+    def location(self) -> str | None:
+        """Its path or address, by which it can be opened again; None of an array."""
+        return self.address or (str(self.path) if self.path else None)
 
     @property
     def ndim(self) -> int:
@@ -165,7 +174,7 @@ class Volume:
         return _open_again, (*self._reopen, self._across)
 
     def __dask_tokenize__(self) -> str:
-        return json.dumps([str(self.path), self.identity], sort_keys=True, default=str)
+        return json.dumps([str(self.location), self.identity], sort_keys=True, default=str)
 
     def _ordered(self, voxels: Array) -> Array:
         """Axes of the source brought to z, y, x[, c]; those that are not wanted have length 1 here."""
@@ -226,7 +235,8 @@ def open_volume(
     source : path or array
         OME-Zarr (0.1 to 0.5; zarr format 2 or 3, sharded or not, also zipped), any zarr array, TIFF (OME also of
         several files, ImageJ, BigTIFF, pyramids), MRC, NIfTI, a DICOM series (a folder, or one file), a folder of
-        planes, a .npy file, another image file; or an array with shape, dtype and indexing (numpy, dask, zarr).
+        planes, a .npy file, another image file; OME-Zarr or zarr at an address (https://, s3://); or an array with
+        shape, dtype and indexing (numpy, dask, zarr).
     axes : str, optional
         One letter of "tczyx" a dimension, where the source does not say (or says wrong) what its dimensions are.
         Without it, arrays of two and three dimensions are "yx" and "zyx".
@@ -265,16 +275,20 @@ def open_volume(
     options = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series}
     if isinstance(source, Volume):
         return source
-    path = Path(source) if isinstance(source, (str, Path)) else None
-    name = str(source) if path is not None else "array"
+    address = address_of(source) if isinstance(source, (str, Path)) else None
+    source = source if address is None else address
+    path = Path(source) if isinstance(source, (str, Path)) and address is None else None
+    name = str(source) if isinstance(source, (str, Path)) else "array"
     opened = _find(source, name, level, axes, series)
-    if path is None and level:
+    if path is None and address is None and level:
         raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
     return _choose(name, path, opened, options, source)
 
 
 def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Opened:
     try:
+        if isinstance(source, Address):
+            return open_address(source, level, axes, series)
         return (
             open_any(Path(source), level, axes, series) if isinstance(source, (str, Path)) else open_array(source, axes)
         )
@@ -292,7 +306,8 @@ def count_choices(path: str | Path, *, axes: str | None = None, series: int | No
     InputFileError, SettingsError, ImageError
         As `open_volume` does.
     """
-    opened = _find(path, str(path), 0, axes, series)
+    source = address_of(path) or path
+    opened = _find(source, str(source), 0, axes, series)
     opened.source.close()
     size = dict(zip(opened.source.axes, opened.source.shape, strict=True))
     return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and opened.color)}
@@ -322,6 +337,8 @@ def _identity(opened: Opened, details: Mapping[str, Any], name: str) -> dict[str
     if opened.content is not None:
         try:
             identity["content"] = opened.content()
+        except InputFileError:
+            raise
         except READ_ERRORS as error:
             raise InputFileError(f"{name}: cannot be read ({reason(error)}); check that it is whole") from error
     return identity
@@ -362,6 +379,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         levels=tuple((s.get("z", 1), s.get("y", 1), s.get("x", 1)) for s in levels),
         chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),
         path=path,
+        address=str(original) if isinstance(original, Address) else None,
         _identify=cache(partial(_identity, opened, details, name)),
         _source=source,
         _fixed={axis: kept[axis] for axis in "tc" if axis in axes},

@@ -26,9 +26,13 @@ from zarr.core.sync import sync
 
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
+from distillfss_core.volumes.remote import Address, RemoteStore
 from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Opened, letters_of, reason, spread
 
 log = logging.getLogger(__name__)
+
+ZarrName = Path | Address
+"""Where a zarr lies, for messages; "/" appends a part."""
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _CHUNKS = 64  # files of a zarr
@@ -56,9 +60,10 @@ class _ZarrSource:
         self._lock = threading.Lock()
 
     def get(self, box: tuple[slice, ...]) -> Array:
+        voxels = np.asarray(self.array[box])
         if self._is_stored is not None:
             self._look_for_missing(box, self._is_stored)
-        return np.asarray(self.array[box])
+        return voxels
 
     def _look_for_missing(self, box: tuple[slice, ...], is_stored: Callable[[str], bool]) -> None:
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, self._stored, strict=True)]
@@ -81,11 +86,13 @@ class _ZarrSource:
 
 
 def _stored_keys(array: Any) -> Callable[[str], bool] | None:
-    """Whether a chunk has a file, by its key; None for stores that do not show it without a request."""
+    """Whether a chunk has a file, by its key (at an address, once it was requested); None for other stores."""
     store = array.store_path.store
     if isinstance(store, zarr.storage.LocalStore):
         root = store.root / array.path
         return lambda key: (root / key).exists()
+    if isinstance(store, RemoteStore):
+        return lambda key: f"{array.path}/{key}".lstrip("/") not in store.absent
     if isinstance(store, zarr.storage.ZipStore):
         with zipfile.ZipFile(store.path) as file:
             names = frozenset(file.namelist())
@@ -110,7 +117,9 @@ def _zarr_content(array: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def open_zarr(path: Path, level: int, axes: str | None, series: int | None, place: ZarrPlace | None = None) -> Opened:
+def open_zarr(
+    path: ZarrName, level: int, axes: str | None, series: int | None, place: ZarrPlace | None = None
+) -> Opened:
     """Open an array or an image; ``place`` is where it lies, unless it is the folder ``path``."""
     place = place or ZarrPlace(path)
     node = place.open()
@@ -128,6 +137,9 @@ def open_zarr(path: Path, level: int, axes: str | None, series: int | None, plac
     if "well" in metadata:
         return _open_one_of(path, place, list_images(path, place), level, axes, series, "a well of")
     if "multiscales" not in metadata:
+        images = _series(place, node) if "bioformats2raw.layout" in metadata else []
+        if images:
+            return _open_one_of(path, place, images, level, axes, series, "a collection of")
         return _open_bare_group(path, place, node, metadata, level, axes, series)
     return _open_multiscale(path, node, metadata, level, axes, series)
 
@@ -181,7 +193,7 @@ def _above(folder: str, other: str) -> bool:
     return folder != other and (not other or folder.startswith(f"{other}/"))
 
 
-def list_images(path: Path, place: ZarrPlace | None = None) -> list[str]:
+def list_images(path: ZarrName, place: ZarrPlace | None = None) -> list[str]:
     """Paths of the images in a plate, a well or a collection of bioformats2raw, in order; none for one image.
 
     A well that the plate lists but that is not there stands for itself.
@@ -201,7 +213,7 @@ def list_images(path: Path, place: ZarrPlace | None = None) -> list[str]:
         if "well" in metadata:
             return [str(image["path"]) for image in metadata["well"]["images"]]
         if "bioformats2raw.layout" in metadata and "multiscales" not in metadata:
-            return sorted((name for name, _ in node.groups() if name != "OME"), key=lambda n: (len(n), n))
+            return _series(place, node)
     except READ_ERRORS as error:
         if isinstance(error, InputFileError):
             raise
@@ -209,6 +221,30 @@ def list_images(path: Path, place: ZarrPlace | None = None) -> list[str]:
             f"{path}: the metadata of its wells or images are damaged ({type(error).__name__}: {reason(error)})"
         ) from error
     return []
+
+
+def _series(place: ZarrPlace, node: Any) -> list[str]:
+    """The images of a collection of bioformats2raw: as its metadata list them, else all groups by number."""
+    try:
+        listed = (place / "OME").open().attrs.asdict()
+        return [str(name) for name in listed.get("ome", listed)["series"]]
+    except InputFileError:
+        raise
+    except READ_ERRORS:  # an older collection, which lists nothing
+        pass
+    return sorted((name for name in _members(place, node)[1] if name != "OME"), key=lambda n: (len(n), n))
+
+
+def _members(place: ZarrPlace, node: Any) -> tuple[list[str], list[str]]:
+    """Names of the arrays and groups in a group; of one at an address, as far as consolidated metadata list them."""
+    if isinstance(place.store, RemoteStore):
+        node = zarr.open_group(place.store, path=place.inside, mode="r")
+        if node.metadata.consolidated_metadata is None:
+            raise InputFileError(
+                f"{place.store.address}: holds several images or arrays, and the server does not list them; give the "
+                "address of one"
+            )
+    return sorted(name for name, _ in node.arrays()), sorted(name for name, _ in node.groups())
 
 
 def _images_of_well(place: ZarrPlace, well: str) -> list[str]:
@@ -220,7 +256,7 @@ def _images_of_well(place: ZarrPlace, well: str) -> list[str]:
     return [well]
 
 
-def _ome_metadata(node: Any, path: Path) -> dict[str, Any]:
+def _ome_metadata(node: Any, path: ZarrName) -> dict[str, Any]:
     attributes = node.attrs.asdict()
     metadata = attributes.get("ome", attributes)
     if not isinstance(metadata, dict):
@@ -229,7 +265,7 @@ def _ome_metadata(node: Any, path: Path) -> dict[str, Any]:
 
 
 def _open_one_of(
-    path: Path, place: ZarrPlace, images: Sequence[str], level: int, axes: str | None, series: int | None, what: str
+    path: ZarrName, place: ZarrPlace, images: Sequence[str], level: int, axes: str | None, series: int | None, what: str
 ) -> Opened:
     """The one image of several that is meant by its number or because it is the only one."""
     if series is not None and not 0 <= series < len(images):
@@ -246,7 +282,7 @@ def _open_one_of(
 
 
 def _open_bare_group(
-    path: Path,
+    path: ZarrName,
     place: ZarrPlace,
     node: Any,
     metadata: dict[str, Any],
@@ -259,9 +295,8 @@ def _open_bare_group(
         raise InputFileError(
             f"{path}: is a group of labels ({', '.join(map(str, metadata['labels']))}); give one of them"
         )
-    arrays = sorted(name for name, _ in node.arrays())
-    groups = sorted(name for name, _ in node.groups())
-    if groups and ("bioformats2raw.layout" in metadata or not arrays):
+    arrays, groups = _members(place, node)
+    if groups and not arrays:
         images = [name for name in groups if name != "OME"]
         if series is not None and str(series) in images:
             images = [str(series)]
@@ -281,7 +316,7 @@ def _open_bare_group(
 
 
 def _open_multiscale(
-    path: Path, node: Any, multiscales: dict[str, Any], level: int, axes: str | None, series: int | None
+    path: ZarrName, node: Any, multiscales: dict[str, Any], level: int, axes: str | None, series: int | None
 ) -> Opened:
     try:
         image = _read_multiscale(path, multiscales, level, axes, series)
@@ -357,7 +392,7 @@ class _Multiscale:
 
 
 def _read_multiscale(
-    path: Path, metadata: dict[str, Any], level: int, axes: str | None, series: int | None
+    path: ZarrName, metadata: dict[str, Any], level: int, axes: str | None, series: int | None
 ) -> _Multiscale:
     """What the metadata state of one image; damaged ones raise what Python raises."""
     images = metadata["multiscales"]
@@ -390,8 +425,12 @@ def _arrays_of_levels(node: Any, names: Sequence[str]) -> list[Any]:
     arrays: list[Any] = []
     for name in names:
         array = None
-        with suppress(KeyError, *READ_ERRORS):
+        try:
             array = node[name]
+        except InputFileError:  # of a server that cannot be reached
+            raise
+        except (KeyError, *READ_ERRORS):
+            pass
         arrays.append(array if isinstance(array, zarr.Array) else None)
     return arrays
 
