@@ -194,7 +194,7 @@ def _open(
     if remembered and remembered["shown"][level : level + 1] != [getattr(array, "name", "")]:
         return from_array, {}  # another array was put into the layer since
     path = remembered["path"] if remembered else layer.source.path
-    if path is None or not Path(path).exists():
+    if path is None or not (remembered or Path(path).exists()):
         return from_array, {}
     options |= remembered["opening"] if remembered else {}
     options = {name: value for name, value in options.items() if value is not None}
@@ -273,7 +273,7 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
         "multiscale": len(levels) > 1,
         "metadata": {
             FROM_FILE: {
-                "path": str(Path(path).absolute()),
+                "path": volume.address or str(Path(path).absolute()),
                 "opening": opening,
                 "shown": [level.name for level in levels],
             }

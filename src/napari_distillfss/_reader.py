@@ -6,10 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import zarr
-
 import distillfss_core as core
-from napari_distillfss._layers import layer_of_file
+from napari_distillfss._layers import LEAD_NAMES, layer_of_file
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
@@ -41,21 +39,16 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
 def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
     """Open an OME-Zarr image lazily, one layer for each channel, or its labels."""
     path = str(path)
-    attributes: dict[str, Any] = zarr.open(path, mode="r").attrs.asdict()
-    if "image-label" in attributes.get("ome", attributes):
+    counts = core.count_choices(path)
+    first: dict[str, Any] = {LEAD_NAMES[letter]: 0 for letter in counts}
+    if core.open_volume(path, **first).is_label_image:
         levels, options = layer_of_file(path)
         options.pop("rgb")
         return [(levels if options["multiscale"] else levels[0], options, "labels")]
     made = []
-    for channel in _channels(path):
+    for channel in range(counts["c"]) if "c" in counts else (None,):
         levels, options = layer_of_file(path, channel=channel)
         if channel is not None:
             options["name"] += f" channel {channel}"
         made.append((levels if options["multiscale"] else levels[0], options, "image"))
     return made
-
-
-def _channels(path: str) -> list[int | None]:
-    """Channels that become separate layers; [None] for one channel or for the channels of a color image."""
-    channels = core.count_choices(path).get("c", 0)
-    return list(range(channels)) if channels else [None]

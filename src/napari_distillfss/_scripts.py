@@ -104,12 +104,12 @@ def _name(model: Path | None) -> str:
 def _is_measured(session: Session) -> bool:
     """Whether the image's mean over each object was measured and can be measured again."""
     volume = session.applied.volume.volume if session.applied else None
-    return volume is not None and volume.path is not None and volume.ndim == 3
+    return volume is not None and volume.location is not None and volume.ndim == 3
 
 
 def _source(session: Session) -> str:
     volume = session.applied.volume.volume if session.applied else None
-    return str(volume.path) if volume is not None and volume.path else NO_FILE
+    return volume.location or NO_FILE if volume is not None else NO_FILE
 
 
 def _opening(session: Session) -> dict[str, Any]:

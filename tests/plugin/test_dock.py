@@ -831,6 +831,31 @@ def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_pa
     assert "no such file" in dock.volume.message.text()
 
 
+def test_an_address_is_opened_lazily_in_another_thread(viewer, open_dock, tmp_path, qtbot, monkeypatch):
+    pytest.importorskip("aiohttp", reason="needs aiohttp: pip install aiohttp")
+    from servers import serve_http
+    from volumes import noise, write_ome_zarr
+
+    monkeypatch.setattr("distillfss_core.volumes.remote.PAUSES", ())
+    image = noise((2, 4, 40, 36))
+    write_ome_zarr(tmp_path / "a.ome.zarr", image, axes="czyx", scale=(1, 2, 0.5, 0.5))
+    dock = open_dock(viewer)
+    with serve_http(tmp_path) as server:
+        dock.volume.open_path(f"{server.address}/a.ome.zarr")
+        qtbot.waitUntil(lambda: dock.volume.value() is not None, timeout=60_000)
+        assert viewer.layers[0].name == "a.ome.zarr"
+        dock.volume.lead["c"].setValue(1)
+        volume = dock.volume.value().volume
+        assert volume.address == f"{server.address}/a.ome.zarr"
+        np.testing.assert_array_equal(volume.plane(3), image[1, 3])
+        np.testing.assert_array_equal(np.asarray(viewer.layers[0].data[0][0, 2]), image[0, 2])
+        assert tuple(volume.scale) == (2, 0.5, 0.5)
+        dock.volume.open_path(f"{server.address}/none.zarr")
+        qtbot.waitUntil(lambda: "no zarr is there" in dock.volume.message.text(), timeout=60_000)
+        assert f"{server.address}/none.zarr" in dock.volume.message.text()
+        assert len(viewer.layers) == 1
+
+
 @pytest.mark.parametrize(("axes", "chosen"), [("TZYX", (2,)), ("CZYX", (1,)), ("TZCYX", (2, 1))])
 def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(axes, chosen, viewer, open_dock, tmp_path):
     sizes = {"T": 3, "C": 2, "Z": 4, "Y": 40, "X": 50}

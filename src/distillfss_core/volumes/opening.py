@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,18 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
 def open_address(address: Address, level: int, axes: str | None, series: int | None) -> Opened:
     """Open a zarr at an address: without credentials, and where access is denied, with those of the user.
 
+    What was opened within the last minute is not requested again.
+
     Raises
     ------
     InputFileError
         If there is no zarr, access is denied, or the server cannot be reached.
     """
+    return _open_address(address, level, axes, series, int(time.monotonic() // 60))
+
+
+@lru_cache(maxsize=64)
+def _open_address(address: Address, level: int, axes: str | None, series: int | None, minute: int) -> Opened:
     denied = False
     for anonymous in (True, False):
         store = remote_store(address, anonymous=anonymous)

@@ -153,8 +153,7 @@ class RemoteStore(WrapperStore[Any]):
             If the server cannot be reached or does not answer, also when repeated.
         """
         value = await self._repeated(key, partial(self._store.get, key, prototype, byte_range))
-        if value is None:
-            self.absent.add(key)
+        (self.absent.add if value is None else self.absent.discard)(key)
         return _cut(value, byte_range)
 
     async def get_partial_values(

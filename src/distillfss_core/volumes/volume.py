@@ -47,6 +47,8 @@ class Volume:
         Where it lies on disk; None of an array, and of what lies elsewhere.
     address : str or None
         Where it lies elsewhere (https://, s3://).
+    is_label_image : bool
+        Whether its metadata (OME-Zarr) call it labels.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Volume:
     _fixed: Mapping[str, slice] = field(repr=False)
     _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
     _across: str = field(default="z", repr=False)
+    is_label_image: bool = False
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -384,6 +387,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         _source=source,
         _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
         _reopen=(original if path is None else path.absolute(), options),
+        is_label_image=opened.labels,
     )
 
 

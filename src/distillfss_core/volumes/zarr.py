@@ -355,6 +355,7 @@ def _open_multiscale(
         origin=origin,
         levels=tuple(tuple(level_array.shape) for level_array in arrays if level_array is not None),
         channel_names=image.channels,
+        labels="image-label" in multiscales,
     )
 
 

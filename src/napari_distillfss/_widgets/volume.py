@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QFileDialog, QLabel, QWidget
+from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
 
 from napari_distillfss import _format as fmt
 from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_of_file, lead_axes
 from napari_distillfss._session import Session
-from napari_distillfss._tasks import iter_device
+from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin
 
@@ -33,6 +34,9 @@ class VolumePicker(QWidget):
         self.open_folder = button(
             "Folder…", "Open OME-Zarr, zarr, a DICOM series or a folder of planes lazily", self._on_open_folder_clicked
         )
+        self.open_address = button(
+            "Address…", "Open OME-Zarr at an https:// or s3:// address lazily", self._on_open_address_clicked
+        )
         self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in LEAD_NAMES.items()}
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
         self._lead_labels = {letter: QLabel(name) for letter, name in LEAD_NAMES.items()}
@@ -44,7 +48,7 @@ class VolumePicker(QWidget):
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
         column(
             self,
-            row(self.layers, self.open_file, self.open_folder, first=2),
+            row(self.layers, self.open_file, self.open_folder, self.open_address, first=2),
             row(*which, self._level_label, self.level),
             self.message,
             self.device,
@@ -52,6 +56,9 @@ class VolumePicker(QWidget):
         self._job = Job()
         self._job.done.connect(self._on_device_found)
         self._job.failed.connect(self.device.warn)
+        self._opening = Job()
+        self._opening.done.connect(self._on_address_opened)
+        self._opening.failed.connect(self.message.warn)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.layers.events.removed.connect(self._on_layers_changed)
@@ -76,16 +83,21 @@ class VolumePicker(QWidget):
         self._take(value)
 
     def open_path(self, path: str | Path) -> None:
-        """Open a file lazily as a layer and choose it."""
+        """Show a file, or what lies at an address, lazily as a layer, and choose it.
 
-        def show() -> None:
-            levels, options = layer_of_file(path)
-            data = levels if options["multiscale"] else levels[0]
-            layer = self._viewer.add_image(data, **options)
-            self.layers.setCurrentIndex(self._images().index(layer))
-            self._on_choice_changed()
+        An address is opened in another thread, since its server may be slow.
+        """
+        if "://" in str(path):
+            self.message.tell(f"opening {path}")
+            attempt(self.message, lambda: self._opening.start(lambda stop: _iter_layer(path)))
+        else:
+            attempt(self.message, lambda: self._show_layer(layer_of_file(path)))
 
-        attempt(self.message, show)
+    def _show_layer(self, opened: tuple[list[Any], dict[str, Any]]) -> None:
+        levels, options = opened
+        layer = self._viewer.add_image(levels if options["multiscale"] else levels[0], **options)
+        self.layers.setCurrentIndex(self._images().index(layer))
+        self._on_choice_changed()
 
     def _images(self) -> list[Any]:
         return [layer for layer in self._viewer.layers if type(layer).__name__ == "Image"
@@ -157,6 +169,14 @@ class VolumePicker(QWidget):
         if path:
             self.open_path(path)
 
+    def _on_open_address_clicked(self) -> None:
+        address, is_given = QInputDialog.getText(self, "Open a volume", "Address of OME-Zarr (https://, s3://)")
+        if is_given and address.strip():
+            self.open_path(address.strip())
+
+    def _on_address_opened(self, opened: Any) -> None:
+        attempt(self.message, lambda: self._show_layer(opened))
+
     def _on_device_found(self, name: str) -> None:
         self.device.tell(f"computes on {name}")
 
@@ -165,6 +185,11 @@ class VolumePicker(QWidget):
         self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
         self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
         self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
+
+
+def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
+    yield Doing(f"opening {path}")
+    return layer_of_file(path)
 
 
 def _set(box: Any, value: int, high: int | None = None) -> None:
