@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from distillfss_core.types import AnnotatedSlice, Array
 from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of
 from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import Volume, count_choices, open_volume
+
+log = logging.getLogger(__name__)
 
 _PIECE = 1 << 24
 """Voxels that are read at a time."""
@@ -225,6 +228,15 @@ def _open_labels(path: Path, like: Volume | None, opening: Mapping[str, Any]) ->
             volume = open_volume(path, **{**how, "level": levels[0]})
     if like is not None and (volume.shape[1:3] != like.shape[1:3] or volume.shape[0] not in (1, like.shape[0])):
         raise ImageError(_size_message(path, volume, like))
+    if like is not None and volume.directions and like.directions and volume.directions != like.directions:
+        log.warning(
+            "%s: its axes z, y, x point to %s, those of %s to %s, and neither is turned; check that they lie on each "
+            "other, or save both with one orientation",
+            path,
+            ", ".join(volume.directions),
+            like.name,
+            ", ".join(like.directions),
+        )
     return volume
 
 

@@ -101,7 +101,16 @@ def open_nifti(path: Path, axes: str | None, series: int | None) -> Opened:
         file_identity("nifti", path.stat()),
         step=step,
         unit=MICROMETER if unit else None,
+        directions=_nifti_directions(nibabel, image, letters),
     )
+
+
+def _nifti_directions(nibabel: Any, image: Any, letters: str) -> str:
+    """Where z, y and x increase to; empty where the file has no orientation."""
+    if not (int(image.header.get("sform_code", 0)) or int(image.header.get("qform_code", 0))):
+        return ""
+    codes = dict(zip(letters, nibabel.aff2axcodes(image.affine), strict=False))
+    return "".join(codes.get(a) or "" for a in "zyx") if len(codes) == 3 else ""
 
 
 # DICOM
@@ -208,7 +217,21 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Opened:
         {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
         step=scale,
         unit=MICROMETER if scale else None,
+        directions=_dicom_directions(header),
     )
+
+
+def _dicom_directions(header: Any) -> str:
+    """Where z, y and x increase to, by the orientation of the first plane; empty where it has none."""
+    orientation = header.get("ImageOrientationPatient")
+    if orientation is None or len(orientation) != 6:
+        return ""
+    x, y = np.array(orientation[:3], float), np.array(orientation[3:], float)
+    toward = []
+    for vector in (np.cross(x, y), y, x):
+        axis = int(np.abs(vector).argmax())
+        toward.append(("LR", "PA", "SI")[axis][int(vector[axis] < 0)])
+    return "".join(toward)
 
 
 def _one_series(path: Path, pairs: list[tuple[Path, Any]], series: int | None) -> list[tuple[Path, Any]]:

@@ -73,6 +73,7 @@ class Opened:
     origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
     levels: tuple[tuple[int, ...], ...] = ()
     channel_names: tuple[str, ...] = ()
+    directions: str = ""  # where in the body z, y and x increase to, e.g. "SPL"; empty where it is not known
     labels: bool = False  # whether it is a label image of OME-Zarr
     color: bool = False  # whether the channels are samples of a color picture
 

@@ -49,6 +49,8 @@ class Volume:
         Where it lies elsewhere (https://, s3://).
     is_label_image : bool
         Whether its metadata (OME-Zarr) call it labels.
+    directions : str
+        Where in the body z, y and x increase to (NIfTI, DICOM): S or I, P or A, L or R each; empty where not known.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Volume:
     _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
     _across: str = field(default="z", repr=False)
     is_label_image: bool = False
+    directions: str = ""
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -153,6 +156,7 @@ class Volume:
             chunks=(self.chunks[z], self.chunks[y], self.chunks[x]),
             _source=_Renamed(self._source, letters),
             _across=axis,
+            directions="".join(self.directions[k] for k in order if self.directions),
         )
 
     def __getitem__(self, key: Any) -> Array:
@@ -388,6 +392,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
         _reopen=(original if path is None else path.absolute(), options),
         is_label_image=opened.labels,
+        directions=opened.directions,
     )
 
 

@@ -200,6 +200,27 @@ def test_labels_of_a_part_are_compared_with_a_warning(tmp_path, capsys, plain_st
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("flipped", [False, True])
+def test_a_nifti_that_is_flipped_against_its_dicom_series_is_warned_of(tmp_path, capsys, flipped):
+    """A user compares NIfTI labels with a DICOM series: converters often turn the rows around."""
+    from pydicom import dcmread
+
+    folder = save_dicom(tmp_path / "dicom", TRUTH)
+    for z in range(len(TRUTH)):
+        plane = dcmread(folder / f"{z}.dcm")
+        plane.ImageOrientationPatient, plane.ImagePositionPatient = [1, 0, 0, 0, 1, 0], [0, 0, float(z)]
+        plane.save_as(folder / f"{z}.dcm", enforce_file_format=True)
+    affine = np.diag([-1.0, 1.0 if flipped else -1.0, 1.0, 1.0])  # x to the left, y to the back, z up, but flipped
+    labels = save_nifti(tmp_path / "l.nii.gz", TRUTH[:, ::-1] if flipped else TRUTH, affine)
+    assert open_volume(folder).directions == "SPL"
+    assert open_volume(folder).along("x").directions == "LSP"
+    assert open_volume(labels).directions == ("SAL" if flipped else "SPL")
+    assert main(["evaluate", str(labels), str(folder)]) == FINE
+    line = capsys.readouterr().err
+    assert (f"its axes z, y, x point to S, P, L, those of {labels} to S, A, L" in line) == flipped
+    assert bool(line) == flipped
+
+
 # learning
 
 
