@@ -1,9 +1,14 @@
-"""The seven data sets of the DistillFSS benchmark: read as they are downloaded, split and scored as published.
+"""The seven data sets of the DistillFSS benchmark [1]_: read as they are downloaded, split and scored as published.
 
-Source: DistillFSS, arXiv 2512.05613, and the layouts that its published code expects. Of the splits, those of
-Industrial-5i, Pothole-mix, WeedMap and Lung Nodule follow from the files alone. Nucleus, KVASIR-Seg and ISIC were split
-at random over a folder's listing, whose order nobody wrote down: a file ``test.csv`` (a column ``id``) in the folder is
-obeyed; without one, sorted names are split by scikit-learn's ``train_test_split(test_size=0.2, random_state=42)``.
+The layouts of the folders are those that the published code expects. The splits of Industrial-5i, Pothole-mix, WeedMap
+and Lung Nodule follow from the files alone. Nucleus, KVASIR-Seg and ISIC were split at random over the listing of a
+folder, whose order is not published. A file ``test.csv`` (a column ``id``) in the folder defines the split. Without it,
+sorted names are split by scikit-learn's ``train_test_split(test_size=0.2, random_state=42)``.
+
+References
+----------
+.. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+   Lightweight Segmentation Model", arXiv:2512.05613, 2025.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from distillfss_core.metrics import Tally
 from distillfss_core.types import IGNORE, Array
 
 TOLERANCE = 0.0075
-"""How far a boundary may be off, as a share of the picture's diagonal (Csurka et al., BMVC 2013, section 3)."""
+"""Largest distance of a right boundary pixel, as a share of the diagonal of the image (`boundary_f1`)."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Judge:
 
 
 def boundary_f1(labels: Array, truth: Array, seen: Array | None = None) -> float:
-    """F1 of the boundaries of two masks.
+    """F1 of the boundaries of two masks [1]_ (section 3).
 
     A boundary is what of a mask touches a pixel outside (4 neighbors; the picture's rim does not count). A pixel of
     one is right if the other comes within `TOLERANCE` of the diagonal; precision and recall are shares of right pixels.
 
     Parameters
     ----------
-    found, truth : bool arrays, shape (y, x)
+    labels, truth : bool arrays, shape (y, x)
     seen : bool array, optional
         Boundary pixels elsewhere are left out.
 
@@ -94,7 +94,9 @@ def boundary_f1(labels: Array, truth: Array, seen: Array | None = None) -> float
     float
         0..1; NaN if neither mask has a pixel, 0 if one has none, 1 if both fill the picture (no boundaries).
 
-    Source: Csurka et al., What is a good evaluation measure for semantic segmentation?, BMVC 2013, section 3.
+    References
+    ----------
+    .. [1] Csurka, Larlus, Perronnin, "What is a good evaluation measure for semantic segmentation?", BMVC 2013.
     """
     if not labels.any() or not truth.any():
         return math.nan if not labels.any() and not truth.any() else 0.0

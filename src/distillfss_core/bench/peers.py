@@ -153,9 +153,11 @@ class PixelClassifier:
 
 
 class Convpaint:
-    """napari-convpaint through its Python interface, with its own settings: features, then CatBoost.
+    """napari-convpaint [1]_ through its Python interface, with its own settings: features, then CatBoost.
 
-    Source: Hinderling et al., Convpaint, napari-convpaint.
+    References
+    ----------
+    .. [1] Hinderling et al., preprint on Convpaint, bioRxiv, doi:10.1101/2024.09.12.610926, 2024.
     """
 
     def __init__(self, alias: str, support: SupportSet, seed: int) -> None:

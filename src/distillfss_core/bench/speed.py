@@ -227,10 +227,16 @@ def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], obje
 
 
 def naive_logits(teacher: DcamaTeacher, query: FeaturePyramid, keys: DcamaKeys) -> Tensor:
-    """A teacher's logits by the attention as it is written: softmax(q k^T) v with the whole matrix in memory.
+    """A teacher's logits by the attention as it is published [1]_: softmax(q k^T) v with the whole matrix in memory.
 
-    Source: Shi et al., DCAMA, ECCV 2022, as in DistillFSS (arXiv 2512.05613), which encodes the support anew for every
-    query.
+    DistillFSS [2]_ uses this attention and encodes the support anew for each query.
+
+    References
+    ----------
+    .. [1] Shi, Wei, Zhang, Lu, Ning, Chen, Ma, Zheng, "Dense Cross-Query-and-Support Attention Weighted Mask
+       Aggregation for Few-Shot Segmentation", ECCV 2022.
+    .. [2] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+       Lightweight Segmentation Model", arXiv:2512.05613, 2025.
     """
     maps = []
     for attention, blocks, stage in zip(teacher.DCAMA_blocks, query.coarse, keys.stages, strict=True):

@@ -192,14 +192,18 @@ class RealSource:
         Returns
         -------
         Task
-            Its ``source`` is "real/<set>", or "real/<set>/superpixel" where the object is a pseudo-class (Ouyang et
-            al., "Self-Supervision with Superpixels: Training Few-shot Medical Image Segmentation without Annotation",
-            ECCV 2020, section 3.2).
+            Its ``source`` is "real/<set>", or "real/<set>/superpixel" where the object is a pseudo-class [1]_
+            (section 3.2).
 
         Raises
         ------
         SettingsError
             If ``n_images`` or ``size`` is too small.
+
+        References
+        ----------
+        .. [1] Ouyang, Biffi, Chen, Kart, Qiu, Rueckert, "Self-Supervision with Superpixels: Training Few-shot Medical
+           Image Segmentation without Annotation", ECCV 2020.
         InputFileError, ImageError
             If a file that is drawn cannot be read, or its labels do not fit.
         """

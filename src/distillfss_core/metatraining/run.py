@@ -1,8 +1,11 @@
-"""Meta-training: a head, and a backbone if wanted, learn to read a support set from episodes of many tasks.
+"""Meta-training: a head, and on request a backbone, learn to read a support set from episodes of many tasks.
 
-It can be stopped at any moment.
+The training can be stopped at any moment. It is the episodic training of DCAMA [1]_, with other episodes.
 
-Source: episodic training of DCAMA (Shi et al., ECCV 2022); the episodes are ours.
+References
+----------
+.. [1] Shi, Wei, Zhang, Lu, Ning, Chen, Ma, Zheng, "Dense Cross-Query-and-Support Attention Weighted Mask
+   Aggregation for Few-Shot Segmentation", ECCV 2022.
 """
 
 from __future__ import annotations

@@ -36,8 +36,14 @@ def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *
     SettingsError
         If there is no room for temporary files (tens of megabytes).
 
-    Source: Jacob et al., Quantization and training of neural networks for efficient integer-arithmetic-only inference,
-    CVPR 2018; done by ONNX Runtime (static, QDQ).
+    Notes
+    -----
+    ONNX Runtime quantizes the graph (static, QDQ), by the scheme of [1]_.
+
+    References
+    ----------
+    .. [1] Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko, "Quantization and Training of Neural Networks for
+       Efficient Integer-Arithmetic-Only Inference", CVPR 2018.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

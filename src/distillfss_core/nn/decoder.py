@@ -48,7 +48,7 @@ class Decoder(nn.Module):
 
 
 class PublishedDecoder(Decoder):
-    """DCAMA's mixer, layer by layer and name by name.
+    """Decoder of DCAMA [1]_, with the layers and names of the published implementation.
 
     Parameters
     ----------
@@ -62,7 +62,10 @@ class PublishedDecoder(Decoder):
         Side of the square grid before the last two doublings; published: 96, i.e. 384 x 384 logits.
         None takes the size of the stride-4 stage, and logits come out at ``query.size``.
 
-    Source: Shi et al., DCAMA, ECCV 2022, section 3 and published implementation.
+    References
+    ----------
+    .. [1] Shi, Wei, Zhang, Lu, Ning, Chen, Ma, Zheng, "Dense Cross-Query-and-Support Attention Weighted Mask
+       Aggregation for Few-Shot Segmentation", ECCV 2022.
     """
 
     local = False  # GroupNorm and align_corners look at the whole tile

@@ -122,9 +122,12 @@ class Prediction:
 
 
 def merge_classes(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k+1 h w"]:
-    """One background channel (that of the strongest class of the pixel), then one channel a class.
+    """Merge the binary logits of each class [1]_: the background of the pixel's strongest class, then each foreground.
 
-    Source: DistillFSS (arXiv 2512.05613), several classes as binary passes.
+    References
+    ----------
+    .. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+       Lightweight Segmentation Model", arXiv:2512.05613, 2025.
     """
     if logits.shape[1] == 1:
         return logits[:, 0]

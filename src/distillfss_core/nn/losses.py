@@ -1,4 +1,10 @@
-"""Losses as plain functions. Source: DistillFSS (arXiv 2512.05613); symbols as in its equations."""
+"""Losses as plain functions, with the symbols of the equations of DistillFSS [1]_.
+
+References
+----------
+.. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+   Lightweight Segmentation Model", arXiv:2512.05613, 2025.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +22,11 @@ from distillfss_core.types import IGNORE
 def focal_loss(
     logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"], gamma: float = 2.0
 ) -> Float[Tensor, ""]:
-    """Mean over annotated pixels of (1 - exp(-CE))^gamma CE.
+    """Focal loss [1]_: mean over annotated pixels of (1 - exp(-CE))^gamma CE.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
+    References
+    ----------
+    .. [1] Lin, Goyal, Girshick, He, Dollar, "Focal Loss for Dense Object Detection", ICCV 2017.
     """
     ce = F.cross_entropy(logits, target, reduction="none", ignore_index=IGNORE)
     annotated = target != IGNORE
@@ -53,7 +61,7 @@ def distillation_loss(
 def dice_loss(
     logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"], classes: Sequence[int] | None = None
 ) -> Float[Tensor, ""]:
-    """One minus the soft Dice of each class, pooled over the batch; averaged over the classes present.
+    """One minus the soft Dice [1]_ of each class, pooled over the batch; averaged over the classes present.
 
     Pooling over the batch keeps it defined where a crop holds no object, and it does not shrink with the
     share of the object in the image: rare classes count as much as common ones.
@@ -63,7 +71,10 @@ def dice_loss(
     classes : sequence of int, optional
         Classes to average over; by default all foreground classes that the target holds.
 
-    Source: Milletari et al., V-Net, 3DV 2016.
+    References
+    ----------
+    .. [1] Milletari, Navab, Ahmadi, "V-Net: Fully Convolutional Neural Networks for Volumetric Medical Image
+       Segmentation", 3DV 2016.
     """
     annotated = (target != IGNORE)[:, None].float()
     probabilities = logits.softmax(1) * annotated

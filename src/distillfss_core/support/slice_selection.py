@@ -23,7 +23,7 @@ _OCTAVES = 5
 
 
 def suggest_planes(planes: int, count: int) -> list[int]:
-    """Planes to annotate: both ends first, then midpoints level by level (hierarchical uniform sampling).
+    """Choose planes to annotate by hierarchical uniform sampling [1]_: both ends, then midpoints level by level.
 
     Parameters
     ----------
@@ -37,7 +37,10 @@ def suggest_planes(planes: int, count: int) -> list[int]:
     list of int
         Ascending plane numbers. The choice for fewer planes is part of the choice for more.
 
-    Source: DistillFSS (arXiv 2512.05613), choice of the support set.
+    References
+    ----------
+    .. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+       Lightweight Segmentation Model", arXiv:2512.05613, 2025.
 
     Examples
     --------
@@ -164,7 +167,14 @@ def choose_medoids(features: F32, count: int, free: Sequence[int], taken: Sequen
     list of int
         In the order of choice.
 
-    Source: greedy facility location; Nemhauser, Wolsey and Fisher (1978) bound how much is lost by being greedy.
+    Notes
+    -----
+    This is greedy facility location. The loss by greedy choice is bounded [1]_.
+
+    References
+    ----------
+    .. [1] Nemhauser, Wolsey, Fisher, "An analysis of approximations for maximizing submodular set functions - I",
+       Mathematical Programming 14, 1978.
     """
     distance = np.sqrt(((features[:, None] - features[None]) ** 2).sum(-1))
     nearest = np.full(len(features), distance.max(initial=0.0) + 1, np.float32)

@@ -1,6 +1,11 @@
-"""From a support set to a student: DistillFSS (joint), two-stage, direct; and TransferFSS (refine).
+"""Distillation of a support set into a student (DistillFSS), and refinement of a teacher (TransferFSS) [1]_.
 
-Source: DistillFSS, arXiv 2512.05613.
+A student is distilled jointly with its teacher, in two stages, or directly from the labels.
+
+References
+----------
+.. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+   Lightweight Segmentation Model", arXiv:2512.05613, 2025.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
-"""ConvDist: what attention found in the support set, held in small convolutions.
+"""ConvDist: small convolutions that give the attention maps of a teacher without its support set [1]_.
 
-Source: DistillFSS, arXiv 2512.05613, section on the student (ConvDist).
+References
+----------
+.. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+   Lightweight Segmentation Model", arXiv:2512.05613, 2025.
 """
 
 from __future__ import annotations

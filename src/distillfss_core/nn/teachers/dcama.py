@@ -1,7 +1,13 @@
-"""DCAMA: dense cross-attention between query and support, weighted by the support's masks.
+"""DCAMA [1]_, the teacher of DistillFSS [2]_: dense cross-attention between query and support.
 
-Source: Shi et al., "Dense Cross-Query-and-Support Attention Weighted Mask Aggregation for Few-Shot Segmentation",
-ECCV 2022; as the teacher of DistillFSS, arXiv:2512.05613.
+The masks of the support are the values of the attention.
+
+References
+----------
+.. [1] Shi, Wei, Zhang, Lu, Ning, Chen, Ma, Zheng, "Dense Cross-Query-and-Support Attention Weighted Mask
+   Aggregation for Few-Shot Segmentation", ECCV 2022.
+.. [2] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+   Lightweight Segmentation Model", arXiv:2512.05613, 2025.
 """
 
 from __future__ import annotations
@@ -52,8 +58,13 @@ class DcamaSettings:
 
     Notes
     -----
-    Signed values (+1 object, -1 background, UINO-FSS's contrastive enhancement) are not an option of their
-    own: rows of the attention add up to one, so they give 2 m - 1, and our decoder reads m minus 1/2 anyway.
+    Signed values (+1 object, -1 background), the contrastive enhancement of UINO-FSS [1]_, are not an option of their
+    own. Rows of the attention add up to one, so they give 2 m - 1, and the default decoder reads m minus 1/2.
+
+    References
+    ----------
+    .. [1] Zhuo, Tang, Xue, Ding, Ji, Shen, "UINO-FSS: Unifying Representation Learning and Few-shot Segmentation via
+       Hierarchical Distillation and Mamba-HyperCorrelation", arXiv:2504.15669, 2025.
     """
 
     heads: int = 4
@@ -121,7 +132,13 @@ def _buildable(q: Tensor) -> int:
 
 
 def position_encoding(length: int, channels: int, like: Tensor) -> Float[Tensor, "length channels"]:
-    """Sines on even, cosines on odd channels, base 10000 (Vaswani et al. 2017, section 3.5)."""
+    """Encode positions by sines on even and cosines on odd channels, base 10000 [1]_ (section 3.5).
+
+    References
+    ----------
+    .. [1] Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin, "Attention Is All You Need",
+       NeurIPS 2017.
+    """
     position = torch.arange(length, dtype=torch.float32, device=like.device)[:, None]
     even = torch.arange(0, channels, 2, dtype=torch.float32, device=like.device)
     rate = torch.exp(even * (-math.log(10000.0) / channels))

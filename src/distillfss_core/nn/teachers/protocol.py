@@ -50,9 +50,13 @@ def hide_absent(logits: Float[Tensor, "b k 2 h w"], present: Bool[Tensor, " k"])
 
 
 def vote(logits: Iterable[Float[Tensor, "b k 2 h w"]]) -> Float[Tensor, "b k 2 h w"]:
-    """Combine the answers of several support groups: at each pixel the group with the largest foreground
-    logit gives both logits.
+    """Combine the logits of several support groups by voting [1]_.
 
-    Source: DistillFSS (arXiv 2512.05613), n-shot by voting.
+    At each pixel, the group with the largest foreground logit gives both logits.
+
+    References
+    ----------
+    .. [1] De Marinis, Blok, Kaymak, Brussee, Vessio, Castellano, "DistillFSS: Synthesizing Few-Shot Knowledge into a
+       Lightweight Segmentation Model", arXiv:2512.05613, 2025.
     """
     return reduce(lambda best, new: torch.where(new[:, :, 1:] > best[:, :, 1:], new, best), logits)

@@ -1,8 +1,13 @@
 """A teacher that needs no training: masked-average and clustered prototypes, cosine maps.
 
-Source: masked average pooling as in Zhang et al., "SG-One: Similarity Guidance Network for One-Shot Semantic
-Segmentation", IEEE Transactions on Cybernetics 2020; several prototypes for each class by k-means as in Yang et al.,
-"Prototype Mixture Models for Few-shot Semantic Segmentation", ECCV 2020.
+The first prototype of a class is a masked average [1]_. The others are clusters, as in mixtures of prototypes [2]_,
+here made by k-means.
+
+References
+----------
+.. [1] Zhang, Wei, Yang, Huang, "SG-One: Similarity Guidance Network for One-Shot Semantic Segmentation",
+   IEEE Transactions on Cybernetics 50 (9), 2020.
+.. [2] Yang, Liu, Li, Jiao, Ye, "Prototype Mixture Models for Few-shot Semantic Segmentation", ECCV 2020.
 """
 
 from __future__ import annotations
