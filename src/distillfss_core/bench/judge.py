@@ -53,7 +53,8 @@ class Judge:
     """
 
     def __init__(self, classes: int, side: int | None = None) -> None:
-        self.classes, self.side = classes, side
+        self.classes: int = classes
+        self.side: int | None = side
         self._tally = Tally(classes)
         self._boundaries: list[list[float]] = []
 

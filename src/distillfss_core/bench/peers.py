@@ -215,7 +215,7 @@ class UNet:
         import segmentation_models_pytorch as smp
 
         self.device: Device = choose_device(settings.device, "float32")
-        self.preprocess = _preprocess(support)
+        self.preprocess: Preprocess = _preprocess(support)
         spec = SPECS[_UNET]
         with seeded(settings.seed):
             self._net = smp.Unet(

@@ -72,7 +72,8 @@ class Rows:
     """
 
     def __init__(self, path: Path, machine: Machine) -> None:
-        self.path, self.machine = path, machine
+        self.path: Path = path
+        self.machine: Machine = machine
         try:
             self._file = path.open("a+b")
             self._file.seek(0)

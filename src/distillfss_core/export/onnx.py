@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from distillfss_core import __version__
 from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.models.batches import NEVER
-from distillfss_core.models.engines import onnx_graph
+from distillfss_core.models.engines import StudentNetwork, onnx_graph
 from distillfss_core.models.preprocess import PERCENTILES, resize
 from distillfss_core.models.student import StudentModel
 from distillfss_core.samples import generate_sample
@@ -43,8 +44,8 @@ class ExportedStudent(nn.Module):
 
     def __init__(self, model: StudentModel) -> None:
         super().__init__()
-        self.network = model.network
-        self.zoom = model.preprocess.zoom_factor
+        self.network: StudentNetwork = model.network
+        self.zoom: Fraction = model.preprocess.zoom_factor
         mix = torch.tensor(model.preprocess.mix, dtype=torch.float32)
         self.register_buffer("mix", mix[:, :, None, None])
         self.register_buffer("lowest", mix.clamp_max(0).sum(1)[:, None, None])

@@ -63,9 +63,11 @@ class EpisodeMix:
     """
 
     def __init__(self, real: RealSource | None, *, synthetic: float, size: int, shots: int, seed: int) -> None:
-        self.real, self.synthetic = real, synthetic
-        self.size, self.seed = size, seed
-        self.shots = tuple(min(n, shots) for n in SHOTS)
+        self.real: RealSource | None = real
+        self.synthetic: float = synthetic
+        self.size: int = size
+        self.seed: int = seed
+        self.shots: tuple[int, ...] = tuple(min(n, shots) for n in SHOTS)
 
     def __getitem__(self, number: int) -> Episode:
         """Episode ``number`` of the training."""

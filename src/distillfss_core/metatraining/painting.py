@@ -48,9 +48,9 @@ class Scene:
     """What the recipe paints on: gray ``value`` (y x), ``hue`` (y x) and where the object is, ``mask`` (y x)."""
 
     def __init__(self, value: F32, hue: float) -> None:
-        self.value = value
-        self.hue = np.full(value.shape, hue, np.float32)
-        self.mask = np.zeros(value.shape, bool)
+        self.value: F32 = value
+        self.hue: F32 = np.full(value.shape, hue, np.float32)
+        self.mask: npt.NDArray[np.bool_] = np.zeros(value.shape, bool)
 
     def lay(self, cover: F32, value: F32 | float, hue: float, target: bool | None) -> None:
         """Put something on top where ``cover`` (y x) is 1; ``target`` None leaves the mask as it is."""

@@ -27,7 +27,7 @@ from distillfss_core.metatraining import optics
 from distillfss_core.metatraining.task import F32, U8, Task
 from distillfss_core.types import IGNORE, Array, check_image
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PathLike = str | os.PathLike[str]
 Bool = npt.NDArray[np.bool_]

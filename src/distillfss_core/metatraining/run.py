@@ -42,7 +42,7 @@ from distillfss_core.nn.backbones import (
 )
 from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
 from distillfss_core.nn.decoder import SlimDecoder
-from distillfss_core.nn.device import choose_device, seeded
+from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
@@ -51,7 +51,7 @@ from distillfss_core.nn.teachers import DcamaTeacher
 from distillfss_core.settings import PretrainSettings, settings_to_json, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 CHECKPOINT_FILE = FileKind("distillfss-pretrain", "checkpoint of a meta-training", 1)
 CHECKPOINT, HEAD, CURVES = "checkpoint.safetensors", "head.safetensors", "curves.png"
@@ -95,14 +95,16 @@ class PretrainRun(Iterator[TrainStep]):
         real: RealSource | None = None,
         held_out: RealSource | None = None,
     ) -> None:
-        self.settings, self.folder = settings, folder
+        self.settings: PretrainSettings = settings
+        self.folder: Path = folder
         self._real, self._held_out = real, held_out
         _check_backbone(settings)
         folder.mkdir(parents=True, exist_ok=True)
-        self.device = choose_device(settings.device, settings.precision)
+        self.device: Device = choose_device(settings.device, settings.precision)
         head_weights = _head_to_start_from(settings)
         backbone = head_weights.trained_backbone() if head_weights else None
-        self.backbone = (backbone or load_backbone(settings.backbone, settings.weights)).to(self.device.torch)
+        backbone = backbone or load_backbone(settings.backbone, settings.weights)
+        self.backbone: Backbone = backbone.to(self.device.torch)
         self._mix = EpisodeMix(
             real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
@@ -111,7 +113,7 @@ class PretrainRun(Iterator[TrainStep]):
         if head_weights:
             head_weights.put_into(head)
         self._start = dict(head_weights.card) if head_weights else None
-        self.teacher = head.teacher
+        self.teacher: DcamaTeacher = head.teacher
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
         self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
@@ -131,7 +133,8 @@ class PretrainRun(Iterator[TrainStep]):
         self._judged: dict[str, list[Task]] = {}
         self.history: list[dict[str, float]] = []
         self._sums: dict[str, float] = {}
-        self.step, self.seconds = 0, 0.0
+        self.step: int = 0
+        self.seconds: float = 0.0
         if (folder / CHECKPOINT).exists():
             self._restore()
         elif head_weights is None:

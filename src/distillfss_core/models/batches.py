@@ -24,7 +24,7 @@ from distillfss_core.models.preprocess import Limits, Preprocess, resize
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
 from distillfss_core.types import Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 PIXELS = 1 << 23
 """Pixels after zooming in a batch: enough to keep a large GPU busy."""
@@ -57,8 +57,11 @@ class PlaneBatches:
     def __init__(
         self, network: Network, preprocess: Preprocess, device: Device, *, step: int, pixels: int = PIXELS
     ) -> None:
-        self.network, self.preprocess, self.device = network, preprocess, device
-        self.step, self.pixels = step, pixels
+        self.network: Network = network
+        self.preprocess: Preprocess = preprocess
+        self.device: Device = device
+        self.step: int = step
+        self.pixels: int = pixels
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, npt.NDArray[np.uint8]]] = deque()
 
     def label(

@@ -47,7 +47,8 @@ class StudentNetwork(nn.Module):
 
     def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone: Backbone = backbone
+        self.head: FewShotHead = head
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         return self.head.student_margins(self.backbone(image))
@@ -156,7 +157,10 @@ class Runner:
     def __init__(
         self, network: StudentNetwork, engine: str, device: Device, samples: UInt8[Array, "n 3 h w"] | None = None
     ) -> None:
-        self.network, self.engine, self.device, self.samples = network, engine, device, samples
+        self.network: StudentNetwork = network
+        self.engine: str = engine
+        self.device: Device = device
+        self.samples: UInt8[Array, "n 3 h w"] | None = samples
         self._lock = threading.Lock()
         self._graph = b""
         self._ready: Engine | None = None

@@ -31,7 +31,8 @@ class FewShotModel(Segmenter):
         halo: int = HALO,
     ) -> None:
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
-        self.teacher, self.keys = teacher, keys
+        self.teacher: Teacher = teacher
+        self.keys: SupportKeys = keys
 
     @property
     def local(self) -> bool:

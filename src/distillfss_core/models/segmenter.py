@@ -25,7 +25,7 @@ from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
 from distillfss_core.types import Array, Segmentation, check_image, likeliest
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 TILE = 1024  # inner side of a tile, pixels after zooming
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
@@ -49,8 +49,11 @@ class Segmenter:
     def __init__(
         self, backbone: Backbone, preprocess: Preprocess, class_names: Sequence[str], *, device: Device, halo: int
     ) -> None:
-        self.backbone, self.preprocess, self.class_names = backbone, preprocess, tuple(class_names)
-        self.device, self.halo = device, halo
+        self.backbone: Backbone = backbone
+        self.preprocess: Preprocess = preprocess
+        self.class_names: tuple[str, ...] = tuple(class_names)
+        self.device: Device = device
+        self.halo: int = halo
         self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
         self._batch = PIXELS  # zoomed pixels that the device has memory for at a time
 

@@ -56,12 +56,14 @@ class StudentModel(Segmenter):
         created: str | None = None,
     ) -> None:
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
-        self.head = head.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # as the features are
-        self.pixel_size = pixel_size
-        self.training = training or {}
-        self.thumbnails, self.samples = thumbnails, samples
-        self.created = created or datetime.now(UTC).isoformat(timespec="seconds")
-        self.network = StudentNetwork(self.backbone, self.head)
+        head = head.eval().requires_grad_(False)
+        self.head: FewShotHead = head.to(memory_format=torch.channels_last)  # as the features are
+        self.pixel_size: tuple[float, float] | None = pixel_size
+        self.training: dict[str, Any] = training or {}
+        self.thumbnails: Thumbnails | None = thumbnails
+        self.samples: UInt8[Array, "n 3 s s"] | None = samples
+        self.created: str = created or datetime.now(UTC).isoformat(timespec="seconds")
+        self.network: StudentNetwork = StudentNetwork(self.backbone, self.head)
         self._run = self._runner(engine, device)
 
     @property
@@ -96,7 +98,8 @@ class StudentModel(Segmenter):
         if precision == "auto":
             chosen = replace(chosen, precision=choose_precision(chosen, engine, self.network))
         self._run = self._runner(engine, chosen)
-        self.device, self._room, self._batch = chosen, math.inf, PIXELS
+        self.device: Device = chosen
+        self._room, self._batch = math.inf, PIXELS
         self.backbone.to(chosen.torch)
         self.head.to(chosen.torch)
         return self

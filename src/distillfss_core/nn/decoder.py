@@ -80,16 +80,17 @@ class PublishedDecoder(Decoder):
     ) -> None:
         super().__init__()
         fine, mid, deep = blocks
-        self.support_skip, self.grid = support_skip, grid
-        self.conv1 = _conv_block(deep, (16, 64, 128), (3, 3, 3))
-        self.conv2 = _conv_block(mid, (16, 64, 128), (5, 3, 3))
-        self.conv3 = _conv_block(fine, (16, 64, 128), (5, 5, 3))
-        self.conv4 = _conv_block(128, (128, 128, 128), (3, 3, 3))
-        self.conv5 = _conv_block(128, (128, 128, 128), (3, 3, 3))
+        self.support_skip: bool = support_skip
+        self.grid: int | None = grid
+        self.conv1: nn.Sequential = _conv_block(deep, (16, 64, 128), (3, 3, 3))
+        self.conv2: nn.Sequential = _conv_block(mid, (16, 64, 128), (5, 3, 3))
+        self.conv3: nn.Sequential = _conv_block(fine, (16, 64, 128), (5, 5, 3))
+        self.conv4: nn.Sequential = _conv_block(128, (128, 128, 128), (3, 3, 3))
+        self.conv5: nn.Sequential = _conv_block(128, (128, 128, 128), (3, 3, 3))
         skips = sum(skip_channels) * (2 if support_skip else 1)
-        self.mixer1 = nn.Sequential(_conv(128 + skips, 128), nn.ReLU(), _conv(128, 64), nn.ReLU())
-        self.mixer2 = nn.Sequential(_conv(64, 64), nn.ReLU(), _conv(64, 16), nn.ReLU())
-        self.mixer3 = nn.Sequential(_conv(16, 16), nn.ReLU(), _conv(16, 2))
+        self.mixer1: nn.Sequential = nn.Sequential(_conv(128 + skips, 128), nn.ReLU(), _conv(128, 64), nn.ReLU())
+        self.mixer2: nn.Sequential = nn.Sequential(_conv(64, 64), nn.ReLU(), _conv(64, 16), nn.ReLU())
+        self.mixer3: nn.Sequential = nn.Sequential(_conv(16, 16), nn.ReLU(), _conv(16, 2))
 
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
@@ -204,23 +205,28 @@ class SlimDecoder(Decoder):
     ) -> None:
         super().__init__()
         fine, mid, deep = blocks
-        self.deep = _conv(deep, width)
-        self.mid = _conv(mid, width)
-        self.fine = _conv(fine, width)
-        self.join_mid = _conv(width, width)
-        self.join_fine = _conv(width, width)
+        self.deep: nn.Conv2d = _conv(deep, width)
+        self.mid: nn.Conv2d = _conv(mid, width)
+        self.fine: nn.Conv2d = _conv(fine, width)
+        self.join_mid: nn.Conv2d = _conv(width, width)
+        self.join_fine: nn.Conv2d = _conv(width, width)
         # finest first, as in FeaturePyramid.skips
         widths = [max(2, width >> (len(skip_channels) - 1 - level)) for level in range(len(skip_channels))]
         above = [*widths[1:], width]
-        self.skips = nn.ModuleList(SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True))
+        self.skips: nn.ModuleList = nn.ModuleList(
+            SkipProjection(c, w) for c, w in zip(skip_channels, widths, strict=True)
+        )
         kernels = [3 if level == 0 else 1 for level in range(len(widths))]
-        self.mixers = nn.ModuleList(_conv(a, w, k) for a, w, k in zip(above, widths, kernels, strict=True))
-        self.refine = nn.ModuleList(_conv(w, w) for w in widths[1:])  # not at the finest level: costly, no gain
-        self.out = _conv(widths[0], 2, 1)
+        self.mixers: nn.ModuleList = nn.ModuleList(
+            _conv(a, w, k) for a, w, k in zip(above, widths, kernels, strict=True)
+        )
+        # No refinement at the finest level: costly, no gain.
+        self.refine: nn.ModuleList = nn.ModuleList(_conv(w, w) for w in widths[1:])
+        self.out: nn.Conv2d = _conv(widths[0], 2, 1)
         nn.init.zeros_(self.out.weight)
         assert self.out.bias is not None
         nn.init.zeros_(self.out.bias)
-        self.gain = nn.Parameter(torch.full((3,), 4.0))
+        self.gain: nn.Parameter = nn.Parameter(torch.full((3,), 4.0))
 
     def fit_norms(self, features: FeaturePyramid) -> None:
         """Fit the skip standardization on the features of a few support views."""

@@ -52,7 +52,8 @@ class FewShotHead(nn.Module):
 
     def __init__(self, spec: BackboneSpec, classes: int, form: HeadForm) -> None:
         super().__init__()
-        self.form, self.classes = form, classes
+        self.form: HeadForm = form
+        self.classes: int = classes
         coarse, blocks, skips = _three(spec.coarse_channels), _three(spec.coarse_blocks), spec.skip_channels
         settings = PUBLISHED if form.teacher == "published" else DcamaSettings()
         if form.decoder == "published":
@@ -64,7 +65,7 @@ class FewShotHead(nn.Module):
                 f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
                 "choose another backbone or teacher=default"
             )
-        self.teacher = DcamaTeacher(coarse, decoder, settings)
+        self.teacher: DcamaTeacher = DcamaTeacher(coarse, decoder, settings)
         self.student: Student = (
             ConvDist(coarse, classes) if form.student == "published" else LightConvDist(coarse, blocks, classes)
         )

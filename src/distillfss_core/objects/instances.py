@@ -36,7 +36,7 @@ from distillfss_core.objects.measure import PIECE, check_table, join_pieces, mea
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 METHODS = ("components", "watershed")
 CONNECTIVITIES = (6, 18, 26)

@@ -25,7 +25,7 @@ from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of, v
 from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import open_volume
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 REPORTS = (".csv", ".json")
 _NUMBERS = ("level", "time", "series")

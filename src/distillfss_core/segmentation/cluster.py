@@ -30,7 +30,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
 from distillfss_core.segmentation.modes import PlanewiseLabels
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _AHEAD = 3  # tasks that wait for each thread of the workers
 _RETRIES = 2  # of a task that ends in an error, e.g. of a file system that is away for a moment

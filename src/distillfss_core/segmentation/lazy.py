@@ -49,7 +49,9 @@ class VolumeSegmenter:
                 f"{volume.name}: has {channels} channel(s), the model was made for {wanted}; "
                 "give the channels it was distilled from"
             )
-        self.volume, self.model, self.tile = volume, model, tile
+        self.volume: Volume = volume
+        self.model: Segmenter = model
+        self.tile: int = tile
         self._fixed = model.preprocess.fitted if model.preprocess.scope == "volume" else limits
         self._limits: dict[int, Limits] = {}
         self._inference = threading.Lock()  # two inferences at a time only take each other's cores

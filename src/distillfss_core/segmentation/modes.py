@@ -16,7 +16,7 @@ from distillfss_core.segmentation.lazy import VolumeSegmenter
 from distillfss_core.types import Array, evenly, likeliest
 from distillfss_core.volumes.volume import Volume
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 CUBIC = 1.5  # the longest side of a voxel over the shortest, at most, for a consensus
 _SIDE = 256  # of a block of consensus, voxels
@@ -38,8 +38,10 @@ class PlanewiseLabels:
     mode = "planewise"
 
     def __init__(self, volume: Volume, model: Segmenter, *, tile: int | None = None) -> None:
-        self.volume, self.model, self.tile = volume, model, tile or TILE
-        self.segmenter = VolumeSegmenter(volume, model, tile=self.tile)
+        self.volume: Volume = volume
+        self.model: Segmenter = model
+        self.tile: int = tile or TILE
+        self.segmenter: VolumeSegmenter = VolumeSegmenter(volume, model, tile=self.tile)
 
     def layout(self, levels: int | None) -> Layout:
         """Shards that this way of labeling fills without waste; ``levels`` as for `plan_layout`."""

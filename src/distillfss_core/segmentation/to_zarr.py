@@ -42,7 +42,7 @@ from distillfss_core.segmentation.modes import PlanewiseLabels, make_mode
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 READERS, WRITERS = 2, 1
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h

@@ -86,9 +86,10 @@ class CropSampler:
     """
 
     def __init__(self, support: SupportSet, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
-        self.augmentation, self.preprocess = augmentation, preprocess
+        self.augmentation: Augmentation = augmentation
+        self.preprocess: Preprocess = preprocess
         longest = max(max(s.labels.shape) for s in support.slices) * preprocess.zoom_factor
-        self.size = min(size, STEP * math.ceil(longest / STEP))
+        self.size: int = min(size, STEP * math.ceil(longest / STEP))
         self._images = [preprocess.as_channels(s.image, s.source) for s in support.slices]
         self._labels = [s.labels for s in support.slices]
         self._limits = [preprocess.limits(image) for image in self._images]
@@ -237,8 +238,10 @@ class FeatureCache:
     """
 
     def __init__(self, backbone: Backbone, device: Device, *, memory: int, limit: int) -> None:
-        self.backbone, self.device = backbone, device
-        self.memory, self.limit = memory, limit
+        self.backbone: Backbone = backbone
+        self.device: Device = device
+        self.memory: int = memory
+        self.limit: int = limit
         self.crops: list[Crop] = []
         self.features: list[FeaturePyramid] = []
         self._labels: list[Tensor] = []

@@ -75,8 +75,9 @@ class DistillRun(Iterator[TrainStep]):
         if init_from is not None:
             init_from, settings = match_start(init_from, support, settings)
         backbone_spec(settings.backbone)
-        self.support, self.settings = support, settings
-        self.device = choose_device(settings.device, settings.precision)
+        self.support: SupportSet = support
+        self.settings: DistillSettings = settings
+        self.device: Device = choose_device(settings.device, settings.precision)
         self._init_from, self._teacher_only = init_from, teacher_only
         self._began = time.perf_counter()
         self._validation_index = None if teacher_only else _validation_index(settings, support)

@@ -241,13 +241,14 @@ class Best:
     """
 
     def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:
-        self.decay, self.steps = decay, 0
-        self.average = copy.deepcopy(head).eval().requires_grad_(False)
+        self.decay: float = decay
+        self.steps: int = 0
+        self.average: FewShotHead = copy.deepcopy(head).eval().requires_grad_(False)
         self.state: dict[str, Tensor] | None = None
-        self.iou = -math.inf  # the best so far
+        self.iou: float = -math.inf  # the best so far
         self.score: float | None = None  # of the state that is kept
-        self.waited = 0
-        self.best_step = 0
+        self.waited: int = 0
+        self.best_step: int = 0
 
     @torch.no_grad()
     def follow(self, head: FewShotHead) -> None:

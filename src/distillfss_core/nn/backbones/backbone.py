@@ -28,7 +28,8 @@ class Encoder(nn.Module):
 
     def __init__(self, spec: BackboneSpec, trunk: nn.Module) -> None:
         super().__init__()
-        self.spec, self.trunk = spec, trunk
+        self.spec: BackboneSpec = spec
+        self.trunk: nn.Module = trunk
         self.register_buffer("mean", torch.tensor(spec.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(spec.std)[:, None, None], persistent=False)
         self.train(False)
@@ -83,7 +84,8 @@ class Backbone(Encoder):
         fold_batch_norms(trunk)
         make_padding_static(trunk)
         super().__init__(spec, trunk.requires_grad_(False).to(memory_format=torch.channels_last))
-        self._state, self.weights = state, weights
+        self._state = state
+        self.weights: str = weights
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
         """As `Encoder`; without gradient, and may be used in a graph (``no_grad``, not ``inference_mode``)."""

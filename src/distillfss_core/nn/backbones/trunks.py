@@ -33,9 +33,11 @@ class EfficientNetTrunk(nn.Module):
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        self.taps, self.counts = _TAPS[spec.family], spec.blocks
-        self.conv_stem, self.bn1 = net.conv_stem, net.bn1
-        self.blocks = net.blocks[: self.taps[-1] + 1]
+        self.taps: tuple[int, ...] = _TAPS[spec.family]
+        self.counts: tuple[int, ...] = spec.blocks
+        self.conv_stem: nn.Module = net.conv_stem
+        self.bn1: nn.Module = net.bn1
+        self.blocks: Any = net.blocks[: self.taps[-1] + 1]
 
     def forward(self, x: Image) -> Stages:
         x = self.bn1(self.conv_stem(x))
@@ -57,8 +59,14 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        self.conv1, self.bn1, self.act1, self.maxpool = net.conv1, net.bn1, net.act1, net.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+        self.conv1: nn.Module = net.conv1
+        self.bn1: nn.Module = net.bn1
+        self.act1: nn.Module = net.act1
+        self.maxpool: nn.Module = net.maxpool
+        self.layer1: nn.Sequential = net.layer1
+        self.layer2: nn.Sequential = net.layer2
+        self.layer3: nn.Sequential = net.layer3
+        self.layer4: nn.Sequential = net.layer4
         for layer in self._layers():
             for block in layer:
                 setattr(block, "act3" if hasattr(block, "act3") else "act2", nn.Identity())
@@ -84,7 +92,8 @@ class ConvNeXtTrunk(nn.Module):
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        self.stem, self.stages = net.stem, net.stages
+        self.stem: nn.Module = net.stem
+        self.stages: Any = net.stages
 
     def forward(self, x: Image) -> Stages:
         x = self.stem(x)
@@ -104,7 +113,8 @@ class SwinTrunk(nn.Module):
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        self.patch_embed, self.layers = net.patch_embed, net.layers
+        self.patch_embed: nn.Module = net.patch_embed
+        self.layers: Any = net.layers
 
     def forward(self, x: Image) -> Stages:
         x = self.patch_embed(x)  # b h w c
@@ -124,7 +134,9 @@ class VitTrunk(nn.Module):
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
-        self.net, self.patch, self.counts = net, spec.multiple, spec.blocks
+        self.net: Any = net
+        self.patch: int = spec.multiple
+        self.counts: tuple[int, ...] = spec.blocks
 
     def forward(self, x: Image) -> Stages:
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch

@@ -27,7 +27,7 @@ class CoarseExtractor(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int]) -> None:
         super().__init__()
-        self.coarse_extractor = nn.ModuleList(
+        self.coarse_extractor: nn.ModuleList = nn.ModuleList(
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, 1, 1)) for c in channels
         )
 
@@ -43,7 +43,7 @@ class ConvDist(Student):
 
     def __init__(self, channels: tuple[int, int, int], classes: int) -> None:
         super().__init__()
-        self.classes = nn.ModuleList(CoarseExtractor(channels) for _ in range(classes))
+        self.classes: nn.ModuleList = nn.ModuleList(CoarseExtractor(channels) for _ in range(classes))
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
         per_class = [extract(query) for extract in self.classes]
@@ -76,10 +76,12 @@ class LightConvDist(Student):
         width: int = 48,
     ) -> None:
         super().__init__()
-        self.classes = classes
-        self.reduce = nn.ModuleList(nn.Conv2d(c * n, width, 1) for c, n in zip(channels, blocks, strict=True))
-        self.look = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
-        self.read = nn.ModuleList(nn.Conv2d(width, classes * n, 1) for n in blocks)
+        self.classes: int = classes
+        self.reduce: nn.ModuleList = nn.ModuleList(
+            nn.Conv2d(c * n, width, 1) for c, n in zip(channels, blocks, strict=True)
+        )
+        self.look: nn.ModuleList = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in channels)
+        self.read: nn.ModuleList = nn.ModuleList(nn.Conv2d(width, classes * n, 1) for n in blocks)
         for read in self.read:
             assert isinstance(read, nn.Conv2d)
             assert read.bias is not None

@@ -155,9 +155,9 @@ class CrossAttention(nn.Module):
         super().__init__()
         if channels % settings.heads:
             raise ValueError(f"{channels} channels do not split into {settings.heads} heads")
-        self.settings = settings
-        self.linears = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels)])
-        self.dropout = nn.Dropout(settings.dropout)
+        self.settings: DcamaSettings = settings
+        self.linears: nn.ModuleList = nn.ModuleList([nn.Linear(channels, channels), nn.Linear(channels, channels)])
+        self.dropout: nn.Dropout = nn.Dropout(settings.dropout)
         if settings.identity is not None:
             for linear in self.linears:
                 assert isinstance(linear, nn.Linear)
@@ -222,9 +222,9 @@ class DcamaTeacher(nn.Module):
 
     def __init__(self, channels: tuple[int, int, int], decoder: Decoder, settings: DcamaSettings) -> None:
         super().__init__()
-        self.settings = settings
-        self.decoder = decoder
-        self.DCAMA_blocks = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
+        self.settings: DcamaSettings = settings
+        self.decoder: Decoder = decoder
+        self.DCAMA_blocks: nn.ModuleList = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
 
     @property
     def local(self) -> bool:

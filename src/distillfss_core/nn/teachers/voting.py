@@ -31,7 +31,8 @@ class VotingTeacher:
     """
 
     def __init__(self, teacher: Teacher, group: int = 1) -> None:
-        self.teacher, self.group = teacher, group
+        self.teacher: Teacher = teacher
+        self.group: int = group
 
     @property
     def local(self) -> bool:
