@@ -54,6 +54,7 @@ class Job:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def key(self) -> dict[str, Any]:
+        """All fields but ``folder``, by name: the key of the row in a table."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
 

@@ -38,6 +38,7 @@ class Accuracy:
     by_class: tuple[float, ...]
 
     def to_json(self) -> dict[str, object]:
+        """Fields by name, as JSON stores them."""
         return asdict(self)
 
 
@@ -66,6 +67,7 @@ class Judge:
         self._boundaries.append([boundary_f1(labels == k, truth == k, seen) for k in range(1, self.classes + 1)])
 
     def accuracy(self) -> Accuracy:
+        """Scores over all images added so far, rounded to four decimals."""
         scores = self._tally.scores()
         by_class = [_mean(column) for column in zip(*self._boundaries, strict=True)]
         return Accuracy(

@@ -105,6 +105,15 @@ class PixelClassifier:
 
     @classmethod
     def fit(cls, kind: str, support: SupportSet, seed: int = 0) -> PixelClassifier:
+        """Train on annotated pixels of the support.
+
+        Parameters
+        ----------
+        kind : {"forest", "regression"}
+        support : SupportSet
+        seed : int
+            Draws at most `POINTS` pixels over all slices, and the trees of a forest.
+        """
         from sklearn.ensemble import RandomForestClassifier
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression
@@ -127,6 +136,7 @@ class PixelClassifier:
         return classifier
 
     def predict_labels(self, image: Array) -> Array:
+        """Labels uint8 "y x" of an image "y x" or "y x c"."""
         features = self._features(image)
         points = np.argwhere(np.ones(image.shape[:2], bool))
         parts = [self.model.predict(features(points[i : i + _BAND])) for i in range(0, len(points), _BAND)]
@@ -182,6 +192,7 @@ class Convpaint:
         self._model.train([_channels_first(s.image) for s in support.slices], annotations)
 
     def predict_labels(self, image: Array) -> Array:
+        """Labels uint8 "y x" of an image "y x" or "y x c"."""
         return (np.asarray(self._model.segment(_channels_first(image))) - 1).astype(np.uint8)
 
 
@@ -260,6 +271,7 @@ class UNet:
 
     @torch.inference_mode()
     def predict_labels(self, image: Array) -> Array:
+        """Labels uint8 "y x" of an image "y x" or "y x c"."""
         x = _normalized(self.preprocess, image).numpy()
         h, w = x.shape[-2:]
         x = np.pad(x, ((0, 0), (0, -h % 32), (0, -w % 32)), mode="symmetric")

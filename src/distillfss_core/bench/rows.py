@@ -32,6 +32,7 @@ class Machine:
         return f"{self.cpu}{on}, {self.cores} cores seen, {self.threads} threads, torch {self.torch}"
 
     def to_json(self) -> Row:
+        """Fields by name, as JSON stores them."""
         return asdict(self)
 
 
@@ -113,6 +114,7 @@ class Rows:
         return row
 
     def close(self) -> None:
+        """Close the file; rows can be read but not added afterwards."""
         self._file.close()
 
     @cached_property

@@ -90,6 +90,7 @@ class Case:
 
     @property
     def title(self) -> str:
+        """Name of the case in a table."""
         if self.what == "backbone":
             return "backbone alone"
         if self.what == "student":
@@ -130,6 +131,8 @@ class VolumeSpeed:
 
 @dataclass(frozen=True)
 class SpeedReport:
+    """Measurements of a plan on one machine; ``skipped`` names cases that exceed its memory."""
+
     machine: Machine
     plan: Plan
     timings: list[Timing]

@@ -51,6 +51,7 @@ class ExportedStudent(nn.Module):
         self.register_buffer("lowest", mix.clamp_max(0).sum(1)[:, None, None])
 
     def forward(self, image: Float[Tensor, "b c y x"]) -> Float[Tensor, "b k1 y x"]:
+        """Probabilities of background and K classes for scaled images, as the class describes."""
         mixed = nn.functional.conv2d(image.clamp(0, 1), self.get_buffer("mix"))
         x = (mixed - self.get_buffer("lowest")).clamp(0, 1)
         height, width = image.shape[2], image.shape[3]
@@ -92,6 +93,19 @@ def export_onnx(model: StudentModel, path: str | Path) -> None:
 
 
 def check_exportable(model: StudentModel, *needed: str) -> None:
+    """Check that a student can be exported.
+
+    Parameters
+    ----------
+    model : StudentModel
+    *needed : str
+        Modules that the export imports.
+
+    Raises
+    ------
+    SettingsError
+        If a module is not installed, or predictions of the student depend on the whole tile.
+    """
     for library in needed:
         if find_spec(library.partition(".")[0]) is None:
             raise SettingsError(f"export needs {library}; pip install 'napari-distillfss[export]'")

@@ -51,6 +51,7 @@ class StudentNetwork(nn.Module):
         self.head: FewShotHead = head
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        """Margins of a batch of images, as the class describes."""
         return self.head.student_margins(self.backbone(image))
 
     @property

@@ -36,6 +36,7 @@ class FewShotModel(Segmenter):
 
     @property
     def local(self) -> bool:
+        """Whether tiles agree: neither teacher nor backbone depends on the whole tile."""
         return self.teacher.local and self.backbone.spec.local
 
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:

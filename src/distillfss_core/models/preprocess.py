@@ -59,6 +59,7 @@ class Preprocess:
 
     @property
     def zoom_factor(self) -> Fraction:
+        """``zoom`` as a number."""
         return Fraction(self.zoom)
 
     def limits(self, image: Array) -> Limits:
@@ -126,10 +127,18 @@ class Preprocess:
         return (torch.einsum("oc,...chw->...ohw", mix, x) - lowest).clamp_(0, 1)
 
     def to_json(self) -> dict[str, Any]:
+        """Fields by name, as the card of a model stores them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Preprocess:
+        """Restore the preprocessing from `to_json`.
+
+        Raises
+        ------
+        KeyError, TypeError, ValueError
+            If a field is missing or cannot be converted.
+        """
         fitted = Limits(tuple(values["fitted"]["low"]), tuple(values["fitted"]["high"]))
         mix = tuple(tuple(float(w) for w in row) for row in values["mix"])
         return cls(

@@ -68,6 +68,7 @@ class StudentModel(Segmenter):
 
     @property
     def local(self) -> bool:
+        """Whether tiles agree: neither decoder nor backbone depends on the whole tile."""
         return self.network.local
 
     def __dask_tokenize__(self) -> tuple[str, ...]:

@@ -52,14 +52,17 @@ class Tile:
 
     @property
     def inner(self) -> tuple[slice, slice]:
+        """Slices (y, x) of the plane whose labels the tile gives."""
         return slice(*self.y.inner), slice(*self.x.inner)
 
     @property
     def outer(self) -> tuple[slice, slice]:
+        """Slices (y, x) of the plane that the tile reads."""
         return slice(*self.y.outer), slice(*self.x.outer)
 
     @property
     def crop(self) -> tuple[slice, slice]:
+        """Slices (y, x) of the inner part within the window."""
         return self.y.crop, self.x.crop
 
 

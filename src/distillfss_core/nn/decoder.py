@@ -95,6 +95,15 @@ class PublishedDecoder(Decoder):
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
+        """Logits (background, foreground) of each class.
+
+        Their size is ``query.size``, or four times `grid` where `grid` is given.
+
+        Raises
+        ------
+        ValueError
+            If the decoder reads the support's features and ``support`` is missing.
+        """
         k = coarse.deep.shape[1]
         x = self.conv1(_fold(coarse.deep))
         mid = self.conv2(_fold(coarse.mid))
@@ -160,10 +169,12 @@ class SkipProjection(nn.Conv2d):
 
     @torch.no_grad()
     def fit(self, x: Float[Tensor, "b c h w"]) -> None:
+        """Take mean and deviation of each channel from features."""
         self.mean.copy_(x.float().mean((0, 2, 3)))
         self.scale.copy_(1.0 / (x.float().std((0, 2, 3)) + 1e-4))
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c2 h w"]:
+        """Standardize and project features."""
         assert self.bias is not None
         weight = self.weight * self.scale[:, None, None]
         return F.conv2d(x, weight, self.bias - (weight[:, :, 0, 0] @ self.mean))
@@ -237,12 +248,14 @@ class SlimDecoder(Decoder):
     def forward(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 h w"]:
+        """Logits (background, foreground) of each class at ``query.size``; ``support`` is not used."""
         x = self.on_grid(coarse, query).flatten(0, 1)
         return _split(F.interpolate(x, query.size, mode="bilinear", align_corners=False), coarse.deep.shape[1])
 
     def on_grid(
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 hg wg"]:
+        """Logits on the grid of the finest skip features, before they are enlarged; ``support`` is not used."""
         k = coarse.deep.shape[1]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
         x = F.relu(self.deep(deep - NEUTRAL))

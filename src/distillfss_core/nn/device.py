@@ -36,10 +36,12 @@ class Device:
 
     @property
     def torch(self) -> torch.device:
+        """The device as torch names it."""
         return torch.device(self.name)
 
     @property
     def kind(self) -> str:
+        """Type of the device: "cpu", "cuda" or "mps"."""
         return self.torch.type
 
     @property

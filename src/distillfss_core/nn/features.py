@@ -43,6 +43,7 @@ class FeaturePyramid:
 
     @property
     def batch(self) -> int:
+        """Number of images."""
         return self.stages[-1][-1].shape[0]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> FeaturePyramid:
@@ -58,6 +59,7 @@ class FeaturePyramid:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that all maps occupy."""
         return sum(b.numel() * b.element_size() for stage in self.stages for b in stage)
 
 

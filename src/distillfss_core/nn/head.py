@@ -36,6 +36,7 @@ class HeadForm:
         return cls(**(parts | default), width=int(values["width"]))
 
     def to_json(self) -> dict[str, Any]:
+        """Fields by name, as the card of a model stores them."""
         return asdict(self)
 
 
@@ -76,6 +77,7 @@ class FewShotHead(nn.Module):
         return self.teacher.decoder
 
     def student_logits(self, query: FeaturePyramid) -> Float[Tensor, "b k 2 h w"]:
+        """Logits (background, foreground) of each class from the student, at ``query.size``."""
         result: Float[Tensor, "b k 2 h w"] = self.decoder(self.student(query), query)
         return result
 

@@ -45,18 +45,22 @@ class HeadWeights:
 
     @property
     def name(self) -> str:
+        """Name from the card; the source where the card has none."""
         return str(self.card.get("name", self.source))
 
     @property
     def width(self) -> int:
+        """Channels of the decoder."""
         return int(self.card["width"])
 
     @property
     def backbone_name(self) -> str:
+        """Name of the backbone, a key of ``SPECS``."""
         return str(self.card["backbone"]["name"])
 
     @property
     def backbone_digest(self) -> str:
+        """SHA-256 (hex) of the backbone, as `Backbone.digest` gives it."""
         return str(self.card["backbone"]["digest"])
 
     def trained_backbone(self) -> Backbone | None:

@@ -66,9 +66,11 @@ class SmoothedLabels(PlanewiseLabels):
     mode = "smoothed"
 
     def read(self, box: Box) -> Array:
+        """Voxels of a box and of its neighboring planes."""
         return super().read(self._with_neighbors(box))
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
+        """Labels of a box, shape (z, y, x), from the result of `read`."""
         labels = np.empty([b - a for a, b in box], np.uint8)
         first, last = self._with_neighbors(box)[0]
         planes: dict[int, npt.NDArray[np.float32]] = {}
@@ -118,6 +120,7 @@ class ConsensusLabels(PlanewiseLabels):
         self._others = [VolumeSegmenter(volume.along(a), model, tile=self.tile, limits=limits) for a in "yx"]
 
     def layout(self, levels: int | None) -> Layout:
+        """Shards made of whole tiles in all three directions; ``levels`` as for `plan_layout`."""
         depth, _ = _side(self.model, (self.volume.shape[0], 1), self.tile)
         shard = (depth, *_side(self.model, self.segmenter.shape, self.tile))
         chunk = tuple(math.gcd(n, _CHUNK) for n in shard)
@@ -135,6 +138,7 @@ class ConsensusLabels(PlanewiseLabels):
         return np.empty(0)
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
+        """Labels of a box, shape (z, y, x), from planes read in three directions; ``pixels`` is not used."""
         z, y, x = box
         total = _chances(self.segmenter, z, (y, x))
         total += _chances(self._others[0], y, (z, x)).transpose(0, 2, 1, 3)

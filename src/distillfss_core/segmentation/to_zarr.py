@@ -259,7 +259,7 @@ def open_store(
 class Plan:
     """What is to be done: parts of shards of the finest level, then shards of the coarser ones, in this order.
 
-    ``found`` shards of the finest level are finished already.
+    ``finished`` shards of the finest level need no work.
     """
 
     todo: dict[Index, list[Box]]
@@ -268,6 +268,7 @@ class Plan:
 
     @property
     def total(self) -> int:
+        """Number of shards of all levels, finished ones included."""
         return len(self.todo) + len(self.coarser) + self.finished
 
 

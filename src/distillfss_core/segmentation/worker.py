@@ -47,11 +47,13 @@ class Job(WorkerPlugin):
         self.spec = spec
 
     def setup(self, worker: Any) -> None:
+        """Prepare the job on a worker; the model is loaded with the first shard."""
         _close_on_sigterm(worker)
         self._lock = threading.Lock()
         self._mode: PlanewiseLabels | None = None
 
     def teardown(self, worker: Any) -> None:
+        """Close the volume, when the worker closes or the plugin is removed."""
         if self._mode is not None:
             self._mode.volume.close()
 

@@ -286,12 +286,15 @@ class FeatureCache:
         return self.encode([crop]).map(lambda block: block.half())
 
     def pyramid(self, indices: Sequence[int]) -> FeaturePyramid:
+        """Features of stored crops in single precision, as one batch."""
         return cat_pyramids([self.features[i].map(_as_float) for i in indices])
 
     def labels(self, indices: Sequence[int]) -> UInt8[Tensor, "b h w"]:
+        """Labels of stored crops, on the device."""
         return torch.stack([self._labels[i] for i in indices])
 
     def support(self, indices: Sequence[int], classes: int) -> EncodedSupport:
+        """Stored crops as a support of ``classes`` classes."""
         return EncodedSupport.of(self.pyramid(indices), self.labels(indices), classes)
 
     def slices(self) -> Array:

@@ -47,6 +47,7 @@ class Roles:
 
     @property
     def uses_teacher(self) -> bool:
+        """Whether a step needs the teacher: it learns, or the student learns from it."""
         return self.teacher or not self.truth
 
 
@@ -252,6 +253,7 @@ class Best:
 
     @torch.no_grad()
     def follow(self, head: FewShotHead) -> None:
+        """Move the average towards the weights of ``head``, by one step."""
         self.steps += 1
         keep = min(self.decay, self.steps / (self.steps + 9))
         new = dict(head.named_parameters())

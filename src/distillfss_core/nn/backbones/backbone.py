@@ -117,6 +117,7 @@ class Backbone(Encoder):
         return sha.hexdigest()
 
     def extra_repr(self) -> str:
+        """Name and source of the weights, for ``repr``."""
         return f"{self.spec.name}, weights={self.weights!r}"
 
 

@@ -40,6 +40,7 @@ class EfficientNetTrunk(nn.Module):
         self.blocks: Any = net.blocks[: self.taps[-1] + 1]
 
     def forward(self, x: Image) -> Stages:
+        """Outputs "b c h w" of the blocks of each stage, fine to coarse, for normalized images "b 3 h w"."""
         x = self.bn1(self.conv_stem(x))
         outputs = {STEM: [x]}
         for index, stage in enumerate(self.blocks):
@@ -75,6 +76,7 @@ class ResNetTrunk(nn.Module):
         return self.layer1, self.layer2, self.layer3, self.layer4
 
     def forward(self, x: Image) -> Stages:
+        """Outputs "b c h w" of the blocks of each stage, fine to coarse, for normalized images "b 3 h w"."""
         stem = self.act1(self.bn1(self.conv1(x)))
         stages = [(stem,)]
         x = self.maxpool(stem)
@@ -96,6 +98,7 @@ class ConvNeXtTrunk(nn.Module):
         self.stages: Any = net.stages
 
     def forward(self, x: Image) -> Stages:
+        """Outputs "b c h w" of the blocks of each stage, fine to coarse, for normalized images "b 3 h w"."""
         x = self.stem(x)
         stages = []
         for stage in self.stages:
@@ -117,6 +120,7 @@ class SwinTrunk(nn.Module):
         self.layers: Any = net.layers
 
     def forward(self, x: Image) -> Stages:
+        """Outputs "b c h w" of the blocks of each stage, fine to coarse, for normalized images "b 3 h w"."""
         x = self.patch_embed(x)  # b h w c
         stages = []
         for layer in self.layers:
@@ -139,6 +143,7 @@ class VitTrunk(nn.Module):
         self.counts: tuple[int, ...] = spec.blocks
 
     def forward(self, x: Image) -> Stages:
+        """Outputs "b c h w" of the blocks of each stage, fine to coarse, for normalized images "b 3 h w"."""
         grid = x.shape[-2] // self.patch, x.shape[-1] // self.patch
         tokens = self.net.forward_intermediates(x, norm=True, output_fmt="NLC", intermediates_only=True)
         maps = iter([y.unflatten(1, grid).permute(0, 3, 1, 2) for y in tokens])  # b h*w c -> b c h w

@@ -19,6 +19,7 @@ class Student(nn.Module):
     """Coarse maps from the query alone."""
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        """Coarse maps of all classes, one map for each block of the coarse stages."""
         raise NotImplementedError
 
 
@@ -32,6 +33,7 @@ class CoarseExtractor(nn.Module):
         )
 
     def forward(self, query: FeaturePyramid) -> list[Float[Tensor, "b n h w"]]:
+        """Maps of the fine, mid and deep stage, one channel for each block."""
         return [
             torch.cat([extract(block) for block in blocks], 1)
             for extract, blocks in zip(self.coarse_extractor, query.coarse, strict=True)
@@ -46,6 +48,7 @@ class ConvDist(Student):
         self.classes: nn.ModuleList = nn.ModuleList(CoarseExtractor(channels) for _ in range(classes))
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        """Coarse maps of all classes, each from its own extractor."""
         per_class = [extract(query) for extract in self.classes]
         return CoarseMaps(*(torch.stack(stage, 1) for stage in zip(*per_class, strict=True)))
 
@@ -88,6 +91,7 @@ class LightConvDist(Student):
             nn.init.constant_(read.bias, NEUTRAL)
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
+        """Coarse maps of all classes from the shared trunk."""
         maps = []
         for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
             x = torch.cat([_normalize(block) for block in blocks], 1)

@@ -167,6 +167,7 @@ class CrossAttention(nn.Module):
                 nn.init.zeros_(linear.bias)
 
     def tokens(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
+        """One token for each position in raster order, normalized and with positions as the settings demand."""
         tokens = features.flatten(2).transpose(1, 2)
         if self.settings.normalize:
             tokens = F.layer_norm(tokens, tokens.shape[-1:])
@@ -176,9 +177,11 @@ class CrossAttention(nn.Module):
         return result
 
     def queries(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
+        """Project tokens of the query by W_q and split them into heads."""
         return self._split(self.linears[0](tokens))
 
     def keys(self, tokens: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:
+        """Project tokens of the support by W_k and split them into heads."""
         return self._split(self.linears[1](tokens))
 
     def _split(self, x: Float[Tensor, "b l c"]) -> Float[Tensor, "b heads l d"]:

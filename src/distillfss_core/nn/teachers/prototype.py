@@ -54,6 +54,7 @@ class PrototypeTeacher:
 
     @torch.no_grad()
     def encode(self, support: EncodedSupport) -> PrototypeKeys:
+        """Compute the prototypes of background and classes, for each block of the coarse stages."""
         stages = []
         for blocks in support.features.coarse:
             values, weights = mask_tokens(support, blocks[0].shape[-2:], area=True)

@@ -36,6 +36,7 @@ class VotingTeacher:
 
     @property
     def local(self) -> bool:
+        """Whether tiles agree, as for the teacher that encodes each group."""
         return self.teacher.local
 
     def encode(self, support: EncodedSupport) -> VotingKeys:
