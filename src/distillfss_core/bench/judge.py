@@ -100,6 +100,13 @@ def boundary_f1(labels: Array, truth: Array, seen: Array | None = None) -> float
     References
     ----------
     .. [1] Csurka, Larlus, Perronnin, "What is a good evaluation measure for semantic segmentation?", BMVC 2013.
+
+    Examples
+    --------
+    >>> mask = np.zeros((100, 100), bool)
+    >>> mask[20:60, 20:60] = True
+    >>> boundary_f1(mask, mask)
+    1.0
     """
     if not labels.any() or not truth.any():
         return math.nan if not labels.any() and not truth.any() else 0.0

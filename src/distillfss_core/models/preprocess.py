@@ -182,7 +182,13 @@ def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, 
 
 
 def percentile_limits(image: Array, *, together: bool) -> Limits:
-    """Percentiles 0.5 and 99.5 of each channel ("... c"), or of all at once; never equal."""
+    """Percentiles 0.5 and 99.5 of each channel ("... c"), or of all at once; never equal.
+
+    Examples
+    --------
+    >>> percentile_limits(np.arange(1001)[:, None], together=True)
+    Limits(low=(5.0,), high=(995.0,))
+    """
     pixels = _sample(image, _SAMPLE).astype(np.float64)
     axis = None if together else 0
     low, high = np.percentile(pixels, PERCENTILES, axis=axis)
