@@ -1,4 +1,4 @@
-"""How good a segmentation is: IoU, Dice, precision and recall of each class, pooled and averaged over images.
+"""Scores of a segmentation: IoU, Dice, precision and recall of each class, pooled and averaged over images.
 
 A class that is neither predicted nor true has no score (NaN) and is not counted in any mean. A class that is one but
 not the other scores 0 in all four measures, so that a missed or an invented object costs something.
@@ -76,7 +76,7 @@ class Scores:
 
 
 class Tally:
-    """Collects one confusion matrix an image, then gives the `Scores`.
+    """Collect one confusion matrix for each image, and compute the `Scores` from them.
 
     Parameters
     ----------

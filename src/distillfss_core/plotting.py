@@ -1,4 +1,4 @@
-"""Pictures for people: rows of panels with outlines, filled labels or error maps, on one white sheet (Pillow only)."""
+"""Figures as sheets of panels with outlines, filled labels or error maps, by Pillow only."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GAP, MARGIN = 12, 22
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One picture of the sheet.
+    """One image of a sheet.
 
     Parameters
     ----------

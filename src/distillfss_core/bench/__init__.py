@@ -1,1 +1,1 @@
-"""Accuracy and cost beside the paper and beside what people use today; needs the extra "bench"."""
+"""Accuracy and cost beside published figures and other tools; needs the extra "bench"."""

@@ -1,4 +1,4 @@
-"""A function called in a process of its own, so that its memory and its threads are its own.
+"""Function calls in a separate process, with memory and threads of its own.
 
 The threads of torch, BLAS and OpenMP are set by the environment variable that all of them read.
 """
@@ -33,7 +33,7 @@ def call_apart(function: Callable[[Message], Message], argument: Message, thread
     Raises
     ------
     DistillFSSError
-        What the function raised, or that its process ended without an answer.
+        What the function raised, or that its process ended without a result.
     """
     with tempfile.TemporaryDirectory() as folder:
         reply_file = Path(folder) / "answer.json"

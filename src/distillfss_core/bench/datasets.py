@@ -37,7 +37,7 @@ FOLD, FOLDS = 0, 4  # of Industrial-5i: classes 1, 5, 9, ... of its list
 
 @dataclass(frozen=True)
 class Item:
-    """A picture with its truth, not read yet; ``shows`` is the class that it is listed under (0: none)."""
+    """An image and its truth, not read yet; ``shows`` is the class that it is listed under (0: none)."""
 
     name: str
     read: Callable[[], AnnotatedSlice]
@@ -46,7 +46,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Split:
-    """What may be learned from, and what is tested.
+    """Training and test images of a data set.
 
     Parameters
     ----------
@@ -54,7 +54,7 @@ class Split:
         Names of classes 1..K.
     training, test : sequence of Item
     one_scale : bool
-        Whether intensities mean the same in all pictures (CT).
+        Whether intensities mean the same in all images (CT).
     """
 
     classes: Sequence[str]
@@ -88,12 +88,12 @@ class DataSet:
     published: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     def open(self, folder: str | Path) -> Split:
-        """Find the pictures; they are read when asked for.
+        """Find the pictures; they are read on access.
 
         Raises
         ------
         InputFileError
-            If something is not where it should be; one line says what, and where the data set comes from.
+            If something is not where it should be; one line names the files and the source of the data set.
         """
         folder = Path(folder)
         try:
@@ -109,7 +109,7 @@ class DataSet:
 
 
 class _Missing(Exception):
-    """Something that the layout has and the folder has not."""
+    """A file of the layout that the folder does not have."""
 
 
 def find_set(name: str) -> DataSet:

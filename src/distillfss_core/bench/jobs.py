@@ -1,4 +1,4 @@
-"""One model on one task: learned, asked, judged and timed, in a process of its own."""
+"""Benchmark jobs: one model learns one task and is scored and timed, in a separate process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SUPPORT_KINDS = ("dense", "scribbles")
 
 @dataclass(frozen=True)
 class Job:
-    """What a figure is a figure of.
+    """Identity of a figure: data, support, annotation, model and settings.
 
     Parameters
     ----------
@@ -41,7 +41,7 @@ class Job:
     tests : int or None
         Test pictures, spread evenly; None: all.
     settings : dict
-        Settings of ours that differ from the default.
+        Settings of a student or teacher that differ from the default.
     """
 
     data: str
@@ -60,7 +60,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job's row, or why there is none."""
+    """A row of a job, or the reason for its absence."""
 
     job: Job
     row: Row | None
@@ -73,13 +73,14 @@ def run_job(job: Job) -> Row:
     Returns
     -------
     Row
-        The job's key; pooled, mean, dice, boundary and by_class (see `Accuracy`); seconds to learn; seconds a megapixel
-        to answer, pictures read and judged apart; megabytes at most and before learning; ids of the support.
+        The job's key; pooled, mean, dice, boundary and by_class (see `Accuracy`); seconds to learn; seconds for a
+        megapixel of predictions, without reading and scoring of images; megabytes at most and before learning; ids of
+        the support.
 
     Raises
     ------
     DistillFSSError
-        If the data set is not whole or the peer cannot be asked here.
+        If the data set is not whole or the peer is not available here.
     """
     from distillfss_core.bench.judge import Judge
     from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
@@ -134,9 +135,9 @@ def _run_record(record: dict[str, Any]) -> Row:
 def iter_jobs(jobs: Sequence[Job], rows: Rows, run: Callable[[Job], Row]) -> Iterator[Outcome]:
     """Jobs one after another; those whose figures are in ``rows`` are not done again.
 
-    A row stands for a job if it was made of the same support pictures and test names, by the same version of this
-    program and of its head; any other stays where it is and is not taken. A peer that cannot be asked here, and a job
-    that fails, are told and stop no other.
+    A row stands for a job if it was made of the same support images and test names, by the same version of this program
+    and of its head; any other stays where it is and is not taken. A peer that is not available here, and a job that
+    fails, give an `Outcome` with an error and stop no other job.
     """
     head = packaged_head(DistillSettings().backbone)
     program = {"version": __version__, "head": head and head.name}
@@ -161,7 +162,7 @@ def _outcome(job: Job, identity: Row, rows: Rows, run: Callable[[Job], Row]) -> 
 
 
 def _digests(data: str, folder: str, shots: int, seed: int, annotation: str, tests: int | None) -> Row:
-    """What says whether two jobs are about the same pictures."""
+    """Digests of the support and test images of a job."""
     split = find_set(data).open(folder)
     tested = "\n".join(item.name for item in spread_tests(split, tests))
     return {

@@ -1,4 +1,4 @@
-"""How good answers are: IoU, Dice and the F1 of boundaries, of many pictures."""
+"""Scores of predicted labels over many images: IoU, Dice and the F1 of boundaries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Accuracy:
     pooled, dice : float
         IoU and Dice of all test pixels counted together (the published measure).
     mean, boundary : float
-        Mean over pictures of the IoU and of the boundary F1.
+        Mean over images of the IoU and of the boundary F1.
     images : int
     by_class : tuple of float
         Pooled IoU of classes 1..K.
@@ -43,14 +43,14 @@ class Accuracy:
 
 
 class Judge:
-    """Collects answers and truths.
+    """Collect labels and truths, and compute their scores.
 
     Parameters
     ----------
     classes : int
         K, without background.
     side : int or None
-        Answer and truth are first brought to this size, y and x, by nearest neighbor.
+        Labels and truth are first brought to this size, y and x, by nearest neighbor.
     """
 
     def __init__(self, classes: int, side: int | None = None) -> None:
@@ -83,19 +83,20 @@ class Judge:
 def boundary_f1(labels: Array, truth: Array, seen: Array | None = None) -> float:
     """F1 of the boundaries of two masks [1]_ (section 3).
 
-    A boundary is what of a mask touches a pixel outside (4 neighbors; the picture's rim does not count). A pixel of
-    one is right if the other comes within `TOLERANCE` of the diagonal; precision and recall are shares of right pixels.
+    A boundary is what of a mask touches a pixel outside (4 neighbors; the border of the image does not count). A pixel
+    of one is right if the other comes within `TOLERANCE` of the diagonal; precision and recall are shares of right
+    pixels.
 
     Parameters
     ----------
     labels, truth : bool arrays, shape (y, x)
     seen : bool array, optional
-        Boundary pixels elsewhere are left out.
+        Boundary pixels outside of it do not count.
 
     Returns
     -------
     float
-        0..1; NaN if neither mask has a pixel, 0 if one has none, 1 if both fill the picture (no boundaries).
+        0..1; NaN if neither mask has a pixel, 0 if one has none, 1 if both fill the image (no boundaries).
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""The largest memory of this process, and of its GPU."""
+"""Peak memory of this process, and of its GPU."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def give_back() -> None:
 
 
 def resident_mb() -> float | None:
-    """Memory of this process now, megabytes; None where the system does not say."""
+    """Memory of this process now, megabytes; None where the system does not report it."""
     return _status("VmRSS")
 
 
 def peak_mb() -> float | None:
-    """Largest memory of this process since `reset_peak`, megabytes; None where the system does not say."""
+    """Largest memory of this process since `reset_peak`, megabytes; None where the system does not report it."""
     if (kilobytes := _status("VmHWM")) is not None:
         return kilobytes
     try:

@@ -1,4 +1,4 @@
-"""What people use today beside ours, each learned from a support set and asked for labels.
+"""Other models for the same task; each learns from a support set and predicts labels.
 
 None is tuned: a peer has the settings that its makers give it, or those written here, for all data sets alike.
 """
@@ -44,11 +44,11 @@ _VGG_FILE = "VGG16's weights (vgg16-397923af.pth of download.pytorch.org)"
 
 
 class PeerUnavailableError(DistillFSSError):
-    """A peer that cannot be asked here: a package or weights are missing."""
+    """Error for a peer that cannot run here: a package or weights are missing."""
 
 
 class Answers(Protocol):
-    """A model that has learned."""
+    """A trained model, which predicts labels."""
 
     def predict_labels(self, image: Array) -> Array:
         """Labels "y x", uint8."""
@@ -56,13 +56,13 @@ class Answers(Protocol):
 
 @dataclass(frozen=True)
 class Peer:
-    """A kind of model.
+    """A kind of model, and the function that trains it.
 
     Parameters
     ----------
     title : str
     learn : function of (SupportSet, DistillSettings)
-        Of the settings a stranger takes ``seed``, ``steps``, ``queries``, ``crop`` and ``device`` where it has them.
+        Of the settings, other tools take ``seed``, ``steps``, ``queries``, ``crop`` and ``device`` where it has them.
     packages : mapping of str to str
         Modules that it needs, and how they are installed.
     imports : sequence of str
@@ -81,7 +81,7 @@ class Peer:
                 import_openvino() if module == "openvino" else importlib.import_module(module)
 
     def missing(self) -> str | None:
-        """Why it cannot be asked here, if a package is missing."""
+        """Reason that the peer cannot run here, if a package is missing."""
         for module, package in self.packages:
             if importlib.util.find_spec(module) is None:
                 return f"not installed: pip install {package}"
@@ -216,10 +216,10 @@ def _points(support: SupportSet, seed: int) -> list[Array]:
 class UNet:
     """A U-Net of segmentation-models-pytorch, fine-tuned whole.
 
-    Its encoder is EfficientNet-Lite0 with our ImageNet weights, so only the layers on top and their training differ.
-    AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond five (like the default on
-    planes of one volume; on separate images the default takes 150 fewer), of as many crops as the default, cut and
-    augmented alike, at zoom 1.
+    Its encoder is EfficientNet-Lite0 with the same ImageNet weights as the default backbone, so only the layers on top
+    and their training differ. AdamW at 1e-3, one cycle, cross-entropy and Dice, 300 steps and 16 for each slice beyond
+    five (like the default on planes of one volume; on separate images the default takes 150 fewer), of as many crops as
+    the default, cut and augmented alike, at zoom 1.
     """
 
     def __init__(self, support: SupportSet, settings: DistillSettings) -> None:

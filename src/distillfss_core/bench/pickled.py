@@ -1,4 +1,4 @@
-"""A pickled pandas table read without running what is in it.
+"""Reader of pickled pandas tables that runs no code of the file.
 
 A pickle names functions and calls them. Here only those that rebuild a DataFrame of numpy arrays may be named;
 anything else is refused before it is fetched.

@@ -1,4 +1,4 @@
-"""Speed as a picture."""
+"""Plot of speed."""
 
 from __future__ import annotations
 

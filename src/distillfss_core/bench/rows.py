@@ -1,4 +1,4 @@
-"""Figures as lines of JSON, kept as they come, each with the machine that it was measured on."""
+"""Figures as lines of JSON, stored as they are measured, each with its machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Machine:
-    """What figures were measured on: figures of two machines do not go into one table."""
+    """Machine of a measurement; figures of two machines do not go into one table."""
 
     cpu: str
     cores: int
@@ -55,7 +55,7 @@ def _cpu() -> str:
 
 
 class Rows:
-    """A file of rows that grows line by line; what a killed run had finished is there for the next.
+    """A file of rows that grows line by line, so that the next run resumes a killed one.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Time and memory of backbone, student and teacher, and how they grow; ratios of neighboring moments of one run."""
+"""Time and memory of backbone, student and teacher, as ratios to neighboring measurements of one run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WAYS = ("in memory", "lazily from zarr", "zarr to zarr")
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Cases to measure.
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Case:
-    """Something that answers for one plane; ``what`` is "backbone", "student", "teacher" or "published"."""
+    """A network that segments one plane; ``what`` is "backbone", "student", "teacher" or "published"."""
 
     what: str
     side: int
@@ -112,7 +112,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Memory:
-    """Megabytes that answering for one plane takes above torch and the loaded backbone."""
+    """Megabytes that the prediction of one plane takes, beyond torch and the loaded backbone."""
 
     case: Case
     mb: float
@@ -120,7 +120,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class VolumeSpeed:
-    """A volume through a student in one way; ``ratio`` to the same planes in memory."""
+    """Speed of one way to segment a volume; ``ratio`` to the same planes in memory."""
 
     planes: int
     side: int
@@ -205,7 +205,7 @@ def naive_bytes(case: Case) -> float:
 
 @torch.no_grad()
 def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], object]:
-    """A function that answers for one plane of noise; weights of the head are untrained, which costs the same."""
+    """A function that segments one plane of noise; weights of the head are untrained, which costs the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(1, 3, case.side, case.side, generator=generator).to(device.torch)
     if case.what == "backbone":

@@ -1,4 +1,4 @@
-"""Which images are supports and which are tested, and scribbles made of their truth: by a seed, the same for all."""
+"""Choice of support and test images by a seed, and scribbles made from the truth; the same for all models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PUBLISHED = -1  # the seed of the published choice
 
 
 def draw_support(split: Split, shots: int, seed: int) -> list[Item]:
-    """Choose annotated pictures.
+    """Choose annotated images.
 
     Drawn by ``numpy.random.default_rng(seed)`` from the training part, where pictures are listed under classes the same
     number of each. The seed `PUBLISHED` takes the published rule instead: hierarchical uniform sampling over the sorted
@@ -130,7 +130,7 @@ def share_annotated(support: SupportSet) -> float:
 
 
 def fingerprint(support: SupportSet) -> str:
-    """Twelve hexadecimal digits that say whether two supports are the same, pixels and labels."""
+    """Twelve hexadecimal digits that identify the pixels and labels of a support."""
     import hashlib
 
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Rows as tables in Markdown: median and range over the seeds."""
+"""Tables of rows in Markdown: median and range over the seeds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Students for other programs."""
+"""Export of students for other programs."""

@@ -1,4 +1,4 @@
-"""A student as a BioImage.IO package."""
+"""Export of a student as a BioImage.IO package."""
 
 from __future__ import annotations
 

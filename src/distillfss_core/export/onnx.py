@@ -1,4 +1,4 @@
-"""A student as ONNX, for any size and batch."""
+"""Export of a student as ONNX, for any size and batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXAMPLE = 64  # pixels that an example has more than its halo on both sides
 
 
 class ExportedStudent(nn.Module):
-    """All of a student but finding which intensities are dark and bright.
+    """All of a student except the measurement of dark and bright intensities.
 
     Forward takes "b c y x", scaled so that the image's `Limits` are 0 and 1 (what lies outside is cut off), sides
     multiples of ``model.step``, and gives probabilities "b k+1 y x".
@@ -82,7 +82,7 @@ def export_onnx(model: StudentModel, path: str | Path) -> None:
     SettingsError
         If the student cannot be traced for any size, or onnx or onnxruntime are not installed.
     OutputError
-        If it cannot be written, or what was written does not say what torch says.
+        If it cannot be written, or the written graph gives other probabilities than torch.
     """
     check_exportable(model, "onnx", "onnxruntime")
     module = network_module(model)
@@ -122,7 +122,7 @@ def network_module(model: StudentModel) -> ExportedStudent:
 
 
 def onnx_bytes(model: StudentModel, module: ExportedStudent) -> bytes:
-    """The module's graph, with the smoothing that tracing left out, and what is to be known of it."""
+    """The module's graph, with the smoothing that tracing left out, and its metadata."""
     import onnx
 
     example = torch.rand(1, model.preprocess.channels, 2 * model.step, 3 * model.step)
@@ -157,7 +157,7 @@ def export_halo(model: StudentModel) -> int:
 
 
 def compare_with_student(module: ExportedStudent, graph: bytes, model: StudentModel) -> None:
-    """See that the graph says what torch says, at two sizes and two batches.
+    """Check that the graph gives the probabilities of torch, at two sizes and two batches.
 
     Raises
     ------

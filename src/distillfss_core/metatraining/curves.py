@@ -1,4 +1,4 @@
-"""Loss and scores over the steps of a meta-training, as a picture."""
+"""Plot of loss and scores over the steps of a meta-training."""
 
 from __future__ import annotations
 

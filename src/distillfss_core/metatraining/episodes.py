@@ -48,7 +48,9 @@ class Episode:
 
 
 class EpisodeMix:
-    """Episodes by number: pure, so that any worker may make any of them, and a training can go on where it stopped.
+    """Episodes by number.
+
+    An episode depends on its number alone, so any worker may draw it, and a training can resume anywhere.
 
     Parameters
     ----------

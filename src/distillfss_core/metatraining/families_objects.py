@@ -1,4 +1,4 @@
-"""Families whose object is things that lie apart from one another: bodies, spots and lines on a ground."""
+"""Families of separate objects: bodies, spots and lines on a ground."""
 
 from __future__ import annotations
 

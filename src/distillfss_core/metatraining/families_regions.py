@@ -1,4 +1,4 @@
-"""Families whose object is a part of the image: a layer, a phase, an organ, cells of a sheet, or all their walls."""
+"""Families of image regions: a layer, a phase, an organ, cells of a sheet, or all their walls."""
 
 from __future__ import annotations
 

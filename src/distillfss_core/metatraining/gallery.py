@@ -1,4 +1,4 @@
-"""A picture of what the generated tasks look like: one row a family, several tasks each, the object outlined."""
+"""Image of generated tasks: one row for each family, several tasks in a row, the object outlined."""
 
 from __future__ import annotations
 

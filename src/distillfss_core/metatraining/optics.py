@@ -1,4 +1,4 @@
-"""How a scene becomes a picture: the light and the dyes of a task, and the errors of one exposure."""
+"""Simulated optics: the light and the dyes of a task, and the errors of one exposure."""
 
 from __future__ import annotations
 

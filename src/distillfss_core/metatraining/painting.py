@@ -1,4 +1,4 @@
-"""The drawing tools of the generated tasks: what a family paints its images with.
+"""Drawing tools with which the families of generated tasks paint their images.
 
 A recipe paints a scene: grounds and fills with their textures, objects of a shape stamped where there is room, curves,
 networks and patches. Lengths are in units of the scene unless pixels are said; what is drawn is an array (y x).
@@ -24,7 +24,7 @@ FAR = np.float32(1e4)
 
 @dataclass(frozen=True)
 class Canvas:
-    """How one image looks at the scene.
+    """Size, scale, orientation and object density of one image of a scene.
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ class Canvas:
 
 
 class Scene:
-    """What the recipe paints on: gray ``value`` (y x), ``hue`` (y x) and where the object is, ``mask`` (y x)."""
+    """Image of a recipe: gray ``value`` (y x), ``hue`` (y x) and ``mask`` (y x), true on the object."""
 
     def __init__(self, value: F32, hue: float) -> None:
         self.value: F32 = value
@@ -149,7 +149,7 @@ TEXTURES = ("fine", "grain", "cloud", "stripes", "fibers", "dots", "threads", "p
 
 @dataclass(frozen=True)
 class Texture:
-    """A way to be uneven: ``grain`` in units, ``angle`` in radians where it has a direction."""
+    """Unevenness of a surface: ``grain`` in units, ``angle`` in radians where it has a direction."""
 
     kind: str
     grain: float
@@ -185,7 +185,7 @@ def draw_texture(rng: Rng, kinds: Sequence[str] = TEXTURES) -> Texture:
 
 @dataclass(frozen=True)
 class Fill:
-    """What the inside of something looks like: mean gray, texture and its depth, hue."""
+    """Appearance of the inside of a shape: mean gray, texture and its depth, hue."""
 
     value: float
     depth: float
@@ -381,7 +381,7 @@ def _count(share: float, radius: float, canvas: Canvas, limit: int = 140) -> int
 
 @dataclass(frozen=True)
 class Style:
-    """Objects of one kind: outline, size (units) and its spread, fill, and what their edge is like.
+    """Appearance of objects of one kind: outline, size (units) and its spread, fill, and edge.
 
     ``rim`` is how much brighter the edge is inside, ``halo`` outside; ``wall`` > 0 leaves the middle open (units);
     ``bars`` > 0 are stripes across the long axis of each (period in units), as deep as the fill's texture.

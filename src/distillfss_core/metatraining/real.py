@@ -1,4 +1,4 @@
-"""Tasks from real pictures with labels, and from real pictures without any (superpixels as objects).
+"""Tasks from real images, with labels or with superpixels as objects.
 
 A *set* is a folder of pictures of one kind. A task draws its set first, so that a set of thousands weighs no more than
 one of six, then what its object is, then where to look.
@@ -67,7 +67,7 @@ class _Pixels:
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Which pictures a set has: the file and plane of each (n 2), and how many pixels of each label (n 256).
+    """Images of a set: the file and plane of each (n 2), and the number of pixels of each label (n 256).
 
     ``masks``: the set's labels hold 0 and 255 alone, so 255 is the object; ``counts`` has it as class 1.
     """
@@ -83,7 +83,7 @@ class _Index:
 
 @dataclass(frozen=True)
 class _Variation:
-    """What all images of a task have in common."""
+    """Properties that all images of a task share."""
 
     gray: bool
     inverted: bool
@@ -93,7 +93,7 @@ class _Variation:
 
 @dataclass(frozen=True)
 class _Box:
-    """A square of a picture; it may reach over the border."""
+    """A square of an image; it may reach over the border."""
 
     y: int
     x: int
@@ -107,7 +107,7 @@ class _Box:
 
 
 class RealSource:
-    """Few-shot tasks cut from folders of real pictures.
+    """Few-shot tasks cut from folders of real images.
 
     Parameters
     ----------

@@ -67,7 +67,7 @@ MAY_CHANGE = {"steps", "workers", "eval_every", "eval_tasks", "device", "precisi
 
 
 class PretrainRun(Iterator[TrainStep]):
-    """A meta-training under way: iterate it for progress; it keeps its state in a folder and goes on from there.
+    """A meta-training in steps; it stores its state in a folder and resumes from it.
 
     Killed at any moment and started again with the same settings and sets, it reaches the same weights (on one
     machine's CPU).
@@ -79,7 +79,7 @@ class PretrainRun(Iterator[TrainStep]):
         Made if need be. It gets ``checkpoint.safetensors`` every minute, ``curves.png`` and, from `finish`,
         ``head.safetensors``.
     real, held_out : RealSource, optional
-        Real pictures to train on, and others to judge on; without the former all episodes are generated.
+        Real images for training, and others for evaluation; without the former all episodes are generated.
 
     Raises
     ------
@@ -391,7 +391,7 @@ class PretrainRun(Iterator[TrainStep]):
 
 
 def sources(folders: Sequence[Path], holdout: Sequence[str]) -> tuple[RealSource | None, RealSource | None]:
-    """Real pictures to train on, and the sets kept out of it to judge on."""
+    """Sources of real images: one for training, and one of the held-out sets."""
     if not folders:
         return None, None
     real = RealSource(folders, holdout=holdout)

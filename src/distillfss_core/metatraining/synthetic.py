@@ -1,8 +1,8 @@
-"""Generated tasks without end: microscopy-like scenes in which one kind of object is to be found.
+"""Generated tasks: scenes as in microscopy, with one kind of object to segment.
 
 A *family* draws the recipe of a task (what the object is, what lies around it, by what the two differ); the recipe
-paints any number of images. Targets and distractors often differ by a single *cue*, so that nothing but the support
-set tells which is meant.
+paints any number of images. Targets and distractors often differ by a single *cue*, so that only the support set
+defines the target.
 """
 
 from __future__ import annotations

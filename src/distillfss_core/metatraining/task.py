@@ -1,4 +1,4 @@
-"""A task to learn few-shot segmentation from: images of one kind of object, and where it is in each."""
+"""A task for few-shot learning: images of one kind of object, and the masks of the object."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ U8 = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Views that any of the others may explain.
+    """Images of one kind of object; any of them may serve as support of the others.
 
     Parameters
     ----------
     images : uint8 array, shape (n, size, size, 3)
-        Gray pictures hold the same values three times.
+        Gray images hold the same values three times.
     labels : uint8 array, shape (n, size, size)
-        1 where the object is, 0 where it is not, IGNORE where nothing is known.
+        1 where the object is, 0 where it is not, IGNORE where nothing is annotated.
     source : str
         Where the task comes from: "synthetic/tubes", "real/wbc_krd", ...
     """

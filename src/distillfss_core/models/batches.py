@@ -1,4 +1,6 @@
-"""Labels of many planes at once, for devices that want large batches: raw pixels go up, labels come down.
+"""Labels of many planes at once, for devices that compute large batches.
+
+Raw pixels are copied to the device, labels are copied back.
 
 ::
 
@@ -39,7 +41,7 @@ Crop = tuple[slice, slice]
 
 
 class PlaneBatches:
-    """Computes the labels of one window of many planes.
+    """Compute the labels of one window of many planes.
 
     A batch always has as many planes as the size of its window allows. The last batch is filled up with copies of its
     last plane, so that the labels of a plane do not depend on the number of planes beside it.

@@ -21,7 +21,7 @@ THUMBNAIL = 96
 
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
-    """Small pictures of the support: ``images`` "n t t" uint8 and ``labels`` "n t t" uint8."""
+    """Small images of the support: ``images`` "n t t" uint8 and ``labels`` "n t t" uint8."""
 
     images: npt.NDArray[np.uint8]
     labels: npt.NDArray[np.uint8]
@@ -60,7 +60,7 @@ def read_thumbnails(path: str | Path) -> Thumbnails | None:
 
 
 def thumbnails(support: SupportSet, limit: int = 16) -> Thumbnails:
-    """Small pictures of up to ``most`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
+    """Small images of up to ``limit`` slices, evenly chosen: image stretched to its own range, labels by nearest."""
     chosen = [support.slices[i] for i in evenly(len(support), limit)]
     images, labels = [], []
     for labeled in chosen:

@@ -1,4 +1,4 @@
-"""How a student's network is run: by torch, compiled or not, ONNX Runtime or OpenVINO."""
+"""Engines for the network of a student: torch, compiled or not, ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ _GRAPH_INPUT, _GRAPH_OUTPUT = "image", "margins"
 
 
 class StudentNetwork(nn.Module):
-    """What an engine runs: from the preprocessed, zoomed image to margins.
+    """The part of a student that an engine runs: from the preprocessed, zoomed image to margins.
 
     Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit
-    of each class exceeds the background's, on the decoder's own grid (for the slim one, that of the finest features).
+    of each class exceeds the background's, on the decoder's own grid (for the default one, that of the finest
+    features).
     """
 
     def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
@@ -56,7 +57,7 @@ class StudentNetwork(nn.Module):
 
     @property
     def local(self) -> bool:
-        """Whether the answer at a pixel depends on a bounded neighborhood only."""
+        """Whether the output at a pixel depends on a bounded neighborhood only."""
         return self.head.decoder.local and self.backbone.spec.local
 
 
@@ -64,8 +65,8 @@ def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:
     """Turn "auto" into the fastest engine that is installed and can run this network on this device.
 
     On a CPU that is ONNX Runtime in float32 and OpenVINO in bfloat16 and int8, then the other of them (ONNX Runtime has
-    no bfloat16), then torch (not in int8); elsewhere torch. Those other than torch run networks whose answers depend on
-    a bounded neighborhood. "torch-compiled" is torch with ``torch.compile``, which takes up to a minute at the first
+    no bfloat16), then torch (not in int8); elsewhere torch. Engines other than torch run networks whose outputs depend
+    on a bounded neighborhood. "torch-compiled" is torch with ``torch.compile``, which takes up to a minute at the first
     window; "auto" never means it.
 
     Parameters
@@ -140,7 +141,7 @@ Engine = Callable[[Tensor], Tensor]
 
 
 class Runner:
-    """A network and the engine that runs it; the engine is made ready when it is first asked.
+    """A network and the engine that runs it; the engine is prepared at the first call.
 
     The engine's copy of the weights is that of the first call. Other engines than torch compute with as many threads as
     torch has at the time of a call, and are made ready again when that changes.
@@ -201,7 +202,7 @@ class Runner:
 
 
 class _Torch:
-    """The network with its weights in the precision that is computed in: nothing is rounded anew at every window."""
+    """The network in torch, with weights in the precision of the computation: no window rounds them again."""
 
     def __init__(self, network: StudentNetwork, device: Device, *, compiled: bool) -> None:
         self._dtype = device.dtype
@@ -308,7 +309,7 @@ def onnx_graph(module: nn.Module, example: Float[Tensor, "b c h w"], input_name:
 
 @contextmanager
 def _tracing() -> Iterator[None]:
-    """Inside, sizes are tensors: jaxtyping's checks, where they are switched on, do not know them."""
+    """Inside, sizes are tensors: jaxtyping's checks, where they are switched on, do not accept them."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

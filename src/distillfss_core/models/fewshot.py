@@ -17,7 +17,7 @@ from distillfss_core.nn.teachers import SupportKeys, Teacher
 
 
 class FewShotModel(Segmenter):
-    """A teacher and the support it was told; lives in memory only."""
+    """A teacher and its support; it exists in memory only."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""From a user's pixels to what the backbone sees: intensity, channels and zoom, fitted once, stored with the model."""
+"""Preprocessing of images for the backbone: intensity, channels and zoom, fitted once and stored with the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Maps an image "y x [c]" of any dtype to "3 h w" in [0, 1].
+    """Map an image "y x [c]" of any dtype to "3 h w" in [0, 1].
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A network in integers of eight bits, for processors that multiply those fastest."""
+"""Quantization of a network to integers of eight bits, for processors that multiply those fastest."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ Region = tuple[tuple[int, int], tuple[int, int]]
 class Segmenter:
     """Tiled prediction, the same for every kind of model.
 
-    Subclasses say what the logits of a window are.
+    Subclasses compute the margins of a window.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Segmenter:
         image : array, shape (y, x) or (y, x, c)
             Any integer, bool or floating dtype; finite.
         tile : int
-            Inner side of a tile in pixels after zooming; memory grows with its square, the answer stays the same.
+            Inner side of a tile in pixels after zooming; memory grows with its square, the result stays the same.
 
         Returns
         -------
@@ -229,13 +229,13 @@ class Segmenter:
         return list(split_plane(shape, max(1, round(tile / zoom)), round(self.halo / zoom), self.step))
 
     def reach(self, shape: tuple[int, int], region: Region, *, tile: int = TILE) -> Region:
-        """The part of a plane that `predict_region` reads to answer for a region."""
+        """The part of a plane that `predict_region` reads for a region."""
         seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
         (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
         return (min(y0), max(y1)), (min(x0), max(x1))
 
     def digest(self) -> str:
-        """What the answers depend on, as a hexadecimal number: weights, classes, preprocessing and halo."""
+        """SHA-256 (hex) of all that predictions depend on: weights, classes, preprocessing and halo."""
         sha = hashlib.sha256(self.backbone.digest().encode())
         description = [self.class_names, self.preprocess.to_json(), self.halo, self.backbone.spec.name]
         sha.update(json.dumps(description, sort_keys=True).encode())
@@ -274,10 +274,10 @@ class Segmenter:
     def _windows(
         self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
     ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
-        """The tiles that have a say in a region, and the margins "k y x" of their whole windows.
+        """The tiles that contribute to a region, and the margins "k y x" of their whole windows.
 
-        Where the device runs out of memory, the rest and all that comes later goes on in smaller tiles (a warning says
-        so).
+        Where the device runs out of memory, the rest and all that comes later goes on in smaller tiles (with a
+        warning).
         """
         zoom = self.preprocess.zoom_factor
         side, halo = min(max(1, round(tile / zoom)), max(shape)), round(self.halo / zoom)

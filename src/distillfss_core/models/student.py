@@ -1,4 +1,4 @@
-"""The student: a light segmenter in a file of its own."""
+"""The student: a segmenter that is stored in one file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEEP_BACKBONE = (
 
 
 class StudentModel(Segmenter):
-    """A light segmenter of its own: backbone, ConvDist, decoder, preprocessing and a card, in one file.
+    """A segmenter in one file: backbone, ConvDist, decoder, preprocessing and a card.
 
     It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
     """
@@ -123,7 +123,7 @@ class StudentModel(Segmenter):
         Raises
         ------
         SettingsError
-            If the student does not know its own pixel size, or one is not positive.
+            If the student has no pixel size, or a pixel size is not positive.
         """
         if self.pixel_size is None:
             raise SettingsError(

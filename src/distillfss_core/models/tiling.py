@@ -1,4 +1,4 @@
-"""Cutting a plane into tiles: pure geometry, no pixels.
+"""Tiles of a plane: pure geometry, no pixels.
 
 A tile is computed on a larger window, its halo thrown away::
 
@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Span:
-    """One axis of a tile: ``inner`` is what the tile answers for, ``outer`` what it looks at. Half-open pixels."""
+    """One axis of a tile, in half-open pixels: ``inner`` has its labels, ``outer`` is its input."""
 
     inner: tuple[int, int]
     outer: tuple[int, int]

@@ -1,1 +1,1 @@
-"""Networks: backbones, teachers, students, and what they share."""
+"""Networks: backbones, teachers, students and their shared parts."""

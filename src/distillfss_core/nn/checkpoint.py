@@ -1,4 +1,7 @@
-"""Tensors with a card in one safetensors file: written whole or not at all, refused in one line when damaged."""
+"""Tensors and a card in one safetensors file.
+
+A file is written whole or not at all. A damaged file is refused with an error of one line.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from distillfss_core.io.writing import atomic_path
 
 @dataclass(frozen=True)
 class FileKind:
-    """A kind of file: its name inside the file, what people call it, and the newest version that is read."""
+    """A kind of file: its name inside the file, its name for users, and the newest version that is read."""
 
     name: str
     called: str
@@ -58,7 +61,7 @@ def kind_of(path: str | Path) -> str | None:
 def read_card_file(
     path: str | Path, kind: FileKind, *, tensors: bool = True
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Card, tensors (none unless asked for: then they are not checked either) and the whole header.
+    """Card, tensors (none without ``tensors``: then they are not checked either) and the whole header.
 
     Raises
     ------

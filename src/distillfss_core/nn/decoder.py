@@ -1,4 +1,4 @@
-"""From coarse maps and skip features to logits: one decoder, shared by teacher and student.
+"""Decoders, which turn coarse maps and skip features into logits; teacher and student share one.
 
 Both decoders are class-agnostic: classes ride in the batch, so a decoder trained on one task serves another.
 """
@@ -25,7 +25,7 @@ def _split(x: Float[Tensor, "bk c h w"], classes: int) -> Float[Tensor, "b k c h
 
 
 class Decoder(nn.Module):
-    """What teacher and student need of a decoder."""
+    """Interface of decoders, as teacher and student use it."""
 
     support_skip = False  # whether it reads the support's features too
     local = True  # whether the answer at a pixel depends on a bounded neighborhood only
@@ -155,8 +155,8 @@ def _corner_resize(x: Tensor, size: Sequence[int]) -> Tensor:
 class SkipProjection(nn.Conv2d):
     """A 1x1 convolution of standardized features, in one step.
 
-    Mean and deviation of the channels are fitted once and then part of the model, so a pixel's answer stays its own.
-    Before `fit` they change nothing.
+    Mean and deviation of the channels are fitted once and then part of the model, so the output at a pixel depends on
+    that pixel alone. Before `fit` they change nothing.
     """
 
     mean: Tensor
@@ -181,20 +181,19 @@ class SkipProjection(nn.Conv2d):
 
 
 class SlimDecoder(Decoder):
-    """A light decoder in which no pixel looks at the whole tile.
+    """The default decoder: its output at a pixel depends on a bounded neighborhood only.
 
-    There is no GroupNorm and no align_corners, so what it says at a pixel depends on a bounded
-    neighborhood only, and tiles agree with the whole plane. The skip features of the finest stage are used
-    (stride 2 where the backbone has it: small objects need it). What is computed from the query alone is
-    computed once for all classes::
+    It has no GroupNorm and no align_corners, so tiles agree with the whole plane. The skip features of the finest stage
+    are used (stride 2 where the backbone has it: small objects need it). Operations on the query alone run once for all
+    classes::
 
         deep --conv--up--+--conv--up--+--conv--+--conv--up--+--conv--conv--up--+--1x1-- logits
         mid  ------conv--'            |        |            |                  |
         fine ------------------conv---'        |            |                  |
         skips (query only) -------------------1x1----------1x1----------------1x1
 
-    Before any training its answer is the mean of the coarse maps against `NEUTRAL` (its last layer
-    starts at zero), so a teacher whose attention means something already segments.
+    Before any training, its output is the mean of the coarse maps against `NEUTRAL` (its last layer starts at zero), so
+    a teacher whose attention means something already segments.
 
     Parameters
     ----------
@@ -240,7 +239,7 @@ class SlimDecoder(Decoder):
         self.gain: nn.Parameter = nn.Parameter(torch.full((3,), 4.0))
 
     def fit_norms(self, features: FeaturePyramid) -> None:
-        """Fit the skip standardization on the features of a few support views."""
+        """Fit the skip standardization on the features of a few support crops."""
         for project, skip in zip(self.skips, features.skips, strict=True):
             assert isinstance(project, SkipProjection)
             project.fit(skip)

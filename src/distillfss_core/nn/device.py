@@ -1,4 +1,4 @@
-"""Devices: where to compute, and in which precision."""
+"""Devices and the precisions that they compute in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of torch that flow between backbone, teacher, student and decoder."""
+"""Values of torch that backbone, teacher, student and decoder exchange."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FeaturePyramid:
         return FeaturePyramid(tuple(tuple(function(b) for b in stage) for stage in self.stages), self.size)
 
     def lean(self) -> FeaturePyramid:
-        """Without the blocks nobody reads: of each detail stage only the last is kept."""
+        """Without the blocks that nothing reads: of each detail stage only the last is kept."""
         return FeaturePyramid(tuple((s[-1],) for s in self.stages[:-3]) + self.stages[-3:], self.size)
 
     def __getitem__(self, index: slice | Tensor) -> FeaturePyramid:
@@ -75,7 +75,7 @@ def cat_pyramids(pyramids: list[FeaturePyramid]) -> FeaturePyramid:
 
 @dataclass(frozen=True, eq=False)
 class EncodedSupport:
-    """Support views that have been through the backbone, once.
+    """Features and masks of support crops.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ class EncodedSupport:
 
 @dataclass(frozen=True, eq=False)
 class CoarseMaps:
-    """Where each class might be, as every block of the three coarser stages sees it.
+    """Maps of each class from every block of the three coarser stages.
 
     Each is "b k n h w": batch, class, block of the stage, grid. Values of attention lie in [0, 1].
     """
@@ -117,7 +117,7 @@ class CoarseMaps:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Coarse maps and what the decoder made of them: logits "b k 2 h w" (background, foreground of each class)."""
+    """Coarse maps, and the logits "b k 2 h w" (background, foreground of each class) that a decoder made of them."""
 
     coarse: CoarseMaps
     logits: Float[Tensor, "b k 2 h w"]
@@ -140,7 +140,7 @@ def merge_classes(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k+1 h 
 
 
 def margins(logits: Float[Tensor, "b k 2 h w"]) -> Float[Tensor, "b k h w"]:
-    """By how much the merged logit of each class exceeds that of the background: they say as much with a channel less.
+    """Subtract the merged logit of the background from that of each class.
 
     The softmax of zero and these is that of `merge_classes`; where none is above zero it is background.
     """

@@ -1,4 +1,4 @@
-"""Everything that is trained on top of a frozen backbone, built from settings: teacher, student and decoder."""
+"""The head: teacher, student and decoder on top of a backbone, built from settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OLDER_DEFAULTS = ("light", "slim", "ours")
 
 @dataclass(frozen=True)
 class HeadForm:
-    """Which parts a head is made of: enough to build it again from a file."""
+    """The parts of a head, as a file names them; they suffice to build it again."""
 
     student: str
     decoder: str

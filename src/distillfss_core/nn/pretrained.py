@@ -1,4 +1,4 @@
-"""Meta-trained few-shot heads as files: attention, decoder and a backbone that was trained with them; no student."""
+"""Files of meta-trained heads: attention, decoder and a backbone trained with them, but no student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGED = {"efficientnet_lite0": "efficientnet_lite0.safetensors"}
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
-    """What a head learned from many tasks.
+    """Weights that a head learned from many tasks.
 
     Parameters
     ----------
@@ -110,7 +110,10 @@ def save_head(path: str | Path, teacher: DcamaTeacher, backbone: Backbone, card:
 
 
 def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A backbone's kernels in half precision; vectors (biases, what BatchNorm knows) stay: they may be tiny or huge."""
+    """Kernels of a backbone in half precision.
+
+    Vectors (biases, statistics of BatchNorm) stay as they are, since they may be tiny or huge.
+    """
     return {name: value.half() if value.ndim > 1 else value for name, value in state.items()}
 
 
@@ -177,7 +180,7 @@ def find_backbone(name: str, digest: str, weights: str, source: str) -> Backbone
     Raises
     ------
     ModelFileError
-        If the weights found are others.
+        If the weights are other than those of the card.
     SettingsError, WeightsUnavailableError
         As `load_backbone` does.
     """

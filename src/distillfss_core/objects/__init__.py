@@ -1,1 +1,1 @@
-"""Objects in a labeled volume: numbered and measured."""
+"""Objects of a labeled volume: their numbers and measurements."""

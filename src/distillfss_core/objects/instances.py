@@ -1,4 +1,4 @@
-"""The objects of a labeled volume get numbers that hold over the whole of it, block by block.
+"""Numbers of objects that hold over a whole labeled volume, computed block by block.
 
 ::
 
@@ -56,7 +56,7 @@ class InstanceStep:
 
 @dataclass(frozen=True)
 class InstanceReport:
-    """The labels' folder, objects in it, objects left out as too small, seconds."""
+    """Result of a run: folder of the labels, number of objects, objects too small to count, seconds."""
 
     path: Path
     objects: int
@@ -139,8 +139,8 @@ def iter_instances(
         With how many neighbors a voxel is connected (components only).
     radius : float
         Of a typical object, in the unit of ``labels.scale`` (voxels where that is not known); for the watershed. A
-        block is looked at with four radii of its surroundings: objects up to about this size are cut alike wherever
-        blocks begin, much larger ones may be cut at the borders of blocks.
+        block is read with four radii of its surroundings: objects up to about this size are cut alike wherever blocks
+        begin, much larger ones may be cut at the borders of blocks.
     min_voxels : int
         Smaller objects become background.
     resume, overwrite : bool
@@ -241,7 +241,7 @@ def _plan(
 
 @dataclass(frozen=True)
 class _Splitter:
-    """Finds the pieces of objects in a block."""
+    """Split a block into pieces of objects."""
 
     labels: Volume
     image: Volume | None

@@ -1,4 +1,4 @@
-"""Objects as rows: pieces measured block by block, joined to objects, written as a table."""
+"""Measurements of objects: pieces measured block by block, joined to objects, written as a table."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def write_table(
     path : path
         .csv or .parquet
     objects : array of PIECE
-        Those of label 0 are left out.
+        Pieces with label 0 are skipped.
     scale, unit
         As of a `Volume`.
     measured : bool

@@ -1,4 +1,4 @@
-"""What the generated stacks are made with: smooth noise, blur, and numbers of objects."""
+"""Building blocks of the generated stacks: smooth noise, blur, and numbers of objects."""
 
 from __future__ import annotations
 

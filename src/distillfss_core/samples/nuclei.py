@@ -1,4 +1,4 @@
-"""Nuclei in fluorescence: what the demo, the tests and the examples work on.
+"""Nuclei in fluorescence, for the demo, the tests and the examples.
 
 It imitates what makes confocal stacks hard: nuclei packed until they touch, of every brightness, blurred most along z,
 lit unevenly, over a structured haze, with bright debris that is no nucleus.

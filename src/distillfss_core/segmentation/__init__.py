@@ -1,1 +1,1 @@
-"""Volumes to labels: lazily, into OME-Zarr, in batches, on a cluster."""
+"""Segmentation of volumes: lazily, into OME-Zarr, in batches, on a cluster."""

@@ -1,4 +1,4 @@
-"""Many volumes, one after another, with one report of what became of each."""
+"""Segmentation of many volumes, one after another, with a report of all."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Segmenting on many processes or machines by dask.distributed: one task is one whole shard of labels.
+"""Segmentation on many processes or machines by dask.distributed: a task is a whole shard of labels.
 
 ::
 
     this process                       workers
-    plan, record, pyramid   <-------   read, infer, write a shard, force it to disk, tell its digest
+    plan, journal, pyramid  <-------   read, infer, write a shard, force it to disk, send its digest
 
 Workers see the same files. A task that is lost with its worker is done again by another; it writes the same file.
 """
@@ -38,7 +38,7 @@ _RETRIES = 2  # of a task that ends in an error, e.g. of a file system that is a
 
 @dataclass(frozen=True)
 class Connection:
-    """A dask.distributed client, and what its workers compute on; it is made by `connect`."""
+    """A dask.distributed client and the device of its workers; `connect` makes it."""
 
     client: Any
     device: str
@@ -85,7 +85,7 @@ def connect(address: str, *, device: str = "auto", precision: str = "auto") -> I
     Raises
     ------
     SettingsError
-        If there is no such kind of cluster, a library is missing, or nobody answers.
+        If there is no such kind of cluster, a library is missing, or no scheduler responds.
     """
     kind, _, count = address.partition(":")
     if not re.fullmatch(r"(local|slurm)(:\d*)?|(tcp|tls)://.+:\d+", address):

@@ -1,4 +1,4 @@
-"""A model at work on a volume: any part of any plane, computed when it is looked at."""
+"""Lazy segmentation of a volume: any part of any plane, computed on demand."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _SAMPLES = 1 << 24  # voxels sampled of some planes at a time
 
 
 class VolumeSegmenter:
-    """A model and a volume; knows the intensity limits of every plane that it has seen.
+    """A model and a volume; it stores the intensity limits of every plane that it has read.
 
     Parameters
     ----------
     volume : Volume
     model : Segmenter
     tile : int
-        Inner side of a tile in pixels after zooming. The grid of tiles hangs on the volume, so whatever part is asked
-        for has the labels of the whole.
+        Inner side of a tile in pixels after zooming. The grid of tiles is that of the volume, so any part has the
+        labels of the whole.
     limits : Limits, optional
         Intensities that become 0 and 1, the same for all planes; by default those of each plane, or of the training.
 
@@ -69,13 +69,13 @@ class VolumeSegmenter:
         return self._limits[z]
 
     def limits_of(self, planes: Sequence[int]) -> Limits:
-        """Intensities that become 0 and 1, judged by some planes together."""
+        """Intensities that become 0 and 1, from some planes together."""
         if self._fixed is not None:
             return self._fixed
         return self._judge(planes, [self._samples(z, z + 1)[0] for z in planes])
 
     def read(self, z: slice, region: Region) -> Array:
-        """Voxels (z, y, x[, c]) that are needed to answer for a region of planes, whose limits are looked up first."""
+        """Voxels (z, y, x[, c]) that a region of planes needs; the limits of the planes are computed first."""
         if self._fixed is None:
             self._look_up(z.start, z.stop)
         (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
@@ -87,7 +87,7 @@ class VolumeSegmenter:
         Parameters
         ----------
         pixels : array, optional
-            What `read` gave for this plane; read now if left out.
+            Result of `read` for this plane; read now if not given.
 
         Raises
         ------
@@ -185,7 +185,7 @@ class VolumeSegmenter:
 
 
 class _Outputs:
-    """What a model says of a volume, as an array that computes what is taken from it."""
+    """Outputs of a model for a volume, as an array that computes the part that is read."""
 
     def __init__(self, segmenter: VolumeSegmenter, what: str) -> None:
         self.segmenter, self.what = segmenter, what
@@ -216,7 +216,7 @@ class _Outputs:
 
 
 def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int = TILE) -> da.Array:
-    """What a model says of a volume, as a dask array that computes a tile of a plane when it is looked at.
+    """Segment a volume as a dask array that computes a tile of a plane on demand.
 
     Whatever region is taken from it has the values of the whole, bit for bit.
 
@@ -237,7 +237,7 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
     Raises
     ------
     SettingsError
-        If there is no such kind of answer.
+        If ``what`` is another word.
     ImageError
         If the volume has other channels than the model.
     """

@@ -1,4 +1,4 @@
-"""How the labels of a box come about: plane by plane, smoothed along z, or by consensus of three directions."""
+"""Modes of labeling a box: plane by plane, smoothed along z, or by consensus of three directions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAMPLED = 16  # planes that say what is dark and bright in other directions
 
 
 class PlanewiseLabels:
-    """Each plane on its own: labels are those of `StudentModel.predict_labels`.
+    """Mode planewise: each plane separately, with the labels of `StudentModel.predict_labels`.
 
     Parameters
     ----------
@@ -58,7 +58,7 @@ class PlanewiseLabels:
 
 
 class SmoothedLabels(PlanewiseLabels):
-    """Probabilities of a plane (two parts) and of its two neighbors (a part each, where there is one) together.
+    """Mode smoothed: weighted mean of the probabilities of a plane (two parts) and its neighbors (one part each).
 
     What flickers from plane to plane goes, and so do objects of a single plane.
     """
@@ -93,8 +93,7 @@ class SmoothedLabels(PlanewiseLabels):
 
 
 class ConsensusLabels(PlanewiseLabels):
-    """The mean of the probabilities that planes along z, along y and along x give a voxel, for voxels about as long as
-    wide.
+    """Mode consensus: mean of the probabilities that planes along z, y and x give a voxel, for nearly cubic voxels.
 
     A block is a cube, since planes in three directions go through it::
 

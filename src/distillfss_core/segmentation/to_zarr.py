@@ -1,12 +1,12 @@
-"""Segmenting a volume into OME-Zarr: readers, inference and a writer at the same time, resumable at any moment.
+"""Segmentation of a volume into OME-Zarr, with concurrent readers, inference and writer; it can always resume.
 
 ::
 
     reader threads          this thread            writer threads
-    read block n + 2        infer block n          write shard n - 1, force to disk, note in the record
+    read block n + 2        infer block n          write shard n - 1, force to disk, note in the journal
 
-A block is what a shard of labels needs: its voxels and their surroundings, of all its planes. A shard that the record
-does not know is computed again, so whatever happens, what the record knows is whole.
+A block is what a shard of labels needs: its voxels and their surroundings, of all its planes. A shard that the
+journal does not list is computed again, so every shard that it lists is whole.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 @dataclass(frozen=True)
 class ShardDone:
-    """A step of the work, as its generator yields it.
+    """A step of the work.
 
     Parameters
     ----------
     index, total : int
-        Shards done (1..total), those found finished included, and shards in all, coarser levels included.
+        Shards done (1..total), those finished before included, and shards in all, coarser levels included.
     level : int
         0 is segmenting, 1.. is the pyramid.
     computed : bool
@@ -64,7 +64,7 @@ class ShardDone:
     seconds : float
         Since the start of this run.
     eta : float
-        Seconds left, judged by those shards that this run computed; NaN before there is one.
+        Seconds left, estimated from those shards that this run computed; NaN before there is one.
     """
 
     index: int
@@ -77,7 +77,7 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class VolumeReport:
-    """What a run did: the labels' folder, shards computed and found finished, missing chunks met, seconds."""
+    """Result of a run: folder of the labels, shards computed, shards finished before, missing chunks, seconds."""
 
     path: Path
     computed: int
@@ -142,15 +142,15 @@ def iter_segment(
     out : path
         A folder of its own ("labels.ome.zarr"), or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
     region : ((z0, z1), (y0, y1), (x0, x1)), optional
-        Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the
-        volume's size: what was not asked for stays 0, and can be segmented later by another run.
+        Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the volume's
+        size: the rest stays 0, and can be segmented later by another run.
     resume : bool
         False refuses to go on with what another run began.
     overwrite : bool
         Begin anew in place of labels that were written from here.
     mode : {"planewise", "smoothed", "consensus"}
-        Each plane on its own; with its neighbors along z; or the mean of what planes in three directions say, where
-        voxels are about as long as wide (some ten times slower). See `modes`.
+        Each plane on its own; with its neighbors along z; or the mean of planes in three directions, where voxels are
+        about as long as wide (some ten times slower). See `modes`.
     tile : int, optional
         Inner side of a tile in pixels after zooming.
     cluster : str or Connection, optional
@@ -257,7 +257,7 @@ def open_store(
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done: parts of shards of the finest level, then shards of the coarser ones, in this order.
+    """Work of a run: parts of shards of the finest level, then shards of the coarser ones, in this order.
 
     ``finished`` shards of the finest level need no work.
     """
@@ -369,7 +369,7 @@ def _segmented_by(
 
 
 class _Clock:
-    """Counts steps and judges how long the rest takes."""
+    """Count steps and estimate the time that the rest takes."""
 
     def __init__(self, start: float, total: int, finished: int) -> None:
         self.start, self.total, self.index, self.computed = start, total, finished, 0

@@ -1,4 +1,4 @@
-"""What runs on a worker of a cluster: the model and the volume of a run, made ready once, and a shard at a time."""
+"""Code that runs on a worker of a cluster: it loads model and volume once, then segments one shard at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from distillfss_core.volumes.volume import Volume
 
 @dataclass(frozen=True)
 class Spec:
-    """What a worker has to know; it travels once to each. ``model`` is the content of a student file."""
+    """Settings of a run, sent once to each worker; ``model`` is the content of a student file."""
 
     model: bytes
     volume: Volume
@@ -41,7 +41,7 @@ class Spec:
 
 
 class Job(WorkerPlugin):
-    """A run, as a worker knows it; it is made ready when its first task comes."""
+    """A run on a worker, prepared with its first task."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

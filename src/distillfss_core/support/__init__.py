@@ -1,1 +1,1 @@
-"""Annotated slices: checked, and which planes to annotate."""
+"""Annotated slices: their validation, and the choice of planes to annotate."""

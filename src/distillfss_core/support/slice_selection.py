@@ -1,4 +1,4 @@
-"""Which planes of a volume to annotate: spread evenly, or as different from one another as the volume has them."""
+"""Choice of planes to annotate: evenly spread, or as different from one another as possible."""
 
 from __future__ import annotations
 
@@ -73,8 +73,7 @@ def suggest_diverse_planes(volume: Volume, count: int, *, taken: Collection[int]
     volume : Volume
         At most `LOOKED_AT` planes of it are read, evenly spread, and of planes larger than 2048 pixels the middle.
     count : int
-        How many to choose beside ``taken``, at least 1; fewer come back where fewer planes differ at all or were
-        looked at.
+        How many to choose beside ``taken``, at least 1; fewer are returned where fewer planes differ or were read.
     taken : collection of int
         Planes that are annotated already: what is like them is not suggested again.
 

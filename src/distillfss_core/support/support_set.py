@@ -1,4 +1,4 @@
-"""The annotated slices, checked when they are put together."""
+"""Sets of annotated slices, validated when they are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SupportSet:
-    """Annotated slices of one task; one that exists is a good one.
+    """Annotated slices of one task, validated when the set is made.
 
     Parameters
     ----------

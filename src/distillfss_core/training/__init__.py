@@ -1,4 +1,4 @@
-"""Training on a support set: refine a teacher (TransferFSS), distill a student (DistillFSS)."""
+"""Training on a support set: refinement of a teacher (TransferFSS), distillation of a student (DistillFSS)."""
 
 from distillfss_core.training.distillation import (
     DistillRun,

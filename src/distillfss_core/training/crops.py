@@ -27,7 +27,7 @@ STEP = 32  # pixels that sides of crops are multiples of
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How strongly crops differ from the slice they are cut from; everything at zero gives plain crops.
+    """Differences between crops and their slice; zeros everywhere give plain crops.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Crop:
 
 
 class CropSampler:
-    """Cuts crops out of a support set, at native resolution times the model's zoom.
+    """Cut crops from a support set, at native resolution times the model's zoom.
 
     Three crops out of four are centered on an annotated object (each class as often as another), the others
     lie anywhere that something is annotated: rare classes are seen in most steps.

@@ -175,7 +175,7 @@ class DistillRun(Iterator[TrainStep]):
         Raises
         ------
         NoStudentYetError
-            While the teacher is still being refined (two-stage), or if nothing but a teacher was asked for.
+            While the teacher is still being refined (two-stage), or if the run trains only a teacher.
         """
         if not self._has_student:
             raise NoStudentYetError(
@@ -214,7 +214,7 @@ class DistillRun(Iterator[TrainStep]):
         return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
 
     def teacher(self) -> FewShotModel:
-        """The teacher with its best weights so far, told by the whole support set."""
+        """The teacher with its best weights so far, with the whole support set."""
         head = self._refined or self._best_head()
         return _show_support(head.teacher, self.backbone, self.preprocess, self.support, self.settings, self.device)
 
@@ -222,7 +222,7 @@ class DistillRun(Iterator[TrainStep]):
 def iter_distill(
     support: SupportSet, settings: DistillSettings | None = None, *, init_from: StudentModel | None = None
 ) -> DistillRun:
-    """Distill, step by step: iterate the run for `TrainStep`, then ask it for its ``result()``."""
+    """Distill, step by step: iterate the run for `TrainStep`, then call its ``result()``."""
     return DistillRun(support, settings or DistillSettings(), init_from)
 
 
@@ -254,7 +254,7 @@ def distill(
 
 
 def iter_refine(support: SupportSet, settings: DistillSettings | None = None) -> DistillRun:
-    """TransferFSS, step by step: refine the teacher on the support set; ask the run for its ``teacher()``."""
+    """TransferFSS, step by step: refine the teacher on the support set; call ``teacher()`` of the run."""
     return DistillRun(support, settings or DistillSettings(), teacher_only=True)
 
 
@@ -269,9 +269,9 @@ def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewS
 def unrefined_teacher(
     support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
 ) -> FewShotModel:
-    """A teacher that answers at once: DCAMA as its weights come, or prototypes (kind "prototype").
+    """A teacher without training: DCAMA with its initial weights, or prototypes (kind "prototype").
 
-    With ``voting`` every support crop answers for itself and the surest one counts; otherwise all crops stand in one
+    With ``voting``, each support crop segments separately and the surest one counts; otherwise all crops share one
     attention.
     """
     settings = settings or DistillSettings()

@@ -1,4 +1,4 @@
-"""Which crops ask and which answer: pure indices, so that no query ever sits in its own support."""
+"""Choose query and support crops of an episode, by indices alone; no query is in its own support."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def draw_episode(
     shots: int,
     walk: int,
 ) -> Episode:
-    """One step of the leave-one-out walk.
+    """Draw the query and support crops of one step, with queries from other slices than the support.
 
-    With several slices, the slice number ``walk`` (taken in turn) and at most half of the slices are asked, the
-    others answer. With one slice, crops of it that do not overlap the queries answer, or, where all overlap,
-    the ones that overlap least.
+    With several slices, the queries come from slice number ``walk`` (taken in turn) and at most half of the slices, the
+    support from the others. With one slice, the support consists of crops that do not overlap the queries or, where all
+    overlap, of those that overlap least.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def draw_episode(
     boxes : sequence of (y0, x0, y1, x1)
         Where every crop was cut.
     queries, shots : int
-        Crops to ask and to answer at most.
+        Largest numbers of query and support crops.
     """
     present = np.unique(slices)
     if len(present) > 1:

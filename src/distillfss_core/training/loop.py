@@ -1,4 +1,4 @@
-"""The one training loop: episodes of stored crops, AdamW, a moving average of the weights, the best kept."""
+"""The training loop: episodes of stored crops, AdamW, a moving average of the weights, and the best state."""
 
 from __future__ import annotations
 
@@ -38,8 +38,11 @@ TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in eve
 
 @dataclass(frozen=True)
 class Roles:
-    """What learns in a stage: "refine" the teacher alone, "joint" both, "distill" the student from a fixed teacher
-    (the published loss then sees no labels, ours sees them too), "direct" the student from the labels."""
+    """Roles of teacher and student in a stage of the training.
+
+    "refine" trains the teacher alone, "joint" both, "distill" the student from a fixed teacher, and "direct" the
+    student from the labels. In "distill" the published loss reads no labels, the default loss reads them too.
+    """
 
     teacher: bool
     student: bool
@@ -137,7 +140,7 @@ def episode_losses(
 ) -> dict[str, Float[Tensor, ""]]:
     """Loss terms of one episode; their sum is what is minimized.
 
-    ``offset`` (0..1) says which of the support's keys are kept where there are more than `TRAIN_KEYS`.
+    ``offset`` (0..1) selects the support's keys that are kept where there are more than `TRAIN_KEYS`.
 
     Teacher and student ride through the shared decoder together, as if they were twice as many classes: what the
     decoder computes from the query alone is computed once.
@@ -178,10 +181,10 @@ def episode_losses(
 
 @dataclass(frozen=True, eq=False)
 class _Outputs:
-    """What teacher and student made of the queries of an episode; None of what does not take part.
+    """Outputs of teacher and student for the queries of an episode; None for the one that takes no part.
 
-    ``k1`` is k + 1. ``visible`` are the labels without the classes that the support does not show; ``present`` says
-    which it shows.
+    ``k1`` is k + 1. ``visible`` are the labels without the classes that the support does not show; ``present`` marks
+    those that it shows.
     """
 
     teacher_logits: Float[Tensor, "b k1 h w"] | None
@@ -237,8 +240,9 @@ def _balanced_terms(roles: Roles, out: _Outputs) -> dict[str, Float[Tensor, ""]]
 class Best:
     """A moving average of the trained weights, and the latest average that did well on the validation slice.
 
-    Well is within `NOISE` of the best: one slice says little of the others, and of states that it cannot tell apart the
-    one that has learned longer is better. Without a validation slice the latest average is the best.
+    An average does well if its IoU is within `NOISE` of the best. One slice stands for little of the others, so among
+    states that it cannot distinguish the one that learned longer is better. Without a validation slice the latest
+    average is the best.
     """
 
     def __init__(self, head: FewShotHead, decay: float = 0.98) -> None:

@@ -1,4 +1,4 @@
-"""A student that begins where its teacher is: attention over a few clusters of keys, written as convolutions."""
+"""Initial weights of a student: attention over a few clusters of keys, written as convolutions."""
 
 from __future__ import annotations
 

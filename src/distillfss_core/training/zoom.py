@@ -1,4 +1,4 @@
-"""Which zoom suits the objects: a meta-trained teacher, or a linear probe, judged on slices it has not seen."""
+"""Choice of the zoom by a meta-trained teacher or a linear probe, scored on held-out slices."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def iter_zoom(
 ) -> Generator[TrainStep, None, tuple[Fraction, dict[str, float]]]:
     """Choose the zoom at which crops of held-out slices are segmented best; yields a step after each zoom.
 
-    Every fifth of the slices (of a single slice: of its crops) is left out in turn. A meta-trained teacher is told by
-    the rest and answers; without one, ridge regression from the features under a pixel to its class is fitted on it.
+    Every fifth of the slices (of a single slice: of its crops) is held out in turn. A meta-trained teacher segments it
+    with the rest as support. Without a teacher, ridge regression from the features of a pixel to its class is fitted on
+    the rest.
 
     Parameters
     ----------
@@ -75,7 +76,7 @@ def iter_zoom(
 def _probe(
     crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teacher: Teacher | None
 ) -> float:
-    """Mean IoU over the classes at points of the crops, each fold judged by the others."""
+    """Mean IoU over the classes at points of the crops, each fold predicted from the others."""
     features = [cache.encode([crop]) for crop in crops]
     points = [_draw_points(crop, rng) for crop in crops]
     y = torch.stack(
@@ -113,7 +114,7 @@ def _by_teacher(
     cache: FeatureCache,
     classes: int,
 ) -> Predictor:
-    """A teacher that the crops not asked are shown to."""
+    """Predict crops by a teacher that has the other crops as its support."""
 
     def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
         support_rows = torch.nonzero(~held_out).flatten().tolist()

@@ -1,4 +1,4 @@
-"""Backbones: what they are (``SPECS``), where their weights come from, and their per-block features.
+"""Backbones: their table (``SPECS``), the sources of their weights, and the features of each block.
 
 Importing this package imports torch, but timm only when a backbone is built.
 """

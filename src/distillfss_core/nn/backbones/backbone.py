@@ -1,4 +1,4 @@
-"""The backbone, frozen or learning: an image in, the outputs of its blocks out."""
+"""Frozen and learning backbones, which map an image to the outputs of their blocks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ TRAINED = "trained:"
 
 
 class Encoder(nn.Module):
-    """A network that gives the output of every block. It stays in eval mode: statistics of BatchNorm never move."""
+    """A network that gives the output of every block.
+
+    It stays in eval mode, so the statistics of BatchNorm never move.
+    """
 
     def __init__(self, spec: BackboneSpec, trunk: nn.Module) -> None:
         super().__init__()
@@ -56,16 +59,15 @@ class Encoder(nn.Module):
         return pyramid.map(lambda block: block.contiguous(memory_format=torch.channels_last))
 
     def train(self, mode: bool = True) -> Encoder:
-        """Stays in eval mode whatever is asked."""
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
 
 class Backbone(Encoder):
     """A pretrained network that never learns.
 
-    Made by ``load_backbone`` or ``backbone_from_state``. It stays in eval mode, its parameters ask for no gradient,
-    and BatchNorm is folded into its convolutions, so its parameters are not the tensors of the file: ``state`` has
-    those.
+    Made by ``load_backbone`` or ``backbone_from_state``. It stays in eval mode, its parameters require no gradient, and
+    BatchNorm is folded into its convolutions, so its parameters are not the tensors of the file: ``state`` has those.
 
     Parameters
     ----------
@@ -124,7 +126,7 @@ class Backbone(Encoder):
 class LearningBackbone(Encoder):
     """A backbone that learns; it begins as a copy of a frozen one.
 
-    Every parameter asks for a gradient, those of BatchNorm too. Nothing is made faster: folded tensors have no names in
+    Every parameter requires a gradient, those of BatchNorm too. Nothing is made faster: folded tensors have no names in
     timm, and the zeros of static padding would learn.
     """
 
@@ -189,7 +191,7 @@ def backbone_from_state(name: str, state: Mapping[str, Tensor], weights: str = "
     state : mapping of str to tensor
         Exactly the keys and shapes of ``Backbone.state``.
     weights : str
-        What to say of where the tensors came from.
+        Source of the tensors, stored as ``Backbone.weights``.
 
     Raises
     ------

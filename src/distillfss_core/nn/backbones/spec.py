@@ -19,7 +19,7 @@ HALF: RGB = (0.5, 0.5, 0.5)
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What a backbone declares of itself; stages run from fine to coarse.
+    """Properties of a backbone; its stages run from fine to coarse.
 
     Parameters
     ----------

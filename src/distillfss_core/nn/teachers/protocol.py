@@ -1,4 +1,4 @@
-"""What every few-shot teacher offers: encode a support once, then segment queries with it."""
+"""The protocol of few-shot teachers: encode a support once, then segment queries with it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, Predicti
 
 
 class SupportKeys:
-    """An encoded support set in the form that one kind of teacher asks; opaque to everybody else."""
+    """A support set, encoded by one kind of teacher; other code does not read it."""
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A segmenter that is told by examples what to look for."""
+    """A teacher segments queries by the examples in a support."""
 
     @property
     def local(self) -> bool:
-        """Whether the answer at a pixel depends on a bounded neighborhood only, so that tiles agree."""
+        """Whether the output at a pixel depends on a bounded neighborhood only, so that tiles agree."""
         ...
 
     def encode(self, support: EncodedSupport) -> SupportKeys:

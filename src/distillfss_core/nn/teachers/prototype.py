@@ -1,4 +1,4 @@
-"""A teacher that needs no training: masked-average and clustered prototypes, cosine maps.
+"""A teacher that needs no training: it compares queries with prototypes by cosine similarity.
 
 The first prototype of a class is a masked average [1]_. The others are clusters, as in mixtures of prototypes [2]_,
 here made by k-means.

@@ -1,4 +1,4 @@
-"""Many shots by voting: the support in groups, each answering for itself."""
+"""Voting: groups of shots segment a query separately, and the surest group wins at each pixel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class VotingKeys(SupportKeys):
 
 
 class VotingTeacher:
-    """A teacher of teachers: `vote` decides between groups of shots, coarse maps are averaged over them.
+    """A teacher of groups of shots: `vote` decides between them, and coarse maps are averaged over them.
 
     Without it, shots are concatenated: all their tokens stand in one attention.
 
