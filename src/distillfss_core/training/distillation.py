@@ -269,7 +269,7 @@ def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewS
 def unrefined_teacher(
     support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
 ) -> FewShotModel:
-    """A teacher without training: DCAMA with its initial weights, or prototypes (kind "prototype").
+    """A teacher that is not refined: DCAMA with the weights of its head file, or prototypes (kind "prototype").
 
     With ``voting``, each support crop segments separately and the surest one counts; otherwise all crops share one
     attention.
