@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distillfss_core.errors import InputFileError, OutputError
 from distillfss_core.io.writing import error_reason
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 FORMAT = "distillfss-record"
 VERSION = 1
@@ -44,11 +47,11 @@ class Journal:
     def __init__(self, path: Path, header: Mapping[str, Any] | None = None) -> None:
         self.path = path
         self.entries: list[dict[str, Any]] = []
-        self._file = _open(path, create=header is not None)
+        self._file, self._lock = _open(path, create=header is not None)
         try:
             self.header = self._read(header)
         except BaseException:
-            self._file.close()
+            self.close()
             raise
 
     def add(self, entry: Mapping[str, Any]) -> None:
@@ -64,6 +67,7 @@ class Journal:
 
     def close(self) -> None:
         self._file.close()
+        self._lock.release()
 
     def _write(self, line: bytes) -> None:
         start = self._file.tell()
@@ -115,8 +119,8 @@ def _parse(raw: bytes) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) else None
 
 
-def _open(path: Path, *, create: bool) -> FileIO:
-    """The file, locked; what was removed or replaced before it was locked is let go."""
+def _open(path: Path, *, create: bool) -> tuple[FileIO, BaseFileLock]:
+    """The file and its lock; a file that was removed or replaced before it was locked is closed."""
 
     def opener(name: str, flags: int) -> int:
         return os.open(name, flags | (os.O_CREAT if create else 0), 0o666)
@@ -127,23 +131,29 @@ def _open(path: Path, *, create: bool) -> FileIO:
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
         try:
-            _lock(file, path)
+            lock = _lock(path)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    return file
+                    return file, lock
         except BaseException:
             file.close()
             raise
         file.close()
+        lock.release()
 
 
-def _lock(file: FileIO, path: Path) -> None:
-    """Keep others out until the file is closed or the process ends, however it ends."""
+def _lock(path: Path) -> BaseFileLock:
+    """Lock the journal against other runs until the release or the end of the process, however it ends.
+
+    The system locks a file beside the journal: on Windows nobody can read a file that is locked itself.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path.with_name(f"{path.name}.lock"), timeout=0, thread_local=False)
     try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows: two runs at a time are not noticed
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        lock.acquire()
+    except Timeout as error:
         raise OutputError(f"{path}: another run is writing here; wait for it, or stop it") from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
+    return lock

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from threading import Barrier
@@ -63,7 +65,7 @@ def test_a_changed_line_is_not_believed(path):
 @pytest.mark.parametrize("content", [b"", b"hello\n", b"00000000 {}\n"])
 def test_what_is_no_record_is_refused(path, content):
     path.write_bytes(content)
-    with pytest.raises(InputFileError, match="no record"):
+    with pytest.raises(InputFileError, match="no journal"):
         Journal(path)
 
 
@@ -72,6 +74,30 @@ def test_two_runs_cannot_have_it_open(path):
     with pytest.raises(OutputError, match="another run"):
         Journal(path)
     first.close()
+    Journal(path).close()
+
+
+def test_another_process_cannot_have_it_open_until_it_is_killed(path):
+    code = "import sys, time; from pathlib import Path; from distillfss_core.labelstore.journal import Journal\n"
+    code += (
+        "journal = Journal(Path(sys.argv[1]), {}); journal.add({'at': 0}); print('open', flush=True); time.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout.readline().strip() == b"open"
+            with pytest.raises(OutputError, match=r"record: another run is writing here; wait for it, or stop it"):
+                Journal(path)
+        finally:
+            process.kill()
+    journal = Journal(path)
+    assert journal.entries == [{"at": 0}]
+    journal.close()
+
+
+def test_it_can_be_closed_by_another_thread(path):
+    journal = Journal(path, {})
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(journal.close).result()
     Journal(path).close()
 
 
@@ -96,10 +122,10 @@ def test_a_record_that_was_removed_meanwhile_is_not_written(path, monkeypatch):
     write(path, 2)
     original, removed = journal_module._lock, []
 
-    def late(file, name):
+    def late(name):
         if not removed:
             removed.append(path.rename(path.with_name("removed")))
-        original(file, name)
+        return original(name)
 
     monkeypatch.setattr(journal_module, "_lock", late)
     journal = Journal(path, {"run": "b"})
