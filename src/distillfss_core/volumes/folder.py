@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tifffile import natural_sorted
 
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
@@ -65,7 +65,8 @@ def open_folder(path: Path, axes: str | None) -> Opened:
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in READABLE and not f.name.startswith(".")]
     if not files:
         raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")
-    files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name.lower())])
+    order = {name: place for place, name in enumerate(natural_sorted({f.name.lower() for f in files}))}
+    files.sort(key=lambda f: order[f.name.lower()])
     with _plane_of(files[0], read_image) as first:
         shape, dtype = first.shape, first.dtype
     source = _FolderSource(files, shape, dtype)

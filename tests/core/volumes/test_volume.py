@@ -204,6 +204,13 @@ def test_a_folder_of_planes_in_natural_order(tmp_path):
             open_volume(folder).plane(5)
 
 
+def test_the_order_of_planes_knows_no_case_and_takes_raised_digits_as_letters(tmp_path):
+    data = noise((5, 20, 24), "u1")
+    for name, plane in zip(("a_1", "A_2", "a_3", "a_10", "a_10²7"), data, strict=True):
+        write_labels(tmp_path / f"{name}.tif", plane)
+    assert equal_small(open_volume(tmp_path), data)
+
+
 def test_a_volume_travels_to_another_process(tmp_path):
     data = noise(ZYX)
     path = write_ome_zarr(tmp_path / "a.zarr", data)
