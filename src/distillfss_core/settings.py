@@ -240,9 +240,17 @@ class DistillSettings:
             raise SettingsError(f"preset is {name!r}; choose {', '.join(FORMS)}")
         return cls(**dict.fromkeys(("student", "decoder", "teacher", "loss"), name) | changes)
 
+    def to_json(self) -> dict[str, Any]:
+        """The values, as model cards hold them; a zoom is a text such as "1/2"."""
+        return settings_to_json(self)
+
+    def to_text(self) -> dict[str, str]:
+        """The values as text, as the command line takes them."""
+        return {setting.name: format_setting(getattr(self, setting.name)) for setting in fields(self)}
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> DistillSettings:
-        """Settings from the values that `settings_to_json` or a form gives.
+        """Settings from the values that `to_json` or a form gives.
 
         Raises
         ------

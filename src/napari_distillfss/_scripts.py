@@ -6,7 +6,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from distillfss_core.settings import format_setting
 from napari_distillfss._session import Session
 
 NO_FILE = "VOLUME.ome.zarr"
@@ -25,7 +24,7 @@ def command_line(session: Session) -> str:
         words += ["--pixel-size", f"{pixel[0]},{pixel[1]}"] if pixel else []
         words += ["--init-from", str(session.training.start)] if session.training.start else []
         for name, value in session.training.settings.items():
-            words += [f"--{name.replace('_', '-')}", format_setting(value)]
+            words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         lines.append(shlex.join(words))
     if session.applied is not None:
         done = session.applied

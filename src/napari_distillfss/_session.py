@@ -11,7 +11,6 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
-from distillfss_core.settings import settings_to_json
 from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
 
@@ -182,7 +181,7 @@ class Session:
     ) -> None:
         """Take a student that was distilled in this session; its volume may no longer be the chosen one."""
         defaults = {f.name: f.default for f in fields(settings)}
-        changed = {name: value for name, value in settings_to_json(settings).items() if value != defaults[name]}
+        changed = {name: value for name, value in settings.to_json().items() if value != defaults[name]}
         training = Training(changed, start, tuple(model.class_names), model.pixel_size, support)
         self.set_model(model, path=path, training=training)
 

@@ -12,7 +12,6 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from distillfss_core.settings import format_setting
 from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
 from napari_distillfss._widgets._common import column, combo, row
 
@@ -41,9 +40,9 @@ class SettingsForm(QWidget):
 
     def setValue(self, value: core.DistillSettings) -> None:
         with self.boxes.changed.blocked():
+            texts = value.to_text()
             for box in self.boxes:
-                chosen = getattr(value, box.name)
-                box.value = format_setting(chosen) if isinstance(box, LineEdit) else chosen
+                box.value = texts[box.name] if isinstance(box, LineEdit) else getattr(value, box.name)
         self._on_boxes_changed()
 
     def _on_boxes_changed(self) -> None:
@@ -104,8 +103,8 @@ class PresetPicker(QWidget):
 
 def _box(setting: Any) -> ValueWidget[Any]:
     """A magicgui widget for one declared setting; values such as auto or 1/2 are edited as text."""
-    details, kind = setting.metadata, str(setting.type)
-    help_and_default = f"<p>{details['help']}</p><p>Default: {format_setting(setting.default)}</p>"
+    details, kind, default = setting.metadata, str(setting.type), core.DistillSettings().to_text()[setting.name]
+    help_and_default = f"<p>{details['help']}</p><p>Default: {default}</p>"
     common: dict[str, Any] = {"name": setting.name, "label": details["label"], "tooltip": help_and_default}
     if "choices" in details:
         return ComboBox(choices=details["choices"], value=setting.default, **common)
@@ -115,4 +114,4 @@ def _box(setting: Any) -> ValueWidget[Any]:
         number = FloatSpinBox(min=details["low"], max=details["high"], step=1e-7, value=setting.default, **common)
         number.native.setSingleStep(setting.default / 2)  # as ``step`` it would round the values, too
         return number
-    return LineEdit(value=format_setting(setting.default), **common)
+    return LineEdit(value=default, **common)
