@@ -38,7 +38,6 @@ from PIL import Image
 
 from distillfss_core.bench.datasets import SETS, Item
 from distillfss_core.bench.judge import at_side
-from distillfss_core.bench.memory import peak_mb, reset_peak
 from distillfss_core.bench.peers import PixelClassifier
 from distillfss_core.io.images import read_image
 from distillfss_core.io.labels import pair_files, read_labels
@@ -49,6 +48,7 @@ from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import choose_device
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.plotting import Panel, Row, draw_panels
+from distillfss_core.process import peak_mb, reset_peak
 from distillfss_core.samples import generate_sample
 from distillfss_core.segmentation.modes import make_mode
 from distillfss_core.settings import DistillSettings, parse_zoom

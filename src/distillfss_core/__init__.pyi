@@ -35,12 +35,13 @@ from .settings import DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
-from .types import IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, finish
+from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, finish
 from .volumes.volume import Volume, count_choices, open_volume
 
 __version__: str
 
 __all__ = [
+    "CLASS_COLORS",
     "IGNORE",
     "SPECS",
     "AnnotatedSlice",

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distillfss_core.errors import InputFileError, OutputError, SettingsError, SupportSetError
+from distillfss_core.errors import InputFileError, SettingsError, SupportSetError
 from distillfss_core.io.images import READABLE
 from distillfss_core.io.labels import labels_from_image, load_support_arrays
-from distillfss_core.io.writing import write_labels, write_stack
+from distillfss_core.io.writing import make_folder, write_labels, write_stack
 from distillfss_core.metrics import evaluate
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.plotting import Panel, Row, draw_panels
+from distillfss_core.process import peak_mb
 from distillfss_core.samples import generate_sample
 from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.slice_selection import suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import AnnotatedSlice, Array, TrainStep, as_run, finish
+from distillfss_core.volumes.source import UNITS
 
 DEMO_STEPS = 150
 """Steps of the demo's distillation: all of it takes less than three minutes on two cores."""
@@ -120,7 +121,7 @@ def generated_data(
         for z, (image, labels) in enumerate(zip(sample.image, sample.labels, strict=True))
     ]
     chosen = suggest_planes(planes, supports)
-    micrometers = {"nanometer": 1e-3, "millimeter": 1e3}.get(sample.unit)
+    micrometers = UNITS.get(sample.unit)
     pixel = (sample.scale[1] * micrometers, sample.scale[2] * micrometers) if micrometers else None
     support = SupportSet(tuple(slices[z] for z in chosen), (sample.object_name,), pixel, True)
     queries = tuple(s for z, s in enumerate(slices) if z not in chosen)
@@ -183,7 +184,7 @@ def iter_demo(
     """
     settings = settings or DistillSettings(steps=DEMO_STEPS)
     folder = Path(folder)
-    _make_folder(folder / LABELS)
+    make_folder(folder / LABELS, parents=True)
     began = time.perf_counter()
     run = iter_distill(data.support, settings)
     yield from run
@@ -226,7 +227,7 @@ def iter_demo(
         steps=student.training["steps"],
         seconds=seconds,
         model_mb=(folder / MODEL).stat().st_size / 1e6,
-        peak_mb=_peak_mb(),
+        peak_mb=peak_mb(),
         device=str(student.training["device"]),
         folder=str(folder),
         files=tuple(map(str, files)),
@@ -288,25 +289,8 @@ def _draw(data: DemoData, predictions: dict[str, list[Array]], path: Path) -> No
     draw_panels(rows, path, title=title, class_names=data.support.class_names)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make the folder {folder}: {error.strerror}; give another with -o") from error
-
-
 def _file_stem(source: str) -> str:
     """A slice's name as the stem of a file: "a.tif plane 3" becomes "a_plane_3"."""
     for suffix in READABLE:
         source = re.sub(rf"{re.escape(suffix)}(?= plane \d+$|$)", "", source, flags=re.IGNORECASE)
     return re.sub(r"[^\w.-]+", "_", source)
-
-
-def _peak_mb() -> float | None:
-    """Largest resident memory of this process so far."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1e6 if sys.platform == "darwin" else 1e3)

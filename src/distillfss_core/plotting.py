@@ -12,21 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 from distillfss_core.errors import ImageError
 from distillfss_core.io.images import PathLike
 from distillfss_core.io.writing import atomic_path
-from distillfss_core.types import IGNORE, Array, check_image
+from distillfss_core.types import CLASS_COLORS, IGNORE, Array, Rgb, check_image
 
-Rgb = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Okabe and Ito's colors, told apart with every common kind of color blindness.
-CLASS_COLORS: tuple[Rgb, ...] = (
-    (230, 159, 0),
-    (86, 180, 233),
-    (0, 158, 115),
-    (204, 121, 167),
-    (240, 228, 66),
-    (213, 94, 0),
-    (0, 114, 178),
-)
 HIT, INVENTED, MISSED, MIXED_UP = (86, 180, 233), (213, 94, 0), (240, 228, 66), (204, 121, 167)
 INK, FAINT = (25, 25, 25), (105, 105, 105)
 

@@ -18,6 +18,19 @@ IGNORE = 255
 
 MAX_CLASSES = 254
 
+Rgb = tuple[int, int, int]
+
+CLASS_COLORS: tuple[Rgb, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (204, 121, 167),
+    (240, 228, 66),
+    (213, 94, 0),
+    (0, 114, 178),
+)
+"""Colors of the classes 1, 2, ...: those of Okabe and Ito, distinct with every common kind of color blindness."""
+
 PREPARATION = ("load", "zoom", "encode")
 """Stages of a run before its first training step."""
 

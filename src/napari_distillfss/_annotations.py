@@ -26,7 +26,7 @@ import zarr
 import distillfss_core as core
 
 UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
-COLORS = ("#e64b35", "#4dbbd5", "#00a087", "#f39b7f", "#8491b4", "#91d1c2")
+COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLORS)
 BACKGROUND_COLOR = "#3c5488"
 KINDS = ("masks", "classes", "scribbles")
 _CHUNK = 512

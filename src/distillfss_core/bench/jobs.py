@@ -83,8 +83,8 @@ def run_job(job: Job) -> Row:
         If the data set is not whole or the peer is not available here.
     """
     from distillfss_core.bench.judge import Judge
-    from distillfss_core.bench.memory import peak_mb, reset_peak, resident_mb
     from distillfss_core.bench.peers import PEERS
+    from distillfss_core.process import peak_mb, reset_peak, resident_mb
 
     dataset, peer = find_set(job.data), PEERS[job.peer]
     split = dataset.open(job.folder)

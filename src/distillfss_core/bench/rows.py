@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io.writing import error_reason
+from distillfss_core.io.writing import append_line, error_reason
 
 Row = dict[str, Any]
 
@@ -76,7 +76,7 @@ class Rows:
         self.path: Path = path
         self.machine: Machine = machine
         try:
-            self._file = path.open("a+b")
+            self._file = path.open("a+b", buffering=0)
             self._file.seek(0)
             whole = self._file.read().rpartition(b"\n")[0]
         except OSError as error:
@@ -104,12 +104,7 @@ class Rows:
     def add(self, row: Row) -> Row:
         """Write a row and force it to disk."""
         row = row | {"machine": self._machine}
-        try:
-            self._file.write(json.dumps(row).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot write {self.path}: {error_reason(error)}") from error
+        append_line(self._file, json.dumps(row).encode() + b"\n", self.path)
         self._rows.append(row)
         return row
 

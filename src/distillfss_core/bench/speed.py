@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from distillfss_core.bench.apart import call_apart
-from distillfss_core.bench.memory import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.bench.rows import Machine, this_machine
 from distillfss_core.bench.tables import markdown
 from distillfss_core.errors import SettingsError
@@ -29,6 +28,7 @@ from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.teachers.dcama import CrossAttention, DcamaKeys, DcamaTeacher
+from distillfss_core.process import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.samples import generate_sample
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import segment_to_zarr

@@ -11,7 +11,6 @@ from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, pr
 from distillfss_core.cli.options import add_model_options, add_opening, given_opening, load_model, opening_options
 from distillfss_core.cli.segment import show_shard
 from distillfss_core.cli.stopping import check_stopped, hold_signals
-from distillfss_core.errors import OutputError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -36,7 +35,7 @@ def add_batch(commands: Any) -> None:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from distillfss_core.io.writing import check_folder_name, check_replaceable
+    from distillfss_core.io.writing import check_folder_name, check_replaceable, make_folder
     from distillfss_core.segmentation.batch import iter_batch, plan_jobs
     from distillfss_core.types import finish
 
@@ -46,10 +45,7 @@ def _batch(args: argparse.Namespace) -> int:
     check_folder_name(args.output)
     check_replaceable([report], [*reads, *([args.input] if args.input.is_file() else [])], overwrite=True)
     model = load_model(args)
-    try:
-        args.output.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {args.output}: {error.strerror}; give another with -o") from error
+    make_folder(args.output)
     try:
         with ExitStack() as stack, progress("batch", unit="shard") as bar:
             run = stack.enter_context(closing(iter_batch(jobs, model, report, **opening_options(args, stack))))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, positive, print_json, progress, say
 from distillfss_core.cli.options import add_overwrite
-from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.errors import SettingsError
 
 if TYPE_CHECKING:
     from distillfss_core.bench.jobs import Job, Outcome
@@ -168,10 +168,10 @@ def _run(args: argparse.Namespace, name: str, jobs: list[Job], table: Callable[[
     from distillfss_core.bench.jobs import iter_jobs, run_apart
     from distillfss_core.bench.rows import Rows
     from distillfss_core.bench.tables import note
-    from distillfss_core.io.writing import check_replaceable
+    from distillfss_core.io.writing import check_replaceable, make_folder
 
     machine = _machine(args.device)
-    _make(args.output)
+    make_folder(args.output, parents=True)
     goes_on = (args.output / f"{name}.jsonl").exists()
     check_replaceable([args.output / f"{name}.md"], [], overwrite=args.overwrite or goes_on)
     outcomes: list[Outcome] = []
@@ -199,9 +199,9 @@ def _speed(args: argparse.Namespace) -> int:
     _need_packages()
     from distillfss_core.bench.plots import draw_speed
     from distillfss_core.bench.speed import Plan, run_speed, speed_table
-    from distillfss_core.io.writing import check_replaceable
+    from distillfss_core.io.writing import check_replaceable, make_folder
 
-    _make(args.output)
+    make_folder(args.output, parents=True)
     table, figures, *pictures = (args.output / f"speed{suffix}" for suffix in (".md", ".json", ".png", ".svg"))
     check_replaceable([table, figures, *pictures], [], overwrite=args.overwrite)
     plan = Plan(args.backbone, args.side, args.sides, args.shots, args.classes, args.planes, args.rounds)
@@ -236,13 +236,6 @@ def _need_packages() -> None:
 def _check_names(names: Sequence[str], valid: Any, option: str) -> None:
     if unknown := [name for name in names if name not in valid]:
         raise SettingsError(f"--{option} has {unknown[0]!r}; choose of {', '.join(valid)}")
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror}; give another with -o") from error
 
 
 def _write(path: Path, text: str) -> None:

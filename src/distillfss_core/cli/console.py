@@ -10,11 +10,10 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.stopping import check_stopped
-from distillfss_core.errors import ImageError, OutputError, printable
+from distillfss_core.errors import ImageError, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -124,15 +123,6 @@ def cell(value: float) -> str:
 
 
 # files
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except FileNotFoundError as error:
-        raise OutputError(f"cannot make {folder}: there is no folder {folder.parent}; make it first") from error
-    except OSError as error:
-        raise OutputError(f"cannot make {folder}: {error.strerror}; give another with -o") from error
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from distillfss_core.cli.console import (
     INTERRUPTED,
     add_common,
     cell,
-    make_folder,
     print_json,
     print_table,
     progress,
@@ -65,6 +64,8 @@ def _pretrain(args: argparse.Namespace) -> int:
         from distillfss_core.metatraining.run import CHECKPOINT, CURVES, HEAD, PretrainRun, sources
     except ModuleNotFoundError as error:
         raise SettingsError(f"meta-training needs {error.name}: pip install 'napari-distillfss[pretrain]'") from error
+
+    from distillfss_core.io.writing import make_folder
 
     make_folder(args.output)
     goes_on = (args.output / CHECKPOINT).exists()

@@ -16,7 +16,6 @@ from distillfss_core.cli.console import (
     INTERRUPTED,
     add_common,
     fail,
-    make_folder,
     print_json,
     progress,
     say,
@@ -91,7 +90,7 @@ def _segment_files(
     model: StudentModel, jobs: Sequence[_FileJob], written: Sequence[Path], *, make_folders: bool
 ) -> tuple[list[Path], int]:
     """The files that were written, and how many of the jobs failed."""
-    from distillfss_core.io.writing import check_output
+    from distillfss_core.io.writing import check_output, make_folder
 
     if make_folders:
         for folder in sorted({path.parent for path in written}):

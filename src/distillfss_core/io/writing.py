@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,48 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _files_in(path: Path) -> Iterator[Path]:
     return path.iterdir() if path.is_dir() else iter(())
+
+
+def make_folder(folder: Path, *, parents: bool = False) -> None:
+    """Make a folder that may be there already.
+
+    Parameters
+    ----------
+    folder : path
+    parents : bool
+        Whether folders above it are made too; otherwise they must exist.
+
+    Raises
+    ------
+    OutputError
+        If a folder above it is missing or nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=parents, exist_ok=True)
+    except FileNotFoundError as error:
+        raise OutputError(f"cannot make {folder}: there is no folder {folder.parent}; make it first") from error
+    except OSError as error:
+        raise OutputError(f"cannot make {folder}: {error.strerror}; give another with -o") from error
+
+
+def append_line(file: FileIO, line: bytes, path: Path) -> None:
+    """Append a line to an unbuffered file and force it to disk; a line that cannot be written whole is removed.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; what was there stays as it was.
+    """
+    start = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) != len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file.fileno())
+    except OSError as error:
+        with suppress(OSError):
+            file.truncate(start)
+        file.seek(start)
+        raise OutputError(f"cannot write {path}: {error_reason(error)}") from error
 
 
 def _target(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.errors import InputFileError, OutputError
-from distillfss_core.io.writing import error_reason
+from distillfss_core.io.writing import append_line, error_reason
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -62,24 +61,12 @@ class Journal:
         OutputError
             If it cannot be written; what was there stays good.
         """
-        self._write(_line(entry))
+        append_line(self._file, _line(entry), self.path)
         self.entries.append(dict(entry))
 
     def close(self) -> None:
         self._file.close()
         self._lock.release()
-
-    def _write(self, line: bytes) -> None:
-        start = self._file.tell()
-        try:
-            if self._file.write(line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            with suppress(OSError):
-                self._file.truncate(start)
-            self._file.seek(start)
-            raise OutputError(f"cannot write {self.path}: {error_reason(error)}") from error
 
     def _read(self, header: Mapping[str, Any] | None) -> dict[str, Any]:
         content = self._file.readall()
@@ -87,7 +74,7 @@ class Journal:
             self._file.seek(0)
             self._file.truncate()
             content = _line({"format": FORMAT, "version": VERSION, **header})
-            self._write(content)
+            append_line(self._file, content, self.path)
         good = 0
         lines = []
         for raw in content.splitlines(keepends=True):

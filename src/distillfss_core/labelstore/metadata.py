@@ -15,10 +15,9 @@ import zarr.errors
 from distillfss_core.errors import OutputError
 from distillfss_core.io.images import DECODER_ERRORS
 from distillfss_core.labelstore.layout import Layout
+from distillfss_core.types import CLASS_COLORS
 
 OME_VERSION = "0.5"
-
-_COLORS = ((230, 75, 53), (77, 187, 213), (0, 160, 135), (243, 155, 127), (132, 145, 180), (145, 209, 194))
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def _attributes(layout: Layout, description: About) -> dict[str, Any]:
     image: dict[str, Any] = {"version": OME_VERSION}
     if description.classes:
         colors = [
-            {"label-value": k, "rgba": [*_COLORS[(k - 1) % len(_COLORS)], 255]}
+            {"label-value": k, "rgba": [*CLASS_COLORS[(k - 1) % len(CLASS_COLORS)], 255]}
             for k in range(1, len(description.classes) + 1)
         ]
         image["colors"] = [{"label-value": 0, "rgba": [0, 0, 0, 0]}, *colors]

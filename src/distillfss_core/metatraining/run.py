@@ -26,6 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from distillfss_core.errors import ModelFileError, SettingsError
+from distillfss_core.io.writing import make_folder
 from distillfss_core.metatraining.curves import draw_curves
 from distillfss_core.metatraining.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
 from distillfss_core.metatraining.real import RealSource
@@ -99,7 +100,7 @@ class PretrainRun(Iterator[TrainStep]):
         self.folder: Path = folder
         self._real, self._held_out = real, held_out
         _check_backbone(settings)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, parents=True)
         self.device: Device = choose_device(settings.device, settings.precision)
         head_weights = _head_to_start_from(settings)
         backbone = head_weights.trained_backbone() if head_weights else None

@@ -30,7 +30,6 @@ MRC = (".mrc", ".rec", ".st", ".map")
 NIFTI = (".nii", ".nii.gz")
 DICOM = (".dcm", ".dicom", ".ima")
 _UNEVEN = 0.01  # of the step between planes
-_NIFTI_UNITS = {"meter": "m", "mm": "mm", "micron": "um"}
 
 
 def _library(module: str, path: Path) -> Any:
@@ -94,8 +93,8 @@ def open_nifti(path: Path, axes: str | None, series: int | None) -> Opened:
     size = path.stat().st_size
     if path.suffix.lower() == ".nii" and size < needed:
         raise InputFileError(f"{path}: is cut short ({size} bytes, {needed} needed); copy it again")
-    unit = _NIFTI_UNITS.get(header.get_xyzt_units()[0])
-    step = {a: float(s) * UNITS[unit or "um"] for a, s in zip("xyz", header.get_zooms(), strict=False) if s > 0}
+    unit = UNITS.get(header.get_xyzt_units()[0])
+    step = {a: float(s) * (unit or 1.0) for a, s in zip("xyz", header.get_zooms(), strict=False) if s > 0}
     return Opened(
         _NiftiSource(proxy, letters, stored if plain else np.dtype(np.float32)),
         file_identity("nifti", path.stat()),

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from distillfss_core.bench import speed
-from distillfss_core.bench.memory import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.bench.plots import draw_speed
 from distillfss_core.bench.speed import (
     Case,
@@ -30,6 +29,7 @@ from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import choose_device
 from distillfss_core.nn.features import EncodedSupport
 from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.process import give_back, peak_mb, reset_peak, resident_mb
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 

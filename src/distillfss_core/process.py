@@ -1,4 +1,4 @@
-"""Peak memory of this process, and of its GPU."""
+"""Memory of this process in megabytes of 10^6 bytes."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def resident_mb() -> float | None:
 
 def peak_mb() -> float | None:
     """Largest memory of this process since `reset_peak`, megabytes; None where the system does not report it."""
-    if (kilobytes := _status("VmHWM")) is not None:
-        return kilobytes
+    if (peak := _status("VmHWM")) is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20 if sys.platform == "darwin" else 1 << 10)
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def _status(name: str) -> float | None:
@@ -46,4 +46,4 @@ def _status(name: str) -> float | None:
         text = _STATUS.read_text()
     except OSError:
         return None
-    return int(text.split(f"{name}:")[1].split()[0]) / 1024
+    return int(text.split(f"{name}:")[1].split()[0]) * 1024 / 1e6
