@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -89,7 +89,7 @@ def run_job(job: Job) -> Row:
     dataset, peer = find_set(job.data), PEERS[job.peer]
     split = dataset.open(job.folder)
     support = _support(split, job.shots, job.seed, job.annotation)
-    settings = replace(DistillSettings(seed=max(job.seed, 0)), **job.settings)
+    settings = DistillSettings.from_json({"seed": max(job.seed, 0)} | job.settings)
     peer.load()
     before = resident_mb()
     reset_peak()
