@@ -35,11 +35,17 @@ import tifffile
 
 from distillfss_core import StudentModel, generate_sample, write_labels
 from distillfss_core.errors import DistillFSSError
-from distillfss_core.labelstore import layout as label_layout
 from distillfss_core.labelstore.store import JOURNAL, finished_regions
 
 SIDE = 64  # of a shard, in voxels
 TALL = 16  # times that the truth is repeated in z, so that objects lie in several blocks
+COMMAND = f"""
+import sys
+from distillfss_core.labelstore import layout
+layout._SIDE, layout._SHARD = {SIDE}, 2 * {SIDE} ** 2
+from distillfss_core.cli.main import main
+sys.exit(main())
+"""  # with small shards, in a process that has imported nothing else
 TRIES = 4  # where the run has ended before the signal comes
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
 STOP_CODES = {"SIGTERM": 143, "SIGHUP": 129, "SIGINT": 130}
@@ -184,18 +190,8 @@ def make(folder: Path, planes: int, size: int) -> None:
 
 
 def start(folder: Path, arguments: tuple[str, ...]) -> subprocess.Popen[bytes]:
-    code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import kills; kills.run_small(sys.argv[1:])"
-    )
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], cwd=folder, stdout=-3, stderr=-3)
-
-
-def run_small(arguments: list[str]) -> None:
-    """In a process of its own: the command, with small shards."""
-    from distillfss_core.cli.main import main as command
-
-    label_layout._SIDE, label_layout._SHARD = SIDE, 2 * SIDE**2
-    sys.exit(command(arguments))
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def kill_all(source: Path, args: argparse.Namespace) -> Any:

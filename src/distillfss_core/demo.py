@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distillfss_core.errors import InputFileError, SettingsError, SupportSetError
 from distillfss_core.io.images import READABLE
-from distillfss_core.io.labels import labels_from_image, load_support_arrays
+from distillfss_core.io.labels import check_threshold, labels_from_image, load_support_arrays
 from distillfss_core.io.writing import make_folder, write_labels, write_stack
 from distillfss_core.metrics import evaluate
 from distillfss_core.models.segmenter import Segmenter
@@ -135,6 +135,7 @@ def own_data(
     supports: int = DEMO_SUPPORTS,
     classes: Sequence[str] | None = None,
     scribbles: bool = False,
+    binary_threshold: float | None = None,
 ) -> DemoData:
     """The user's labeled slices: the last third are the queries, of the others up to ``supports`` the support.
 
@@ -144,7 +145,7 @@ def own_data(
         As for `distillfss_core.load_support`; without ``labels`` a folder that holds ``images`` and ``labels``.
     supports : int
         Slices to learn from at most, chosen evenly.
-    classes, scribbles
+    classes, scribbles, binary_threshold
         As for `distillfss_core.load_support`.
 
     Raises
@@ -159,7 +160,10 @@ def own_data(
             raise InputFileError(f"{source}: holds no folders images and labels; make them, or give two paths")
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    slices, same_volume = load_support_arrays(images, labels, mode=mode, n_classes=len(names))
+    check_threshold(mode, binary_threshold)
+    slices, same_volume = load_support_arrays(
+        images, labels, mode=mode, n_classes=len(names), binary_threshold=binary_threshold
+    )
     if len(slices) < 2:
         raise SupportSetError(f"{source}: holds 1 labeled slice; give two, one to learn from and one to be judged on")
     if supports < 1:

@@ -52,8 +52,8 @@ def _demo(args: argparse.Namespace) -> int:
     DistillSettings(**options)  # errors are told before torch is loaded
     if args.data and len(args.data) > 2:
         raise SettingsError(f"--data has {len(args.data)} paths; give a folder, or images and labels")
-    if not args.data and (args.classes or args.scribbles):
-        raise SettingsError("--classes and --scribbles speak of your own data; give it with --data")
+    if not args.data and (args.classes or args.scribbles or args.binary_threshold is not None):
+        raise SettingsError("--classes, --scribbles and --binary-threshold are for your own data; give it with --data")
 
     from distillfss_core.demo import (
         DEMO_FOLDER,
@@ -70,7 +70,13 @@ def _demo(args: argparse.Namespace) -> int:
     settings = DistillSettings(**{"steps": DEMO_STEPS, **options})
     supports = args.supports or DEMO_SUPPORTS
     if args.data:
-        data = own_data(*args.data, supports=supports, classes=args.classes, scribbles=args.scribbles)
+        data = own_data(
+            *args.data,
+            supports=supports,
+            classes=args.classes,
+            scribbles=args.scribbles,
+            binary_threshold=args.binary_threshold,
+        )
     else:
         data = generated_data(args.planes, args.size, supports, settings.seed, args.sample)
     folder = args.output or Path(DEMO_FOLDER)

@@ -99,6 +99,7 @@ def _distill(args: argparse.Namespace) -> int:
         scribbles=args.scribbles,
         pixel_size=args.pixel_size or (start.pixel_size if start else None),
         same_volume=args.same_volume,
+        binary_threshold=args.binary_threshold,
         region=args.region,
         **given_opening(args),
     )

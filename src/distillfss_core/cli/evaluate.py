@@ -83,13 +83,16 @@ def _count_planes(
     predicted: Path, truth: Path, args: argparse.Namespace, n_classes: int
 ) -> Iterator[tuple[str, Counts]]:
     """Name of each plane of two files or volumes, and its pixels by true and predicted class."""
+    from distillfss_core.io.labels import check_threshold
     from distillfss_core.metrics import confusion
-    from distillfss_core.support.label_volumes import are_images, compare_volumes
+    from distillfss_core.support.label_volumes import are_images, check_no_threshold, compare_volumes
 
     plain = "classes" if args.classes else "binary"
     modes = (plain, "scribbles" if args.scribbles else plain)
+    check_threshold(modes[1], args.binary_threshold)
     opening = given_opening(args)
     if not are_images(predicted, truth) or opening or args.region:
+        check_no_threshold(truth, args.binary_threshold)
         yield from compare_volumes(
             predicted,
             truth,
@@ -100,18 +103,28 @@ def _count_planes(
             opening=opening,
         )
         return
-    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes):
+    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes, args.binary_threshold):
         with source_named(name):
             yield name, confusion(found, real, n_classes)
 
 
 def _label_pairs(
-    predicted: Path, truth: Path, planes: Sequence[int] | None, modes: tuple[str, str], n_classes: int
+    predicted: Path,
+    truth: Path,
+    planes: Sequence[int] | None,
+    modes: tuple[str, str],
+    n_classes: int,
+    threshold: float | None,
 ) -> Iterator[tuple[str, Array, Array]]:
     """Name, prediction and truth of each plane of two files."""
+    from distillfss_core.io.label_checks import is_lossy, warn_of_values
     from distillfss_core.io.labels import labels_from_image, read_label_stack
 
-    predicted_planes, true_planes = read_label_stack(predicted), read_label_stack(truth)
+    true_planes = read_label_stack(truth, binary_threshold=threshold)
+    own = threshold if is_lossy(predicted) else None  # labels of this program are numbers
+    predicted_planes = read_label_stack(predicted, binary_threshold=own)
+    warn_of_values(predicted_planes, predicted.name, modes[0])
+    warn_of_values(true_planes, truth.name, modes[1])
     if len(predicted_planes) != len(true_planes):
         raise ImageError(
             f"{predicted.name} has {len(predicted_planes)} plane(s), {truth.name} has {len(true_planes)}; "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
-from distillfss_core.cli.options import add_overwrite, is_label_folder, parse_channel, parse_whole
+from distillfss_core.cli.options import add_overwrite, add_threshold, is_label_folder, parse_channel, parse_whole
 from distillfss_core.cli.segment import follow_steps
 from distillfss_core.cli.stopping import check_stopped
 from distillfss_core.errors import OutputError
@@ -57,6 +57,7 @@ def add_instances(commands: Any) -> None:
         default=6,
         help="with how many neighbors a voxel is connected, for --method components (6)",
     )
+    add_threshold(parser)
     parser.add_argument("--min-voxels", type=positive, default=1, metavar="N", help="leave smaller objects out (1)")
     parser.add_argument(
         "--resume", action="store_true", help="go on where a run that was stopped or killed had come to"
@@ -87,6 +88,7 @@ def _instances(args: argparse.Namespace) -> int:
             connectivity=args.connectivity,
             radius=args.radius,
             min_voxels=args.min_voxels,
+            binary_threshold=args.binary_threshold,
             resume=args.resume,
             overwrite=args.overwrite,
         )

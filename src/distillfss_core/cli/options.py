@@ -59,6 +59,16 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="labels are 0 where not annotated, 1 for background, 2, 3, ... for the classes",
     )
+    add_threshold(parser)
+
+
+def add_threshold(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--binary-threshold",
+        type=float,
+        metavar="X",
+        help="labels are black and white masks with edges of other grays, e.g. JPEG: object from this value on (128)",
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser, kind_of: type = DistillSettings, title: str = "distillation") -> None:

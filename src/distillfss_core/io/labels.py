@@ -21,6 +21,7 @@ from distillfss_core.io.images import (
     read_pixels,
     single_plane,
 )
+from distillfss_core.io.label_checks import check_lossless, warn_of_values
 from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
 
 log = logging.getLogger(__name__)
@@ -34,8 +35,14 @@ LABEL_ENDINGS = (
 """What a label file's stem may end in after "_" or "-", beyond the stem of its image."""
 
 
-def read_labels(path: PathLike) -> Array:
+def read_labels(path: PathLike, *, binary_threshold: float | None = None) -> Array:
     """Read one plane of labels; a palette image gives the palette's numbers.
+
+    Parameters
+    ----------
+    path : path
+    binary_threshold : float, optional
+        The file is a mask of gray values, also a JPEG: 1 from this value on, else 0.
 
     Returns
     -------
@@ -47,17 +54,18 @@ def read_labels(path: PathLike) -> Array:
     InputFileError
         If the file is missing, of an unknown kind or damaged.
     ImageError
-        If it is a stack, a color picture, or holds fractions or negative numbers.
+        If it is a stack, a color picture, a JPEG, or holds fractions or negative numbers.
     """
     path = Path(path)
-    return whole_numbers(single_plane(read_pixels(path, palette_numbers=True), path), path.name)
+    pixels = read_pixels(path, palette_numbers=binary_threshold is None)
+    return _numbers_of(single_plane(pixels, path), path, binary_threshold)
 
 
-def read_label_stack(path: PathLike) -> Array:
+def read_label_stack(path: PathLike, *, binary_threshold: float | None = None) -> Array:
     """Read the labels of a stack, shape (z, y, x); one plane is a stack of one. As `read_labels` otherwise."""
     path = Path(path)
-    pixels = read_pixels(path, palette_numbers=True, npy_stack=True)
-    labels = whole_numbers(pixels, path.name)
+    pixels = read_pixels(path, palette_numbers=binary_threshold is None, npy_stack=True)
+    labels = _numbers_of(pixels, path, binary_threshold)
     return labels if pixels.stack else labels[None]
 
 
@@ -126,6 +134,19 @@ def image_stem(path: Path) -> str | None:
     if path.suffix.lower() not in READABLE or path.name.startswith(".") or not path.is_file():
         return None
     return path.stem.removesuffix(".ome")
+
+
+def check_threshold(mode: str, binary_threshold: float | None) -> None:
+    """A threshold makes one class; classes and scribbles are numbers.
+
+    Raises
+    ------
+    SettingsError
+    """
+    if binary_threshold is not None and mode != "binary":
+        raise SettingsError(
+            f"the binary threshold {binary_threshold:g} makes one class of a mask, so it does not go with {mode}"
+        )
 
 
 def pair_files(
@@ -207,6 +228,8 @@ def load_support_arrays(
     planes: Sequence[int] | None = None,
     mode: str = "binary",
     n_classes: int | None = None,
+    *,
+    binary_threshold: float | None = None,
 ) -> tuple[list[AnnotatedSlice], bool]:
     """Read annotated slices from folders, from one image and its labels, or from planes of a stack.
 
@@ -219,6 +242,8 @@ def load_support_arrays(
         one plane it belongs to.
     mode, n_classes
         As for `labels_from_image`.
+    binary_threshold : float, optional
+        As for `read_labels`.
 
     Returns
     -------
@@ -241,28 +266,35 @@ def load_support_arrays(
     slices: list[AnnotatedSlice] = []
     from_stack = False
     for image_path, label_path in pairs:
-        read_slices, from_stack = load_pair(image_path, label_path, planes, mode, n_classes)
+        read_slices, from_stack = load_pair(image_path, label_path, planes, mode, n_classes, binary_threshold)
         slices += read_slices
     return slices, from_stack and len(pairs) == 1
 
 
 def load_pair(
-    image_path: Path, label_path: Path, planes: Sequence[int] | None, mode: str, n_classes: int | None
+    image_path: Path,
+    label_path: Path,
+    planes: Sequence[int] | None,
+    mode: str,
+    n_classes: int | None,
+    binary_threshold: float | None = None,
 ) -> tuple[list[AnnotatedSlice], bool]:
     """Slices of one image file, and whether it is a stack; as `load_support_arrays`."""
-    labels_in = read_pixels(label_path, palette_numbers=True)
+    labels_in = read_pixels(label_path, palette_numbers=binary_threshold is None)
     # A .npy file does not say what its axes are; the labels beside it do.
     image_in = read_pixels(image_path, npy_stack=labels_in.array.ndim == 3 and image_path.suffix.lower() == ".npy")
     if not image_in.stack:
         if planes is not None:
             raise SettingsError(f"planes are given, but {image_path.name} is a single plane; leave them out")
-        numbers = whole_numbers(single_plane(labels_in, label_path), label_path.name)
+        numbers = _numbers_of(single_plane(labels_in, label_path), label_path, binary_threshold)
+        warn_of_values(numbers, label_path.name, mode)
         classes = labels_from_image(numbers, mode, n_classes, label_path.name)
         return [AnnotatedSlice(image_in.array, classes, image_path.name)], False
     stack = image_in.array
     if label_path.suffix.lower() == ".npy" and labels_in.array.ndim == 3:
         labels_in = Pixels(labels_in.array, stack=True, channels=False)
-    numbers = whole_numbers(labels_in, label_path.name)
+    numbers = _numbers_of(labels_in, label_path, binary_threshold)
+    warn_of_values(numbers, label_path.name, mode)
     if not labels_in.stack:
         if planes is None or len(planes) != 1:
             raise SettingsError(
@@ -286,6 +318,21 @@ def load_pair(
         classes = labels_from_image(numbers[z], mode, n_classes, f"{label_path.name} plane {z}")
         slices.append(AnnotatedSlice(stack[z], classes, f"{image_path.name} plane {z}"))
     return slices, True
+
+
+def _numbers_of(pixels: Pixels, path: Path, binary_threshold: float | None) -> Array:
+    """Labels of a file as integers without a channel axis: 0 and 1 by a threshold, or whole numbers as they are."""
+    if binary_threshold is None:
+        check_lossless(path)
+        return whole_numbers(pixels, path.name)
+    gray = pixels.array[..., :3].mean(-1) if pixels.channels else pixels.array
+    if 0 < gray.max() < binary_threshold:
+        raise ImageError(
+            f"{path}: no pixel reaches the binary threshold {binary_threshold:g}, the largest is {gray.max():g}; "
+            "give a smaller one, or none where labels are numbers"
+        )
+    is_object: Array = gray >= binary_threshold
+    return is_object.astype(np.uint8)
 
 
 def whole_numbers(pixels: Pixels, source: str) -> Array:

@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from distillfss_core import __version__
 from distillfss_core.errors import ImageError, SettingsError, printable
+from distillfss_core.io.label_checks import check_lossless
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
 from distillfss_core.labelstore.metadata import About, image_of
@@ -75,6 +76,7 @@ def label_instances(
     connectivity: int = 6,
     radius: float | None = None,
     min_voxels: int = 1,
+    binary_threshold: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
     block: Index = BLOCK,
@@ -93,6 +95,7 @@ def label_instances(
         connectivity=connectivity,
         radius=radius,
         min_voxels=min_voxels,
+        binary_threshold=binary_threshold,
         resume=resume,
         overwrite=overwrite,
         block=block,
@@ -112,6 +115,7 @@ def iter_instances(
     connectivity: int = 6,
     radius: float | None = None,
     min_voxels: int = 1,
+    binary_threshold: float | None = None,
     resume: bool = True,
     overwrite: bool = False,
     block: Index = BLOCK,
@@ -143,6 +147,8 @@ def iter_instances(
         begin, much larger ones may be cut at the borders of blocks.
     min_voxels : int
         Smaller objects become background.
+    binary_threshold : float, optional
+        The labels are a mask of gray values, also as JPEG: from this value on a voxel is object.
     resume, overwrite : bool
         As for `iter_segment`.
     block : (z, y, x)
@@ -170,7 +176,7 @@ def iter_instances(
     """
     start = time.monotonic()
     out = Path(out)
-    splitter = _Splitter(labels, image, class_id, method, connectivity, radius)
+    splitter = _Splitter(labels, image, class_id, method, connectivity, radius, binary_threshold)
     splitter.check()
     if min_voxels < 1:
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
@@ -249,6 +255,7 @@ class _Splitter:
     method: str
     connectivity: int
     radius: float | None
+    binary_threshold: float | None = None
 
     def check(self) -> None:
         labels, image = self.labels, self.image
@@ -261,6 +268,10 @@ class _Splitter:
                 raise SettingsError(f"instances need {module}: pip install 'napari-distillfss[instances]'")
         if labels.dtype.kind not in "bui" or labels.ndim != 3:
             raise ImageError(f"{labels.name}: is {labels.dtype} with axes {labels.axes}; labels are integers (z, y, x)")
+        if self.binary_threshold is None and labels.path is not None:
+            check_lossless(labels.path)
+        if self.binary_threshold is not None and self.class_id is not None:
+            raise SettingsError("a binary threshold makes one class; leave the number of the class out")
         if image is not None and image.shape != labels.shape:
             raise ImageError(
                 f"{image.name}: is {image.shape} but the labels are {labels.shape}; give the level and the channel "
@@ -276,7 +287,8 @@ class _Splitter:
                 )
 
     def settings(self) -> dict[str, Any]:
-        return {
+        threshold = {} if self.binary_threshold is None else {"binary_threshold": self.binary_threshold}
+        return threshold | {
             "labels": _fingerprint(self.labels),
             "image": _fingerprint(self.image) if self.image else None,
             "value": self.class_id,
@@ -308,7 +320,10 @@ class _Splitter:
         shape = self.labels.shape
         looked = [(max(0, a - h), min(n, b + h)) for (a, b), h, n in zip(box, self.halo, shape, strict=True)]
         part = self.labels.read(*(slice(*span) for span in looked))
-        mask = part == self.class_id if self.class_id is not None else part != 0
+        if self.binary_threshold is not None:
+            mask = part >= self.binary_threshold
+        else:
+            mask = part == self.class_id if self.class_id is not None else part != 0
         local, seeds = self._components(mask) if self.method == "components" else self._watershed(mask)
         origin = [a for a, _ in looked]
         ids = _ids(seeds, origin, shape)

@@ -15,6 +15,7 @@ import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError, SupportSetError
 from distillfss_core.io.images import PILLOW_SUFFIXES, TIFF_SUFFIXES, Pixels, check_plane
+from distillfss_core.io.label_checks import check_lossless
 from distillfss_core.io.labels import image_stem, labels_from_image, pair_files, read_label_stack, whole_numbers
 from distillfss_core.labelstore.layout import Box, Part, box_within
 from distillfss_core.labelstore.store import check_finished
@@ -65,6 +66,17 @@ def pair_volumes(images: Path, labels: Path) -> list[tuple[Path, Path]]:
 def are_images(*paths: Path) -> bool:
     """Whether all are image files that fit into memory, so that `distillfss_core.io` reads them."""
     return all(image_stem(path) is not None and path.stat().st_size < _LARGE for path in paths)
+
+
+def check_no_threshold(path: Path, binary_threshold: float | None) -> None:
+    """Masks of gray values are image files; volumes of labels hold numbers.
+
+    Raises
+    ------
+    SettingsError
+    """
+    if binary_threshold is not None:
+        raise SettingsError(f"{path}: is read as a volume, for which there is no binary threshold; give image files")
 
 
 def _stem(path: Path) -> str | None:
@@ -209,6 +221,8 @@ def _open_labels(path: Path, like: Volume | None, opening: Mapping[str, Any]) ->
     if address_of(path) is None and not path.exists():
         raise InputFileError(f"{path}: no such file or folder; check the name")
     _check_is_labels(path)
+    if address_of(path) is None:
+        check_lossless(path)
     if are_images(path) and (path.suffix.lower() not in TIFF_SUFFIXES or not opening):
         volume = open_volume(read_label_stack(path))
     else:

@@ -112,6 +112,7 @@ def load_support(
     scribbles: bool = False,
     pixel_size: tuple[float, float] | None = None,
     same_volume: bool = False,
+    binary_threshold: float | None = None,
     region: Part | None = None,
     **opening: Any,
 ) -> SupportSet:
@@ -133,6 +134,8 @@ def load_support(
     same_volume : bool
         The files are planes of one volume, as those of one stack are anyway: they share intensity limits and get
         more steps.
+    binary_threshold : float, optional
+        The labels are masks of gray values, also as JPEG: from this value on a pixel is object.
     region : ((start, stop),) * 3, optional
         Part of a volume along z, y, x that slices are cut to; ends may be None.
     **opening
@@ -144,11 +147,12 @@ def load_support(
     InputFileError, ImageError, SupportSetError
         Each with one line that names the file and the value.
     """
-    from distillfss_core.io.labels import load_pair
-    from distillfss_core.support.label_volumes import are_images, load_volume_slices, pair_volumes
+    from distillfss_core.io.labels import check_threshold, load_pair
+    from distillfss_core.support.label_volumes import are_images, check_no_threshold, load_volume_slices, pair_volumes
 
     names = tuple(classes) if classes else ("object",)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
+    check_threshold(mode, binary_threshold)
     images, labels = Path(images), Path(labels)
     opening = {name: value for name, value in opening.items() if value is not None}
     pairs = pair_volumes(images, labels)
@@ -158,8 +162,9 @@ def load_support(
     of_stack = False
     for image, label in pairs:
         if are_images(image, label) and not opening and region is None:
-            annotated, of_stack = load_pair(image, label, planes, mode, len(names))
+            annotated, of_stack = load_pair(image, label, planes, mode, len(names), binary_threshold)
         else:
+            check_no_threshold(label, binary_threshold)
             annotated, of_stack = load_volume_slices(
                 image, label, planes=planes, mode=mode, n_classes=len(names), region=region, opening=opening
             )

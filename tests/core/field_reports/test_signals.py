@@ -21,6 +21,7 @@ from distillfss_core.cli.console import FINE, INTERRUPTED
 from distillfss_core.cli.main import main
 from distillfss_core.cli.stopping import check_stopped, stop_code, stop_on_signals
 from distillfss_core.io.writing import write_labels
+from distillfss_core.labelstore import layout as label_layout
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.training import DistillRun
 from pictures import blobs
@@ -176,12 +177,14 @@ def test_a_terminal_that_is_closed_ends_a_training_with_its_model(here, root):
     assert [path.name for path in here.iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_worker_that_slurm_ends_gives_its_shards_back(tmp_path, plain_student, caplog):
+def test_a_worker_that_slurm_ends_gives_its_shards_back(tmp_path, plain_student, monkeypatch):
     """SLURM sends SIGTERM to a job before its walltime; the other workers go on."""
     distributed = pytest.importorskip("distributed")
     from distillfss_core.segmentation.cluster import connect
     from distillfss_core.segmentation.to_zarr import iter_segment
 
+    monkeypatch.setattr(label_layout, "_SIDE", 64)
+    monkeypatch.setattr(label_layout, "_SHARD", 2 * 64**2)
     stack = np.stack([blobs(seed, 200).image for seed in range(8)])
     volume = open_volume(write_ome_zarr(tmp_path / "v.zarr", stack, chunks=(1, 200, 200), levels=1))
     segment_to_zarr(volume, plain_student, tmp_path / "once.zarr", tile=64)

@@ -66,7 +66,8 @@ def test_a_picture_may_have_more_pixels_than_pillow_likes_up_to_a_bound(tmp_path
     Image.fromarray(array).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     np.testing.assert_array_equal(read_image(path), array)
-    np.testing.assert_array_equal(read_labels(path), array)
+    if ending != "jpg":  # whose numbers are no labels
+        np.testing.assert_array_equal(read_labels(path), array)
     assert limit == Image.MAX_IMAGE_PIXELS
     monkeypatch.setattr(images, "_MOST_PIXELS", 1000)
     with pytest.raises(InputFileError, match=rf"large\.{ending}: has 40 x 30 pixels, .* at most 1000; save it as TIFF"):
