@@ -16,7 +16,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -180,7 +180,8 @@ def iter_shards(
             yield index, boxes, digest, missing
     finally:
         client.cancel(list(running))
-        client.unregister_worker_plugin(name)
+        with suppress(OSError):  # of a worker that closes at this moment
+            client.unregister_worker_plugin(name)
 
 
 def _describe_device(device: str, precision: str) -> str:
