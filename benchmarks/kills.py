@@ -40,7 +40,8 @@ from distillfss_core.labelstore.store import JOURNAL, finished_regions
 SIDE = 64  # of a shard, in voxels
 TALL = 16  # times that the truth is repeated in z, so that objects lie in several blocks
 COMMAND = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where this program runs under nohup
 from distillfss_core.labelstore import layout
 layout._SIDE, layout._SHARD = {SIDE}, 2 * {SIDE} ** 2
 from distillfss_core.cli.main import main
