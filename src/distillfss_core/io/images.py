@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
+from distillfss_core.io.tiff import TiffImage, open_tiff_file
 from distillfss_core.types import Array
 
 TIFF_SUFFIXES = (".tif", ".tiff")
@@ -118,14 +119,13 @@ def _plane(array: Array) -> Pixels:
 
 
 def _read_tiff(path: Path) -> Pixels:
-    with tifffile.TiffFile(path) as file:
+    with open_tiff_file(path) as file:
         if len(file.series) != 1:
             sizes = ", ".join("x".join(map(str, s.shape)) for s in list(file.series)[:4])
             raise ImageError(f"{path}: holds {len(file.series)} images ({sizes}); save the one you want on its own")
-        series = file.series[0]
-        axes = series.axes.upper()
-        alpha = bool(getattr(series.keyframe, "extrasamples", ()))
-        array = series.asarray()
+        image = TiffImage(file, path)
+        axes, alpha = image.axes, image.has_alpha
+        array = image.read()
     if array.ndim != len(axes) or 0 in array.shape:
         raise InputFileError(f"{path}: cannot be read (shape {array.shape} for axes {axes}); save it anew")
     keep = [i for i, (a, n) in enumerate(zip(axes, array.shape, strict=True)) if a in "YX" or n > 1]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import struct
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
-import tifffile
 import zarr
-import zarr.errors
-import zarr.storage
 
 from distillfss_core.errors import InputFileError, SettingsError
+from distillfss_core.io.tiff import TiffImage, open_tiff_file
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import MICROMETER, UNITS, Opened, file_identity, letters_of
+from distillfss_core.volumes.source import MICROMETER, UNITS, Opened, Source, file_identity, letters_of, spread
 
-log = logging.getLogger(__name__)
+_READ_WHOLE = 1 << 26  # bytes of an image whose alpha channel is looked at everywhere
+_SIDE, _TILES = 256, 16  # of the parts of a larger one
 LARGE_TIFFS = (".btf", ".tf8", ".lsm")
 
 
@@ -31,68 +27,92 @@ LARGE_TIFFS = (".btf", ".tf8", ".lsm")
 
 
 class _TiffSource:
-    """One resolution of an image in a TIFF file, through tifffile's view of it as zarr.
+    """One resolution of an image in a TIFF file, read piece by piece through tifffile's view of it as zarr."""
 
-    tifffile gives zeros for pages and strips that are not there; here that is an error.
-    """
-
-    def __init__(self, file: Any, series: Any, level: int, axes: str, name: str) -> None:
-        self._file, self._series, self.axes, self.name = file, series.levels[level], axes, name
-        self._array: Any = zarr.open_array(series.aszarr(level=level), mode="r")
+    def __init__(self, image: TiffImage, axes: str) -> None:
+        self._image, self.axes = image, axes
+        self._array: Any = zarr.open_array(image.series.aszarr(level=image.level), mode="r")
         self.shape, self.dtype = tuple(self._array.shape), np.dtype(self._array.dtype)
         self.chunks = tuple(self._array.chunks)
-        count, self._leading = len(self._series), 0
-        while math.prod(self.shape[: self._leading]) < count and self._leading < len(self.shape):
-            self._leading += 1
-        self._checked: set[int] = set()
-        self._lock = threading.Lock()
-        self.missing: set[str] = set()
 
-    def check_contiguous(self) -> None:
-        start, size = self._series.dataoffset, self._file.filehandle.size
-        if start is not None and start + self._series.nbytes > size:
-            needed = start + self._series.nbytes
-            raise InputFileError(f"{self.name}: is cut short ({size} bytes, {needed} needed); copy it again")
+    @property
+    def missing(self) -> set[str]:
+        return self._image.missing
 
     def get(self, box: tuple[slice, ...]) -> Array:
-        if self._series.dataoffset is None:
-            spans = [range(s.start, s.stop) for s in box[: self._leading]]
-            for index in product(*spans):
-                self._check_page(int(np.ravel_multi_index(index, self.shape[: self._leading])) if index else 0)
+        leading = self._image.leading
+        for index in product(*(range(s.start, s.stop) for s in box[:leading])):
+            self._image.check_page(int(np.ravel_multi_index(index, self.shape[:leading])) if index else 0)
         return np.asarray(self._array[box])
 
-    def _check_page(self, number: int) -> None:
-        """Every byte of a page must be in its file."""
-        if number in self._checked:
-            return
-        with self._lock:
-            page = self._series[number]
-            if page is None:
-                raise InputFileError(
-                    f"{self.name}: plane {number} is not there; a file of this image is missing, or it is cut short"
-                )
-            size = page.parent.filehandle.size
-            for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
-                if start + count > size:
-                    raise InputFileError(
-                        f"{self.name}: is cut short at plane {number} ({size} bytes, {start + count} needed); "
-                        "copy it again"
-                    )
-            sparse = sum(1 for n in page.databytecounts if n == 0)
-            if sparse and not self.missing:
-                log.warning("%s: plane %d has %d empty strips or tiles; they read as zeros", self.name, number, sparse)
-            if sparse:
-                self.missing.add(str(number))
-            self._checked.add(number)
+    def close(self) -> None:
+        self._image.file.close()
+
+
+class _WithoutAlpha:
+    """A source without its last channel, an alpha channel that has one value everywhere."""
+
+    def __init__(self, source: Source, value: Any, name: str) -> None:
+        self._source, self._value, self._name = source, value, name
+        channel = source.axes.index("c")
+        colors = source.shape[channel] - 1
+        self._channel, self._gray = channel, colors == 1
+        self.dtype = source.dtype
+        if self._gray:
+            self.axes = source.axes.replace("c", "")
+            self.shape, self.chunks = (_without(values, channel) for values in (source.shape, source.chunks))
+        else:
+            self.axes = source.axes
+            self.shape = (*source.shape[:channel], colors, *source.shape[channel + 1 :])
+            self.chunks = tuple(min(n, c) for n, c in zip(self.shape, source.chunks, strict=True))
+
+    @property
+    def missing(self) -> set[str]:
+        return set(getattr(self._source, "missing", ()))
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        channel = self._channel
+        wanted = slice(0, 1) if self._gray else box[channel]
+        rest = box if self._gray else _without(box, channel)
+        voxels = self._source.get((*rest[:channel], slice(0, self._source.shape[channel]), *rest[channel:]))
+        voxels = np.moveaxis(voxels, channel, -1)
+        if (voxels[..., -1] != self._value).any():
+            raise InputFileError(
+                f"{self._name}: its alpha channel has several values, though most of it is {self._value}; save it "
+                "without alpha"
+            )
+        colors = voxels[..., :-1]
+        return colors[..., 0] if self._gray else np.moveaxis(colors[..., wanted], -1, channel)
 
     def close(self) -> None:
-        self._file.close()
+        self._source.close()
+
+
+def _without(values: tuple[Any, ...], position: int) -> tuple[Any, ...]:
+    return (*values[:position], *values[position + 1 :])
+
+
+def _plain_alpha(source: _TiffSource) -> Any:
+    """The one value that the last channel has; None where it has several. Of a large image some tiles are read."""
+    channel = source.axes.index("c")
+    whole = math.prod(source.shape) * source.dtype.itemsize <= _READ_WHOLE
+    sides = [
+        n if whole or a == "c" else min(n, _SIDE) if a in "yx" else 1
+        for a, n in zip(source.axes, source.shape, strict=True)
+    ]
+    value = None
+    for corner in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], _TILES):
+        starts = [min(i * side, n - side) for i, side, n in zip(corner, sides, source.shape, strict=True)]
+        tile = source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+        alpha = tile.take(-1, channel)
+        value = alpha.flat[0] if value is None else value
+        if (alpha != value).any():
+            return None
+    return value
 
 
 def open_tiff(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
-    with open(path, "rb") as raw:
-        _check_pages_chained(raw, path)
-    file = tifffile.TiffFile(path)
+    file = open_tiff_file(path)
     try:
         return _from_tiff(file, path, level, axes, series)
     except BaseException:
@@ -111,15 +131,19 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
     if level >= len(chosen.levels):
         raise SettingsError(f"{path}: has no level {level}; its levels are 0 to {len(chosen.levels) - 1}")
     letters = axes.lower() if axes is not None else _tiff_letters(chosen.levels[level].axes, chosen.shape, path)
-    source = _TiffSource(file, chosen, level, letters_of(letters, chosen.levels[level].shape, str(path)), str(path))
-    if source.shape != tuple(chosen.levels[level].shape):
-        raise InputFileError(f"{path}: its metadata name the shape {chosen.levels[level].shape}, it has {source.shape}")
-    source.check_contiguous()
+    image = TiffImage(file, path, series or 0, level)
+    plain = _TiffSource(image, letters_of(letters, image.shape, str(path)))
+    if plain.shape != image.shape:
+        raise InputFileError(f"{path}: its metadata name the shape {image.shape}, it has {plain.shape}")
     step, unit, names = _tiff_scale(file, series or 0)
     if step:
-        fine = dict(zip(source.axes, chosen.levels[0].shape, strict=False))
-        coarse = dict(zip(source.axes, source.shape, strict=True))
+        fine = dict(zip(plain.axes, chosen.levels[0].shape, strict=False))
+        coarse = dict(zip(plain.axes, plain.shape, strict=True))
         step = {a: s * fine.get(a, 1) / coarse.get(a, 1) for a, s in step.items()}
+    source: Source = plain
+    if axes is None and image.has_alpha and plain.shape[plain.axes.index("c")] in (2, 4):
+        value = _plain_alpha(plain)
+        source = plain if value is None else _WithoutAlpha(plain, value, str(path))
     return Opened(
         source,
         file_identity("tiff", path.stat()) | {"series": series or 0},
@@ -189,43 +213,3 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
     if not step or any(f is None for f in factors):
         return step, None, names
     return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETER, names
-
-
-def _check_pages_chained(file: BinaryIO, path: Path) -> None:
-    """Follow the chain of pages to its end: a file that is cut short has a page that is not there.
-
-    Raises
-    ------
-    InputFileError
-        Where tifffile would give fewer pages without a word.
-    """
-    head = file.read(16)
-    order = {b"II": "<", b"MM": ">"}.get(head[:2])
-    version = struct.unpack(f"{order}H", head[2:4])[0] if order and len(head) >= 8 else 0
-    if version not in (42, 43):
-        raise InputFileError(f"{path}: is no TIFF file, or its beginning is damaged; copy it again")
-    big = version == 43
-    count_form, entry, next_form = (f"{order}Q", 20, f"{order}Q") if big else (f"{order}H", 12, f"{order}I")
-    size = file.seek(0, 2)
-    if big and len(head) < 16:
-        raise InputFileError(f"{path}: is cut short ({size} bytes); copy it again")
-    offset = struct.unpack(next_form, head[8:16] if big else head[4:8])[0]
-    seen: set[int] = set()
-    while offset:
-        file.seek(offset)
-        raw = file.read(struct.calcsize(count_form))
-        short = len(raw) < struct.calcsize(count_form)
-        if not short:
-            file.seek(struct.unpack(count_form, raw)[0] * entry, 1)
-            raw = file.read(struct.calcsize(next_form))
-            short = len(raw) < struct.calcsize(next_form)
-        if short or offset in seen:
-            what = "goes in a circle" if offset in seen else "ends"
-            raise InputFileError(
-                f"{path}: is cut short or damaged: its list of pages {what} after {len(seen)} ({size} bytes); "
-                "copy it again"
-            )
-        seen.add(offset)
-        offset = struct.unpack(next_form, raw)[0]
-    if not seen:
-        raise InputFileError(f"{path}: holds no page; it was not written to its end")

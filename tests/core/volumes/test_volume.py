@@ -16,6 +16,7 @@ import tifffile
 import zarr
 
 from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
+from distillfss_core.io.images import read_stack
 from distillfss_core.io.writing import write_labels
 from distillfss_core.volumes.source import spread
 from distillfss_core.volumes.volume import open_volume
@@ -422,3 +423,46 @@ def test_damaged_inputs_give_one_clear_error_and_never_silent_zeros(sound, tmp_p
             message = str(error)
         assert message is None or ("\n" not in message and copy.name in message), (number, message)
         assert np.array_equal(found, data), (number, kind)  # without an error the harm did not reach the voxels
+
+
+# alpha
+
+
+@pytest.mark.parametrize("planes", [1, 3])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+def test_a_volume_and_an_image_agree_on_alpha(tmp_path, planes, planar):
+    colors = noise((planes, 20, 24, 3), "u1")
+    plain = np.concatenate([colors, np.full((planes, 20, 24, 1), 255, np.uint8)], 3)
+    clear = plain.copy()
+    clear[0, 3, 4, 3] = 7
+    for name, rgba, expected in (("plain", plain, colors), ("clear", clear, clear)):
+        path = tmp_path / f"{name}.tif"
+        stored = rgba if planar == "contig" else rgba.transpose(0, 3, 1, 2)
+        tifffile.imwrite(path, stored, photometric="rgb", planarconfig=planar, extrasamples=["unassalpha"])
+        with open_volume(path) as volume:
+            assert volume.shape == expected.shape, name
+            assert np.array_equal(volume.read(), expected)
+            assert np.array_equal(volume.read(slice(0, 1), slice(2, 5), slice(3, 9)), expected[:1, 2:5, 3:9])
+        assert np.array_equal(read_stack(path), expected)
+
+
+def test_gray_with_alpha_is_gray_and_a_folder_follows(tmp_path):
+    gray = noise((4, 20, 24), "u1")
+    for z, plane in enumerate(gray):
+        pair = np.dstack([plane, np.full_like(plane, 255)])
+        tifffile.imwrite(tmp_path / f"{z}.tif", pair, photometric="minisblack", extrasamples=["unassalpha"])
+    with open_volume(tmp_path) as volume:
+        assert equal(volume, gray)
+
+
+def test_an_alpha_that_differs_between_the_looked_at_tiles_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("distillfss_core.volumes.tiff._READ_WHOLE", 0)
+    monkeypatch.setattr("distillfss_core.volumes.tiff._SIDE", 4)
+    rgba = noise((64, 64, 4), "u1")
+    rgba[..., 3] = 255
+    rgba[63, 63, 3] = 0
+    tifffile.imwrite(tmp_path / "a.tif", rgba, photometric="rgb", extrasamples=["unassalpha"])
+    with open_volume(tmp_path / "a.tif") as volume:
+        assert np.array_equal(volume[0, :60, :60], rgba[:60, :60, :3])
+        with pytest.raises(InputFileError, match="its alpha channel has several values, though most of it is 255"):
+            volume.read()
