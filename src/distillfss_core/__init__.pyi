@@ -36,7 +36,7 @@ from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes
 from .support.support_set import SupportSet, load_support
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, finish
-from .volumes.volume import Volume, count_choices, open_volume
+from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
 
 __version__: str
 
@@ -80,6 +80,7 @@ __all__ = [
     "Volume",
     "VolumeReport",
     "WeightsUnavailableError",
+    "axis_sizes",
     "choose_device",
     "connect",
     "count_choices",

@@ -131,10 +131,11 @@ class Annotations:
 
     def planes(self) -> list[int]:
         """Numbers of the painted planes, ascending."""
-        if len(self._shape) < 3:
-            numbers = {0}
-        else:
-            numbers = {int(z.name) for z in self._chunks.glob("/".join("*" * (len(self._shape) - 2)))}
+        index = self.index(1)
+        numbers = {0}
+        if 1 in index:  # where the axes have a z
+            parts = (f.relative_to(self._chunks).parts for f in self._chunks.glob("/".join("*" * len(index))))
+            numbers = {int(part[index.index(1)]) for part in parts}
         return [z for z in sorted(numbers) if self.counts(z)[1:].any()]
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ class ChosenVolume:
         (z, y, x) or (z, y, x, c); a plane is a volume of one.
     lead : mapping of letter to index
         What of time and channels was chosen, in the layer's order.
+    axes : str
+        Letters of the layer's axes in its order, without colors: "zyx", "zcyx".
     factors : (z, y, x)
         How many voxels of the layer's finest level one of the volume's covers.
     opening : mapping
@@ -49,6 +52,7 @@ class ChosenVolume:
     lead: Mapping[str, int] = field(default_factory=dict)
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
     opening: Mapping[str, Any] = field(default_factory=dict)
+    axes: str = "zyx"
 
     @property
     def name(self) -> str:
@@ -65,8 +69,7 @@ class ChosenVolume:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of an array on this grid with the axes of the layer; chosen time and channel axes have length 1."""
-        spatial = self.volume.shape[:3] if self.layer.ndim > 2 else self.volume.shape[1:3]
-        return (*(1 for _ in self.lead), *(int(n) for n in spatial))
+        return tuple(int(n) for n in self._along_axes(dict.fromkeys("tc", 1), self.volume.shape[:3]))
 
     @property
     def pixel_size(self) -> tuple[float, float] | None:
@@ -76,17 +79,16 @@ class ChosenVolume:
 
     def index(self, z: int) -> tuple[Any, ...]:
         """Index of plane ``z`` in an array of `shape`."""
-        return (*(0 for _ in self.lead), z) if self.layer.ndim > 2 else ()
+        return tuple(z if a == "z" else 0 for a in self.axes[:-2])
 
     def place(self, z: int = 0) -> dict[str, Any]:
         """Keywords of a layer whose array lies on this grid and starts at plane ``z``."""
-        layer, factors = self.layer, self._factors()
-        offset = np.array([*self.lead.values(), *((f - 1) / 2 for f in factors[len(self.lead) :])], float)
-        if layer.ndim > 2:
-            offset[-3] += z * factors[-3]
+        layer, factors = self.layer, self.factors
+        middles = [(f - 1) / 2 for f in factors]
+        offset = self._along_axes(self.lead, (middles[0] + z * factors[0], *middles[1:]))
         return {
-            "scale": layer.scale * factors,
-            "translate": layer.affine.inverse(layer.data_to_world(offset)),
+            "scale": layer.scale * np.array(self._along_axes(dict.fromkeys("tc", 1.0), factors)),
+            "translate": layer.affine.inverse(layer.data_to_world(np.array(offset, float))),
             "rotate": layer.rotate,
             "shear": layer.shear,
             "affine": layer.affine,
@@ -96,10 +98,10 @@ class ChosenVolume:
 
     def plane_at(self, point: Sequence[float]) -> int:
         """Plane at a point of the world; the nearest plane for a point outside the volume."""
-        if self.layer.ndim < 3:
+        if "z" not in self.axes:
             return 0
         f = self.factors[0]
-        z = (self.layer.world_to_data(point)[-3] - (f - 1) / 2) / f
+        z = (self.layer.world_to_data(point)[self.axes.index("z") - len(self.axes)] - (f - 1) / 2) / f
         return int(np.clip(math.floor(z + 0.5), 0, self.planes - 1))
 
     def point_of(self, z: float, y: float | None = None, x: float | None = None) -> np.ndarray:
@@ -107,8 +109,11 @@ class ChosenVolume:
         rows, columns = self.plane_shape
         voxel = (z, rows / 2 if y is None else y, columns / 2 if x is None else x)
         inside = [v * f + (f - 1) / 2 for v, f in zip(voxel, self.factors, strict=True)]
-        spatial = inside if self.layer.ndim > 2 else inside[1:]
-        return np.asarray(self.layer.data_to_world([*self.lead.values(), *spatial]))
+        return np.asarray(self.layer.data_to_world(self._along_axes(self.lead, inside)))
+
+    def on_grid(self, array: Any) -> OnGrid:
+        """An array (z, y, x) of the volume's size, seen with the axes of the layer."""
+        return OnGrid(array, len(self.lead), self.layer.ndim, self.axes)
 
     def on_screen(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Part (y, x) of a plane that the canvas shows; the whole plane if it is not known."""
@@ -123,13 +128,16 @@ class ChosenVolume:
             spans.append((start, stop) if stop > start + 1 else (0, n))
         return spans[0], spans[1]
 
-    def _factors(self) -> np.ndarray:
-        spatial = self.factors if self.layer.ndim > 2 else self.factors[1:]
-        return np.array([*(1.0 for _ in self.lead), *spatial])
+    def _along_axes(self, lead: Mapping[str, float], spatial: Sequence[float]) -> list[float]:
+        """Numbers for time and channel, and for (z, y, x), in the order of the layer's axes."""
+        numbers = {**lead, **dict(zip("zyx", spatial, strict=True))}
+        return [numbers[a] for a in self.axes]
 
 
-def lead_axes(layer: Image) -> str:
-    """Letters of the axes before z y x: "", "t", "c" or "tc". Axis labels of the layer take precedence.
+def layer_axes(layer: Image) -> str:
+    """Letters of the axes of a layer in its order, without colors: as the layer's labels or its file state them.
+
+    Where neither does, the axes before z y x are time, or time and channels. Time points of a plane are its planes.
 
     Raises
     ------
@@ -144,9 +152,55 @@ def lead_axes(layer: Image) -> str:
             f"layer {layer.name!r} has {layer.ndim} dimensions{' and colors' if layer.rgb else ''}; planes and "
             "stacks, with time and channels at most, can be segmented"
         )
+    letters = _labeled_axes(layer) or _axes_in_file(layer)
+    if letters and letters[-2:] != "yx":
+        raise core.ImageError(
+            f"layer {layer.name!r} has axes {letters}, and y and x are not its last; put them last, or open the file "
+            "with the dock's File button"
+        )
+    if letters:
+        return letters if "z" in letters else letters.replace("t", "z")
     if extra == 1 and not layer.rgb and str(layer.axis_labels[0]).lower() in ("c", "channel"):
-        return "c"
-    return "tc"[: max(0, extra)]
+        return "czyx"
+    return "tc"[: max(0, extra)] + "zyx"[-min(layer.ndim, 3) :]
+
+
+def lead_axes(layer: Image) -> str:
+    """Letters of the axes of which one position is chosen: "", "t", "c", "tc" or "ct"; errors are `layer_axes`'s."""
+    return "".join(a for a in layer_axes(layer) if a in LEAD_NAMES)
+
+
+def _labeled_axes(layer: Image) -> str:
+    """The letters that the layer's axis labels are; "" where they are others."""
+    words = {name: letter for letter, name in LEAD_NAMES.items()}
+    letters = [words.get(str(label).lower(), str(label).lower()) for label in layer.axis_labels]
+    return "".join(letters) if _are_axes(letters) else ""
+
+
+def _axes_in_file(layer: Image) -> str:
+    """The axes that the file of a layer states for an array of this shape; "" where it states none."""
+    path = layer.source.path
+    if path is None or not Path(path).exists() or layer.ndim < 3:
+        return ""
+    shape = tuple(int(n) for n in (layer.data[0] if layer.multiscale else layer.data).shape)
+    try:
+        sizes = _file_axes(str(path), Path(path).stat().st_mtime_ns)
+    except core.DistillFSSError:  # a file that only napari reads, or one that is damaged: reading it gives the error
+        return ""
+    longer = {a: n for a, n in sizes.items() if n > 1}
+    stated = next((s for s in (sizes, longer) if tuple(s.values()) == shape), {})
+    letters = "".join(a for a in stated if not (layer.rgb and a == "c"))
+    return letters if len(letters) == layer.ndim and _are_axes(letters) else ""
+
+
+@lru_cache(maxsize=32)
+def _file_axes(path: str, modified: int) -> dict[str, int]:
+    """The axes of the first image of a file, that napari shows; `modified` tells versions of a file apart."""
+    return core.axis_sizes(path, series=0)
+
+
+def _are_axes(letters: Sequence[str]) -> bool:
+    return len(set(letters)) == len(letters) and set(letters) <= set("tczyx") and {"y", "x"} <= set(letters)
 
 
 def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: int = 0) -> ChosenVolume:
@@ -168,28 +222,26 @@ def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: 
     core.DistillFSSError
         If it cannot be segmented, in one sentence.
     """
-    letters = lead_axes(layer)
-    chosen = {letter: (lead or {}).get(letter, 0) for letter in letters}
+    axes = layer_axes(layer)
+    chosen = {a: (lead or {}).get(a, 0) for a in axes if a in LEAD_NAMES}
     levels = list(layer.data) if layer.multiscale else [layer.data]
     if not 0 <= level < len(levels):
         raise core.SettingsError(f"layer {layer.name!r} has no level {level}; its levels are 0 to {len(levels) - 1}")
-    spatial = slice(len(letters), layer.ndim)
-    ratio = tuple(a / b for a, b in zip(levels[0].shape[spatial], levels[level].shape[spatial], strict=True))
-    factors = (ratio[-3] if len(ratio) == 3 else 1.0, ratio[-2], ratio[-1])
-    volume, opening = _open(layer, levels[level], letters, chosen, level)
-    scale, unit = _scale(layer, factors)
+    ratio = {a: fine / coarse for a, fine, coarse in zip(axes, levels[0].shape, levels[level].shape, strict=False)}
+    factors = (ratio.get("z", 1.0), ratio["y"], ratio["x"])
+    volume, opening = _open(layer, levels[level], axes, chosen, level)
+    scale, unit = _scale(layer, axes, factors)
+    result = ChosenVolume(layer, volume, chosen, factors, opening, axes)
     if unit or volume.unit is None:  # a file that knows better than the layer keeps its scale
-        volume = replace(volume, name=str(layer.name), scale=scale, unit=unit)
-    return ChosenVolume(layer, volume, chosen, factors, opening)
+        origin = _origin(result) if any(scale) else (0.0, 0.0, 0.0)
+        volume = replace(volume, name=str(layer.name), scale=scale, unit=unit, origin=origin)
+    return replace(result, volume=volume)
 
 
-def _open(
-    layer: Image, array: Any, letters: str, chosen: Mapping[str, int], level: int
-) -> tuple[Any, Mapping[str, Any]]:
-    axes = letters + "zyx"[-(layer.ndim - len(letters)) :] + ("c" if layer.rgb else "")
+def _open(layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level: int) -> tuple[Any, Mapping[str, Any]]:
     channel = "all" if layer.rgb else chosen.get("c")
     options: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel}
-    from_array = core.open_volume(array, axes=axes, time=options["time"], channel=channel)
+    from_array = core.open_volume(array, axes=axes + "c" * layer.rgb, time=options["time"], channel=channel)
     remembered = layer.metadata.get(FROM_FILE)
     if remembered and remembered["shown"][level : level + 1] != [getattr(array, "name", "")]:
         return from_array, {}  # another array was put into the layer since
@@ -213,17 +265,26 @@ def _alike(a: Any, b: Any) -> bool:
     return all(np.array_equal(a[z, y, x], b[z, y, x], equal_nan=True) for z in {0, last // 2, last})
 
 
-def _scale(layer: Image, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
-    """Size of a voxel (z, y, x), in micrometers if the layer's units are lengths; None where it is not known."""
-    step = [abs(float(s)) for s in layer.scale[-3:]]
-    lengths = [_micrometers(u) for u in layer.units[-3:]]
-    has_scale = all(length is not None for length in lengths[-2:])
-    if not has_scale and all(s == 1 for s in step):
+def _scale(layer: Image, axes: str, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
+    """Size of a voxel (z, y, x), in micrometers where the layer's units are lengths; None where nothing is known."""
+    spatial = [a for a in "zyx" if a in axes]
+    step = {a: abs(float(layer.scale[axes.index(a)])) for a in spatial}
+    lengths = {a: _micrometers(layer.units[axes.index(a)]) for a in spatial}
+    has_scale = lengths["y"] is not None and lengths["x"] is not None
+    if not has_scale and all(s == 1 for s in step.values()):
         return (None, None, None), None
-    sizes: list[float | None] = [
-        s * (length or 1.0) * f for s, length, f in zip(step, lengths, factors[-len(step) :], strict=True)
-    ]
-    return (*(None for _ in range(3 - len(sizes))), *sizes), "micrometer" if has_scale else None
+    sizes = [step[a] * (lengths[a] or 1.0) * f if a in step else None for a, f in zip("zyx", factors, strict=True)]
+    return tuple(sizes), "micrometer" if has_scale else None
+
+
+def _origin(chosen: ChosenVolume) -> tuple[float, float, float]:
+    """Where the first voxel (z, y, x) lies in napari's world, in micrometers where the layer's units are lengths."""
+    layer = chosen.layer
+    world = np.broadcast_to(chosen.point_of(0, 0, 0), layer.ndim)
+    units = dict(zip(chosen.axes, layer.units, strict=True))
+    place = dict(zip(chosen.axes, world, strict=True))
+    z, y, x = (float(place[a]) * (_micrometers(units[a]) or 1.0) if a in place else 0.0 for a in "zyx")
+    return z, y, x
 
 
 def _micrometers(unit: pint.Unit) -> float | None:
@@ -285,15 +346,25 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
 
 
 class OnGrid:
-    """View of an array (z, y, x) with the axes of a layer: axes of length 1 before it, or without z for a plane.
+    """View of an array (z, y, x) with the axes of a layer: length 1 for time and channel, or without z for a plane.
 
     It is looked up anew each time, so what is written meanwhile is seen.
+
+    Parameters
+    ----------
+    array : zarr array (z, y, x)
+    lead, ndim : int
+        How many axes of the layer are time or channel, and all there are.
+    axes : str, optional
+        Letters of the layer's axes; by default time and channel come first.
     """
 
-    def __init__(self, array: Any, lead: int, ndim: int) -> None:
-        self._array, self._lead = array, lead
+    def __init__(self, array: Any, lead: int, ndim: int, axes: str = "") -> None:
+        self._array = array
+        self._axes = axes or "tc"[:lead] + "zyx"[-(ndim - lead) :]
         self.dtype, self.ndim = array.dtype, ndim
-        self.shape = (*(1,) * lead, *array.shape) if ndim > 2 else tuple(array.shape[1:])
+        size = {**dict.fromkeys("tc", 1), **dict(zip("zyx", array.shape, strict=True))}
+        self.shape = tuple(int(size[a]) for a in self._axes)
 
     def look_at(self, array: Any) -> None:
         """Replace the array by another one of the same shape and dtype."""
@@ -301,11 +372,13 @@ class OnGrid:
 
     def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
-        if self.ndim == 2:
-            return np.asarray(self._array[(0, *key)])
-        values = np.asarray(self._array[key[self._lead :]])
-        for part in reversed(key[: self._lead]):
-            values = values[None][part] if isinstance(part, slice) else values
+        parts = dict(zip(self._axes, (*key, *(slice(None),) * (self.ndim - len(key))), strict=True))
+        values = np.asarray(self._array[tuple(parts.get(a, 0) for a in "zyx")])
+        position = 0
+        for a, part in parts.items():
+            if a in LEAD_NAMES:
+                values = np.expand_dims(values, position)[(slice(None),) * position + (part,)]
+            position += isinstance(part, slice)
         return values
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

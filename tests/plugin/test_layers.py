@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from napari.components import ViewerModel
 from napari.layers import Image, Labels
 from napari.layers._source import layer_source
+from napari.plugins import _initialize_plugins
 
 from distillfss_core import DistillFSSError
+from napari_distillfss._annotations import Annotations
 from napari_distillfss._layers import OnGrid, choose_layer, layer_of_file, lead_axes
 
 STACK = np.arange(4 * 20 * 30, dtype=np.uint16).reshape(4, 20, 30)
@@ -109,6 +112,76 @@ def test_a_layer_that_was_worked_on_is_what_is_segmented(tmp_path):
     lazy = Image(levels[0], **about)
     lazy.data = lazy.data[:, ::-1]
     np.testing.assert_array_equal(choose_layer(lazy).volume.plane(1), STACK[1, ::-1])
+
+
+def open_by_napari(path):
+    """The layer that napari's own reader makes of a file."""
+    model = ViewerModel()
+    _initialize_plugins()
+    return model.open(str(path), plugin="napari")[0]
+
+
+SIZES = {"ZCYX": (4, 2), "TZCYX": (3, 4, 2), "TZYX": (3, 4), "TCYX": (4, 2), "CYX": (2,), "CZYX": (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "ome"),
+    [(axes, ome) for axes in SIZES for ome in (False, True) if ome or axes != "CZYX"],  # ImageJ has channels after z
+)
+def test_a_file_that_napari_opened_has_the_axes_that_it_states(tmp_path, axes, ome):
+    data = np.random.default_rng(0).integers(0, 999, (*SIZES[axes], 20, 30)).astype(np.uint16)
+    path = tmp_path / ("a.ome.tif" if ome else "a.tif")
+    options = {"ome": True} if ome else {"imagej": True}
+    tifffile.imwrite(path, data, photometric="minisblack", metadata={"axes": axes}, **options)
+    layer = open_by_napari(path)
+    lead = {a: 1 for a in "tc" if (a in axes.lower() and "Z" in axes) or (a == "c" and "C" in axes)}
+    chosen = choose_layer(layer, lead=lead)
+    assert dict(chosen.lead) == lead
+    where = tuple(1 if a.lower() in lead else slice(None) for a in axes)
+    expected = data[where].reshape(-1, 20, 30)
+    np.testing.assert_array_equal(chosen.volume.read(), expected)
+    assert np.zeros(chosen.shape)[chosen.index(0)].shape == (20, 30)
+    labels = Labels(np.zeros(chosen.shape, np.uint8), **chosen.place())
+    first = [0] * layer.ndim
+    of_layer = [1 if a.lower() in lead else 0 for a in axes]
+    np.testing.assert_allclose(labels.data_to_world(first), layer.data_to_world(of_layer))
+    assert [chosen.plane_at(chosen.point_of(z)) for z in range(len(expected))] == list(range(len(expected)))
+
+
+def test_painted_planes_of_interleaved_channels_are_planes(tmp_path):
+    data = np.stack([np.stack([STACK, STACK + 1], 1)] * 2)
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": "TZCYX"})
+    chosen = choose_layer(open_by_napari(tmp_path / "a.tif"), lead={"c": 1})
+    annotations = Annotations(tmp_path / "kept", chosen.shape, chosen.index)
+    assert chosen.shape == (1, 4, 1, 20, 30)
+    annotations.put(2, np.ones((20, 30), np.uint8))
+    assert annotations.planes() == [2]
+    assert annotations.array[0, 2, 0].all()
+    assert np.asarray(annotations.array).sum() == 600
+    grid = chosen.on_grid(zarr.array(STACK))
+    assert grid.shape == (1, 4, 1, 20, 30)
+    np.testing.assert_array_equal(grid[0, 2, 0], STACK[2])
+    np.testing.assert_array_equal(grid[:, 1:3, 0, 5], STACK[None, 1:3, 5])
+    np.testing.assert_array_equal(np.asarray(grid), STACK[None, :, None])
+
+
+def test_labels_of_a_layer_say_more_than_its_file(tmp_path):
+    layer = Image(np.stack([STACK] * 3, 1), axis_labels=("z", "channel", "y", "x"))
+    assert lead_axes(layer) == "c"
+    np.testing.assert_array_equal(choose_layer(layer, lead={"c": 2}).volume.read(), STACK)
+
+
+def test_a_layer_whose_planes_are_not_y_and_x_is_refused(tmp_path):
+    layer = Image(np.stack([STACK] * 5, 3), axis_labels=("z", "y", "x", "c"))
+    with pytest.raises(DistillFSSError, match="has axes zyxc, and y and x are not its last"):
+        choose_layer(layer)
+
+
+def test_the_first_voxel_lies_where_napari_shows_it():
+    layer = Image([STACK, STACK[:, ::2, ::2]], scale=(3, 1, 1), translate=(10, 20, 30), units=("nm",) * 3)
+    assert choose_layer(layer).volume.origin == pytest.approx((0.01, 0.02, 0.03))
+    assert choose_layer(layer, level=1).volume.origin == pytest.approx((0.01, 0.0205, 0.0305))
+    assert choose_layer(Image(STACK, translate=(1, 2, 3))).volume.origin == (0, 0, 0)
 
 
 def test_labels_on_disk_are_seen_with_the_axes_of_the_layer():

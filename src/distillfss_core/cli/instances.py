@@ -73,7 +73,7 @@ def _instances(args: argparse.Namespace) -> int:
     if not is_label_folder(args.output):
         raise OutputError(f"cannot write {args.output}: numbered objects are a volume; end its name in .ome.zarr")
     with ExitStack() as stack:
-        labels = stack.enter_context(open_volume(args.input))
+        labels = stack.enter_context(open_volume(args.input, labels=True))
         image = None
         if args.image:
             opening = {"level": args.image_level, "channel": args.channel, "time": args.time}

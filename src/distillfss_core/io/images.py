@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -13,17 +14,20 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
-from PIL import Image
+from PIL import ExifTags, Image
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.tiff import TiffImage, open_tiff_file
 from distillfss_core.types import Array
+
+log = logging.getLogger(__name__)
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 READABLE = (*TIFF_SUFFIXES, *PILLOW_SUFFIXES, ".npy")
 KINDS_READ = "TIFF, PNG, JPEG, BMP or .npy"
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_PIXELS = 1 << 31
 """Of a PNG, JPEG or BMP, which is decoded whole: a small file can claim any size."""
 
@@ -61,7 +65,8 @@ class Pixels:
 def read_image(path: PathLike) -> Array:
     """Read one plane.
 
-    Palettes become RGB; an alpha channel that is the same everywhere is dropped, any other is kept as a channel.
+    Palettes become RGB; an alpha channel that is the same everywhere is dropped, any other is kept as a channel. A PNG
+    or JPEG is turned as its EXIF orientation states; a TIFF is read as it is stored, and the log names an orientation.
 
     Returns
     -------
@@ -185,14 +190,9 @@ def _read_npy(path: Path, stack: bool) -> Pixels:
 
 
 def _read_pillow(path: Path, palette_numbers: bool) -> Array:
+    """A picture as viewers show it: turned as its EXIF data state."""
     with open(path, "rb") as file:
         head = file.read(26)
-    # Pillow cuts 16-bit color PNGs to 8 bits without a word.
-    if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) == 26 and head[24] == 16 and head[25] in (2, 4, 6):
-        import imagecodecs  # large, and of use for such files alone
-
-        array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
-        return _without_plain_alpha(array) if head[25] in (4, 6) else array
     with open(path, "rb") as file, _open_picture(file, head) as file_picture:
         if math.prod(file_picture.size) > _MOST_PIXELS:
             width, height = file_picture.size
@@ -200,15 +200,48 @@ def _read_pillow(path: Path, palette_numbers: bool) -> Array:
                 f"{path}: has {width} x {height} pixels, a {path.suffix[1:].upper()} may have at most {_MOST_PIXELS}; "
                 "save it as TIFF"
             )
-        picture: Image.Image = file_picture
-        if picture.mode in ("P", "PA") and not palette_numbers:
-            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-        elif picture.mode == "PA":
-            return np.asarray(picture)[..., 0]
-        elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F") and not picture.mode.startswith("I;16"):
-            picture = picture.convert("RGB")  # CMYK, YCbCr, Lab, ...
-        array = np.asarray(picture)
-        return _without_plain_alpha(array) if picture.mode in ("LA", "RGBA") else array
+        array = _decode_picture(path, head, file_picture, palette_numbers)
+        return _turned(array, _orientation_of(file_picture, path))
+
+
+def _decode_picture(path: Path, head: bytes, file_picture: Image.Image, palette_numbers: bool) -> Array:
+    depth, color = (head[24], head[25]) if head[:8] == _PNG and len(head) == 26 else (8, 0)
+    if depth == 16 and color in (2, 4, 6):  # Pillow cuts these to 8 bits without a word
+        import imagecodecs  # large, and of use for such files alone
+
+        array = np.asarray(imagecodecs.png_decode(path.read_bytes()))
+        return _without_plain_alpha(array) if color in (4, 6) else array
+    picture = file_picture
+    if picture.mode in ("P", "PA") and not palette_numbers:
+        picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    elif picture.mode == "PA":
+        return np.asarray(picture)[..., 0]
+    elif picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "F") and not picture.mode.startswith("I;16"):
+        picture = picture.convert("RGB")  # CMYK, YCbCr, Lab, ...
+    array = np.asarray(picture)
+    if palette_numbers and color == 0 and depth in (2, 4):  # Pillow stretches these grays to 0..255
+        return array // np.uint8(255 // (2**depth - 1))
+    return _without_plain_alpha(array) if picture.mode in ("LA", "RGBA") else array
+
+
+def _orientation_of(picture: Image.Image, path: Path) -> int:
+    """The orientation that the EXIF data of a picture state; 1 where there is none."""
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except DECODER_ERRORS as error:
+        log.warning("%s: its EXIF data are damaged (%s); rows and columns are read as they are stored", path, error)
+        return 1
+
+
+def _turned(array: Array, orientation: int) -> Array:
+    """An image (y, x[, c]) turned and mirrored as an orientation 1 to 8 of EXIF states; others leave it as it is."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)
 
 
 def _open_picture(file: BinaryIO, head: bytes) -> Image.Image:

@@ -213,8 +213,15 @@ def iter_instances(
         yield from _write_pyramid(store)
         objects = np.load(measures, allow_pickle=False)
         if table is not None:
-            measured = image is not None
-            write_table(Path(table), objects, labels.scale, labels.unit, measured=measured, overwrite=overwrite)
+            write_table(
+                Path(table),
+                objects,
+                labels.scale,
+                labels.unit,
+                labels.origin,
+                measured=image is not None,
+                overwrite=overwrite,
+            )
         store.finish(layout.whole(0))
         shutil.rmtree(pieces, ignore_errors=True)
     finally:

@@ -130,6 +130,7 @@ def write_table(
     objects: Array,
     scale: Sequence[float | None],
     unit: str | None,
+    origin: Sequence[float] = (0.0, 0.0, 0.0),
     *,
     measured: bool,
     overwrite: bool = False,
@@ -142,7 +143,7 @@ def write_table(
         .csv or .parquet
     objects : array of PIECE
         Pieces with label 0 are skipped.
-    scale, unit
+    scale, unit, origin
         As of a `Volume`.
     measured : bool
         Whether there was an image; where it holds NaN, the mean of that object alone is NaN.
@@ -154,7 +155,8 @@ def write_table(
     list of str
         Columns: label; voxels; volume; centroid z, y, x; box z0, z1, y0, y1, x0, x1 in voxels, half-open; mean
         intensity, where an image was measured. Volume and centroid end in _um3 and _um where the scale is known in
-        micrometers, in _voxels where no scale is known.
+        micrometers, in _voxels where no scale is known. Centroids are places in the world, the origin included, but
+        in voxels they count from the first voxel.
 
     Raises
     ------
@@ -164,11 +166,12 @@ def write_table(
     objects = objects[objects["id"] > 0]
     has_scale = all(s is not None for s in scale)
     step = np.array([s or 1.0 for s in scale]) if has_scale else np.ones(3)
+    place = np.array(origin, float) if has_scale else np.zeros(3)
     end, cubed = ("_voxels", "_voxels") if not has_scale else ("_um", "_um3") if unit else ("", "")
     voxels = objects["voxels"]
     columns: dict[str, Array] = {"label": objects["id"], "voxels": voxels, f"volume{cubed}": voxels * step.prod()}
     for axis, name in enumerate("zyx"):
-        columns[f"centroid_{name}{end}"] = objects["place"][:, axis] / voxels * step[axis]
+        columns[f"centroid_{name}{end}"] = place[axis] + objects["place"][:, axis] / voxels * step[axis]
     for axis, name in enumerate("zyx"):
         columns |= {f"box_{name}0": objects["low"][:, axis], f"box_{name}1": objects["high"][:, axis]}
     if measured:

@@ -23,11 +23,17 @@ from distillfss_core.volumes.tiff import open_tiff
 class _FolderSource:
     """Files of one plane each, in natural order of their names."""
 
-    def __init__(self, files: Sequence[Path], shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        decode: Callable[[Path], Array] = read_image,
+    ) -> None:
         self.files, self.shape, self.dtype = files, (len(files), *shape), dtype
         self.axes = "zyxc"[: len(self.shape)]
         self.chunks = (1, *shape)
-        self._decode = lru_cache(maxsize=4)(read_image)
+        self._decode = lru_cache(maxsize=4)(decode)
 
     def get(self, box: tuple[slice, ...]) -> Array:
         return np.stack([self._cut(self.files[z], box[1:]) for z in range(box[0].start, box[0].stop)])
@@ -61,15 +67,15 @@ def _plane_of(path: Path, decode: Callable[[Path], Array]) -> Iterator[Source]:
         source.close()
 
 
-def open_folder(path: Path, axes: str | None) -> Opened:
+def open_folder(path: Path, axes: str | None, decode: Callable[[Path], Array] = read_image) -> Opened:
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in READABLE and not f.name.startswith(".")]
     if not files:
         raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")
     order = {name: place for place, name in enumerate(natural_sorted({f.name.lower() for f in files}))}
     files.sort(key=lambda f: order[f.name.lower()])
-    with _plane_of(files[0], read_image) as first:
+    with _plane_of(files[0], decode) as first:
         shape, dtype = first.shape, first.dtype
-    source = _FolderSource(files, shape, dtype)
+    source = _FolderSource(files, shape, dtype, decode)
     if axes is not None:
         source.axes = letters_of(axes, source.shape, str(path))
     return Opened(source, {"kind": "folder", "files": files_digest(files)}, color=len(shape) == 3)

@@ -13,6 +13,7 @@ import zarr
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, load_npy, read_image
+from distillfss_core.io.labels import read_labels
 from distillfss_core.volumes.folder import open_folder
 from distillfss_core.volumes.medical import DICOM, MRC, NIFTI, dicom_files, open_dicom, open_mrc, open_nifti
 from distillfss_core.volumes.remote import Address, address_of, remote_store
@@ -32,7 +33,8 @@ ZIPS = (".zip", ".ozx")
 LARGE_FILES = (*LARGE_TIFFS, *ZIPS)  # opened as volumes, beside what is READABLE
 
 
-def open_path(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
+def open_path(path: Path, level: int, axes: str | None, series: int | None, *, labels: bool = False) -> Opened:
+    decode = read_labels if labels else read_image
     if not path.exists():
         file = next((parent for parent in path.parents if parent.suffix.lower() in ZIPS and parent.is_file()), None)
         if file is not None:
@@ -45,7 +47,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
             raise InputFileError(
                 f"{path}: has no zarr metadata ({', '.join(ZARR_FILES)}); the copy is not whole, or it is no zarr"
             )
-        opened = open_folder(path, axes)
+        opened = open_folder(path, axes, decode)
     elif path.suffix.lower() in ZIPS:
         return open_zarr(path, level, axes, series, zip_place(path))
     elif path.suffix.lower() in (*TIFF_SUFFIXES, *LARGE_TIFFS):
@@ -57,7 +59,7 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None) -> O
         stat = path.stat()
         opened = Opened(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
     elif path.suffix.lower() in READABLE:
-        image = read_image(path)
+        image = decode(path)
         source = ArraySource(image, letters_of(axes or "yxc"[: image.ndim], image.shape, str(path)))
         opened = Opened(source, file_identity("image", path.stat()), color=image.ndim == 3)
     else:
@@ -104,8 +106,8 @@ def _open_address(address: Address, level: int, axes: str | None, series: int | 
     raise InputFileError(f"{address}: no zarr is there; check the address, which ends at the folder of the zarr")
 
 
-def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
-    """Open a path; as `sources.open_path`, and for the formats of this module."""
+def open_any(path: Path, level: int, axes: str | None, series: int | None, *, labels: bool = False) -> Opened:
+    """Open a path of any format; ``labels``: pictures are read as numbers of labels."""
     opener: Callable[[Path, str | None, int | None], Opened] | None = None
     if path.is_file():
         name = path.name.lower()
@@ -116,7 +118,7 @@ def open_any(path: Path, level: int, axes: str | None, series: int | None) -> Op
     elif path.is_dir() and not is_zarr(path) and dicom_files(path):
         opener = open_dicom
     if opener is None:
-        return open_path(path, level, axes, series)
+        return open_path(path, level, axes, series, labels=labels)
     if level:
         raise SettingsError(f"{path}: has no level {level}; it has only level 0")
     return opener(path, axes, series)

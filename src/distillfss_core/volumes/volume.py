@@ -234,6 +234,7 @@ def open_volume(
     channel: int | str | None = None,
     time: int | None = None,
     series: int | None = None,
+    labels: bool = False,
 ) -> Volume:
     """Open a volume without reading its voxels.
 
@@ -255,6 +256,8 @@ def open_volume(
         Needed where there are several time points.
     series : int, optional
         Which image of a file that holds several.
+    labels : bool
+        PNG and BMP hold numbers of labels: a palette gives its numbers, and gray of few bits is not stretched.
 
     Returns
     -------
@@ -279,26 +282,26 @@ def open_volume(
     """
     if not isinstance(level, int) or level < 0:
         raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")
-    options = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series}
+    options = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series, "labels": labels}
     if isinstance(source, Volume):
         return source
     address = address_of(source) if isinstance(source, (str, Path)) else None
     source = source if address is None else address
     path = Path(source) if isinstance(source, (str, Path)) and address is None else None
     name = str(source) if isinstance(source, (str, Path)) else "array"
-    opened = _find(source, name, level, axes, series)
+    opened = _find(source, name, level, axes, series, labels=labels)
     if path is None and address is None and level:
         raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
     return _choose(name, path, opened, options, source)
 
 
-def _find(source: Any, name: str, level: int, axes: str | None, series: int | None) -> Opened:
+def _find(source: Any, name: str, level: int, axes: str | None, series: int | None, *, labels: bool = False) -> Opened:
     try:
         if isinstance(source, Address):
             return open_address(source, level, axes, series)
-        return (
-            open_any(Path(source), level, axes, series) if isinstance(source, (str, Path)) else open_array(source, axes)
-        )
+        if isinstance(source, (str, Path)):
+            return open_any(Path(source), level, axes, series, labels=labels)
+        return open_array(source, axes)
     except (SettingsError, ImageError, InputFileError):
         raise
     except READ_ERRORS as error:
@@ -318,6 +321,27 @@ def count_choices(path: str | Path, *, axes: str | None = None, series: int | No
     opened.source.close()
     size = dict(zip(opened.source.axes, opened.source.shape, strict=True))
     return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and opened.color)}
+
+
+def axis_sizes(path: str | Path, *, series: int | None = None) -> dict[str, int]:
+    """The axes of a file in the order in which it states them, each one letter of "tczyx" with its length.
+
+    Raises
+    ------
+    InputFileError, SettingsError, ImageError
+        As `open_volume` does.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.npy"
+    >>> np.save(path, np.zeros((4, 8, 9), np.uint8))
+    >>> axis_sizes(path)
+    {'z': 4, 'y': 8, 'x': 9}
+    """
+    opened = _find(path, str(path), 0, None, series)
+    opened.source.close()
+    return {a: int(n) for a, n in zip(opened.source.axes, opened.source.shape, strict=True)}
 
 
 def _open_again(source: Any, options: dict[str, Any], across: str) -> Volume:

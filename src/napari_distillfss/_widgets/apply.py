@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._layers import ChosenVolume, OnGrid, camera_of
+from napari_distillfss._layers import ChosenVolume, camera_of
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting
 from napari_distillfss._threads import Job
@@ -140,7 +140,7 @@ class ApplyWidget(QWidget):
         if self._running is None:
             return
         applied, chosen = self._running, self._running.volume
-        data = [OnGrid(level, len(chosen.lead), chosen.layer.ndim) for level in levels]
+        data = [chosen.on_grid(level) for level in levels]
         if self._written and self.layer in self._viewer.layers and len(data) == 1:
             self.layer.data.look_at(levels[0])
             self.layer.refresh()
@@ -273,7 +273,7 @@ class ObjectsWidget(QWidget):
         if self.layer is not None:
             with suppress(ValueError):
                 self._viewer.layers.remove(self.layer)
-        data = [OnGrid(level, len(chosen.lead), chosen.layer.ndim) for level in self._levels]
+        data = [chosen.on_grid(level) for level in self._levels]
         self.layer = self._viewer.add_labels(
             data if len(data) > 1 else data[0],
             name=counted.out.name.partition(".")[0],

@@ -10,7 +10,7 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
 
 from napari_distillfss import _format as fmt
-from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_of_file, lead_axes
+from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_axes, layer_of_file, lead_axes
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
@@ -135,7 +135,7 @@ class VolumePicker(QWidget):
 
     def _fit_boxes(self, layer: Any) -> None:
         """Show the levels, times and channels of a layer."""
-        letters = lead_axes(layer)
+        letters = layer_axes(layer)
         shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
         for letter, box in self.lead.items():
             self._lead_labels[letter].setVisible(letter in letters)
