@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -115,16 +116,28 @@ def _nifti_directions(nibabel: Any, image: Any, letters: str) -> str:
 # DICOM
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """One plane: a frame of a file, and what the file states of this frame."""
+
+    file: Path
+    index: int
+    header: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name} frame {self.index}" if self.header.get("NumberOfFrames", 1) > 1 else self.file.name
+
+
 class _DicomSource:
-    """A series of files of one plane each, or one file of many frames; values are rescaled (CT: Hounsfield units)."""
+    """Planes of a series; values are rescaled as each states (CT: Hounsfield units)."""
 
     axes = "zyx"
 
-    def __init__(self, files: Sequence[Path], headers: Sequence[Any], dtype: np.dtype[Any]) -> None:
-        first = headers[0]
-        frames = int(first.get("NumberOfFrames", 1)) if len(files) == 1 else 1
-        self.files, self.headers, self.dtype = files, headers, dtype
-        self.shape: tuple[int, ...] = (max(len(files), frames), int(first.Rows), int(first.Columns))
+    def __init__(self, frames: Sequence[_Frame], dtype: np.dtype[Any]) -> None:
+        first = frames[0].header
+        self.frames, self.dtype = frames, dtype
+        self.shape: tuple[int, ...] = (len(frames), int(first.Rows), int(first.Columns))
         self.chunks: tuple[int, ...] = (1, *self.shape[1:])
         self._decode = lru_cache(maxsize=4)(self._plane)
 
@@ -132,16 +145,18 @@ class _DicomSource:
         return np.stack([self._decode(z)[box[1:]] for z in range(box[0].start, box[0].stop)])
 
     def _plane(self, z: int) -> Array:
-        pydicom = import_module("pydicom")
-        series = len(self.files) > 1
-        file, header = (self.files[z], self.headers[z]) if series else (self.files[0], self.headers[0])
+        pydicom, pixels = import_module("pydicom"), import_module("pydicom.pixels")
+        frame = self.frames[z]
         try:
-            stored = import_module("pydicom.pixels").pixel_array(file, index=0 if series else z)
+            stored = pixels.pixel_array(frame.file, index=frame.index)
         except pydicom.errors.InvalidDicomError as error:
-            raise InputFileError(f"{file}: is no DICOM file any more; copy it again") from error
+            raise InputFileError(f"{frame.file}: is no DICOM file any more; copy it again") from error
         if stored.shape != self.shape[1:]:
-            raise InputFileError(f"{file}: is {stored.shape}, but {self.files[0].name} is {self.shape[1:]}")
-        slope, intercept = _rescale(header)
+            raise InputFileError(f"{frame.file}: is {stored.shape}, but {self.frames[0].file.name} is {self.shape[1:]}")
+        if "ModalityLUTSequence" in frame.header:
+            table: Array = pixels.apply_modality_lut(stored, frame.header).astype(self.dtype)
+            return table
+        slope, intercept = _rescale(frame.header)
         result: Array = (stored * slope + intercept).astype(self.dtype)
         return result
 
@@ -168,7 +183,16 @@ _TAGS = [
     "RescaleSlope",
     "RescaleIntercept",
     "SegmentSequence",
+    "ModalityLUTSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 ]
+_GROUPS = {  # of an enhanced file, and what of them is used
+    "PixelMeasuresSequence": ("PixelSpacing", "SpacingBetweenSlices", "SliceThickness"),
+    "PixelValueTransformationSequence": ("RescaleSlope", "RescaleIntercept"),
+    "PlaneOrientationSequence": ("ImageOrientationPatient",),
+    "PlanePositionSequence": ("ImagePositionPatient",),
+}
 
 
 def dicom_files(folder: Path) -> list[Path]:
@@ -206,14 +230,14 @@ def open_dicom(path: Path, axes: str | None, series: int | None) -> Opened:
             raise ImageError(
                 f"{file}: holds {len(segments)} segments ({listed}), each with its own planes; save one segment a file"
             )
-    pairs, gap = _in_order(path, pairs)
-    header = pairs[0][1]
+    frames, gap = _in_order(path, [frame for file, header in pairs for frame in _frames_of(file, header)])
+    header = frames[0].header
     step = {"z": gap or header.get("SpacingBetweenSlices") or header.get("SliceThickness")}
-    step |= dict(zip("yx", header.get("PixelSpacing", ()), strict=False))
+    step |= dict(zip("yx", header.get("PixelSpacing") or (), strict=False))
     scale = {a: float(s) * UNITS["mm"] for a, s in step.items() if s and float(s) > 0}
     return Opened(
-        _DicomSource([f for f, _ in pairs], [h for _, h in pairs], _dicom_dtype([h for _, h in pairs])),
-        {"kind": "dicom", "files": files_digest([f for f, _ in pairs])},
+        _DicomSource(frames, _dicom_dtype([f.header for f in frames])),
+        {"kind": "dicom", "files": files_digest(list(dict.fromkeys(f.file for f in frames)))},
         step=scale,
         unit=MICROMETER if scale else None,
         directions=_dicom_directions(header),
@@ -233,6 +257,32 @@ def _dicom_directions(header: Any) -> str:
     return "".join(toward)
 
 
+def _frames_of(file: Path, header: Any) -> list[_Frame]:
+    """The planes of a file, each with what its functional groups state of it: its own ones before those of all."""
+    count = int(header.get("NumberOfFrames") or 1)
+    shared = (header.get("SharedFunctionalGroupsSequence") or [None])[0]
+    each = list(header.get("PerFrameFunctionalGroupsSequence") or ())
+    if each and len(each) != count:
+        raise InputFileError(f"{file}: states {count} frames, and describes {len(each)}; copy it again")
+    if shared is None and not each:
+        if count > 1 and "ImagePositionPatient" in header:  # one place cannot be that of all frames
+            del header.ImagePositionPatient
+        return [_Frame(file, index, header) for index in range(count)]
+    frames = []
+    for index in range(count):
+        own = import_module("pydicom.dataset").Dataset()
+        own.update({element.tag: element for element in header if element.VR != "SQ"})
+        for groups in (shared, each[index] if each else None):
+            for group, names in _GROUPS.items():
+                stated = (groups.get(group) or [{}])[0] if groups is not None else {}
+                for name in names:
+                    if stated.get(name) is not None:
+                        own.pop(name, None)  # the element is that of all frames
+                        setattr(own, name, stated.get(name))
+        frames.append(_Frame(file, index, own))
+    return frames
+
+
 def _one_series(path: Path, pairs: list[tuple[Path, Any]], series: int | None) -> list[tuple[Path, Any]]:
     """The files of one series; which of several has to be said."""
     groups: dict[str, list[tuple[Path, Any]]] = {}
@@ -249,26 +299,35 @@ def _one_series(path: Path, pairs: list[tuple[Path, Any]], series: int | None) -
     return ordered[series or 0]
 
 
-def _in_order(path: Path, pairs: list[tuple[Path, Any]]) -> tuple[list[tuple[Path, Any]], float | None]:
-    """Files by their place along the normal of their planes (else by number), and the step between them in mm."""
-    if len(pairs) == 1:
-        return pairs, None
-    if not all("ImagePositionPatient" in h and "ImageOrientationPatient" in h for _, h in pairs):
-        return sorted(pairs, key=lambda p: int(p[1].get("InstanceNumber") or 0)), None
-    orientation = np.array(pairs[0][1].ImageOrientationPatient, float)
+def _in_order(path: Path, frames: list[_Frame]) -> tuple[list[_Frame], float | None]:
+    """Planes by their place along their normal (else by number), and the step between them in mm."""
+    if len(frames) == 1:
+        return frames, None
+    if not all("ImagePositionPatient" in f.header and "ImageOrientationPatient" in f.header for f in frames):
+        return sorted(frames, key=lambda f: int(f.header.get("InstanceNumber") or 0)), None
+    orientation = np.array(frames[0].header.ImageOrientationPatient, float)
     normal = np.cross(orientation[:3], orientation[3:])
-    places = np.array([normal @ np.array(h.ImagePositionPatient, float) for _, h in pairs])
+    places = np.array([normal @ np.array(f.header.ImagePositionPatient, float) for f in frames])
     order = np.argsort(places, kind="stable")
     gaps = np.diff(places[order])
     gap = float(np.median(gaps))
     if gaps.min() < _UNEVEN * max(gap, 1e-6):
-        first = pairs[order[int(gaps.argmin())]][0].name
+        first = frames[order[int(gaps.argmin())]].name
+        other = "frame" if len({f.file for f in frames}) == 1 else "file"
         raise InputFileError(
-            f"{path}: {first} and another file lie at the same place; a series has one file a plane (one time point)"
+            f"{path}: {first} and another {other} lie at the same place; a series has one {other} a plane "
+            "(one time point)"
         )
     if gaps.max() - gaps.min() > _UNEVEN * gap:
-        log.warning("%s: planes are %g to %g mm apart; some may be missing", path, gaps.min(), gaps.max())
-    return [pairs[k] for k in order], gap
+        widest = int(gaps.argmax())
+        log.warning(
+            "%s: planes are %g to %g mm apart; some may be missing, most likely after %s",
+            path,
+            gaps.min(),
+            gaps.max(),
+            frames[order[widest]].name,
+        )
+    return [frames[k] for k in order], gap
 
 
 def _check_decoder(file: Path, header: Any) -> None:
@@ -311,6 +370,8 @@ def _dicom_dtype(headers: Sequence[Any]) -> np.dtype[Any]:
     bits = int(first.get("BitsAllocated", 16))
     if bits >= 32 and "PixelRepresentation" not in first:  # floating pixels have no such element
         return np.dtype(f"f{bits // 8}")
+    if any("ModalityLUTSequence" in h for h in headers):
+        return np.dtype(np.uint16)
     scales = {_rescale(h) for h in headers}
     if scales == {(1.0, 0.0)}:
         return np.dtype(f"{'i' if first.get('PixelRepresentation') else 'u'}{max(bits // 8, 1)}")

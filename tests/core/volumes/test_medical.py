@@ -190,3 +190,93 @@ def test_names_of_volumes(tmp_path):
     assert not is_volume(tmp_path / "notes.txt")
     (tmp_path / "v.ome.zarr").mkdir()
     assert stem_of(tmp_path / "v.ome.zarr") == "v"
+
+
+# enhanced files
+
+
+def write_enhanced(path: Path, array: np.ndarray, *, places=None, slopes=None, shared: bool = True):
+    """A file of many frames; what describes them is in functional groups, as of an enhanced CT."""
+    data = pydicom.dataset.Dataset()
+    data.file_meta = pydicom.dataset.FileMetaDataset()
+    data.SOPClassUID = data.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    data.SOPInstanceUID = data.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    data.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    data.SeriesInstanceUID = "1.2.9"
+    data.NumberOfFrames, data.Rows, data.Columns = array.shape
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 16
+    data.HighBit, data.PixelRepresentation = 15, 0
+    measures, values, orientation = (pydicom.dataset.Dataset() for _ in range(3))
+    measures.PixelSpacing, measures.SliceThickness = ["0.5", "0.7"], "9"
+    values.RescaleSlope, values.RescaleIntercept, values.RescaleType = "2", "-1024", "HU"
+    orientation.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    groups = pydicom.dataset.Dataset()
+    groups.PixelMeasuresSequence, groups.PlaneOrientationSequence = [measures], [orientation]
+    if shared:
+        groups.PixelValueTransformationSequence = [values]
+        data.SharedFunctionalGroupsSequence = [groups]
+    each = []
+    for z in range(len(array)):
+        own = pydicom.dataset.Dataset()
+        if places is not None:
+            own.PlanePositionSequence = [pydicom.dataset.Dataset()]
+            own.PlanePositionSequence[0].ImagePositionPatient = [0, 0, places[z]]
+        if slopes is not None:
+            own.PixelValueTransformationSequence = [pydicom.dataset.Dataset()]
+            own.PixelValueTransformationSequence[0].RescaleSlope = str(slopes[z])
+            own.PixelValueTransformationSequence[0].RescaleIntercept = "0"
+        each.append(own)
+    if places is not None or slopes is not None:
+        data.PerFrameFunctionalGroupsSequence = each
+    data.PixelData = array.astype("<u2").tobytes()
+    data.save_as(path, enforce_file_format=True)
+    return data
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 0, 5, 1, 4, 3]])
+def test_frames_of_an_enhanced_file_lie_in_the_order_of_their_places(tmp_path, order):
+    write_enhanced(tmp_path / "e.dcm", DATA[order], places=[2.5 * z - 7 for z in order])
+    with open_volume(tmp_path / "e.dcm") as volume:
+        assert np.array_equal(volume.read(), DATA.astype(int) * 2 - 1024)
+        assert np.array_equal(volume[3, 4:9, 2], DATA[3, 4:9, 2].astype(int) * 2 - 1024)
+        assert volume.scale == pytest.approx((2500.0, 500.0, 700.0))
+
+
+def test_each_frame_has_the_rescaling_that_its_own_group_states(tmp_path):
+    write_enhanced(tmp_path / "e.dcm", DATA, slopes=[1, 2, 3, 4, 5, 0.5])
+    expected = DATA * np.array([1, 2, 3, 4, 5, 0.5])[:, None, None]
+    with open_volume(tmp_path / "e.dcm") as volume:
+        assert np.allclose(volume.read(), expected)
+        assert volume.scale == pytest.approx((9000.0, 500.0, 700.0))
+
+
+def test_several_files_of_many_frames_are_one_series(tmp_path):
+    write_enhanced(tmp_path / "b.dcm", DATA[:3], places=[0, 1, 2])
+    write_enhanced(tmp_path / "a.dcm", DATA[3:], places=[3, 4, 5])
+    with open_volume(tmp_path) as volume:
+        assert np.array_equal(volume.read(), DATA.astype(int) * 2 - 1024)
+
+
+def test_frames_that_are_no_stack_are_an_error(tmp_path):
+    write_enhanced(tmp_path / "e.dcm", DATA, places=[0, 1, 2, 0, 1, 2])
+    with pytest.raises(InputFileError, match=r"frame \d and another frame lie at the same place"):
+        open_volume(tmp_path / "e.dcm")
+    data = write_enhanced(tmp_path / "f.dcm", DATA, places=range(6))
+    del data.PerFrameFunctionalGroupsSequence[5]
+    data.save_as(tmp_path / "f.dcm", enforce_file_format=True)
+    with pytest.raises(InputFileError, match="states 6 frames, and describes 5"):
+        open_volume(tmp_path / "f.dcm")
+
+
+def test_a_table_of_values_is_applied(tmp_path):
+    data = write_enhanced(tmp_path / "t.dcm", DATA, shared=False)
+    table = pydicom.dataset.Dataset()
+    table.LUTDescriptor, table.ModalityLUTType = [int(DATA.max()) + 1, 0, 16], "US"
+    values = np.arange(int(DATA.max()) + 1, dtype="<u2") * 3 + 5
+    table.LUTData = values.tobytes()
+    data.ModalityLUTSequence = [table]
+    data.save_as(tmp_path / "t.dcm", enforce_file_format=True)
+    with open_volume(tmp_path / "t.dcm") as volume:
+        assert volume.dtype == np.uint16
+        assert np.array_equal(volume.read(), DATA.astype(int) * 3 + 5)
