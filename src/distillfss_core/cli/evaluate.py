@@ -103,7 +103,8 @@ def _count_planes(
             opening=opening,
         )
         return
-    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes, args.binary_threshold):
+    options = {"threshold": args.binary_threshold, "in_folder": args.truth.is_dir()}
+    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes, **options):
         with source_named(name):
             yield name, confusion(found, real, n_classes)
 
@@ -114,15 +115,17 @@ def _label_pairs(
     planes: Sequence[int] | None,
     modes: tuple[str, str],
     n_classes: int,
+    *,
     threshold: float | None,
+    in_folder: bool,
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Name, prediction and truth of each plane of two files."""
+    """Name, prediction and truth of each plane of two files; in a folder, of the planes that lie in these."""
     from distillfss_core.io.label_checks import is_lossy, warn_of_values
     from distillfss_core.io.labels import labels_from_image, read_label_stack
 
-    true_planes = read_label_stack(truth, binary_threshold=threshold)
+    true_planes = read_label_stack(truth, binary_threshold=threshold, own_planes=in_folder)
     own = threshold if is_lossy(predicted) else None  # labels of this program are numbers
-    predicted_planes = read_label_stack(predicted, binary_threshold=own)
+    predicted_planes = read_label_stack(predicted, binary_threshold=own, own_planes=in_folder)
     warn_of_values(predicted_planes, predicted.name, modes[0])
     warn_of_values(true_planes, truth.name, modes[1])
     if len(predicted_planes) != len(true_planes):

@@ -103,7 +103,7 @@ def _segment_files(
         for source, outputs in jobs:
             check_stopped()
             try:
-                _segment_file(model, source, outputs)
+                _segment_file(model, source, outputs, in_folder=make_folders)
             except (InputFileError, ImageError) as error:  # the other files can still be done
                 failed += 1
                 fail(error)
@@ -177,11 +177,11 @@ def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
     return args.input, outputs
 
 
-def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path]) -> None:
+def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path], *, in_folder: bool = False) -> None:
     """Segment one file, plane by plane; each result is written whole or not at all."""
     from distillfss_core.io.writing import write_float_tiff, write_labels
 
-    planes = _read_planes(source)
+    planes = _read_planes(source, in_folder)
     if len(planes) > 1:
         if outputs["labels"].suffix.lower() == ".png":
             raise OutputError(f"{outputs['labels']}: a PNG holds one plane, {source} has {len(planes)}; end it in .tif")
@@ -247,14 +247,17 @@ def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: di
         )
 
 
-def _read_planes(path: Path) -> Array:
-    """The planes (z y x) or (z y x c) of a file; an image is a stack of one."""
+def _read_planes(path: Path, in_folder: bool) -> Array:
+    """The planes (z y x) or (z y x c) of a file; an image is a stack of one.
+
+    In a folder, each file of an OME-TIFF of several files stands for its own planes.
+    """
     from distillfss_core.io.images import read_image, read_stack
 
     if path.suffix.lower() == ".npy":  # does not say what its axes are: few values in the last one are channels
         with suppress(ImageError):
             return read_image(path)[None]
-    return read_stack(path)
+    return read_stack(path, own_planes=in_folder)
 
 
 def segment_volume(args: argparse.Namespace) -> int:

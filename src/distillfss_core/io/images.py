@@ -84,19 +84,28 @@ def read_image(path: PathLike) -> Array:
     return single_plane(pixels, Path(path)).array
 
 
-def read_stack(path: PathLike) -> Array:
+def read_stack(path: PathLike, *, own_planes: bool = False) -> Array:
     """Read a stack of planes; one plane is a stack of one. Errors are those of `read_image`.
+
+    Parameters
+    ----------
+    path : path
+    own_planes : bool
+        Of a file of an OME-TIFF of several files, read only the planes that lie in this file.
 
     Returns
     -------
     array, shape (z, y, x) or (z, y, x, c)
     """
-    pixels = read_pixels(Path(path), npy_stack=True)
+    pixels = read_pixels(Path(path), npy_stack=True, own_planes=own_planes)
     return pixels.array if pixels.stack else pixels.array[None]
 
 
-def read_pixels(path: Path, palette_numbers: bool = False, npy_stack: bool = False) -> Pixels:
-    """Read any readable file; ``npy_stack``: the first of three axes of a .npy file is z."""
+def read_pixels(path: Path, palette_numbers: bool = False, npy_stack: bool = False, own_planes: bool = False) -> Pixels:
+    """Read any readable file; ``npy_stack``: the first of three axes of a .npy file is z.
+
+    ``own_planes``: as for `read_stack`.
+    """
     suffix = path.suffix.lower()
     if not path.exists():
         raise InputFileError(f"{path}: no such file; check the name")
@@ -106,7 +115,7 @@ def read_pixels(path: Path, palette_numbers: bool = False, npy_stack: bool = Fal
         raise InputFileError(f"{path}: cannot read {suffix or 'a file without suffix'!r}; give {KINDS_READ}")
     try:
         if suffix in TIFF_SUFFIXES:
-            return _read_tiff(path)
+            return _read_tiff(path, own_planes)
         if suffix == ".npy":
             return _read_npy(path, npy_stack)
         return _plane(_read_pillow(path, palette_numbers))
@@ -123,14 +132,14 @@ def _plane(array: Array) -> Pixels:
     return Pixels(array, stack=False, channels=array.ndim == 3)
 
 
-def _read_tiff(path: Path) -> Pixels:
+def _read_tiff(path: Path, own_planes: bool) -> Pixels:
     with open_tiff_file(path) as file:
         if len(file.series) != 1:
             sizes = ", ".join("x".join(map(str, s.shape)) for s in list(file.series)[:4])
             raise ImageError(f"{path}: holds {len(file.series)} images ({sizes}); save the one you want on its own")
         image = TiffImage(file, path)
         axes, alpha = image.axes, image.has_alpha
-        array = image.read()
+        array = image.read_own() if own_planes else image.read()
     if array.ndim != len(axes) or 0 in array.shape:
         raise InputFileError(f"{path}: cannot be read (shape {array.shape} for axes {axes}); save it anew")
     keep = [i for i, (a, n) in enumerate(zip(axes, array.shape, strict=True)) if a in "YX" or n > 1]

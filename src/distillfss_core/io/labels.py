@@ -61,10 +61,13 @@ def read_labels(path: PathLike, *, binary_threshold: float | None = None) -> Arr
     return _numbers_of(single_plane(pixels, path), path, binary_threshold)
 
 
-def read_label_stack(path: PathLike, *, binary_threshold: float | None = None) -> Array:
-    """Read the labels of a stack, shape (z, y, x); one plane is a stack of one. As `read_labels` otherwise."""
+def read_label_stack(path: PathLike, *, binary_threshold: float | None = None, own_planes: bool = False) -> Array:
+    """Read the labels of a stack, shape (z, y, x); one plane is a stack of one. As `read_labels` otherwise.
+
+    ``own_planes``: as for `read_stack`.
+    """
     path = Path(path)
-    pixels = read_pixels(path, palette_numbers=binary_threshold is None, npy_stack=True)
+    pixels = read_pixels(path, palette_numbers=binary_threshold is None, npy_stack=True, own_planes=own_planes)
     labels = _numbers_of(pixels, path, binary_threshold)
     return labels if pixels.stack else labels[None]
 
@@ -266,7 +269,9 @@ def load_support_arrays(
     slices: list[AnnotatedSlice] = []
     from_stack = False
     for image_path, label_path in pairs:
-        read_slices, from_stack = load_pair(image_path, label_path, planes, mode, n_classes, binary_threshold)
+        read_slices, from_stack = load_pair(
+            image_path, label_path, planes, mode, n_classes, binary_threshold, in_folder=Path(images).is_dir()
+        )
         slices += read_slices
     return slices, from_stack and len(pairs) == 1
 
@@ -278,11 +283,17 @@ def load_pair(
     mode: str,
     n_classes: int | None,
     binary_threshold: float | None = None,
+    *,
+    in_folder: bool = False,
 ) -> tuple[list[AnnotatedSlice], bool]:
-    """Slices of one image file, and whether it is a stack; as `load_support_arrays`."""
-    labels_in = read_pixels(label_path, palette_numbers=binary_threshold is None)
+    """Slices of one image file, and whether it is a stack; as `load_support_arrays`.
+
+    ``in_folder``: a file of an OME-TIFF of several files stands for its own planes.
+    """
+    labels_in = read_pixels(label_path, palette_numbers=binary_threshold is None, own_planes=in_folder)
     # A .npy file does not say what its axes are; the labels beside it do.
-    image_in = read_pixels(image_path, npy_stack=labels_in.array.ndim == 3 and image_path.suffix.lower() == ".npy")
+    is_npy_stack = labels_in.array.ndim == 3 and image_path.suffix.lower() == ".npy"
+    image_in = read_pixels(image_path, npy_stack=is_npy_stack, own_planes=in_folder)
     if not image_in.stack:
         if planes is not None:
             raise SettingsError(f"planes are given, but {image_path.name} is a single plane; leave them out")

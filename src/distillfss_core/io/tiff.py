@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from xml.etree import ElementTree
 
+import numpy as np
 import tifffile
 
 from distillfss_core.errors import InputFileError
@@ -72,6 +73,32 @@ class TiffImage:
         array: Array = self.resolution.asarray()
         return array
 
+    def read_own(self) -> Array:
+        """The planes that lie in the file ``path``, where it is one of several files of an image; else the whole.
+
+        Raises
+        ------
+        InputFileError
+            As `read` does, if another file of the image is missing, or the planes of this one make no stack.
+        """
+        own = [i for i, page in enumerate(self.resolution) if page is None or _lies_in(page, self.path)]
+        if len(own) == len(self.resolution):
+            return self.read()
+        if gone := self._files_missing():
+            raise InputFileError(f"{self.path}: {gone}")
+        leading = self.shape[: self.leading]
+        positions = [np.unique(p) for p in np.unravel_index(own, leading)]
+        if not own or math.prod(map(len, positions)) != len(own):
+            raise InputFileError(
+                f"{self.path}: holds {len(own)} planes of an image of {len(self.resolution)} that make no stack; give "
+                "the image as a volume"
+            )
+        for number in own:
+            self.check_page(number)
+        planes = np.stack([self.resolution[number].asarray() for number in own])
+        array: Array = planes.reshape(*map(len, positions), *self.shape[self.leading :])
+        return array
+
     def check_page(self, number: int) -> None:
         """Make sure that every byte of a page is in its file.
 
@@ -122,11 +149,14 @@ class TiffImage:
         self.missing.add(str(number))
 
     def _why_missing(self) -> str:
+        return self._files_missing() or "it is cut short, or its metadata state more planes than there are"
+
+    def _files_missing(self) -> str:
+        """Which files of the image are not there; "" if none is missing."""
         gone = [name for name in ome_files(self.file.ome_metadata) if not (self.path.parent / name).exists()]
-        if not gone:
-            return "the file, or another one of this image, is cut short or states more planes than it holds"
         more = f" and {len(gone) - _MOST_NAMED} more" if len(gone) > _MOST_NAMED else ""
-        return f"there is no {', '.join(gone[:_MOST_NAMED])}{more} beside it; put the files of an image into one folder"
+        listed = f"{', '.join(gone[:_MOST_NAMED])}{more}"
+        return f"there is no {listed} beside it; put the files of an image into one folder" if gone else ""
 
     def _check_stated(self) -> None:
         """As many planes are there as the metadata state."""
@@ -241,6 +271,10 @@ def _names_of_set(opened: Any, file: Path) -> list[str]:
         with tifffile.TiffFile(master) as whole:
             return [*ome_files(whole.ome_metadata), other]
     return ome_files(master.read_text(encoding="utf-8"))
+
+
+def _lies_in(page: Any, path: Path) -> bool:
+    return bool(page.parent.filehandle.name == path.name)
 
 
 def _parse_ome(text: str) -> ElementTree.Element | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distillfss_core.errors import DistillFSSError, InputFileError, OutputError, SettingsError, printable
 from distillfss_core.io.tables import TableRow, read_table
+from distillfss_core.io.tiff import first_of_sets
 from distillfss_core.io.writing import atomic_path, check_output, check_replaceable
 from distillfss_core.labelstore.layout import Part, parse_region
 from distillfss_core.labelstore.store import check_apart, count_voxels
@@ -288,7 +289,7 @@ def _volumes_of(path: Path, options: Mapping[str, Any]) -> list[tuple[Path, str]
 def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     jobs = []
     is_single = address_of(folder) or is_one_volume(folder)
-    for path in [folder] if is_single else sorted(folder.iterdir()):
+    for path in [folder] if is_single else first_of_sets(sorted(folder.iterdir())):
         error = ""
         if path.name.startswith("."):
             continue

@@ -45,6 +45,7 @@ from distillfss_core.volumes.volume import Volume
 log: logging.Logger = logging.getLogger(__name__)
 
 READERS, WRITERS = 2, 1
+_MOST_VOXELS = 1 << 43  # a million shards
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 """Threads beside the one that computes: on a CPU no more, since they take its cores."""
 
@@ -178,6 +179,7 @@ def iter_segment(
     start = time.monotonic()
     _return_memory()
     wanted = check_region(volume, region)
+    _check_size(volume, wanted)
     mode_labels = make_mode(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
@@ -222,6 +224,16 @@ def check_region(volume: Volume, region: Part | None) -> Box:
         If it is empty or not within the volume.
     """
     return box_within(volume.shape[:3], region, volume.name)
+
+
+def _check_size(volume: Volume, wanted: Box) -> None:
+    """Refuse what could not end: metadata may state any size."""
+    voxels = math.prod(stop - start for start, stop in wanted)
+    if voxels > _MOST_VOXELS:
+        raise SettingsError(
+            f"{volume.name}: {voxels} voxels of shape {volume.shape} are to be segmented, at most {_MOST_VOXELS} are "
+            "possible in one run; check its metadata, or give a region"
+        )
 
 
 def open_store(

@@ -162,7 +162,9 @@ def load_support(
     of_stack = False
     for image, label in pairs:
         if are_images(image, label) and not opening and region is None:
-            annotated, of_stack = load_pair(image, label, planes, mode, len(names), binary_threshold)
+            annotated, of_stack = load_pair(
+                image, label, planes, mode, len(names), binary_threshold, in_folder=images.is_dir()
+            )
         else:
             check_no_threshold(label, binary_threshold)
             annotated, of_stack = load_volume_slices(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tifffile import natural_sorted
 
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import READABLE, TIFF_SUFFIXES, read_image
+from distillfss_core.io.tiff import members_of_set
 from distillfss_core.types import Array
 from distillfss_core.volumes.source import ArraySource, Opened, Source, files_digest, letters_of
 from distillfss_core.volumes.tiff import open_tiff
@@ -73,6 +75,17 @@ def open_folder(path: Path, axes: str | None, decode: Callable[[Path], Array] = 
         raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")
     order = {name: place for place, name in enumerate(natural_sorted({f.name.lower() for f in files}))}
     files.sort(key=lambda f: order[f.name.lower()])
+    members = members_of_set(files[0])
+    if members:
+        others = [f.name for f in files if f not in members]
+        if others:
+            raise InputFileError(
+                f"{path}: holds an image of {len(members)} files, {files[0].name} and so on, and other files "
+                f"({', '.join(others[:3])}); give one file of the image that is meant"
+            )
+        opened = open_tiff(files[0], 0, axes, None)
+        present = [f for f in files if f.is_file()]
+        return replace(opened, identity={**opened.identity, "kind": "ome set", "files": files_digest(present)})
     with _plane_of(files[0], decode) as first:
         shape, dtype = first.shape, first.dtype
     source = _FolderSource(files, shape, dtype, decode)

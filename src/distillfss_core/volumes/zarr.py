@@ -7,13 +7,14 @@ import hashlib
 import json
 import logging
 import math
+import os
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ ZarrName = Path | Address
 
 ZARR_FILES = ("zarr.json", ".zgroup", ".zarray")
 _CHUNKS = 64  # files of a zarr
+_MANY_CHUNKS = 10_000
+_SPARSE = 1000  # so many times more chunks are stated than have a file
+_SETTLED = 5.0  # seconds in which chunks that are being read end
 _END = 1 << 15  # bytes at the beginning and the end of such a file
 
 
@@ -60,7 +64,7 @@ class _ZarrSource:
         self._lock = threading.Lock()
 
     def get(self, box: tuple[slice, ...]) -> Array:
-        voxels = np.asarray(self.array[box])
+        voxels = _read_box(self.array, box)
         if self._is_stored is not None:
             self._look_for_missing(box, self._is_stored)
         return voxels
@@ -98,6 +102,46 @@ def _stored_keys(array: Any) -> Callable[[str], bool] | None:
             names = frozenset(file.namelist())
         return lambda key: f"{array.path}/{key}".lstrip("/") in names
     return None
+
+
+def _read_box(array: Any, box: tuple[slice, ...]) -> Array:
+    """A box of an array; where a chunk is damaged, the other chunks are waited for, so that none fails unheard."""
+    try:
+        return np.asarray(array[box])
+    except Exception:
+        sync(_settle())
+        raise
+
+
+async def _settle() -> None:
+    """Wait for the chunks that are being read, and take their errors; those of whole reads belong to others."""
+    tasks = [t for t in asyncio.all_tasks() if getattr(t.get_coro(), "__name__", "") != "_runner"]
+    if tasks:
+        done, _ = await asyncio.wait(tasks, timeout=_SETTLED)
+        for task in done:
+            if not task.cancelled():
+                task.exception()
+
+
+def _warn_of_sparse(array: Any, name: str) -> None:
+    """Name an array of which hardly a chunk has a file: its metadata may state a wrong size."""
+    store = array.store_path.store
+    stored = getattr(array, "shards", None) or array.chunks
+    stated = math.prod(-(-n // size) for n, size in zip(array.shape, stored, strict=True))
+    if stated < _MANY_CHUNKS or not isinstance(store, zarr.storage.LocalStore):
+        return
+    most = min(stated // _SPARSE, _MANY_CHUNKS)
+    held = sum(1 for _ in islice((f for _, _, files in os.walk(store.root / array.path) for f in files), most + 1))
+    if held <= most and held < stated // _SPARSE:
+        log.warning(
+            "%s: states the shape %s, which is %d voxels in %d chunks, and at most %d of them have a file; check its "
+            "metadata, the rest is read as the fill value",
+            name,
+            tuple(array.shape),
+            math.prod(array.shape),
+            stated,
+            held,
+        )
 
 
 def _zarr_content(array: Any) -> str:
@@ -344,6 +388,8 @@ def _open_multiscale(
         raise InputFileError(
             f"{path}: its metadata give an impossible scale {image.scales[1]}; mend it, or give the array"
         )
+    if "image-label" not in multiscales:
+        _warn_of_sparse(array, str(path))
     digest = hashlib.sha256(json.dumps([multiscales["multiscales"], array.metadata.to_dict()], default=str).encode())
     return Opened(
         # Where nothing is, labels have no file.
@@ -465,5 +511,6 @@ def from_zarr_array(array: Any, axes: str | None, name: str) -> Opened:
         if letters and all(n in ("t", "c", "z", "y", "x") for n in letters):
             axes = "".join(letters)
     digest = hashlib.sha256(json.dumps(array.metadata.to_dict(), default=str).encode())
+    _warn_of_sparse(array, name)
     source = _ZarrSource(array, letters_of(axes, array.shape, name), name)
     return Opened(source, {"kind": "zarr", "metadata": digest.hexdigest()[:16]}, partial(_zarr_content, array))

@@ -12,6 +12,7 @@ import tifffile
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import read_stack
 from distillfss_core.io.labels import load_support_arrays, read_label_stack
+from distillfss_core.segmentation.batch import plan_batch
 from distillfss_core.volumes.volume import open_volume
 from ome_sets import OME, ome_xml, write_ome_set, write_pages
 
@@ -154,3 +155,45 @@ def test_an_ome_file_that_was_renamed(tmp_path, route):
     text = ome_xml(None, [("old.ome.tif", k, "u") for k in range(6)], (20, 24), 3, channels=2)
     with open_volume(write_pages(tmp_path / "two.ome.tif", STACK, text), channel=1) as volume:
         np.testing.assert_array_equal(volume.read(), STACK[3:])
+
+
+# folders that hold the files of one OME-TIFF
+
+
+NAMES = [f"z{k}.ome.tif" for k in range(6)]
+
+
+def test_a_folder_with_the_files_of_one_image_is_that_image(tmp_path):
+    """A microscope writes a file a plane, each of which names all others."""
+    write_ome_set(tmp_path / "set", STACK, NAMES)
+    with open_volume(tmp_path / "set") as volume:
+        np.testing.assert_array_equal(volume.read(), STACK)
+        assert len(volume.shape) == 3
+    write_ome_set(tmp_path / "two", STACK, NAMES[:3])
+    write_ome_set(tmp_path / "two", STACK, ["b0.ome.tif", "b1.ome.tif"])
+    with pytest.raises(InputFileError, match=r"holds an image of 2 files, b0\.ome\.tif and so on, and other files"):
+        open_volume(tmp_path / "two")
+    jobs = plan_batch(tmp_path / "two", tmp_path / "out", {})
+    assert [job.source.name for job in jobs] == ["b0.ome.tif", "z0.ome.tif"]
+
+
+@pytest.mark.parametrize("files", [6, 2])
+def test_in_a_folder_a_file_of_a_set_stands_for_its_own_planes(tmp_path, files):
+    """Such a folder is segmented, learned from and evaluated file by file, by stem."""
+    paths = write_ome_set(tmp_path / "set", STACK, NAMES[:files])
+    each = 6 // files
+    for k, path in enumerate(paths):
+        np.testing.assert_array_equal(read_stack(path, own_planes=True), STACK[k * each : (k + 1) * each])
+        np.testing.assert_array_equal(read_label_stack(path, own_planes=True), STACK[k * each : (k + 1) * each])
+    (tmp_path / "labels").mkdir()
+    for k in range(files):
+        tifffile.imwrite(
+            tmp_path / f"labels/z{k}_mask.tif", STACK[k * each : (k + 1) * each] % 2, photometric="minisblack"
+        )
+    slices, _ = load_support_arrays(tmp_path / "set", tmp_path / "labels")
+    np.testing.assert_array_equal(np.stack([s.image for s in slices]), STACK)
+    np.testing.assert_array_equal(np.stack([s.labels for s in slices]), STACK % 2)
+    paths[1].unlink()
+    for route in (lambda: read_stack(paths[0], own_planes=True), lambda: as_volume(tmp_path / "set")):
+        with pytest.raises(InputFileError, match=r"there is no z1\.ome\.tif beside it"):
+            route()

@@ -7,6 +7,8 @@ import logging
 import pickle
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import dask.array as da
@@ -466,3 +468,37 @@ def test_an_alpha_that_differs_between_the_looked_at_tiles_is_an_error(tmp_path,
         assert np.array_equal(volume[0, :60, :60], rgba[:60, :60, :3])
         with pytest.raises(InputFileError, match="its alpha channel has several values, though most of it is 255"):
             volume.read()
+
+
+# zarr that is damaged, or states another size
+
+
+def test_damaged_chunks_are_one_error_without_messages_beside_it(tmp_path):
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(8, 128, 128), chunks=(1, 32, 32), dtype="u2")
+    array[:] = noise((8, 128, 128)) + 1
+    for chunk in (f for f in (tmp_path / "a.zarr" / "c").rglob("*") if f.is_file()):
+        chunk.write_bytes(chunk.read_bytes()[:40])
+    program = (
+        "from distillfss_core import open_volume, DistillFSSError\n"
+        f"v = open_volume({str(tmp_path / 'a.zarr')!r})\n"
+        "for _ in range(3):\n"
+        "    try:\n"
+        "        v.read()\n"
+        "    except DistillFSSError as error:\n"
+        "        print(type(error).__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["InputFileError"] * 3
+    assert done.stderr == ""
+
+
+def test_an_array_that_states_an_absurd_size_is_named(tmp_path, caplog):
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(4, 256, 256), chunks=(1, 128, 128), dtype="u2")
+    array[:] = noise((4, 256, 256))
+    with open_volume(tmp_path / "a.zarr") as volume:
+        assert volume.shape == (4, 256, 256)
+    assert caplog.text == ""
+    _edit(tmp_path / "a.zarr" / "zarr.json", lambda a: a.update(shape=[4, 10**9, 256]))
+    with open_volume(tmp_path / "a.zarr") as volume:
+        assert volume.shape == (4, 10**9, 256)
+    assert "1024000000000 voxels in 62500000 chunks, and at most 17 of them have a file" in caplog.text
