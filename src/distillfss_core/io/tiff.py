@@ -113,6 +113,12 @@ class TiffImage:
             page = self.resolution[number]
             if page is None:
                 raise InputFileError(f"{self.path}: plane {number} is missing: {self._why_missing()}")
+            first = self.resolution.keyframe
+            if (tuple(page.shape), page.dtype) != (tuple(first.shape), first.dtype):
+                raise InputFileError(
+                    f"{self.path}: plane {number} in {page.parent.filehandle.name} is {page.shape} {page.dtype}, others "
+                    f"are {first.shape} {first.dtype}; it is damaged, copy it again"
+                )
             size = page.parent.filehandle.size
             for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
                 if start + count > size:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from distillfss_core.io.tiff import members_of_set
 from distillfss_core.types import Array
 from distillfss_core.volumes.source import ArraySource, Opened, Source, files_digest, letters_of
 from distillfss_core.volumes.tiff import open_tiff
+
+log = logging.getLogger(__name__)
 
 # a folder of planes
 
@@ -86,9 +91,27 @@ def open_folder(path: Path, axes: str | None, decode: Callable[[Path], Array] = 
         opened = open_tiff(files[0], 0, axes, None)
         present = [f for f in files if f.is_file()]
         return replace(opened, identity={**opened.identity, "kind": "ome set", "files": files_digest(present)})
+    _warn_of_gap(path, files)
     with _plane_of(files[0], decode) as first:
         shape, dtype = first.shape, first.dtype
     source = _FolderSource(files, shape, dtype, decode)
     if axes is not None:
         source.axes = letters_of(axes, source.shape, str(path))
     return Opened(source, {"kind": "folder", "files": files_digest(files)}, color=len(shape) == 3)
+
+
+def _warn_of_gap(path: Path, files: Sequence[Path]) -> None:
+    """Name the place where the numbers in the names of planes jump, though they are evenly spaced elsewhere."""
+    numbers = [int((re.findall(r"\d+", f.stem) or ["-1"])[-1]) for f in files]
+    steps = [after - before for before, after in pairwise(numbers)]
+    usual = min(steps, default=0)
+    widest = max(steps, default=0)
+    if usual > 0 and widest > usual and -1 not in numbers:
+        before = steps.index(widest)
+        log.warning(
+            "%s: holds %d planes, and their numbers jump from %s to %s; a plane may be missing",
+            path,
+            len(files),
+            files[before].name,
+            files[before + 1].name,
+        )

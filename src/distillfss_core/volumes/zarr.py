@@ -59,20 +59,24 @@ class _ZarrSource:
         self.shape, self.dtype = tuple(array.shape), np.dtype(array.dtype)
         self.chunks = tuple(array.chunks)
         self._stored = tuple(getattr(array, "shards", None) or array.chunks)  # what has a file of its own
-        self._is_stored = None if sparse else _stored_keys(array)
+        self._size_of, self._sparse = _stored_sizes(array), sparse
         self.missing: set[str] = set()
         self._lock = threading.Lock()
 
     def get(self, box: tuple[slice, ...]) -> Array:
         voxels = _read_box(self.array, box)
-        if self._is_stored is not None:
-            self._look_for_missing(box, self._is_stored)
+        if self._size_of is not None:
+            self._look_for_missing(box, self._size_of)
         return voxels
 
-    def _look_for_missing(self, box: tuple[slice, ...], is_stored: Callable[[str], bool]) -> None:
+    def _look_for_missing(self, box: tuple[slice, ...], size_of: Callable[[str], int | None]) -> None:
         spans = [range(s.start // n, -(-s.stop // n)) for s, n in zip(box, self._stored, strict=True)]
         keys = [self.array.metadata.encode_chunk_key(index) for index in product(*spans)]
-        gone = [key for key in keys if not is_stored(key)]
+        sizes = {key: size_of(key) for key in keys}
+        empty = next((key for key, size in sizes.items() if size == 0), None)
+        if empty is not None:  # zarr takes an empty shard for fill values
+            raise InputFileError(f"{self.name}: the file of chunk {empty} is empty; copy it again")
+        gone = [] if self._sparse else [key for key, size in sizes.items() if size is None]
         with self._lock:
             first = bool(gone) and not self.missing
             self.missing.update(gone)
@@ -89,19 +93,30 @@ class _ZarrSource:
         pass
 
 
-def _stored_keys(array: Any) -> Callable[[str], bool] | None:
-    """Whether a chunk has a file, by its key (at an address, once it was requested); None for other stores."""
+def _stored_sizes(array: Any) -> Callable[[str], int | None] | None:
+    """Bytes of the file of a chunk, by its key; None where there is none. No function for other stores.
+
+    At an address the size of what was read is not known, and 1 stands for it.
+    """
     store = array.store_path.store
     if isinstance(store, zarr.storage.LocalStore):
         root = store.root / array.path
-        return lambda key: (root / key).exists()
+        return lambda key: _size_of(root / key)
     if isinstance(store, RemoteStore):
-        return lambda key: f"{array.path}/{key}".lstrip("/") not in store.absent
+        return lambda key: None if f"{array.path}/{key}".lstrip("/") in store.absent else 1
     if isinstance(store, zarr.storage.ZipStore):
         with zipfile.ZipFile(store.path) as file:
-            names = frozenset(file.namelist())
-        return lambda key: f"{array.path}/{key}".lstrip("/") in names
+            sizes = {entry.filename: entry.file_size for entry in file.infolist()}
+        return lambda key: sizes.get(f"{array.path}/{key}".lstrip("/"))
     return None
+
+
+def _size_of(file: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return file.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _read_box(array: Any, box: tuple[slice, ...]) -> Array:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import read_stack
 from distillfss_core.io.labels import load_support_arrays, read_label_stack
+from distillfss_core.io.writing import write_labels
 from distillfss_core.segmentation.batch import plan_batch
 from distillfss_core.volumes.volume import open_volume
 from ome_sets import OME, ome_xml, write_ome_set, write_pages
@@ -197,3 +199,41 @@ def test_in_a_folder_a_file_of_a_set_stands_for_its_own_planes(tmp_path, files):
     for route in (lambda: read_stack(paths[0], own_planes=True), lambda: as_volume(tmp_path / "set")):
         with pytest.raises(InputFileError, match=r"there is no z1\.ome\.tif beside it"):
             route()
+
+
+@ROUTES
+def test_a_file_of_a_set_states_another_size(tmp_path, route):
+    """The width of the planes is damaged in the second file of an OME-TIFF."""
+    first, second = write_ome_set(tmp_path, STACK, ["a.ome.tif", "b.ome.tif"])
+    with tifffile.TiffFile(second, mode="r+") as file:
+        file.pages[0].tags["ImageWidth"].overwrite(12)
+    with pytest.raises(InputFileError, match=r"plane 3 in b\.ome\.tif is \(20, 12\) uint16, others are \(20, 24\)"):
+        route(first)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_a_plane_of_a_folder_is_missing(tmp_path, caplog, suffix):
+    """One of the numbered planes was not copied; every tenth plane alone is no gap."""
+    for z in (0, 1, 2, 4, 5):
+        write_labels(tmp_path / f"z{z}.{suffix}", STACK[z % 6].astype(np.uint8))
+    with open_volume(tmp_path) as volume:
+        assert volume.shape == (5, 20, 24)
+    assert f"their numbers jump from z2.{suffix} to z4.{suffix}; a plane may be missing" in caplog.text
+    caplog.clear()
+    (tmp_path / "even").mkdir()
+    for z in (0, 10, 20, 30):
+        write_labels(tmp_path / f"even/z{z}.{suffix}", STACK[0].astype(np.uint8))
+    open_volume(tmp_path / "even").close()
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("shards", [(2, 32, 32), None])
+def test_the_file_of_a_chunk_is_empty(tmp_path, shards):
+    """The disk was full while a zarr was copied: files are there, and empty."""
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(6, 32, 32), chunks=(1, 16, 16), shards=shards, dtype="u2")
+    array[:] = 7
+    file = max(f for f in (tmp_path / "a.zarr" / "c").rglob("*") if f.is_file())
+    file.write_bytes(b"")
+    key = file.relative_to(tmp_path / "a.zarr").as_posix()
+    with pytest.raises(InputFileError, match=f"the file of chunk {key} is empty" if shards else "empty|cannot be read"):
+        as_volume(tmp_path / "a.zarr")

@@ -340,6 +340,6 @@ def test_a_volume_that_states_an_absurd_size_is_refused(plain_student, tmp_path)
     array = zarr.create_array(tmp_path / "a.zarr", shape=(4, 99_999_999_999, 256), chunks=(1, 128, 128), dtype="u1")
     assert array.ndim == 3
     volume = open_volume(tmp_path / "a.zarr")
-    with pytest.raises(SettingsError, match="102399999998976 voxels .* at most 8796093022208 are possible in one run"):
+    with pytest.raises(SettingsError, match=r"102399999998976 voxels .* at most 8796093022208 are possible in one run"):
         segment_to_zarr(volume, plain_student, tmp_path / "o.ome.zarr")
     assert not (tmp_path / "o.ome.zarr").exists()
