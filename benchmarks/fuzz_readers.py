@@ -228,13 +228,13 @@ def _number(path: Path, rng: random.Random) -> None:
     file = rng.choice(sorted(files))
     data = file.read_bytes()
     text = data if b"zarr" in data[:400] or file.name.startswith(".z") else data[:3000]
-    numbers = [m for m in re.finditer(rb"(?<=[=\" \[(,:])\d+", text)]
+    numbers = list(re.finditer(rb"(?<=[=\" \[(,:])\d+", text))
     if not numbers:
         _flip_head(path, rng)
         return
     match = rng.choice(numbers)
     value = rng.choice((b"0", b"1", b"7", b"99999", b"99999999999", b"-3"))
-    if not file.suffix == ".json" and not file.name.startswith(".z"):  # the length of the text stays
+    if file.suffix != ".json" and not file.name.startswith(".z"):  # the length of the text stays
         value = value[: len(match[0])].rjust(len(match[0]), b"0")
     file.write_bytes(data[: match.start()] + value + data[match.end() :])
 

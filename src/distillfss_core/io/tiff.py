@@ -116,8 +116,8 @@ class TiffImage:
             first = self.resolution.keyframe
             if (tuple(page.shape), page.dtype) != (tuple(first.shape), first.dtype):
                 raise InputFileError(
-                    f"{self.path}: plane {number} in {page.parent.filehandle.name} is {page.shape} {page.dtype}, others "
-                    f"are {first.shape} {first.dtype}; it is damaged, copy it again"
+                    f"{self.path}: plane {number} in {page.parent.filehandle.name} is {page.shape} {page.dtype}, "
+                    f"others are {first.shape} {first.dtype}; it is damaged, copy it again"
                 )
             size = page.parent.filehandle.size
             for start, count in zip(page.dataoffsets, page.databytecounts, strict=False):
