@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ def _evaluate(args: argparse.Namespace) -> int:
                 each.append((name, one.scores()))
                 bar.update()
     scores = tally.scores()
+    _warn_without_background(scores)
     if args.json:
         images = {name: _measures_json(measures.pooled, names) for name, measures in each}
         print_json(
@@ -77,6 +79,18 @@ def _evaluate(args: argparse.Namespace) -> int:
     print()
     print(scores.table(names))
     return FINE
+
+
+def _warn_without_background(scores: Scores) -> None:
+    """Labels that count from 1 would be objects everywhere."""
+    for side, axis in (("prediction", 0), ("truth", 1)):
+        counts = scores.matrix.sum(axis)
+        if not counts[0] and counts.sum():
+            logging.getLogger(__name__).warning(
+                "no pixel of the %s is background (0); if its labels count from 1, as those of ilastik do, set the "
+                "background to 0 first",
+                side,
+            )
 
 
 def _count_planes(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SCHEMES = ("https", "http", "s3", "gs")
-PAUSES = (0.5, 2.0, 6.0)
+PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
 """Seconds before a request that failed is repeated; after the last one it is an error."""
 
 _TIMEOUT = {"connect": 20, "read": 60}  # seconds

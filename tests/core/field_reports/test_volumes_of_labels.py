@@ -193,7 +193,7 @@ def test_labels_of_a_part_are_compared_with_a_warning(tmp_path, capsys, plain_st
         open_volume(image), plain_student, tmp_path / "p.ome.zarr", region=[(0, 2), (None, None), (0, 48)]
     )
     list(run)
-    truth = save_tiff(tmp_path / "t.tif", np.ones((3, 64, 64), np.uint8))
+    truth = save_tiff(tmp_path / "t.tif", noise((3, 64, 64), "u1", 1) % 2)
     assert main(["evaluate", str(tmp_path / "p.ome.zarr"), str(truth)]) == FINE
     assert "only z 0:2, y 0:64, x 0:48 is finished (50% of the voxels)" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "p.ome.zarr"), str(truth), "--region", "0:2,:,0:48"]) == FINE
@@ -345,6 +345,18 @@ def test_masks_of_cellpose_and_ilastik_are_paired_with_their_images(tmp_path, ca
         ("c.png", "c_Object Identities.png"),
     ]
     assert "1 pickled label file(s) beside others are left out: a_seg.npy" in caplog.text
+
+
+def test_labels_that_count_from_1_are_warned_of(tmp_path, capsys):
+    """A user compares a Simple Segmentation of ilastik, whose background is 1, with the truth."""
+    truth = save_tiff(tmp_path / "t.tif", TRUTH)
+    for kind in ("a.tif", "a.ome.zarr"):
+        exported = WRITERS[kind](tmp_path / kind, PREDICTED + 1)
+        assert main(["evaluate", str(exported), str(truth)]) == FINE
+        line = capsys.readouterr().err
+        assert "no pixel of the prediction is background (0); if its labels count from 1, as those of ilastik" in line
+    assert main(["evaluate", str(truth), str(truth)]) == FINE
+    assert capsys.readouterr().err == ""
 
 
 def test_a_mask_of_imagej_with_an_inverted_table_keeps_its_numbers(tmp_path, capsys):
