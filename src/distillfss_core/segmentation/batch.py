@@ -308,8 +308,11 @@ def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], 
     """The jobs of a row; several for a plate or a collection of images."""
     cells, at = row.cells, f"{table} line {row.line}:"
     notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
-    named = cells.get("volume", "")
-    source = Path(named) if address_of(named) else table.parent / named
+    source = table.parent / cells.get("volume", "")
+    try:
+        source = source if address_of(cells.get("volume", "")) is None else Path(cells["volume"])
+    except SettingsError as unknown:
+        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, f"{at} {unknown}")]
     if row.error or "volume" not in cells:
         error = f"{at} {row.error or 'names no volume; fill it in, or remove the line'}"
         return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]
