@@ -4,6 +4,7 @@ from .errors import (
     DistillFSSError,
     ImageError,
     InputFileError,
+    IntensityWarning,
     ModelFileError,
     NoStudentYetError,
     OutOfMemoryError,
@@ -29,7 +30,7 @@ from .objects.instances import InstanceReport, InstanceStep, iter_instances, lab
 from .samples import Sample, generate_sample
 from .segmentation.batch import BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
-from .segmentation.lazy import segment_lazy
+from .segmentation.lazy import compare_intensities, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
 from .settings import DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
@@ -58,6 +59,7 @@ __all__ = [
     "InputFileError",
     "InstanceReport",
     "InstanceStep",
+    "IntensityWarning",
     "Measures",
     "ModelFileError",
     "NoStudentYetError",
@@ -82,6 +84,7 @@ __all__ = [
     "WeightsUnavailableError",
     "axis_sizes",
     "choose_device",
+    "compare_intensities",
     "connect",
     "count_choices",
     "distill",

@@ -48,3 +48,7 @@ class OutputError(DistillFSSError, OSError):
 
 class OutOfMemoryError(DistillFSSError, MemoryError):
     """A device that ran out of memory even with the smallest pieces."""
+
+
+class IntensityWarning(UserWarning):
+    """An input whose intensities are unlike those that the student learned; its labels may be wrong."""

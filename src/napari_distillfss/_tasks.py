@@ -41,6 +41,13 @@ class Doing:
     text: str
 
 
+@dataclass(frozen=True)
+class Noticed:
+    """Why what a model says of a volume may be wrong, in one line; "" where nothing speaks against it."""
+
+    text: str
+
+
 @dataclass(frozen=True, eq=False)
 class Written:
     """Labels on disk that can be shown from now on: zarr arrays (z, y, x), finest first."""
@@ -210,8 +217,10 @@ def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
 
 def iter_plane(
     volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], finished: Collection[tuple[int, int]], stop: Event
-) -> Generator[PlanePart, None, None]:
+) -> Generator[PlanePart | Noticed, None, None]:
     """Segment the visible tiles of a plane, from the middle of the screen outwards.
+
+    `Noticed` comes before the first tile of a plane.
 
     Parameters
     ----------
@@ -220,6 +229,8 @@ def iter_plane(
     finished : collection of (y, x)
         Where tiles begin that need not be computed again.
     """
+    if not finished:
+        yield Noticed(core.compare_intensities(volume, model))
     outputs = core.segment_lazy(volume, model, what="probabilities")
     for where in tiles_on_screen(outputs.chunks[2], outputs.chunks[3], on_screen):
         if stop.is_set():

@@ -494,6 +494,28 @@ def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
     assert dock.apply.message.text().startswith("done")
 
 
+@pytest.mark.filterwarnings("ignore::distillfss_core.IntensityWarning")
+def test_intensities_unlike_those_that_were_learned_are_named(viewer, open_dock, qtbot, student, sample, tmp_path):
+    """The preview and the labels of a negative name both ranges in red; those of the stack itself do not."""
+    negative = viewer.add_image(4095 - sample.image, name="negative")
+    dock = open_dock(viewer)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    qtbot.waitUntil(lambda: "contrast seems to be inverted" in dock.preview.message.text(), timeout=60_000)
+    assert dock.preview.message.warns
+    dock.apply.out.setText(str(tmp_path / "negative.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert "contrast seems to be inverted" in dock.apply.message.text()
+    assert dock.apply.message.warns
+    viewer.layers.remove(negative)
+    viewer.layers.clear()
+    viewer.layers.selection.active = viewer.add_image(sample.image, name="as learned")
+    qtbot.waitUntil(lambda: dock.session.volume is not None and dock.session.volume.name == "as learned")
+    qtbot.waitUntil(lambda: "done. Paint" in dock.preview.message.text(), timeout=60_000)
+    assert not dock.preview.message.warns
+
+
 def test_applying_a_student_leaves_no_empty_annotations(viewer, nuclei, qtbot, student, tmp_path):
     from napari_distillfss._widgets.dock import ApplyDock
 

@@ -281,7 +281,8 @@ class UNet:
 
 def _preprocess(support: SupportSet) -> Preprocess:
     scope = "volume" if support.planes_of_one_volume else "image"
-    return fit_preprocess([s.image for s in support.slices], scope=scope)
+    objects = [(s.labels > 0) & (s.labels != IGNORE) for s in support.slices]
+    return fit_preprocess([s.image for s in support.slices], scope=scope, objects=objects)
 
 
 def _normalized(preprocess: Preprocess, image: Array) -> Tensor:

@@ -8,12 +8,14 @@ import json
 import logging
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.stopping import check_stopped
-from distillfss_core.errors import ImageError, printable
+from distillfss_core.errors import ImageError, IntensityWarning, printable
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -43,9 +45,13 @@ class _Warnings(logging.Handler):
     """Writes the core's warnings, a line each, without tearing a progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
+        _write_warning(record.getMessage())
 
-        tqdm.write(f"distillfss: warning: {one_line(record.getMessage())}", file=sys.stderr)
+
+def _write_warning(text: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"distillfss: warning: {one_line(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -61,10 +67,23 @@ def warnings_shown() -> Iterator[None]:
     for logger, handler in added:
         logger.addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", IntensityWarning)
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            yield
     finally:
         for logger, handler in added:
             logger.removeHandler(handler)
+
+
+def _show_warning(
+    usual: Callable[..., object], message: Warning | str, category: type[Warning], *place: Any, **options: Any
+) -> None:
+    """Intensities in a line like other warnings of the core; warnings of libraries as usual."""
+    if issubclass(category, IntensityWarning):
+        _write_warning(str(message))
+    else:
+        usual(message, category, *place, **options)
 
 
 @contextmanager

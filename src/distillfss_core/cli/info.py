@@ -40,6 +40,8 @@ def _info(args: argparse.Namespace) -> int:
 
 def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     """A model's card in words."""
+    from distillfss_core.models.intensities import Intensities
+
     head, prepared, training = card["head"], card["preprocess"], card["training"]
     pixel = card["pixel_size_um"]
     lines = [
@@ -50,6 +52,8 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("form", ", ".join(f"{name} {value}" for name, value in head.items())),
         ("input", f"{prepared['channels']} channel(s), zoom {prepared['zoom']}, intensity by {prepared['scope']}"),
     ]
+    if "intensities" in prepared:
+        lines.append(("intensities", Intensities.from_json(prepared["intensities"]).range_text))
     if training:
         text = f"{training['method']}, {training['steps']} steps, best {training['best_step']}"
         lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))

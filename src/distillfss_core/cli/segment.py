@@ -36,12 +36,13 @@ from distillfss_core.errors import ImageError, InputFileError, OutputError, Sett
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+    from distillfss_core.models.segmenter import Segmenter
     from distillfss_core.models.student import StudentModel
     from distillfss_core.segmentation.to_zarr import ShardDone
     from distillfss_core.types import Array, Result, Run, Step
 
 
-# segment
+_COMPARED, _PIXELS = 8, 1 << 17  # files of a folder that are compared with the support, and pixels of each
 
 
 def add_segment(commands: Any) -> None:
@@ -99,11 +100,12 @@ def _segment_files(
         check_output(path)
     done: list[Path] = []
     failed = 0
+    segmenter = _matched_to_files(model, [source for source, _ in jobs])
     with progress("segmenting", len(jobs), "file") as bar:
         for source, outputs in jobs:
             check_stopped()
             try:
-                _segment_file(model, source, outputs, in_folder=make_folders)
+                _segment_file(segmenter, source, outputs, in_folder=make_folders)
             except (InputFileError, ImageError) as error:  # the other files can still be done
                 failed += 1
                 fail(error)
@@ -111,6 +113,31 @@ def _segment_files(
                 done += outputs.values()
             bar.update()
     return done, failed
+
+
+def _matched_to_files(model: StudentModel, sources: Sequence[Path]) -> Segmenter:
+    """Planes of one volume in files of their own may be empty, so some of them are compared with the support together.
+
+    Files of different types, or that cannot be read, are compared each on its own.
+    """
+    import numpy as np
+
+    from distillfss_core.models.preprocess import sample_pixels
+    from distillfss_core.types import evenly
+
+    preprocess = model.preprocess
+    if preprocess.scope == "image" or preprocess.intensities is None or len(sources) == 1:
+        return model
+    parts: list[Array] = []
+    for index in evenly(len(sources), _COMPARED):
+        with suppress(InputFileError, ImageError):
+            planes = preprocess.stack_channels(_read_planes(sources[index]))
+            parts += [sample_pixels(plane, _PIXELS // len(planes)) for plane in planes]
+    if len({part.dtype for part in parts}) != 1:
+        return model
+    sample = np.concatenate(parts)[None, :, None]
+    is_other_scale = preprocess.matched_to(sample, "")[0] != preprocess
+    return model.matched_to(sample, str(sources[0].parent)) if is_other_scale else model
 
 
 def _plan_folder(args: argparse.Namespace, extras: Sequence[str]) -> list[_FileJob]:
@@ -177,11 +204,13 @@ def _plan_file(args: argparse.Namespace, extras: Sequence[str]) -> _FileJob:
     return args.input, outputs
 
 
-def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path], *, in_folder: bool = False) -> None:
+def _segment_file(model: Segmenter, source: Path, outputs: dict[str, Path], *, in_folder: bool = False) -> None:
     """Segment one file, plane by plane; each result is written whole or not at all."""
     from distillfss_core.io.writing import write_float_tiff, write_labels
 
     planes = _read_planes(source, in_folder)
+    with source_named(str(source)):
+        model = model.matched_to(planes, str(source))
     if len(planes) > 1:
         if outputs["labels"].suffix.lower() == ".png":
             raise OutputError(f"{outputs['labels']}: a PNG holds one plane, {source} has {len(planes)}; end it in .tif")
@@ -200,7 +229,7 @@ def _segment_file(model: StudentModel, source: Path, outputs: dict[str, Path], *
     write_labels(outputs["labels"], labels)
 
 
-def _segment_stack(model: StudentModel, planes: Array, source: Path, outputs: dict[str, Path]) -> None:
+def _segment_stack(model: Segmenter, planes: Array, source: Path, outputs: dict[str, Path]) -> None:
     """Write as soon as segmented: of the results, no more than one plane is held."""
     import numpy as np
     import tifffile
@@ -284,6 +313,7 @@ def segment_volume(args: argparse.Namespace) -> int:
                 "shards_found": report.finished,
                 "missing_chunks": report.missing_chunks,
                 "seconds": report.seconds,
+                "warning": report.warning,
             }
         )
         return FINE

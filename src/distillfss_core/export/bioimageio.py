@@ -29,7 +29,7 @@ from distillfss_core.export.onnx import (
     smallest_side,
 )
 from distillfss_core.io.writing import atomic_path
-from distillfss_core.models.preprocess import PERCENTILES
+from distillfss_core.models.intensities import PERCENTILES
 from distillfss_core.models.student import StudentModel
 from distillfss_core.types import Array
 

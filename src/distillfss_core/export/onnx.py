@@ -19,7 +19,8 @@ from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.models.batches import NEVER
 from distillfss_core.models.engines import StudentNetwork, onnx_graph
-from distillfss_core.models.preprocess import PERCENTILES, resize
+from distillfss_core.models.intensities import PERCENTILES
+from distillfss_core.models.preprocess import resize
 from distillfss_core.models.student import StudentModel
 from distillfss_core.samples import generate_sample
 from distillfss_core.types import Array

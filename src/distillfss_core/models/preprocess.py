@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.models.intensities import (
+    PERCENTILES,
+    Intensities,
+    intensities_of,
+    kept_range,
+    match_intensities,
+)
 from distillfss_core.settings import parse_zoom
 from distillfss_core.types import Array
 
-PERCENTILES = (0.5, 99.5)
 _SAMPLE = 1 << 20  # pixels that percentiles are taken from at most
 
 
@@ -48,6 +55,8 @@ class Preprocess:
         One pair of limits for all channels (color photographs keep their hue).
     zoom : str
         A fraction; 2 means that images are enlarged twofold before the backbone.
+    intensities : Intensities, optional
+        Of the support set; None for students that were made before cards kept them.
     """
 
     channels: int
@@ -56,6 +65,7 @@ class Preprocess:
     fitted: Limits
     together: bool
     zoom: str = "1"
+    intensities: Intensities | None = None
 
     @property
     def zoom_factor(self) -> Fraction:
@@ -66,14 +76,51 @@ class Preprocess:
         """Intensities of this image (or of the support set) that become 0 and 1."""
         if self.scope == "volume":
             return self.fitted
-        return percentile_limits(self.as_channels(image), together=self.together)
+        return percentile_limits(self.as_channels(image), together=self.together, support=self.intensities)
 
     def sample_limits(self, sample: Array) -> Limits:
         """`limits` of a plane of which only every `sample_step`-th row and column, "y x" or "y x c", was read."""
         if self.scope == "volume":
             return self.fitted
         sample = self.as_channels(sample)
-        return percentile_limits(sample.reshape(-1, sample.shape[-1]), together=self.together)
+        sample = sample.reshape(-1, sample.shape[-1])
+        return percentile_limits(sample, together=self.together, support=self.intensities)
+
+    def matched_to(self, sample: Array, source: str, *, is_plane: bool = False) -> tuple[Preprocess, str]:
+        """The same for an input on another intensity scale, and a warning where labels may be wrong, else "".
+
+        Hounsfield units keep their limits, and so does what lies in the range of the support. A linear map of the
+        support's intensities moves the limits. Without one, the range of the sample takes their place, with a warning.
+
+        Parameters
+        ----------
+        sample : array, shape (n, y, x) or (n, y, x, c)
+            Some pixels of the input.
+        is_plane : bool
+            Whether the input is a single plane, which may differ more from the support than a volume does.
+        source : str
+            Name of the input for the warning.
+        """
+        if self.intensities is None:
+            return self, ""
+        pixels = self.stack_channels(sample).reshape(-1, self.channels)
+        if pixels.dtype.kind == "f":
+            pixels = pixels[np.isfinite(pixels).all(axis=1)]
+        if not len(pixels):
+            return self, ""
+        match = match_intensities(
+            self.intensities, pixels, scope=self.scope, together=self.together, is_plane=is_plane, source=source
+        )
+        if self.scope == "image" or match.is_identity:
+            return self, match.warning
+        if match.gain is None or match.offset is None:
+            fitted = percentile_limits(pixels, together=self.together, support=self.intensities)
+            intensities = intensities_of(pixels, pixels.dtype)
+        else:
+            gain, offset = np.array(match.gain), np.array(match.offset)
+            fitted = _as_limits(gain * self.fitted.low + offset, gain * self.fitted.high + offset)
+            intensities = self.intensities.mapped(match.gain, match.offset, pixels.dtype)
+        return replace(self, fitted=fitted, intensities=intensities), match.warning
 
     def as_channels(self, image: Array, source: str = "image") -> Array:
         """The image as "y x c" with the model's number of channels; gray and RGB are turned into one another.
@@ -127,8 +174,11 @@ class Preprocess:
         return (torch.einsum("oc,...chw->...ohw", mix, x) - lowest).clamp_(0, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """Fields by name, as the card of a model stores them."""
-        return asdict(self)
+        """Fields by name, as the card of a model stores them; those of an older student are as they were."""
+        values = asdict(self)
+        if self.intensities is None:
+            del values["intensities"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Preprocess:
@@ -142,15 +192,37 @@ class Preprocess:
         fitted = Limits(tuple(values["fitted"]["low"]), tuple(values["fitted"]["high"]))
         mix = tuple(tuple(float(w) for w in row) for row in values["mix"])
         return cls(
-            int(values["channels"]), mix, str(values["scope"]), fitted, bool(values["together"]), str(values["zoom"])
+            int(values["channels"]),
+            mix,
+            str(values["scope"]),
+            fitted,
+            bool(values["together"]),
+            str(values["zoom"]),
+            Intensities.from_json(values["intensities"]) if "intensities" in values else None,
         )
 
 
-def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fraction | str | float = 1) -> Preprocess:
+def fit_preprocess(
+    images: Sequence[Array],
+    *,
+    scope: str = "image",
+    zoom: Fraction | str | float = 1,
+    objects: Sequence[npt.NDArray[np.bool_]] | None = None,
+) -> Preprocess:
     """Fit channels and intensity on the support images.
 
     One channel is repeated, two become (first, second, mean), three are taken as they are, more are reduced
     to their three principal components over the support set.
+
+    Parameters
+    ----------
+    images : sequence of array, shape (y, x) or (y, x, c)
+    scope : {"image", "volume"}
+        As for `Preprocess`.
+    zoom : Fraction, str or float
+        One of `ZOOMS`.
+    objects : sequence of bool array, shape (y, x), optional
+        Pixels that are annotated as objects: however rare and bright, they are no dust.
 
     Raises
     ------
@@ -168,9 +240,16 @@ def fit_preprocess(images: Sequence[Array], *, scope: str = "image", zoom: Fract
     together = channels == 3
     probe = Preprocess(channels, _mix(channels, None), "image", Limits((), ()), together, str(parse_zoom(zoom)))
     prepared = [probe.as_channels(image) for image in images]
-    samples = np.concatenate([_sample(image, _SAMPLE // len(images)) for image in prepared])
+    count = _SAMPLE // len(images)
+    pixels = [sample_pixels(image, count) for image in prepared]
+    if objects is None:
+        masks = [np.zeros(len(part), bool) for part in pixels]
+    else:
+        masks = [sample_pixels(mask[..., None], count)[:, 0] for mask in objects]
+    samples = np.concatenate([_without_artifacts(*part, together) for part in zip(pixels, masks, strict=True)])
     fitted = percentile_limits(samples, together=together)
-    return Preprocess(channels, _mix(channels, (samples, fitted)), scope, fitted, together, probe.zoom)
+    intensities = intensities_of(samples, np.result_type(*{image.dtype for image in images}))
+    return Preprocess(channels, _mix(channels, (samples, fitted)), scope, fitted, together, probe.zoom, intensities)
 
 
 def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b c h2 w2"]:
@@ -181,15 +260,34 @@ def resize(x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, 
     return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=shrinks)
 
 
-def percentile_limits(image: Array, *, together: bool) -> Limits:
+def percentile_limits(image: Array, *, together: bool, support: Intensities | None = None) -> Limits:
     """Percentiles 0.5 and 99.5 of each channel ("... c"), or of all at once; never equal.
+
+    With the intensities of the support, artifacts are left out (`kept_range`).
 
     Examples
     --------
     >>> percentile_limits(np.arange(1001)[:, None], together=True)
     Limits(low=(5.0,), high=(995.0,))
     """
-    pixels = _sample(image, _SAMPLE).astype(np.float64)
+    pixels = sample_pixels(image, _SAMPLE).astype(np.float64)
+    n = pixels.shape[-1]
+    if support is None:
+        return _percentile_limits(pixels, n, together=together)
+    if together:
+        low, high = kept_range(pixels.ravel(), support.pooled(), None)
+        kept = pixels.ravel()
+        return _percentile_limits(kept[(kept >= low) & (kept <= high)][:, None], n, together=True)
+    parts = []
+    for c, quantiles in enumerate(support.quantiles):
+        low, high = kept_range(pixels[:, c], quantiles, None)
+        is_kept = (pixels[:, c] >= low) & (pixels[:, c] <= high)
+        parts.append(_percentile_limits(pixels[is_kept, c : c + 1], 1, together=False))
+    return Limits(tuple(part.low[0] for part in parts), tuple(part.high[0] for part in parts))
+
+
+def _percentile_limits(pixels: npt.NDArray[np.float64], n: int, *, together: bool) -> Limits:
+    """`percentile_limits` of float64 pixels, for ``n`` channels."""
     axis = None if together else 0
     low, high = np.percentile(pixels, PERCENTILES, axis=axis)
     peak, floor = pixels.max(axis=axis), pixels.min(axis=axis)
@@ -197,8 +295,23 @@ def percentile_limits(image: Array, *, together: bool) -> Limits:
     flat = high - low <= 1e-3 * (peak - floor)
     low, high = np.where(flat, floor, low), np.where(flat, peak, high)
     high = np.where(high > low, high, low + np.maximum(1.0, np.abs(low)))
-    n = image.shape[-1]
-    return Limits(tuple(float(v) for v in np.broadcast_to(low, n)), tuple(float(v) for v in np.broadcast_to(high, n)))
+    return _as_limits(np.broadcast_to(low, n), np.broadcast_to(high, n))
+
+
+def _as_limits(low: Array, high: Array) -> Limits:
+    return Limits(tuple(float(v) for v in low), tuple(float(v) for v in high))
+
+
+def _without_artifacts(pixels: Array, objects: npt.NDArray[np.bool_], together: bool) -> Array:
+    """Pixels "n c" without those that `kept_range` leaves out; all of them where that would leave none."""
+    values = pixels.astype(np.float64)
+    if together:
+        ranges = [kept_range(values.ravel(), None, np.repeat(objects, values.shape[1]))] * values.shape[1]
+    else:
+        ranges = [kept_range(channel, None, objects) for channel in values.T]
+    low, high = np.array(ranges).T
+    is_kept = np.logical_and(values >= low, values <= high).all(axis=1)
+    return pixels[is_kept] if is_kept.any() else pixels
 
 
 def sample_step(shape: tuple[int, int], count: int = _SAMPLE) -> int:
@@ -206,7 +319,7 @@ def sample_step(shape: tuple[int, int], count: int = _SAMPLE) -> int:
     return max(1, int(np.ceil(np.sqrt(shape[0] * shape[1] / max(count, 1)))))
 
 
-def _sample(image: Array, count: int) -> Array:
+def sample_pixels(image: Array, count: int) -> Array:
     """Pixels "n c" on a regular grid, at most about ``count``."""
     if image.ndim == 3:
         step = sample_step((image.shape[0], image.shape[1]), count)

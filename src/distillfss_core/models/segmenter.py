@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
@@ -17,9 +19,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distillfss_core.errors import OutOfMemoryError
+from distillfss_core.errors import IntensityWarning, OutOfMemoryError
 from distillfss_core.models.batches import NEVER, PIXELS, PlaneBatches
-from distillfss_core.models.preprocess import Limits, Preprocess, resize
+from distillfss_core.models.intensities import CHECKED
+from distillfss_core.models.preprocess import Limits, Preprocess, resize, sample_step
 from distillfss_core.models.tiling import Tile, split_plane
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
@@ -56,6 +59,7 @@ class Segmenter:
         self.halo: int = halo
         self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
         self._batch = PIXELS  # zoomed pixels that the device has memory for at a time
+        self._is_matched = False  # whether the limits are already those of the input
 
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's: `margins`, on a grid of any size
@@ -84,11 +88,44 @@ class Segmenter:
         side = self.halo_side
         plane = self.preprocess.as_channels(image)[:side, :side]
         plane = np.pad(plane, ((0, side - plane.shape[0]), (0, side - plane.shape[1]), (0, 0)), mode="symmetric")
-        whole = self.predict_labels(plane, tile=10**6)
+        whole = self.region_labels(*_window_of(plane), self.preprocess.limits(plane), tile=10**6)
         for self.halo in HALOS:
-            seamless = (self.predict_labels(plane, tile=_HALO_TILE) == whole).mean() >= SEAMLESS
+            tiled = self.region_labels(*_window_of(plane), self.preprocess.limits(plane), tile=_HALO_TILE)
+            seamless = (tiled == whole).mean() >= SEAMLESS
             if seamless and whole.min() < whole.max():
                 return
+
+    def matched_to(self, sample: Array, source: str = "image") -> Segmenter:
+        """The same model for the planes of one input, whose intensities are compared with those of the support once.
+
+        `predict` compares each plane on its own. Planes of a stack may be empty, so they are compared together.
+
+        Parameters
+        ----------
+        sample : array, shape (n, y, x) or (n, y, x, c)
+            Some planes of the input, or all.
+        source : str
+            Name of the input for the warning.
+
+        Warns
+        -----
+        IntensityWarning
+            If its labels may be wrong.
+
+        Raises
+        ------
+        ImageError
+            If the input has other channels than the model.
+        """
+        planes, rows, columns = sample.shape[:3]
+        step = sample_step((planes * rows, columns), CHECKED)
+        matched = copy.copy(self)
+        is_plane = planes == 1 < columns
+        matched.preprocess, warning = self.preprocess.matched_to(sample[:, ::step, ::step], source, is_plane=is_plane)
+        matched._is_matched = True
+        if warning:
+            warnings.warn(warning, IntensityWarning, stacklevel=2)
+        return matched
 
     @property
     def step(self) -> int:
@@ -253,8 +290,8 @@ class Segmenter:
 
     def _whole(self, image: Array) -> tuple[Window, tuple[int, int], Region, Limits]:
         plane = self.preprocess.as_channels(image)
-        shape = (plane.shape[0], plane.shape[1])
-        return lambda y, x: plane[y, x], shape, ((0, shape[0]), (0, shape[1])), self.preprocess.limits(plane)
+        model = self if self._is_matched else self.matched_to(plane[None])
+        return *_window_of(plane), model.preprocess.limits(plane)
 
     def _blended(
         self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
@@ -344,6 +381,12 @@ def _labels(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
         result: npt.NDArray[np.uint8] = (margins[0] > 0).astype(np.uint8)
         return result
     return likeliest(np.concatenate([np.zeros_like(margins[:1]), margins]))
+
+
+def _window_of(plane: Array) -> tuple[Window, tuple[int, int], Region]:
+    """A whole plane in memory: how it is read, its shape, and all of it as a region."""
+    shape = (plane.shape[0], plane.shape[1])
+    return lambda y, x: plane[y, x], shape, ((0, shape[0]), (0, shape[1]))
 
 
 def _one_plane(read: Window, i: int, y: slice, x: slice) -> Array:

@@ -151,7 +151,7 @@ def iter_batch(
     -------
     list of dict
         The rows of the report: volume, output, status ("done" or "failed"), error, shape and scale, voxels of each
-        class (within the region), shards computed and found finished, missing chunks, seconds.
+        class (within the region), shards computed and found finished, missing chunks, warning, seconds.
 
     Raises
     ------
@@ -274,6 +274,7 @@ def _segment_job(
             "shards_computed": done.computed,
             "shards_found": done.finished,
             "missing_chunks": done.missing_chunks,
+            "warning": done.warning,
         }
 
 

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import product
 from typing import Any
 
 import dask.array as da
 import numpy as np
 
-from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.errors import ImageError, InputFileError, IntensityWarning, SettingsError
+from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, sample_step
 from distillfss_core.models.segmenter import TILE, Region, Segmenter, Window
-from distillfss_core.types import Array, Segmentation, check_image
+from distillfss_core.types import Array, Segmentation, check_image, evenly
 from distillfss_core.volumes.volume import Volume, split_index
 
 KINDS = ("labels", "probabilities", "uncertainty")
 _BAND = 1 << 22  # voxels read at a time while intensities are sampled
 _SAMPLES = 1 << 24  # voxels sampled of some planes at a time
+_PLANES, _SPOTS, _SPOT = 8, 3, 256  # compared with the support: planes; spots along y and x; the side of a spot
+_sampled_of: weakref.WeakKeyDictionary[Volume, Array] = weakref.WeakKeyDictionary()
 
 
 class VolumeSegmenter:
     """A model and a volume; it stores the intensity limits of every plane that it has read.
+
+    Its intensities are compared with those of the support before the first plane.
 
     Parameters
     ----------
@@ -52,17 +61,56 @@ class VolumeSegmenter:
         self.volume: Volume = volume
         self.model: Segmenter = model
         self.tile: int = tile
-        self._fixed = model.preprocess.fitted if model.preprocess.scope == "volume" else limits
+        self._fixed, self._warning = limits, "" if limits else None
         self._limits: dict[int, Limits] = {}
         self._inference = threading.Lock()  # two inferences at a time only take each other's cores
+        self._matching = threading.Lock()
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of a plane (y, x)."""
         return self.volume.shape[1], self.volume.shape[2]
 
+    def match(self) -> str:
+        """Compare the intensities of the volume with those of the support, once.
+
+        Returns
+        -------
+        str
+            In one line why labels may be wrong, else "".
+
+        Warns
+        -----
+        IntensityWarning
+            That line, at the first call.
+        """
+        return self._match_by(lambda: sample_volume(self.volume))
+
+    def _match_by(self, take: Callable[[], Array]) -> str:
+        """`match` by a sample "n y x [c]", which is taken when it is needed."""
+        with self._matching:
+            if self._warning is not None:
+                return self._warning
+            preprocess, warning = self.model.preprocess, ""
+            if preprocess.intensities is not None:
+                with suppress(ImageError):  # other channels: the error about the first plane names it
+                    is_plane = self.volume.shape[0] == 1
+                    preprocess, warning = preprocess.matched_to(take(), self.volume.name, is_plane=is_plane)
+            if preprocess.scope == "volume":
+                self._fixed = preprocess.fitted
+            self._warning = warning
+        if warning:
+            warnings.warn(warning, IntensityWarning, stacklevel=4)
+        return warning
+
+    def _prepare(self) -> None:
+        """Planes with limits of their own are compared with the support when the first ones are looked at."""
+        if self._warning is None and self.model.preprocess.scope == "volume":
+            self.match()
+
     def limits(self, z: int) -> Limits:
         """Intensities of plane ``z`` that become 0 and 1: those that the whole plane in memory would have."""
+        self._prepare()
         if self._fixed is not None:
             return self._fixed
         self._look_up(z, z + 1)
@@ -70,12 +118,14 @@ class VolumeSegmenter:
 
     def limits_of(self, planes: Sequence[int]) -> Limits:
         """Intensities that become 0 and 1, from some planes together."""
+        self._prepare()
         if self._fixed is not None:
             return self._fixed
         return self._judge(planes, [self._samples(z, z + 1)[0] for z in planes])
 
     def read(self, z: slice, region: Region) -> Array:
         """Voxels (z, y, x[, c]) that a region of planes needs; the limits of the planes are computed first."""
+        self._prepare()
         if self._fixed is None:
             self._look_up(z.start, z.stop)
         (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
@@ -148,6 +198,7 @@ class VolumeSegmenter:
             todo = [z for z in range(max(first, start), min(first + depth, stop)) if z not in self._limits]
             if todo:
                 samples = self._samples(todo[0], todo[-1] + 1)
+                self._match_by(partial(_thinned_planes, samples))
                 for z in todo:
                     self._limits[z] = self._judge([z], [samples[z - todo[0]]])
 
@@ -178,10 +229,71 @@ class VolumeSegmenter:
         return samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_inference"}
+        return {name: value for name, value in vars(self).items() if name not in ("_inference", "_matching")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _inference=threading.Lock())
+        vars(self).update(state, _inference=threading.Lock(), _matching=threading.Lock())
+
+
+def compare_intensities(volume: Volume, model: Segmenter) -> str:
+    """Compare the intensities of a volume with those that a model learned from, by some spots of some planes.
+
+    Returns
+    -------
+    str
+        In one line why labels may be wrong, and what to do; else "".
+
+    Warns
+    -----
+    IntensityWarning
+        That line.
+
+    Raises
+    ------
+    ImageError
+        If the volume has other channels than the model.
+    """
+    return VolumeSegmenter(volume, model).match()
+
+
+def sample_volume(volume: Volume) -> Array:
+    """Voxels of some spots of some planes, evenly spread; a few chunks are read, of a volume of any size.
+
+    Returns
+    -------
+    array, shape (1, n, 1) or (1, n, 1, c)
+        Without spots that cannot be read, which are an error only where they are segmented.
+    """
+    if volume in _sampled_of:
+        return _sampled_of[volume]
+    planes = evenly(volume.shape[0], _PLANES)
+    spans = [_spots(volume.shape[k], volume.chunks[k]) for k in (1, 2)]
+    step = sample_step((len(planes) * _length(spans[0]), _length(spans[1])), CHECKED)
+    parts = [np.empty((0, *volume.shape[3:]), volume.dtype)]
+    for z, y, x in product(planes, *spans):
+        with suppress(InputFileError):
+            spot = volume.read(slice(z, z + 1), y, x)[0, ::step, ::step]
+            parts.append(spot.reshape(-1, *volume.shape[3:]))
+    sample = _sampled_of[volume] = np.concatenate(parts)[None, :, None]
+    return sample
+
+
+def _thinned_planes(samples: Array) -> Array:
+    step = sample_step((samples.shape[0] * samples.shape[1], samples.shape[2]), CHECKED)
+    return samples[:, ::step, ::step]
+
+
+def _spots(length: int, chunk: int) -> list[slice]:
+    """Parts of an axis that are sampled: all of a short one, else a few chunks, or their beginnings."""
+    if length <= _SPOTS * _SPOT:
+        return [slice(0, length)]
+    middles = [int((k + 0.5) * length / _SPOTS) for k in range(_SPOTS)]
+    starts = [middle // chunk * chunk if chunk <= length // _SPOTS else middle - _SPOT // 2 for middle in middles]
+    return [slice(start, min(start + _SPOT, length)) for start in starts]
+
+
+def _length(spans: Sequence[slice]) -> int:
+    return sum(span.stop - span.start for span in spans)
 
 
 class _Outputs:

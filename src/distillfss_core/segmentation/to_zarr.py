@@ -78,13 +78,17 @@ class ShardDone:
 
 @dataclass(frozen=True)
 class VolumeReport:
-    """Result of a run: folder of the labels, shards computed, shards finished before, missing chunks, seconds."""
+    """Result of a run: folder of the labels, shards computed, shards finished before, missing chunks, seconds.
+
+    ``warning`` names in one line why labels may be wrong (intensities unlike those of the support), else it is "".
+    """
 
     path: Path
     computed: int
     finished: int
     missing_chunks: int
     seconds: float
+    warning: str = ""
 
 
 def segment_to_zarr(
@@ -166,6 +170,11 @@ def iter_segment(
     -------
     VolumeReport
 
+    Warns
+    -----
+    IntensityWarning
+        If intensities are unlike those that the student learned, so that labels may be wrong.
+
     Raises
     ------
     SettingsError
@@ -197,6 +206,7 @@ def iter_segment(
         if (begun_with := _engine_of(store, engine)) != engine:
             engine, model = begun_with, _run_by(begun_with, model, store)
             mode_labels = make_mode(mode, volume, model, tile)
+        warning = mode_labels.segmenter.match()
         plan = plan_work(store, wanted)
         clock = _Clock(start, plan.total, plan.finished)
         if plan.finished:
@@ -212,7 +222,8 @@ def iter_segment(
         for level, index in plan.coarser:
             yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
-    return VolumeReport(out, clock.computed, plan.finished, len(volume.missing | missing), time.monotonic() - start)
+    chunks, seconds = len(volume.missing | missing), time.monotonic() - start
+    return VolumeReport(out, clock.computed, plan.finished, chunks, seconds, warning)
 
 
 def check_region(volume: Volume, region: Part | None) -> Box:

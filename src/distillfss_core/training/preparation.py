@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
-from distillfss_core.errors import SettingsError, SupportSetError
-from distillfss_core.models.preprocess import Preprocess, fit_preprocess
+import numpy as np
+
+from distillfss_core.errors import IntensityWarning, SettingsError, SupportSetError
+from distillfss_core.models.intensities import CHECKED
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess, sample_pixels
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.device import Device, seeded
@@ -18,7 +22,7 @@ from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.zoom import iter_zoom
-from distillfss_core.types import TrainStep
+from distillfss_core.types import IGNORE, TrainStep
 
 AUTO_POLARITY = 0.3  # separate images may be bright on dark and dark on bright
 
@@ -96,7 +100,10 @@ def match_start(
         )
     if init_from.pixel_size and support.pixel_size:
         init_from = init_from.at_pixel_size(support.pixel_size)
-    preprocess, form = init_from.preprocess, init_from.head.form
+    preprocess, form = _match_preprocess(init_from.preprocess, support), init_from.head.form
+    if preprocess != init_from.preprocess:
+        init_from = copy.copy(init_from)
+        init_from.preprocess = preprocess
     settings = replace(
         settings,
         backbone=init_from.backbone.spec.name,
@@ -104,6 +111,17 @@ def match_start(
         normalization=f"per-{preprocess.scope}",
     )
     return init_from, replace(settings, **form.to_json())
+
+
+def _match_preprocess(start: Preprocess, support: SupportSet) -> Preprocess:
+    """That of the student to go on from, with the limits of the support where its intensities are on another scale."""
+    if start.intensities is None:
+        return start
+    sample = np.concatenate([sample_pixels(start.as_channels(s.image, s.source), CHECKED) for s in support.slices])
+    preprocess, warning = start.matched_to(sample[None, :, None], "support", is_plane=len(support) == 1)
+    if warning and preprocess == start and start.scope == "volume":
+        warnings.warn(warning, IntensityWarning, stacklevel=4)
+    return preprocess
 
 
 def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
@@ -156,9 +174,10 @@ def _iter_preprocess(
     if scope == "auto":
         scope = "volume" if support.planes_of_one_volume else "image"
     images = [s.image for s in support.slices]
+    objects = [(s.labels > 0) & (s.labels != IGNORE) for s in support.slices]
     if settings.zoom != "auto":
-        return fit_preprocess(images, scope=scope, zoom=settings.zoom), {}
-    preprocess = fit_preprocess(images, scope=scope)
+        return fit_preprocess(images, scope=scope, zoom=settings.zoom, objects=objects), {}
+    preprocess = fit_preprocess(images, scope=scope, objects=objects)
     zoom, scores = yield from iter_zoom(support, preprocess, cache, settings.seed, judge)
     return replace(preprocess, zoom=str(zoom)), scores
 

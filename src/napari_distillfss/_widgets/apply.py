@@ -130,10 +130,11 @@ class ApplyWidget(QWidget):
             return
         self._session.set_applied(self._running)
         finished = f", {report.finished} found finished" if report.finished else ""
-        self.message.tell(
-            f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{finished}; "
-            f"{report.path.name}"
-        )
+        text = f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{finished}"
+        if report.warning:
+            self.message.warn(f"{text}; {report.path.name}, but {report.warning}")
+        else:
+            self.message.tell(f"{text}; {report.path.name}")
 
     def _show(self, levels: list[Any]) -> None:
         """Show labels (z, y, x): the finest level during the run, the pyramid after it."""

@@ -13,7 +13,7 @@ import distillfss_core as core
 from napari_distillfss._annotations import from_classes
 from napari_distillfss._layers import ChosenVolume, camera_of
 from napari_distillfss._session import Session
-from napari_distillfss._tasks import PlanePart, iter_plane, iter_teacher
+from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
 from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
 from napari_distillfss._widgets.support import colors_of
@@ -43,6 +43,7 @@ class PreviewWidget(QWidget):
             None,
         )  # of what kind a teacher was asked for, and of which annotations
         self._plane = -1
+        self._notice = ""  # why the answers may be wrong
         self._painted_tiles: dict[tuple[int, int], tuple[slice, slice]] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._probabilities: np.ndarray | None = None
@@ -207,7 +208,10 @@ class PreviewWidget(QWidget):
         self.message.tell(f"plane {z}: computing")
         self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, painted, stop))
 
-    def _on_part(self, part: PlanePart) -> None:
+    def _on_part(self, part: PlanePart | Noticed) -> None:
+        if isinstance(part, Noticed):
+            self._notice = part.text
+            return
         if part.plane != self._plane or self._probabilities is None:
             return
         where = (0,) * (self._arrays["labels"].ndim - 2) + part.where
@@ -224,7 +228,10 @@ class PreviewWidget(QWidget):
 
     def _on_idle(self) -> None:
         if self.on.isChecked() and self._painted_tiles:
-            self.message.tell(f"plane {self._plane}: done. Paint where it is wrong, then Refine")
+            if self._notice:
+                self.message.warn(f"plane {self._plane}: done, but {self._notice}")
+            else:
+                self.message.tell(f"plane {self._plane}: done. Paint where it is wrong, then Refine")
             self.settled.emit()
 
     def _on_shown_toggled(self) -> None:
