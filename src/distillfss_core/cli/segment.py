@@ -131,7 +131,7 @@ def _matched_to_files(model: StudentModel, sources: Sequence[Path]) -> Segmenter
     parts: list[Array] = []
     for index in evenly(len(sources), _COMPARED):
         with suppress(InputFileError, ImageError):
-            planes = preprocess.stack_channels(_read_planes(sources[index]))
+            planes = preprocess.stack_channels(_read_planes(sources[index], in_folder=True))
             parts += [sample_pixels(plane, _PIXELS // len(planes)) for plane in planes]
     if len({part.dtype for part in parts}) != 1:
         return model
