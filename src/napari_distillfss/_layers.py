@@ -115,6 +115,12 @@ class ChosenVolume:
         """An array (z, y, x) of the volume's size, seen with the axes of the layer."""
         return OnGrid(array, len(self.lead), self.layer.ndim, self.axes)
 
+    def pyramid(self, levels: Sequence[Any]) -> Any:
+        """Arrays (z, y, x), finest first, as data of a multiscale layer; napari takes no list of a single level."""
+        from napari.layers._multiscale_data import MultiScaleData
+
+        return MultiScaleData([self.on_grid(level) for level in levels])
+
     def on_screen(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Part (y, x) of a plane that the canvas shows; the whole plane if it is not known."""
         corners = np.asarray(self.layer.corner_pixels, float)[:, -2:]
@@ -365,10 +371,7 @@ class OnGrid:
         self.dtype, self.ndim = array.dtype, ndim
         size = {**dict.fromkeys("tc", 1), **dict(zip("zyx", array.shape, strict=True))}
         self.shape = tuple(int(size[a]) for a in self._axes)
-
-    def look_at(self, array: Any) -> None:
-        """Replace the array by another one of the same shape and dtype."""
-        self._array = array
+        self.size = math.prod(self.shape)
 
     def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
@@ -383,6 +386,26 @@ class OnGrid:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)
+
+
+def move_layer(layer: Any, array: Any, place: Mapping[str, Any]) -> None:
+    """Show another array in a layer, at another place.
+
+    A layer that stays is safe; napari may crash when layers are removed and added
+    (docs/decisions/napari.md).
+
+    Parameters
+    ----------
+    layer : napari Image or Labels layer
+    array : array
+        Of any number of axes.
+    place : mapping
+        Keywords of `ChosenVolume.place`.
+    """
+    if layer.data is not array:
+        layer.data = array
+    for name, value in place.items():
+        setattr(layer, name, value)
 
 
 def camera_of(viewer: Any) -> Any:

@@ -124,3 +124,18 @@ def few():
     from distillfss_core import DistillSettings
 
     return DistillSettings(steps=3, crops=4, queries=1, shots=1, crop_size=64, zoom=Fraction(1))
+
+
+@pytest.fixture(scope="session")
+def student(tmp_path_factory, few):
+    """A student that learned next to nothing, as a file."""
+    from distillfss_core import AnnotatedSlice, SupportSet, distill
+    from distillfss_core.samples import generate_sample
+    from napari_distillfss._tasks import keep_triton_out
+
+    keep_triton_out()
+    sample = generate_sample(planes=2, size=96)
+    slices = [AnnotatedSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]
+    path = tmp_path_factory.mktemp("student") / "student.safetensors"
+    distill(SupportSet(slices, planes_of_one_volume=True), few).save(path)
+    return path

@@ -31,19 +31,6 @@ def dock(viewer, nuclei, open_dock, few):
     return opened
 
 
-@pytest.fixture(scope="module")
-def student(tmp_path_factory, few):
-    """A student that learned next to nothing, as a file."""
-    from distillfss_core import AnnotatedSlice, SupportSet, distill
-    from distillfss_core.samples import generate_sample
-
-    sample = generate_sample(planes=2, size=96)
-    slices = [AnnotatedSlice(i, (t > 0).astype(np.uint8)) for i, t in zip(sample.image, sample.labels, strict=True)]
-    path = tmp_path_factory.mktemp("student") / "student.safetensors"
-    distill(SupportSet(slices, planes_of_one_volume=True), few).save(path)
-    return path
-
-
 LAYERS = {
     "2d": lambda s: (s[0], {}),
     "4d": lambda s: (np.stack([s, s]), {}),

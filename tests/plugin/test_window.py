@@ -94,3 +94,92 @@ def test_closing_the_window_while_distilling_ends_the_work(
         dock.deleteLater()
     qtbot.waitUntil(lambda: not any("distillfss" in t.name for t in threading.enumerate()), timeout=60_000)
     assert session.annotations is None
+
+
+@pytest.fixture
+def drawn(display, make_napari_viewer, open_dock, few):
+    """A shown window with the dock; a crash of the drawing ends the process."""
+    viewer = make_napari_viewer(show=True)
+    dock = open_dock(viewer)
+    viewer.window.add_dock_widget(dock, name="DistillFSS", area="right")
+    dock.distill.settings.setValue(few)
+    return viewer, dock
+
+
+def wait_for_preview(qtbot, dock):
+    qtbot.waitUntil(lambda: not dock.preview.busy and not dock.session.busy, timeout=60_000)
+    qtbot.wait(200)  # so that it is drawn
+
+
+def test_the_preview_is_switched_off_and_on_after_a_step_of_z_without_a_new_layer(drawn, qtbot, sample, student):
+    viewer, dock = drawn
+    viewer.add_image(sample.image, name="nuclei")
+    dock.support.go_to(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    layer = dock.preview.layers["labels"]
+    for z in (3, 4, 5, 3):
+        dock.support.go_to(z)  # the layer is out of the slice until the plane is computed
+        dock.preview.on.setChecked(False)
+        qtbot.wait(100)
+        assert layer in viewer.layers
+        assert not layer.visible
+        dock.preview.on.setChecked(True)
+        wait_for_preview(qtbot, dock)
+        assert dock.preview.layers == {"labels": layer}
+        assert layer.data_to_world((0, 0, 0))[0] == z
+        expected = dock.session.model.predict(sample.image[z]).labels
+        np.testing.assert_array_equal(layer.data[0], expected)
+
+
+@pytest.mark.parametrize("letter", ["t", "c"])
+def test_another_time_or_channel_moves_the_layers_of_preview_and_annotations(letter, drawn, qtbot, sample, student):
+    viewer, dock = drawn
+    image = np.stack([sample.image, sample.image[::-1], sample.image])
+    viewer.add_image(image, name="nuclei", axis_labels=(letter, "z", "y", "x"))
+    dock.support.paint.click()
+    dock.session.annotations.put(3, np.ones((96, 96), np.uint8))
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    preview, annotations = dock.preview.layers["labels"], dock.support.layer
+    for at in (1, 2, 0, 1, 0):
+        viewer.dims.set_current_step(0, at)
+        qtbot.wait(100)
+        dock.volume.lead[letter].setValue(at)
+        wait_for_preview(qtbot, dock)
+        dock.support.paint.click()
+        assert dock.preview.layers == {"labels": preview}
+        assert dock.support.layer is annotations
+        assert [sum(layer is kept for layer in viewer.layers) for kept in (preview, annotations)] == [1, 1]
+        assert annotations.data_to_world((0, 0, 0, 0))[0] == at
+        assert bool(np.asarray(annotations.data[0, 3]).any()) is (at == 0)
+        plane = image[at, dock.preview.plane]
+        np.testing.assert_array_equal(preview.data[0, 0], dock.session.model.predict(plane).labels)
+        viewer.screenshot()
+
+
+def test_volumes_of_other_shapes_take_over_the_layers(drawn, qtbot, sample, student):
+    viewer, dock = drawn
+    viewer.add_image(sample.image, name="stack")
+    viewer.add_image(np.stack([sample.image] * 2), name="series", scale=(1, 2, 0.5, 0.5))
+    viewer.add_image(sample.image[3], name="plane", translate=(5, 6))
+    dock.support.paint.click()
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    preview, annotations = dock.preview.layers["labels"], dock.support.layer
+    for name in ("series", "plane", "stack", "plane", "series"):
+        row = dock.volume.layers.findText(name)
+        dock.volume.layers.setCurrentIndex(row)
+        dock.volume.layers.activated.emit(row)
+        wait_for_preview(qtbot, dock)
+        dock.support.fill_rest()
+        assert dock.support.layer is annotations
+        assert dock.preview.layers == {"labels": preview}
+        extent = viewer.layers[name].extent.world
+        np.testing.assert_array_equal(annotations.extent.world[:, -2:], extent[:, -2:])
+        np.testing.assert_array_equal(preview.extent.world[:, -2:], extent[:, -2:])
+        dock.support.layer.undo()  # only what was painted in this volume
+        assert not dock.session.annotations.planes()
+        dock.support.layer.undo()
+        assert not dock.session.annotations.planes()
+        viewer.screenshot()

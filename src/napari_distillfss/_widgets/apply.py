@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._layers import ChosenVolume, camera_of
+from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting
 from napari_distillfss._threads import Job
@@ -34,6 +33,7 @@ class ApplyWidget(QWidget):
         self._running: Applied | None = None
         self._written = False
         self._active: Any = None  # the layer that was chosen when Apply was pressed
+        self._shown: Path | None = None  # whose labels the layer shows; None while it is empty
         self.layer: Any = None
         self.region = RegionEdit()
         self.on_screen = button(
@@ -97,8 +97,7 @@ class ApplyWidget(QWidget):
             by = (self._session.model_path, tuple(model.class_names))
             self._running, self._written = Applied(chosen, out, mode, region, *by), False
             self._active = self._viewer.layers.selection.active
-            nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
-            self._show([nothing])  # napari takes a moment to make a layer: better now than while work goes on
+            self._prepare_layer(self._running)
             self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **options))
             self.message.tell("")
 
@@ -118,7 +117,8 @@ class ApplyWidget(QWidget):
     def _on_job_ended(self) -> None:
         self._on_soon()
         if not self._written:
-            self._remove_layer()
+            if self._shown is None and self.layer is not None:
+                self.layer.visible = False
             if self._active in self._viewer.layers:
                 self._viewer.layers.selection.active = self._active
 
@@ -141,28 +141,34 @@ class ApplyWidget(QWidget):
         if self._running is None:
             return
         applied, chosen = self._running, self._running.volume
-        data = [chosen.on_grid(level) for level in levels]
-        if self._written and self.layer in self._viewer.layers and len(data) == 1:
-            self.layer.data.look_at(levels[0])
-            self.layer.refresh()
-            return
-        self._remove_layer()
+        self._prepare_layer(applied)
+        data = chosen.pyramid(levels)
+        move_layer(self.layer, data, chosen.place())
         classes = self._session.annotations.classes if self._session.annotations else ()
-        is_matching = len(classes) == len(applied.classes)
+        if len(classes) == len(applied.classes):
+            self.layer.colormap = colors_of(classes, first=1)
+        if self._shown is None:
+            self.layer.name, self.layer.visible = applied.out.name.partition(".")[0], True
+        self._shown = applied.out
+
+    def _prepare_layer(self, applied: Applied) -> None:
+        """Add an empty layer, unless there is one that is empty or shows the same labels.
+
+        napari takes a moment to make a layer: better when *Apply* is pressed than while work goes on.
+        """
+        chosen = applied.volume
+        ndim = chosen.layer.ndim
+        if self.layer in self._viewer.layers and self._shown in (None, applied.out) and self.layer.ndim == ndim:
+            return
+        nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
+        self._shown = None
         self.layer = self._viewer.add_labels(
-            data if len(data) > 1 else data[0],
-            name=applied.out.name.partition(".")[0],
-            multiscale=len(data) > 1,
-            colormap=colors_of(classes, first=1) if is_matching else None,
+            chosen.pyramid([nothing]),
+            name="segmentation",
+            multiscale=True,
             opacity=0.5,
             **chosen.place(),
         )
-
-    def _remove_layer(self) -> None:
-        layer, self.layer = self.layer, None
-        if layer is not None:
-            with suppress(ValueError):  # the user was faster
-                self._viewer.layers.remove(layer)
 
     def _on_volume_changed(self) -> None:
         chosen = self._session.volume
@@ -198,6 +204,7 @@ class ObjectsWidget(QWidget):
         self._session, self._viewer = session, viewer
         self._running: tuple[ChosenVolume, Counted] | None = None
         self._levels: list[Any] = []
+        self._shown: Path | None = None  # whose objects the layer shows
         self.layer: Any = None
         self.method = combo(
             "connected: each connected piece is one object; watershed: touching objects are separated where they "
@@ -271,23 +278,26 @@ class ObjectsWidget(QWidget):
             return
         chosen, counted = self._running
         self._session.counted = counted
-        if self.layer is not None:
-            with suppress(ValueError):
-                self._viewer.layers.remove(self.layer)
-        data = [chosen.on_grid(level) for level in self._levels]
-        self.layer = self._viewer.add_labels(
-            data if len(data) > 1 else data[0],
-            name=counted.out.name.partition(".")[0],
-            multiscale=len(data) > 1,
-            **chosen.place(),
-        )
-        self.layer.events.selected_label.connect(self._on_label_selected)
+        self._show(chosen, counted.out)
         self.table.read(counted.table)
         self.table.show()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
         self.message.tell(
             f"{fmt.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
         )
+
+    def _show(self, chosen: ChosenVolume, out: Path) -> None:
+        data = chosen.pyramid(self._levels)
+        if self.layer in self._viewer.layers and self._shown == out and self.layer.ndim == chosen.layer.ndim:
+            move_layer(self.layer, data, chosen.place())
+            self.layer.visible = True
+            return
+        if self.layer is not None:
+            self.layer.events.selected_label.disconnect(self._on_label_selected)
+        name = out.name.partition(".")[0]
+        self.layer = self._viewer.add_labels(data, name=name, multiscale=True, **chosen.place())
+        self.layer.events.selected_label.connect(self._on_label_selected)
+        self._shown = out
 
     def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
         """Move to an object: ``box`` is its middle (z, y, x) in voxels."""

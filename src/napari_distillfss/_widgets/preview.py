@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from qtpy.QtWidgets import QCheckBox, QWidget
 
 import distillfss_core as core
 from napari_distillfss._annotations import from_classes
-from napari_distillfss._layers import ChosenVolume, camera_of
+from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
 from napari_distillfss._threads import Job, LatestJob
@@ -26,6 +25,8 @@ _WAIT = 60  # milliseconds without a move before a plane is asked for
 
 class PreviewWidget(QWidget):
     """Keeps up to three preview layers at the plane on screen; results of earlier requests are dropped.
+
+    A layer is made once and then moved and hidden, never removed.
 
     ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
     emitted whenever all that is on screen has been answered.
@@ -47,7 +48,7 @@ class PreviewWidget(QWidget):
         self._painted_tiles: dict[tuple[int, int], tuple[slice, slice]] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._probabilities: np.ndarray | None = None
-        self.layers: dict[str, Any] = {}
+        self._layers: dict[str, Any] = {}
         self.on = QCheckBox("Preview the plane on screen")
         self.on.setToolTip("Segment the visible part of each plane during scrolling")
         self.source = combo(
@@ -113,6 +114,11 @@ class PreviewWidget(QWidget):
         return self._latest.busy
 
     @property
+    def layers(self) -> dict[str, Any]:
+        """Preview layers; none while the preview is off."""
+        return dict(self._layers) if self.on.isChecked() else {}
+
+    @property
     def plane(self) -> int:
         """Plane of the preview layers."""
         return self._plane
@@ -125,8 +131,7 @@ class PreviewWidget(QWidget):
 
     def _on_toggled(self, on: bool) -> None:
         if not on:
-            self._latest.cancel()
-            self._remove_layers()
+            self._hide_layers()
             return
         if SOURCES[self.source.currentText()] is not None and self._teacher is None:
             self._make_teacher()
@@ -179,7 +184,7 @@ class PreviewWidget(QWidget):
 
     def _on_volume_changed(self) -> None:
         self._teacher = None  # it was told of slices of another volume
-        self._remove_layers()
+        self._hide_layers()
         if self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
             self._make_teacher()
         else:
@@ -258,7 +263,7 @@ class PreviewWidget(QWidget):
         self.correct.emit(from_classes(annotation))
 
     def _on_layer_removed(self) -> None:
-        self.layers = {name: layer for name, layer in self.layers.items() if layer in self._viewer.layers}
+        self._layers = {name: layer for name, layer in self._layers.items() if layer in self._viewer.layers}
 
     # layers
 
@@ -285,14 +290,13 @@ class PreviewWidget(QWidget):
             return
         place = chosen.place(self._plane)
         for name, array in self._arrays.items():
-            layer = self.layers.get(name)
+            layer = self._layers.get(name)
             if layer is None and self.shown[name].isChecked():
-                self.layers[name] = self._add_layer(name, array, place)
+                self._layers[name] = self._add_layer(name, array, place)
             elif layer is not None:
-                layer.visible = self.shown[name].isChecked()
                 if layer.data is not array:
-                    layer.data = array
-                    layer.translate = place["translate"]
+                    move_layer(layer, array, place)
+                layer.visible = self.shown[name].isChecked()
                 layer.refresh()
 
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
@@ -314,12 +318,10 @@ class PreviewWidget(QWidget):
         self._latest.cancel()
         self._plane, self._painted_tiles = -1, {}
 
-    def _remove_layers(self) -> None:
+    def _hide_layers(self) -> None:
         self._forget_answers()
-        layers, self.layers = self.layers, {}
-        for layer in layers.values():
-            with suppress(ValueError):  # the user was faster
-                self._viewer.layers.remove(layer)
+        for layer in self._layers.values():
+            layer.visible = False
 
     def _forget_viewer(self) -> None:
         self._latest.cancel()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._layers import ChosenVolume, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import (
     THUMBNAIL,
@@ -62,7 +61,8 @@ class SupportWidget(QWidget):
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
-        self.layer: Any = None
+        self.layer: Any = None  # shows the annotations of the volume; None while it needs none
+        self._kept: Any = None  # the layer once it was made: it is moved and hidden, never removed
         self.suggested: list[int] = []
         self._pictures: dict[int, np.ndarray] = {}
         self.count = spin(1, 100, 5, "How many slices to suggest")
@@ -217,7 +217,7 @@ class SupportWidget(QWidget):
         self._thumbnails.cancel()
         self._pictures.clear()
         self.suggested = []
-        self._remove_layer()
+        self._put_layer_away()
         annotations = self._session.annotations
         if annotations is None:
             if self._session.volume is None:
@@ -247,7 +247,7 @@ class SupportWidget(QWidget):
             self.layer.selected_label = label
 
     def _on_layer_label_changed(self) -> None:
-        self.classes.setBrush(min(int(self.layer.selected_label), len(self.classes.value()) + BACKGROUND))
+        self.classes.setBrush(min(int(self._kept.selected_label), len(self.classes.value()) + BACKGROUND))
 
     def _on_stroke(self) -> None:
         self._soon.start()
@@ -340,8 +340,11 @@ class SupportWidget(QWidget):
             self._select_slices()
 
     def _on_layer_removed(self) -> None:
-        if self.layer is not None and self.layer not in self._viewer.layers:
-            self.layer = None
+        if self._kept is None or self._kept in self._viewer.layers:
+            return
+        self._let_go(self._kept)
+        layer, self.layer, self._kept = self.layer, None, None
+        if layer is not None:
             self.message.tell("the annotation layer was removed; what is painted is kept, Paint brings it back")
 
     # parts
@@ -391,27 +394,40 @@ class SupportWidget(QWidget):
         if self.layer is None:
             if not attempt(self.message, lambda: annotations.array):
                 return False
-            self.layer = self._viewer.add_labels(
-                annotations.array,
-                name=f"{chosen.name} annotations",
-                colormap=colors_of(self.classes.value()),
-                metadata={MARK: True},
-                opacity=0.5,  # so that the image is seen where all of a slice is labeled
-                **chosen.place(),
-            )
+            name = f"{chosen.name} annotations"
+            if self._kept is None:
+                self._add_layer(name, annotations.array, chosen.place())
+            else:
+                move_layer(self._kept, annotations.array, chosen.place())
+                self._kept._reset_history()  # strokes of another volume cannot be undone in this one
+                self._kept.name, self._kept.visible = name, True
+            self.layer = self._kept
+            self.layer.colormap = colors_of(self.classes.value())
             self.layer.selected_label = self.classes.brush()
             self.layer.brush_size = max(2, min(chosen.plane_shape) // 60)
-            for event in (self.layer.events.paint, self.layer.events.labels_update, self.layer.events.set_data):
-                event.connect(self._on_stroke)
-            self.layer.events.selected_label.connect(self._on_layer_label_changed)
         return True
 
-    def _remove_layer(self) -> None:
-        layer, self.layer = self.layer, None
+    def _add_layer(self, name: str, array: Any, place: dict[str, Any]) -> None:
+        self._kept = self._viewer.add_labels(
+            array,
+            name=name,
+            colormap=colors_of(self.classes.value()),
+            metadata={MARK: True},
+            opacity=0.5,  # so that the image is seen where all of a slice is labeled
+            **place,
+        )
+        for event in (self._kept.events.paint, self._kept.events.labels_update, self._kept.events.set_data):
+            event.connect(self._on_stroke)
+        self._kept.events.selected_label.connect(self._on_layer_label_changed)
+
+    def _put_layer_away(self) -> None:
+        """Hide the layer and detach it from the annotations of the earlier volume."""
+        layer, chosen, self.layer = self._kept, self._session.volume, None
         if layer is not None:
-            self._let_go(layer)
-            with suppress(ValueError):  # the user was faster
-                self._viewer.layers.remove(layer)
+            layer.visible = False
+            ndim = chosen.layer.ndim if chosen else layer.ndim
+            move_layer(layer, np.zeros((1,) * ndim, np.uint8), chosen.place() if chosen else {})
+            layer._reset_history()
 
     def _let_go(self, layer: Any) -> None:
         for event in (layer.events.paint, layer.events.labels_update, layer.events.set_data):
@@ -436,8 +452,8 @@ class SupportWidget(QWidget):
         self.selecting.cancel()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
-        if self.layer is not None:
-            self._let_go(self.layer)
+        if self._kept is not None:
+            self._let_go(self._kept)
 
 
 def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
