@@ -260,6 +260,13 @@ def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
     return folder
 
 
+def kept_aside(folder: Path) -> list[Path]:
+    """Folders of annotations that `set_aside` has renamed, the latest first; empty ones are left out."""
+    aside = [p for p in folder.parent.glob(f"{folder.name}.old*") if p.suffix.removeprefix(".old").isdecimal()]
+    with_labels = [p for p in aside if any(p.glob("labels.zarr/c/*"))]
+    return sorted(with_labels, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a folder of annotations, so that the volume starts without any. Nothing is deleted. Returns the new
     path.

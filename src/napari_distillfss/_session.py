@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
-from napari_distillfss._annotations import Annotations, folder_for, make_support, set_aside
+from napari_distillfss._annotations import Annotations, folder_for, kept_aside, make_support, set_aside
 from napari_distillfss._layers import ChosenVolume
 
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
@@ -112,15 +113,43 @@ class Session:
             self.classes_changed.emit()
             self.slices_changed.emit()
 
-    def begin_anew(self) -> None:
-        """Set the annotations of this volume aside and start with none."""
+    def begin_anew(self) -> Path | None:
+        """Set the annotations of this volume aside and start with none. Returns where they are now, if there were any."""
         if self.volume is None or self.annotations is None:
-            return
-        self.annotations.close()
-        folder = self.annotations.folder
-        if folder.is_dir():
-            self._follow(folder, set_aside(folder))
+            return None
+        aside = self._set_aside(self.annotations)
         self.choose_volume(self.volume)
+        return aside
+
+    def restorable(self) -> list[Path]:
+        """Annotations of this volume that were set aside, the latest first."""
+        return kept_aside(self.annotations.folder) if self.annotations is not None else []
+
+    def restore(self, aside: Path) -> Path | None:
+        """Take annotations up again that were set aside; those that are there are set aside in turn.
+
+        Returns
+        -------
+        path or None
+            Where the annotations of before are now, if there were any.
+        """
+        if self.volume is None or self.annotations is None:
+            return None
+        folder = self.annotations.folder
+        before = self._set_aside(self.annotations)
+        shutil.move(aside, folder)
+        self._follow(aside, folder)
+        self.choose_volume(self.volume)
+        return before
+
+    def _set_aside(self, annotations: Annotations) -> Path | None:
+        annotations.close()
+        folder = annotations.folder
+        if not folder.is_dir():
+            return None
+        aside = set_aside(folder)
+        self._follow(folder, aside)
+        return aside
 
     def _follow(self, folder: Path, aside: Path) -> None:
         """Replace a folder in all paths of the session after it was moved."""

@@ -325,6 +325,36 @@ def test_removing_the_annotation_layer_keeps_what_is_painted(dock, viewer, paint
     assert np.asarray(dock.support.layer.data[2]).any()
 
 
+def test_starting_over_asks_names_the_folder_and_is_restored(dock, painted_truth, monkeypatch):
+    from qtpy.QtWidgets import QInputDialog, QMessageBox
+
+    buttons, questions = QMessageBox.StandardButton, []
+    reply = {"is": buttons.No}
+    monkeypatch.setattr(QMessageBox, "question", lambda *text: questions.append(text[2]) or reply["is"])
+    monkeypatch.setattr(QInputDialog, "getItem", lambda *how: (how[3][0], True))
+    assert not dock.support.restore.isEnabled()
+    dock.support.anew.click()
+    assert not questions  # nothing would be set aside
+    paint(dock, painted_truth, [2, 5])
+    folder = dock.session.annotations.folder
+    dock.support.anew.click()
+    assert dock.session.annotations.planes() == [2, 5]
+    assert str(folder) in questions[0]
+    assert "2 slices" in questions[0]
+    reply["is"] = buttons.Yes
+    dock.support.anew.click()
+    assert dock.session.annotations.planes() == []
+    assert f"{folder}.old1" in dock.support.message.text()
+    assert dock.support.restore.isEnabled()
+    paint(dock, painted_truth, [7])
+    dock.support.restore.click()
+    assert dock.session.annotations.planes() == [2, 5]
+    np.testing.assert_array_equal(dock.session.annotations.plane(5), painted_truth[5])
+    assert f"{folder}.old2" in dock.support.message.text()
+    dock.support.restore.click()  # what was painted in between is not lost either
+    assert dock.session.annotations.planes() == [7]
+
+
 def test_labels_of_a_file_are_imported(dock, qtbot, tmp_path, sample):
     labels = sample.labels.copy()
     labels[[0, 2, 3, 5, 6, 7]] = 0
@@ -678,8 +708,10 @@ def test_a_student_belongs_to_the_volume_it_was_learned_from(dock, viewer, qtbot
     assert [f.name for f in (folder / "student-1" / "images").iterdir()] == ["plane_0002.tif"]
 
 
-def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_later(dock, qtbot, painted_truth):
-    from qtpy.QtWidgets import QApplication
+def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_later(
+    dock, qtbot, painted_truth, monkeypatch
+):
+    from qtpy.QtWidgets import QApplication, QMessageBox
 
     from distillfss_core import load_support
 
@@ -687,6 +719,7 @@ def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_la
     dock.distill.start()
     finish(qtbot, dock)
     paint(dock, painted_truth, [5])
+    monkeypatch.setattr(QMessageBox, "question", lambda *_: QMessageBox.StandardButton.Yes)
     dock.support.anew.click()
     dock.model.copy_python()
     script = QApplication.clipboard().text()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from qtpy.QtCore import QSize, Qt, QTimer
 from qtpy.QtGui import QIcon, QImage, QPixmap
-from qtpy.QtWidgets import QFileDialog, QListWidget, QListWidgetItem, QWidget
+from qtpy.QtWidgets import QFileDialog, QInputDialog, QListWidget, QListWidgetItem, QMessageBox, QWidget
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
@@ -91,7 +92,12 @@ class SupportWidget(QWidget):
             KINDS,
         )
         self.import_file = button("Import…", "Import labels of a file", self._on_import_clicked)
-        self.anew = button("Begin anew", "Set these annotations aside (they stay on disk)", self._on_anew_clicked)
+        self.anew = button(
+            "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
+        )
+        self.restore = button(
+            "Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked
+        )
         self.message = Message("choose a volume first")
         self.job = Job(session, "looking at slices", self)
         self.selecting = Job(name="looking for slices that differ", parent=self)
@@ -108,7 +114,7 @@ class SupportWidget(QWidget):
             self.classes,
             row(self.paint, self.rest),
             self.list,
-            row(self.remove, self.anew),
+            row(self.remove, self.anew, self.restore),
             row(self.import_file, self.kind),
             JobBar(self.selecting, cancel="Stop looking; take them evenly", starting="looking for slices that differ"),
             JobBar(self.job, cancel="Stop looking"),
@@ -131,6 +137,7 @@ class SupportWidget(QWidget):
         session.volume_changed.connect(self._on_volume_changed)
         session.classes_changed.connect(self._on_classes_changed)
         session.slices_changed.connect(self._on_slices_changed)
+        session.slices_changed.connect(self._on_restorable_changed)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.removed.connect(self._on_layer_removed)
 
@@ -283,6 +290,9 @@ class SupportWidget(QWidget):
             volume = self._session.volume.volume
             self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
 
+    def _on_restorable_changed(self) -> None:
+        self.restore.setEnabled(bool(self._session.restorable()))
+
     def _on_picture(self, thumbnail: tuple[int, np.ndarray]) -> None:
         z, picture = thumbnail
         self._pictures[z] = picture
@@ -315,7 +325,35 @@ class SupportWidget(QWidget):
         self._show_replaced([(z, before, np.zeros_like(before))] if before.any() else [])
 
     def _on_anew_clicked(self) -> None:
-        self._session.begin_anew()
+        annotations = self._session.annotations
+        count = len(annotations.planes()) if annotations else 0
+        if annotations is None or not count:
+            self.message.tell("there are no annotations yet")
+            return
+        question = (
+            f"Start with no annotations? Those of {fmt.count(count, 'slice')} and the student stay on disk beside\n"
+            f"{annotations.folder}\nRestore… takes them up again."
+        )
+        yes = QMessageBox.StandardButton.Yes
+        if QMessageBox.question(self, "Start over", question) == yes:
+            aside = self._session.begin_anew()
+            self.message.tell(f"the annotations of before are in {aside}; Restore… takes them up again")
+
+    def _on_restore_clicked(self) -> None:
+        names = {self._describe_aside(path): path for path in self._session.restorable()}
+        if not names:
+            self.message.tell("no annotations of this volume were set aside")
+            return
+        name, is_chosen = QInputDialog.getItem(self, "Restore", "Annotations set aside", list(names), 0, False)
+        if is_chosen:
+            before = self._session.restore(names[name])
+            if before is not None:
+                self.message.tell(f"{self.message.text()}. Those of before are in {before}")
+
+    @staticmethod
+    def _describe_aside(path: Path) -> str:
+        changed = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
+        return f"{changed:%Y-%m-%d %H:%M}, {path.name}"
 
     def _on_import_clicked(self) -> None:
         path, _ = QFileDialog.getOpenFileName(self, "Import labels")
