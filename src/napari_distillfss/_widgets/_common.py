@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qtpy.QtCore import Qt
+from qtpy.QtCore import QEvent, QObject, Qt
 from qtpy.QtWidgets import (
+    QAbstractSpinBox,
     QComboBox,
     QHBoxLayout,
     QLabel,
@@ -117,6 +118,26 @@ class JobBar(QWidget):
         self.cancel.setEnabled(False)
         self.text.tell("stopping after this step")
         self._job.cancel()
+
+
+class WheelGuard(QObject):
+    """Passes the wheel on to the scroll area where a combo or spin box has no focus.
+
+    Otherwise scrolling of the dock changes the values under the mouse.
+    """
+
+    def protect(self, holder: QWidget) -> None:
+        """Protect all combo and spin boxes of a widget."""
+        for kind in (QComboBox, QAbstractSpinBox):
+            for box in holder.findChildren(kind):
+                box.setFocusPolicy(Qt.FocusPolicy.StrongFocus)  # the wheel gives no focus
+                box.installEventFilter(self)
+
+    def eventFilter(self, box: QObject | None, event: QEvent | None) -> bool:
+        if event is None or event.type() != QEvent.Type.Wheel or not isinstance(box, QWidget) or box.hasFocus():
+            return False
+        event.ignore()
+        return True
 
 
 def button(text: str, tooltip: str, clicked: Callable[[], object]) -> QPushButton:

@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidg
 import distillfss_core as core
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._session import Session
-from napari_distillfss._widgets._common import Section
+from napari_distillfss._widgets._common import Section, WheelGuard
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
@@ -65,6 +65,7 @@ class DistillDock(QScrollArea):
             layout.addWidget(section)
         layout.addStretch()
         self.setWidget(content)
+        WheelGuard(self).protect(content)
         self.setWidgetResizable(True)
         self.setFrameShape(QFrame.Shape.NoFrame)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
