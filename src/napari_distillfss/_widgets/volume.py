@@ -6,7 +6,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from qtpy.QtCore import Signal
+from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
 
 from napari_distillfss import _format as fmt
@@ -17,8 +17,14 @@ from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin
 
 
+_WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
+
+
 class VolumePicker(QWidget):
-    """Edits the chosen volume. ``valueChanged`` emits a ChosenVolume or None."""
+    """Edits the chosen volume. ``valueChanged`` emits a ChosenVolume or None.
+
+    Time and channel are those of napari's sliders: either one moves the other.
+    """
 
     valueChanged = Signal(object)
 
@@ -41,8 +47,13 @@ class VolumePicker(QWidget):
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
         self._lead_labels = {letter: QLabel(name) for letter, name in LEAD_NAMES.items()}
         self._level_label = QLabel("level")
-        for box in (*self.lead.values(), self.level):
-            box.valueChanged.connect(self._on_choice_changed)
+        for box in self.lead.values():
+            box.valueChanged.connect(self._on_lead_edited)
+        self.level.valueChanged.connect(self._on_choice_changed)
+        self._soon = QTimer(self)
+        self._soon.setSingleShot(True)
+        self._soon.setInterval(_WAIT)
+        self._soon.timeout.connect(self._on_slider_settled)
         self.message = Message("no image layer yet: open one, or try File > Open Sample > DistillFSS")
         self.device = Message()
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
@@ -64,6 +75,7 @@ class VolumePicker(QWidget):
         viewer.layers.events.removed.connect(self._on_layers_changed)
         viewer.layers.events.reordered.connect(self._on_layers_changed)
         viewer.layers.events.renamed.connect(self._on_layers_changed)
+        viewer.dims.events.current_step.connect(self._on_slider_moved)
         self._take(None)
         self._on_layers_changed()
 
@@ -127,11 +139,39 @@ class VolumePicker(QWidget):
 
         def choose() -> None:
             self._fit_boxes(layer)
+            if self._value is None or layer is not self._value.layer:
+                self._follow_sliders(layer)
             lead = {letter: self.lead[letter].value() for letter in lead_axes(layer)}
             self._take(choose_layer(layer, lead=lead, level=self.level.value()))
 
         if not attempt(self.message, choose):
             self._take(None)
+
+    def _on_lead_edited(self) -> None:
+        self._on_choice_changed()
+        if self._value is not None:
+            dims, place, axes = self._viewer.dims, self._value.point_of(0), self._value.axes
+            for letter in self._value.lead:
+                axis = axes.index(letter)
+                dims.set_point(dims.ndim - len(axes) + axis, place[axis])
+
+    def _on_slider_moved(self) -> None:
+        if self._value is not None and self._value.lead:
+            self._soon.start()
+
+    def _on_slider_settled(self) -> None:
+        chosen = self._value
+        if chosen is not None and self._follow_sliders(chosen.layer):
+            self._on_choice_changed()
+
+    def _follow_sliders(self, layer: Any) -> bool:
+        """Show the time and channel of napari's sliders. Returns whether one of them is another than before."""
+        voxel = dict(zip(layer_axes(layer), layer.world_to_data(self._viewer.dims.point), strict=False))
+        boxes = {letter: box for letter, box in self.lead.items() if letter in voxel}
+        before = [box.value() for box in boxes.values()]
+        for letter, box in boxes.items():
+            _set(box, round(float(voxel[letter])))
+        return before != [box.value() for box in boxes.values()]
 
     def _fit_boxes(self, layer: Any) -> None:
         """Show the levels, times and channels of a layer."""
@@ -185,6 +225,8 @@ class VolumePicker(QWidget):
         self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
         self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
         self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
+        self._viewer.dims.events.current_step.disconnect(self._on_slider_moved)
+        self._soon.stop()
 
 
 def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
