@@ -45,6 +45,7 @@ class PreviewWidget(QWidget):
         )  # of what kind a teacher was asked for, and of which annotations
         self._plane = -1
         self._notice = ""  # why the answers may be wrong
+        self._corrected = -1  # plane whose preview is hidden, as its labels were taken over for correction
         self._painted_tiles: dict[tuple[int, int], tuple[slice, slice]] = {}
         self._arrays: dict[str, np.ndarray] = {}
         self._probabilities: np.ndarray | None = None
@@ -240,6 +241,7 @@ class PreviewWidget(QWidget):
             self.settled.emit()
 
     def _on_shown_toggled(self) -> None:
+        self._corrected = -1
         if self._painted_tiles:
             self._show_layers()
 
@@ -261,6 +263,9 @@ class PreviewWidget(QWidget):
         for where in self._painted_tiles.values():  # what was not computed stays unlabeled
             annotation[where] = labels[where]
         self.correct.emit(from_classes(annotation))
+        self._corrected = self._plane
+        self._show_layers()
+        self.message.tell(f"plane {self._plane}: copied to the annotations. Its preview is hidden while you correct it")
 
     def _on_layer_removed(self) -> None:
         self._layers = {name: layer for name, layer in self._layers.items() if layer in self._viewer.layers}
@@ -271,7 +276,7 @@ class PreviewWidget(QWidget):
         """Clear the preview layers and move them to another plane."""
         if z == self._plane:
             return
-        self._plane, self._painted_tiles = z, {}
+        self._plane, self._corrected, self._painted_tiles = z, -1, {}
         shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
         names = list(model.class_names)
         if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
@@ -296,7 +301,7 @@ class PreviewWidget(QWidget):
             elif layer is not None:
                 if layer.data is not array:
                     move_layer(layer, array, place)
-                layer.visible = self.shown[name].isChecked()
+                layer.visible = self.shown[name].isChecked() and self._plane != self._corrected
                 layer.refresh()
 
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
@@ -316,7 +321,7 @@ class PreviewWidget(QWidget):
 
     def _forget_answers(self) -> None:
         self._latest.cancel()
-        self._plane, self._painted_tiles = -1, {}
+        self._plane, self._corrected, self._painted_tiles = -1, -1, {}
 
     def _hide_layers(self) -> None:
         self._forget_answers()
