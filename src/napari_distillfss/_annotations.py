@@ -146,7 +146,7 @@ class Annotations:
 
     def counts(self, z: int) -> npt.NDArray[np.int64]:
         """Number of pixels of each of the 256 labels; counted again only where files have changed."""
-        stamp = self._stamp(z)
+        stamp = self.stamp(z)
         if z not in self._counts or self._counts[z][0] != stamp:
             self._counts[z] = stamp, np.bincount(self.plane(z).ravel(), minlength=256)
         return self._counts[z][1]
@@ -180,7 +180,7 @@ class Annotations:
     def _chunks(self) -> Path:
         return self._path / "c"  # a chunk without labels has no file
 
-    def _stamp(self, z: int) -> _Stamp:
+    def stamp(self, z: int) -> _Stamp:
         """Names and times of the files that hold a plane."""
         folder = self._chunks.joinpath(*map(str, self.index(z)))
         files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)

@@ -78,7 +78,7 @@ class Session:
         self.applied: Applied | None = None
         self.counted: Counted | None = None
         self._busy = ""
-        self._seen_slices: list[tuple[int, bytes]] = []
+        self._seen_slices: list[tuple[int, Any]] = []
 
     @property
     def busy(self) -> str:
@@ -237,9 +237,9 @@ class Session:
             self.annotations.close()
         self.volume = self.annotations = None
 
-    def _slices(self) -> list[tuple[int, bytes]]:
-        """Content of the painted slices, for comparison."""
-        return [(s.plane, s.counts.tobytes()) for s in self.annotations.slices()] if self.annotations else []
+    def _slices(self) -> list[tuple[int, Any]]:
+        """Planes that are painted and the state of their files, for comparison."""
+        return [(z, self.annotations.stamp(z)) for z in self.annotations.planes()] if self.annotations else []
 
     def _open_annotations(self, chosen: ChosenVolume) -> None:
         root = self.folder / "annotations"

@@ -9,7 +9,7 @@ from qtpy.QtCore import QTimer, Signal
 from qtpy.QtWidgets import QCheckBox, QWidget
 
 import distillfss_core as core
-from napari_distillfss._annotations import from_classes
+from napari_distillfss._annotations import COLORS, Class, from_classes
 from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
@@ -21,6 +21,7 @@ MARK = "distillfss_preview"
 SOURCES = {"student": None, "teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
 _WAIT = 60  # milliseconds without a move before a plane is asked for
+_AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
 
 
 class PreviewWidget(QWidget):
@@ -76,6 +77,9 @@ class PreviewWidget(QWidget):
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
         self._soon.setInterval(_WAIT)
+        self._after_strokes = QTimer(self)
+        self._after_strokes.setSingleShot(True)
+        self._after_strokes.setInterval(_AFTER_STROKES)
         self.shown["labels"].setChecked(True)
         column(
             self,
@@ -90,6 +94,9 @@ class PreviewWidget(QWidget):
 
     def _connect(self, session: Session, viewer: Any) -> None:
         self._soon.timeout.connect(self._ask)
+        self._after_strokes.timeout.connect(self._on_strokes_settled)
+        session.slices_changed.connect(self._on_slices_changed)
+        session.classes_changed.connect(self._on_classes_changed)
         self._latest.answered.connect(self._on_part)
         self._latest.failed.connect(self._on_failed)
         self._latest.idle.connect(self._on_idle)
@@ -159,6 +166,31 @@ class PreviewWidget(QWidget):
             self._requested = wanted
 
         attempt(self.message, start)
+
+    def _on_slices_changed(self) -> None:
+        if self.on.isChecked() and self._wanted()[0] is not None:
+            self._after_strokes.start()
+
+    def _on_strokes_settled(self) -> None:
+        """Make the teacher again from the slices as they are; the earlier one is used until it is there."""
+        if self._session.busy and not self.job.running:
+            self._after_strokes.start()  # after that job
+        elif self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
+            self._make_teacher()
+
+    def _on_classes_changed(self) -> None:
+        if "labels" in self._layers:
+            self._layers["labels"].colormap = self._colors()
+
+    def _colors(self) -> Any:
+        """Colors of the model's classes: those of the classes of the same name, or else of the same number."""
+        classes = self._session.annotations.classes if self._session.annotations else ()
+        model = self.model()
+        names = tuple(model.class_names) if model is not None else tuple(c.name for c in classes)
+        of_name = {c.name: c.color for c in classes}
+        numbered = [c.color for c in classes] + list(COLORS)
+        same = [Class(name, of_name.get(name, numbered[k % len(numbered)])) for k, name in enumerate(names)]
+        return colors_of(tuple(same), first=1)
 
     def _wanted(self) -> tuple[Any, Any]:
         return SOURCES[self.source.currentText()], self._session.annotations
@@ -301,15 +333,16 @@ class PreviewWidget(QWidget):
             elif layer is not None:
                 if layer.data is not array:
                     move_layer(layer, array, place)
+                    if name == "labels":
+                        layer.colormap = self._colors()
                 layer.visible = self.shown[name].isChecked() and self._plane != self._corrected
                 layer.refresh()
 
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
-        classes = self._session.annotations.classes if self._session.annotations else ()
         options = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
         if name == "labels":
-            layer = self._viewer.add_labels(array, opacity=0.45, colormap=colors_of(classes, first=1), **options)
+            layer = self._viewer.add_labels(array, opacity=0.45, colormap=self._colors(), **options)
         else:
             colors = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(
@@ -330,6 +363,8 @@ class PreviewWidget(QWidget):
 
     def _forget_viewer(self) -> None:
         self._latest.cancel()
+        self._soon.stop()
+        self._after_strokes.stop()
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)
