@@ -72,7 +72,7 @@ class ApplyWidget(QWidget):
         self._soon.timeout.connect(self._on_soon)
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
-        self.job.failed.connect(self.message.warn)
+        self.job.failed.connect(self._on_job_failed)
         self.job.ended.connect(self._on_job_ended)
         session.volume_changed.connect(self._on_volume_changed)
         session.model_changed.connect(self._on_state_changed)
@@ -135,6 +135,14 @@ class ApplyWidget(QWidget):
             self.message.warn(f"{text}; {report.path.name}, but {report.warning}")
         else:
             self.message.tell(f"{text}; {report.path.name}")
+
+    def _on_job_failed(self, message: str) -> None:
+        if "was begun with another" in message:
+            message = message.replace(
+                "give what it was begun with, or another name",
+                f"tick “{self.replace.text()}”, or choose another name",
+            )
+        self.message.warn(message)
 
     def _show(self, levels: list[Any]) -> None:
         """Show labels (z, y, x): the finest level during the run, the pyramid after it."""

@@ -95,9 +95,7 @@ class SupportWidget(QWidget):
         self.anew = button(
             "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
         )
-        self.restore = button(
-            "Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked
-        )
+        self.restore = button("Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked)
         self.message = Message("choose a volume first")
         self.job = Job(session, "looking at slices", self)
         self.selecting = Job(name="looking for slices that differ", parent=self)
