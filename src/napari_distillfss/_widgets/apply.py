@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
+from napari_distillfss._annotations import FIRST_CLASS
 from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting
@@ -22,6 +24,8 @@ from napari_distillfss._widgets.table import ObjectTable
 
 MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
+_SPECK = 9  # pixels; fewer are no object but a stroke
+_WIDEST_RADIUS = 15.0  # pixels that the watershed takes
 
 
 class ApplyWidget(QWidget):
@@ -204,6 +208,14 @@ class ApplyWidget(QWidget):
             self.message.tell("ready: labels are written piece by piece, and can be stopped and gone on with")
 
 
+def object_radius(planes: Sequence[np.ndarray], default: float = 8.0) -> float:
+    """Median radius, in pixels, of the connected objects in painted planes "y x"; ``default`` without any."""
+    from skimage.measure import label, regionprops
+
+    areas = [p.area for plane in planes for p in regionprops(label(plane >= FIRST_CLASS)) if p.area >= _SPECK]
+    return float(np.sqrt(np.median(areas) / np.pi)) if areas else default
+
+
 class ObjectsWidget(QWidget):
     """Numbers the objects of the written labels and shows their measures."""
 
@@ -211,6 +223,7 @@ class ObjectsWidget(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._running: tuple[ChosenVolume, Counted] | None = None
+        self._suited: Applied | None = None  # labels that the radius was chosen for
         self._levels: list[Any] = []
         self._shown: Path | None = None  # whose objects the layer shows
         self.layer: Any = None
@@ -221,7 +234,8 @@ class ObjectsWidget(QWidget):
         )
         self.of_class = combo("Class of the objects")
         self.radius = QDoubleSpinBox()
-        self.radius.setRange(0.01, 1e6)
+        self.radius.setDecimals(4)
+        self.radius.setRange(0.0001, 1e6)
         self.radius.setValue(5)
         self.radius.setToolTip("Radius of a typical object, in the unit of the pixel size, for the watershed")
         self.smallest = spin(1, 10**9, 20, "Smaller objects (voxels) are left out")
@@ -276,6 +290,15 @@ class ObjectsWidget(QWidget):
 
         attempt(self.message, start)
 
+    def _suit_radius(self, chosen: ChosenVolume) -> None:
+        """Set the radius to that of the annotated objects, within what the watershed takes."""
+        annotations = self._session.annotations
+        planes = [annotations.plane(z) for z in annotations.planes()] if annotations else []
+        steps = [s for s in chosen.volume.scale if s] or [1.0]
+        self.radius.setSuffix(" µm" if chosen.pixel_size else " pixels" if not chosen.volume.scale[2] else "")
+        radius = object_radius(planes) * (chosen.volume.scale[2] or 1.0)
+        self.radius.setValue(min(radius, _WIDEST_RADIUS * min(steps)))
+
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Written):
             self._levels = step.levels
@@ -324,6 +347,9 @@ class ObjectsWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         applied = self._session.applied
+        if applied is not None and applied is not self._suited:
+            self._suited = applied
+            self._suit_radius(applied.volume)
         self.count.setEnabled(applied is not None and not self._session.busy)
         if applied is not None:
             if [self.of_class.itemText(i) for i in range(self.of_class.count())] != list(applied.classes):
