@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
+from napari_distillfss._presets import PRESETS
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Distilled, iter_training
 from napari_distillfss._threads import Job
@@ -15,6 +17,7 @@ from napari_distillfss._widgets._common import JobBar, Message, attempt, button,
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
+_REFINING = 5  # of the steps of a training, refining takes a part
 _HINT = "annotate some slices, then press Distill"
 
 
@@ -68,6 +71,8 @@ class DistillWidget(QWidget):
             if self.settings.error:
                 raise core.SettingsError(self.settings.error)
             settings, maker = self.settings.value(), self._session.support_maker()
+            if model is not None and settings.steps and self.settings.preset.currentText() in PRESETS:
+                settings = replace(settings, steps=max(1, settings.steps // _REFINING))
             keep = self._session.next_model_path()
             assert keep is not None  # there are annotations
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop))
