@@ -122,8 +122,12 @@ def iter_training(
     """
     load_torch()
     yield Doing("reading the annotated slices")
+    if stop.is_set():
+        return None
     planes, support = make_support()
     yield Doing("loading the backbone")
+    if stop.is_set():
+        return None
     run = core.iter_distill(support, settings, init_from=start)
     begun = False
     for step in run:

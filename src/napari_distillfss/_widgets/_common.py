@@ -100,6 +100,8 @@ class JobBar(QWidget):
         self.show()
 
     def _on_job_stepped(self, step: Any) -> None:
+        if self._job.stopping:
+            return  # the text goes on to say so
         if isinstance(step, Doing):
             self.bar.setRange(0, 0)
             self.text.tell(step.text)
@@ -116,7 +118,8 @@ class JobBar(QWidget):
 
     def _on_cancel_clicked(self) -> None:
         self.cancel.setEnabled(False)
-        self.text.tell("stopping after this step")
+        self.text.tell("Stopping…")
+        self.bar.setRange(0, 0)
         self._job.cancel()
 
 
