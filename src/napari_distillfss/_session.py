@@ -114,7 +114,7 @@ class Session:
             self.slices_changed.emit()
 
     def begin_anew(self) -> Path | None:
-        """Set the annotations of this volume aside and start with none. Returns where they are now, if there were any."""
+        """Set the annotations of this volume aside and start with none. Returns their new path, if there were any."""
         if self.volume is None or self.annotations is None:
             return None
         aside = self._set_aside(self.annotations)

@@ -915,3 +915,176 @@ def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(axes, chose
     np.testing.assert_array_equal(volume.plane(3), data[index])
     shown = viewer.layers[0].data[(*chosen, 3)]
     np.testing.assert_array_equal(np.asarray(shown), data[index])
+
+
+def send_wheel(box):
+    from qtpy.QtCore import QPoint, QPointF, Qt
+    from qtpy.QtGui import QWheelEvent
+    from qtpy.QtWidgets import QApplication
+
+    place, down = QPointF(5, 5), QPoint(0, -120)
+    buttons, keys = Qt.MouseButton.NoButton, Qt.KeyboardModifier.NoModifier
+    event = QWheelEvent(place, place, down, down, buttons, keys, Qt.ScrollPhase.NoScrollPhase, False)
+    QApplication.sendEvent(box, event)
+    return event
+
+
+def test_the_wheel_changes_no_box_that_has_no_focus(dock):
+    from qtpy.QtWidgets import QAbstractSpinBox, QComboBox
+
+    boxes = [box for kind in (QComboBox, QAbstractSpinBox) for box in dock.widget().findChildren(kind)]
+    assert {dock.distill.settings.preset, dock.support.count, dock.objects.radius} <= set(boxes)
+    texts = [box.currentText() if isinstance(box, QComboBox) else box.text() for box in boxes]
+    events = [send_wheel(box) for box in boxes]
+    assert [box.currentText() if isinstance(box, QComboBox) else box.text() for box in boxes] == texts
+    assert not any(event.isAccepted() for event in events[:1])
+
+
+@pytest.mark.parametrize("letter", ["t", "c"])
+def test_sliders_of_time_and_channel_are_those_of_the_dock(letter, viewer, open_dock, qtbot, sample):
+    image = np.stack([sample.image] * 4)
+    viewer.add_image(image, name="series", axis_labels=(letter, "z", "y", "x"), translate=(7, 0, 0, 0))
+    dock = open_dock(viewer)
+    box = dock.volume.lead[letter]
+    dock.support.paint.click()
+    viewer.dims.set_current_step(0, 3)
+    qtbot.waitUntil(lambda: box.value() == 3)
+    assert dock.session.volume.lead == {letter: 3}
+    dock.support.paint.click()
+    dock.support.layer.paint((0, 4, 40, 40), 2)
+    assert dock.session.annotations.planes() == [4]
+    box.setValue(1)
+    assert viewer.dims.point[0] == 8
+    assert dock.session.annotations.planes() == []
+
+
+def test_the_preview_of_a_corrected_plane_is_hidden_until_it_is_wanted_again(dock, viewer, qtbot, student):
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    layer = dock.preview.layers["labels"]
+    assert layer.visible
+    dock.preview.take.click()
+    assert not layer.visible
+    assert "hidden while you correct it" in dock.preview.message.text()
+    z = dock.preview.plane
+    dock.support.go_to(z + 1)
+    qtbot.waitUntil(lambda: dock.preview.plane == z + 1 and layer.visible, timeout=60_000)
+
+
+def test_a_teacher_follows_strokes_on_a_slice_that_had_labels(dock, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.preview.source.setCurrentIndex(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.source.activated.emit(2)
+    first = dock.preview.model()
+    dock.support.paint.click()
+    painted = painted_truth[2].copy()
+    painted[:, :] = painted[::-1]  # as many pixels of each label as before
+    dock.session.annotations.put(2, painted)
+    dock.session.painted()
+    qtbot.waitUntil(lambda: dock.preview.model() is not first, timeout=60_000)
+
+
+def test_colors_of_the_preview_are_those_of_the_classes_of_the_same_name(dock, qtbot, student):
+    from napari_distillfss._annotations import Class
+
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    layer = dock.preview.layers["labels"]
+    dock.support.classes.setValue((Class("other", "#00ff00"), Class("object", "#0000ff")))
+    np.testing.assert_allclose(layer.colormap.map(np.array([1]))[0, :3], (0, 0, 1))
+
+
+def test_labels_of_another_student_name_the_box_that_replaces_them(dock, qtbot, student, few, tmp_path, sample):
+    from dataclasses import replace
+
+    from distillfss_core import AnnotatedSlice, SupportSet, distill
+
+    other = distill(SupportSet([AnnotatedSlice(sample.image[0], (sample.labels[0] > 0).astype(np.uint8))]),
+                    replace(few, seed=9))  # fmt: skip
+    other.save(tmp_path / "other.safetensors")
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    for path in (student, tmp_path / "other.safetensors"):
+        dock.model.load_from(path)
+        finish(qtbot, dock)
+        dock.apply.start()
+        finish(qtbot, dock)
+    assert dock.apply.replace.text() in dock.apply.message.text()
+    dock.apply.replace.setChecked(True)
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.message.text().startswith("done")
+
+
+def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(viewer, sample, open_dock, qtbot, student,
+                                                                              tmp_path):  # fmt: skip
+    viewer.add_image(sample.image, name="nuclei", scale=(0.5, 0.25, 0.25), units=("um",) * 3)
+    dock = open_dock(viewer)
+    yy, xx = np.mgrid[:96, :96]
+    disk = ((yy - 40) ** 2 + (xx - 40) ** 2 <= 10**2).astype(np.uint8) + 1
+    dock.session.annotations.put(2, disk)
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.objects.radius.value() == pytest.approx(2.5, rel=0.02)  # 10 pixels of 0.25 µm
+    assert dock.objects.radius.suffix() == " µm"
+    dock.objects.method.setCurrentIndex(1)
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert "object" in dock.objects.message.text()
+    assert not dock.objects.message.warns
+
+
+@pytest.mark.parametrize(("preset", "steps"), [("quick", 16), ("thorough", 240), ("default", 0)])
+def test_refining_takes_a_fifth_of_the_steps_of_a_preset(preset, steps, dock, qtbot, student, painted_truth,
+                                                         monkeypatch):  # fmt: skip
+    from napari_distillfss._widgets import distill
+
+    seen = []
+
+    def note(maker, settings, model, keep, stop):
+        seen.append(settings.steps)
+        yield from ()
+        return None
+
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    paint(dock, painted_truth, [2])
+    monkeypatch.setattr(distill, "iter_training", note)
+    dock.distill.settings.setPreset(preset)
+    for start in (dock.distill.start_refining, dock.distill.start):
+        start()
+        finish(qtbot, dock)
+    assert seen == [steps, 5 * steps]
+
+
+def test_cancel_is_acknowledged_while_a_training_starts(dock, qtbot, painted_truth, monkeypatch):
+    import threading
+
+    from qtpy.QtWidgets import QPushButton
+
+    from napari_distillfss._tasks import Doing
+    from napari_distillfss._widgets import distill
+    from napari_distillfss._widgets._common import JobBar
+
+    go_on = threading.Event()
+
+    def starting(*_):
+        yield Doing("reading the annotated slices")
+        go_on.wait(20)
+        yield Doing("loading the backbone")
+
+    monkeypatch.setattr(distill, "iter_training", starting)
+    paint(dock, painted_truth, [2])
+    dock.distill.start()
+    (bar,) = dock.distill.findChildren(JobBar)
+    qtbot.waitUntil(lambda: "reading" in bar.text.text())
+    (cancel,) = [b for b in bar.findChildren(QPushButton) if b.text() == "Cancel"]
+    cancel.click()
+    shown = []
+    dock.distill.job.stepped.connect(lambda _: shown.append(bar.text.text()))
+    go_on.set()
+    finish(qtbot, dock)
+    assert shown == ["Stopping…"]

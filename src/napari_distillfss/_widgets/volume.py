@@ -16,7 +16,6 @@ from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin
 
-
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
 
 
