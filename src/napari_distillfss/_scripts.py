@@ -13,9 +13,9 @@ _NO_FILE_NOTE = f"# the volume is in napari only: save it as a file, and put its
 
 
 def command_line(session: Session) -> str:
-    """Commands of `distillfss` that repeat the steps of the session."""
+    """Commands of `distillfss` that repeat the steps of the session, beside the files that exist."""
     lines = []
-    model = _name(session.model_path)
+    model = _name(_repeated_model(session))
     if session.training is not None:
         support = session.training.support or Path("SUPPORT")
         words = ["distillfss", "distill", str(support / "images"), str(support / "labels"), "-o", model]
@@ -26,9 +26,10 @@ def command_line(session: Session) -> str:
         for name, value in session.training.settings.items():
             words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         lines.append(shlex.join(words))
-    if session.applied is not None:
+    if session.applied is not None and not session.applied.is_earlier:
         done = session.applied
-        words = ["distillfss", "segment", _source(session), "-m", _name(done.model), "-o", str(done.out)]
+        words = ["distillfss", "segment", _source(session), "-m", _name(_applied_model(session)), "-o"]
+        words += [str(free_name(done.out))]
         words += ["--mode", done.mode]
         words += ["--region", ",".join(f"{a}:{b}" for a, b in done.region)] if done.region else []
         for name, value in _opening(session).items():
@@ -37,7 +38,8 @@ def command_line(session: Session) -> str:
         lines.append(shlex.join([*words, "--resume"]))
     if session.counted is not None and session.applied is not None:
         count = session.counted
-        words = ["distillfss", "instances", str(session.applied.out), "-o", str(count.out), "--table", str(count.table)]
+        words = ["distillfss", "instances", str(_counted_labels(session)), "-o", str(free_name(count.out))]
+        words += ["--table", str(free_name(count.table))]
         names = {"method": "--method", "radius": "--radius", "min_voxels": "--min-voxels", "class_id": "--class-id"}
         words += [
             w for name, option in names.items() if name in count.options for w in (option, str(count.options[name]))
@@ -52,9 +54,9 @@ def command_line(session: Session) -> str:
 
 
 def python_lines(session: Session) -> str:
-    """Python lines that repeat the steps of the session."""
+    """Python lines that repeat the steps of the session, beside the files that exist."""
     lines = []
-    model = _name(session.model_path)
+    model = _name(_repeated_model(session))
     names = ["StudentModel"]
     if session.training is not None:
         names += ["DistillSettings", "distill", "load_support"]
@@ -62,6 +64,7 @@ def python_lines(session: Session) -> str:
         start, support = session.training.start, session.training.support or Path("SUPPORT")
         settings = ", ".join(f"{k}={v!r}" for k, v in session.training.settings.items())
         lines += [
+            f"# the student of the session is {_name(session.model_path)}; these lines train it again",
             f"support = load_support({str(support / 'images')!r}, {str(support / 'labels')!r},",
             f"                       classes={list(session.training.classes)!r}, scribbles=True, pixel_size={pixel!r},",
             "                       same_volume=True)",
@@ -71,7 +74,7 @@ def python_lines(session: Session) -> str:
         ]
     else:
         lines.append(f"model = StudentModel.load({model!r})")
-    if session.applied is not None:
+    if session.applied is not None and not session.applied.is_earlier:
         done = session.applied
         names += ["open_volume", "segment_to_zarr"]
         opening = "".join(f", {k}={v!r}" for k, v in _opening(session).items())
@@ -80,7 +83,7 @@ def python_lines(session: Session) -> str:
             lines.append(f"model = StudentModel.load({_name(done.model)!r})")
         lines += [
             f"with open_volume({_source(session)!r}{opening}) as volume:",
-            f"    segment_to_zarr(volume, model, {str(done.out)!r}, region={done.region!r}, mode={done.mode!r})",
+            f"    segment_to_zarr(volume, model, {str(free_name(done.out))!r}, region={done.region!r}, mode={done.mode!r})",
         ]
     if session.counted is not None and session.applied is not None:
         count = session.counted
@@ -90,10 +93,39 @@ def python_lines(session: Session) -> str:
             opening = "".join(f", {k}={v!r}" for k, v in _opening(session).items())
             options += f", image=open_volume({_source(session)!r}{opening})"
         lines.append(
-            f"label_instances(open_volume({str(session.applied.out)!r}), {str(count.out)!r}, "
-            f"table={str(count.table)!r}{options})"
+            f"label_instances(open_volume({str(_counted_labels(session))!r}), {str(free_name(count.out))!r}, "
+            f"table={str(free_name(count.table))!r}{options})"
         )
     return "\n".join([f"from distillfss_core import {', '.join(sorted(set(names)))}", "", *lines])
+
+
+def free_name(path: Path) -> Path:
+    """The path, or where it exists one beside it: "labels-again.ome.zarr"."""
+    stem, dot, suffixes = path.name.partition(".")
+    number, free = 1, path
+    while free.exists():
+        free = path.with_name(f"{stem}-again{number if number > 1 else ''}{dot}{suffixes}")
+        number += 1
+    return free
+
+
+def _repeated_model(session: Session) -> Path | None:
+    """File of the student in the script: another one where the script trains it again."""
+    is_trained = session.training is not None and session.model_path is not None
+    return free_name(session.model_path) if is_trained and session.model_path else session.model_path
+
+
+def _applied_model(session: Session) -> Path | None:
+    done = session.applied
+    is_present = done is None or done.model == session.model_path
+    return _repeated_model(session) if is_present or done is None else done.model
+
+
+def _counted_labels(session: Session) -> Path:
+    """Labels whose objects the script counts: those it writes, or those written before the session."""
+    done = session.applied
+    assert done is not None  # what was counted was applied
+    return done.out if done.is_earlier else free_name(done.out)
 
 
 def _name(model: Path | None) -> str:

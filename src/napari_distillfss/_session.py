@@ -39,6 +39,7 @@ class Applied:
     region: tuple[tuple[int, int], ...] | None
     model: Path | None
     classes: tuple[str, ...]
+    is_earlier: bool = False  # written before this session
 
 
 @dataclass(frozen=True)

@@ -112,33 +112,28 @@ def scripted(viewer, open_dock, qtbot, tmp_path, few, sample, painted_truth):
     return dock, tmp_path
 
 
-def moved(text, folder):
-    """A script that writes elsewhere."""
-    for name in ("a student.safetensors", "out.ome.zarr", "out-objects.ome.zarr", "out-objects.csv"):
-        text = text.replace(str(folder / name), str(folder / "again" / name))
-    return text
-
-
-def assert_same(folder):
-    for name in ("out.ome.zarr", "out-objects.ome.zarr"):
-        ours, theirs = (zarr.open_array(f / name / "0")[:] for f in (folder, folder / "again"))
-        np.testing.assert_array_equal(ours, theirs)
-    assert (folder / "out-objects.csv").read_text() == (folder / "again" / "out-objects.csv").read_text()
+def assert_same(folder, student):
+    for name in ("out", "out-objects"):
+        first, repeated = (zarr.open_array(folder / f"{name}{end}.ome.zarr" / "0")[:] for end in ("", "-again"))
+        np.testing.assert_array_equal(first, repeated)
+    assert (folder / "out-objects.csv").read_text() == (folder / "out-objects-again.csv").read_text()
+    assert (folder / "a student.safetensors").read_bytes() == student  # is not overwritten
+    assert (folder / "a student-again.safetensors").is_file()
 
 
 def test_the_copied_command_makes_the_very_same(scripted):
     dock, folder = scripted
+    student = (folder / "a student.safetensors").read_bytes()
     dock.model.copy_command()
-    (folder / "again").mkdir()
-    for line in moved(QApplication.clipboard().text(), folder).splitlines():
+    for line in QApplication.clipboard().text().splitlines():
         with contextlib.redirect_stdout(io.StringIO()):
             assert main(shlex.split(line)[1:]) == 0
-    assert_same(folder)
+    assert_same(folder, student)
 
 
 def test_the_copied_python_makes_the_very_same(scripted):
     dock, folder = scripted
+    student = (folder / "a student.safetensors").read_bytes()
     dock.model.copy_python()
-    (folder / "again").mkdir()
-    exec(compile(moved(QApplication.clipboard().text(), folder), "script", "exec"), {})
-    assert_same(folder)
+    exec(compile(QApplication.clipboard().text(), "script", "exec"), {})
+    assert_same(folder, student)
