@@ -206,6 +206,13 @@ class Session:
         taken = [int(n) for n in (p.stem.removeprefix("student-") for p in folder.glob("student-*")) if n.isdecimal()]
         return folder / f"student-{max(taken, default=0) + 1}.safetensors"
 
+    def students(self) -> list[Path]:
+        """Students that were trained on this volume, the latest first."""
+        if self.annotations is None:
+            return []
+        numbered = {p.stem.removeprefix("student-"): p for p in self.annotations.folder.glob("student-*.safetensors")}
+        return [numbered[n] for n in sorted((n for n in numbered if n.isdecimal()), key=int, reverse=True)]
+
     def take_student(
         self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None
     ) -> None:

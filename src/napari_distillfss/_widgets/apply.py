@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import FIRST_CLASS
 from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Applied, Counted, Session
-from napari_distillfss._tasks import Written, iter_applying, iter_counting
+from napari_distillfss._tasks import Written, iter_applying, iter_counting, open_levels
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
 from napari_distillfss._widgets.region import RegionEdit
@@ -191,6 +192,18 @@ class ApplyWidget(QWidget):
             folder = path.parent if path else Path.home()
             stem = (path.name if path else chosen.name.replace("/", "_")).partition(".")[0].strip()
             self.out.setText(str(folder / f"{stem}-labels.ome.zarr"))
+            self._take_earlier(chosen, Path(self.out.text()))
+
+    def _take_earlier(self, chosen: ChosenVolume, out: Path) -> None:
+        """Take labels of this volume that an earlier session has written, so that objects can be counted."""
+        annotations = self._session.annotations
+        if not (out / "0").is_dir() or (self._session.applied is not None and self._session.applied.out == out):
+            return
+        with suppress(core.DistillFSSError, OSError, ValueError):
+            levels = open_levels(out)
+            if levels and tuple(levels[0].shape) == tuple(chosen.volume.shape[:3]):
+                classes = annotations.class_names if annotations else ("object",)
+                self._session.set_applied(Applied(chosen, out, "", None, None, classes, is_earlier=True))
 
     def _on_screen_clicked(self) -> None:
         chosen = self._session.volume

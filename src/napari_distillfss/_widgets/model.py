@@ -53,6 +53,7 @@ class ModelWidget(QWidget):
         self.job.done.connect(self._on_loaded)
         self.job.failed.connect(self.message.warn)
         session.model_changed.connect(self._on_model_changed)
+        session.volume_changed.connect(self._on_volume_changed)
         self._on_model_changed()
 
     def save_to(self, path: Path) -> None:
@@ -98,6 +99,12 @@ class ModelWidget(QWidget):
         self._session.set_model(model, path=self._loading, training=None)
         self.message.tell(f"loaded {self._loading}; switch the preview on, or apply it")
 
+    def _on_volume_changed(self) -> None:
+        """Load the latest student of this volume where the session has none yet."""
+        students = self._session.students()
+        if self._session.model is None and not self._session.busy and students:
+            self.load_from(students[0])
+
     def _on_model_changed(self) -> None:
         model = self._session.model
         for part in (self.save, self.command, self.python):
@@ -113,7 +120,10 @@ class ModelWidget(QWidget):
             self.save_to(Path(path) if path.endswith(SUFFIX) else Path(path + SUFFIX))
 
     def _on_load_clicked(self) -> None:
-        path, _ = QFileDialog.getOpenFileName(self, "Load a student", "", f"Student (*{SUFFIX})")
+        students, volume = self._session.students(), self._session.volume
+        beside = volume.volume.path if volume is not None else None
+        start = students[0] if students else beside.parent if beside is not None else Path.home()
+        path, _ = QFileDialog.getOpenFileName(self, "Load a student", str(start), f"Student (*{SUFFIX})")
         if path:
             self.load_from(Path(path))
 
