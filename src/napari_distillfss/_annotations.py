@@ -251,13 +251,20 @@ def from_classes(labels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
     """Folder of the annotations of a volume. The same volume has the same folder, unless another process uses it."""
+    own = own_folder(root, name, identity, shape)
+    folder, number = own, 1
+    while _in_use(folder):
+        number += 1
+        folder = own.with_name(f"{own.name}-{number}")
+    return folder
+
+
+def own_folder(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
+    """Folder of the annotations of a volume where no other process uses it."""
     identity_text = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
     digest = hashlib.sha256(identity_text.encode()).hexdigest()[:12]
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
-    number = 1
-    while _in_use(folder := root / f"{stem}-{digest}{f'-{number}' if number > 1 else ''}"):
-        number += 1
-    return folder
+    return root / f"{stem}-{digest}"
 
 
 def kept_aside(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
-from napari_distillfss._annotations import Annotations, folder_for, kept_aside, make_support, set_aside
+from napari_distillfss._annotations import Annotations, folder_for, kept_aside, make_support, own_folder, set_aside
 from napari_distillfss._layers import ChosenVolume
 
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
@@ -73,6 +73,7 @@ class Session:
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
         self.no_annotations = _NO_VOLUME  # why there are none, while there are none
+        self.is_second_window = False  # whether another window has the annotations of this volume
         self.model: Any = None
         self.model_path: Path | None = None
         self.training: Training | None = None
@@ -253,4 +254,5 @@ class Session:
         root = self.folder / "annotations"
         identity = {**chosen.volume.identity, "lead": dict(chosen.lead), "factors": list(chosen.factors)}
         folder = folder_for(root, chosen.name, identity, chosen.shape)
+        self.is_second_window = folder != own_folder(root, chosen.name, identity, chosen.shape)
         self.annotations = Annotations(folder, chosen.shape, chosen.index)

@@ -233,6 +233,12 @@ class SupportWidget(QWidget):
         count = len(annotations.planes())
         if count:
             self._show_layer()
+        if self._session.is_second_window:
+            self.message.warn(
+                "this image is open in another window, which has its annotations. What you paint here is kept apart, "
+                f"in {annotations.folder}"
+            )
+        elif count:
             self.message.tell(f"{count} slice{'s' if count > 1 else ''} of this volume, painted earlier, are back")
         else:
             self.message.tell("suggest slices, then paint some background and objects in each; it is saved as you go")
