@@ -8,6 +8,7 @@ from distillfss_core.samples import generate_sample
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
+_PIXEL = 0.25  # micrometers, of a sample that has none
 _LUNG_WINDOW = (-1000.0, 400.0)  # Hounsfield units in which air, vessels and soft tissue are told apart
 
 
@@ -29,8 +30,11 @@ def make_nodules() -> list[LayerTuple]:
 def _layers(kind: str, **options: Any) -> list[LayerTuple]:
     """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), at the same position."""
     sample = generate_sample(kind)
-    place = {"scale": sample.scale, "units": (sample.unit,) * 3}
+    name, is_known = kind.capitalize(), sample.unit != "pixel"
+    scale = sample.scale if is_known else [_PIXEL * s for s in sample.scale]
+    unit = sample.unit if is_known else "micrometer"
+    place = {"scale": scale, "units": (unit,) * 3, "axis_labels": ("z", "y", "x")}
     return [
-        (sample.image, {"name": sample.name, "colormap": "gray", **options, **place}, "image"),
-        (sample.labels, {"name": f"{sample.name}, truth", **place}, "labels"),
+        (sample.image, {"name": name, "colormap": "gray", **options, **place}, "image"),
+        (sample.labels, {"name": f"{name} (ground truth)", "visible": False, **place}, "labels"),
     ]

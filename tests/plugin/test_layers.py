@@ -214,5 +214,5 @@ def test_channels_after_z_are_refused_not_taken_for_planes(axes, tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": axes})
     with layer_source(path=str(tmp_path / "a.tif")):
         layer = Image(tifffile.imread(tmp_path / "a.tif"))
-    with pytest.raises(DistillFSSError, match="has the axes .*z c y x in its file"):
+    with pytest.raises(DistillFSSError, match=r"has the axes .*z c y x in its file"):
         choose_layer(layer)
