@@ -25,6 +25,10 @@ from napari_distillfss._widgets.table import ObjectTable
 
 MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
+_NO_LABELS = "apply a student first"
+_READY_TO_COUNT = "ready to count the objects of {}"
+_NO_STUDENT = "distill or load a student first"
+_READY = "Ready. You can stop and resume at any time"
 _SPECK = 9  # pixels; fewer are no object but a stroke
 _WIDEST_RADIUS = 15.0  # pixels that the watershed takes
 
@@ -60,7 +64,7 @@ class ApplyWidget(QWidget):
             "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
         self.job = Job(session, "segmenting", self)
-        self.message = Message("distill or load a student first")
+        self.message = Message(_NO_STUDENT)
         column(
             self,
             row(self.region, self.on_screen),
@@ -185,6 +189,8 @@ class ApplyWidget(QWidget):
 
     def _on_volume_changed(self) -> None:
         chosen = self._session.volume
+        if not self.job.running:
+            self.message.tell(_READY if self._session.model is not None else _NO_STUDENT)
         if chosen is not None:
             z, y, x = chosen.volume.shape[:3]
             self.region.setShape((z, y, x))
@@ -218,7 +224,7 @@ class ApplyWidget(QWidget):
     def _on_state_changed(self) -> None:
         self.apply.setEnabled(not self._session.busy and self._session.model is not None)
         if self._session.model is not None and self.message.text().startswith("distill"):
-            self.message.tell("ready: labels are written piece by piece, and can be stopped and gone on with")
+            self.message.tell(_READY)
 
 
 def object_radius(planes: Sequence[np.ndarray], default: float = 8.0) -> float:
@@ -255,7 +261,7 @@ class ObjectsWidget(QWidget):
         self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
         self.job = Job(session, "counting", self)
         self.table = ObjectTable()
-        self.message = Message("apply a student first")
+        self.message = Message(_NO_LABELS)
         column(
             self,
             row(self.method, "radius", self.radius),
@@ -272,7 +278,8 @@ class ObjectsWidget(QWidget):
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
-        session.labels_changed.connect(self._on_state_changed)
+        session.labels_changed.connect(self._on_labels_changed)
+        session.volume_changed.connect(self._on_volume_changed)
         session.busy_changed.connect(self._on_state_changed)
         self._on_state_changed()
 
@@ -358,6 +365,22 @@ class ObjectsWidget(QWidget):
     def _on_label_selected(self) -> None:
         self.table.select(int(self.layer.selected_label))
 
+    def _on_labels_changed(self) -> None:
+        self._forget_table()
+        self._on_state_changed()
+
+    def _on_volume_changed(self) -> None:
+        chosen = self._session.volume
+        if chosen is not None and self._running is not None and chosen.volume is not self._running[0].volume:
+            self._forget_table()
+
+    def _forget_table(self) -> None:
+        """Hide the table of other labels; its file stays."""
+        if not self.job.running and not self.table.isHidden():
+            self.table.hide()
+            applied = self._session.applied
+            self.message.tell(_READY_TO_COUNT.format(applied.out.name) if applied is not None else _NO_LABELS)
+
     def _on_state_changed(self) -> None:
         applied = self._session.applied
         if applied is not None and applied is not self._suited:
@@ -369,4 +392,4 @@ class ObjectsWidget(QWidget):
                 self.of_class.clear()
                 self.of_class.addItems(applied.classes)
             if self.message.text().startswith("apply"):
-                self.message.tell(f"ready to count the objects of {applied.out.name}")
+                self.message.tell(_READY_TO_COUNT.format(applied.out.name))

@@ -249,6 +249,7 @@ class SupportWidget(QWidget):
             self.classes.setValue(annotations.classes)
         if self.layer is not None:
             self.layer.colormap = colors_of(self.classes.value())
+        self._on_slices_changed()  # its rows name the classes
 
     def _on_classes_edited(self, classes: tuple[Class, ...]) -> None:
         self._session.set_classes(classes)
