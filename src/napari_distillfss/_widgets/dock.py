@@ -96,9 +96,19 @@ class DistillDock(QScrollArea):
 
 
 class ApplyDock(DistillDock):
-    """A dock for a student that exists already: load, preview, apply, count."""
+    """A dock for a student that exists already: load, preview, apply, count; nothing is annotated or trained."""
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__(napari_viewer, folder)
-        for widget, is_open in ((self.support, False), (self.distill, False), (self.apply, True), (self.model, True)):
-            self.sections[widget].heading.setChecked(is_open)
+        content = self.widget()
+        layout = content.layout() if content is not None else None
+        assert isinstance(layout, QVBoxLayout)  # as the base class has made it
+        for widget in (self.support, self.distill):
+            self.sections[widget].hide()
+        parts = (self.volume, self.model, self.preview, self.apply, self.objects)
+        for row, widget in enumerate(parts):
+            section = self.sections[widget]
+            layout.removeWidget(section)
+            layout.insertWidget(row, section)
+            section.heading.setText(f"{row + 1}  {section.heading.text().split()[-1]}")
+            section.heading.setChecked(widget is not self.objects)
