@@ -83,7 +83,8 @@ def python_lines(session: Session) -> str:
             lines.append(f"model = StudentModel.load({_name(done.model)!r})")
         lines += [
             f"with open_volume({_source(session)!r}{opening}) as volume:",
-            f"    segment_to_zarr(volume, model, {str(free_name(done.out))!r}, region={done.region!r}, mode={done.mode!r})",
+            f"    segment_to_zarr(volume, model, {str(free_name(done.out))!r}, "
+            f"region={done.region!r}, mode={done.mode!r})",
         ]
     if session.counted is not None and session.applied is not None:
         count = session.counted

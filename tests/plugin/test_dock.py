@@ -1088,3 +1088,116 @@ def test_cancel_is_acknowledged_while_a_training_starts(dock, qtbot, painted_tru
     go_on.set()
     finish(qtbot, dock)
     assert shown == ["Stopping…"]
+
+
+def reopened(dock, sample, open_dock, tmp_path):
+    """Another session on the same volume, after the first has ended."""
+    from napari.components import ViewerModel
+
+    dock.session.close()
+    viewer = ViewerModel()
+    viewer.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    return open_dock(viewer)
+
+
+def test_a_reopened_volume_has_its_latest_student_again(dock, qtbot, painted_truth, student, sample, open_dock,
+                                                        tmp_path, monkeypatch):  # fmt: skip
+    from qtpy.QtWidgets import QFileDialog
+
+    paint(dock, painted_truth, [2])
+    folder = dock.session.annotations.folder
+    for number in (2, 10):
+        (folder / f"student-{number}.safetensors").write_bytes(student.read_bytes())
+    again = reopened(dock, sample, open_dock, tmp_path)
+    finish(qtbot, again)
+    assert again.session.model is not None
+    assert again.session.model_path == folder / "student-10.safetensors"
+    begun_in = []
+    monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *how: begun_in.append(how[2]) or ("", ""))
+    again.model.load.click()
+    assert begun_in[0].startswith(str(folder))
+
+
+def test_objects_of_labels_written_before_are_counted(viewer, open_dock, qtbot, student, tmp_path, sample):
+    from napari.components import ViewerModel
+
+    tifffile.imwrite(tmp_path / "stack.tif", sample.image, photometric="minisblack", metadata={"axes": "ZYX"})
+    first = open_dock(viewer)
+    first.volume.open_path(tmp_path / "stack.tif")
+    first.model.load_from(student)
+    finish(qtbot, first)
+    first.apply.start()
+    finish(qtbot, first)
+    first.session.close()
+    dock = open_dock(ViewerModel())
+    assert not dock.objects.count.isEnabled()
+    dock.volume.open_path(tmp_path / "stack.tif")
+    assert dock.objects.count.isEnabled()
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert "object" in dock.objects.message.text()
+    assert (tmp_path / "stack-labels-objects.csv").is_file()
+
+
+def test_a_second_window_says_where_its_annotations_are_kept(dock, sample, open_dock, tmp_path):
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    assert second.support.message.warns
+    assert "open in another window" in second.support.message.text()
+    assert str(second.session.annotations.folder) in second.support.message.text()
+    assert not dock.support.message.warns
+
+
+def test_rows_of_slices_name_the_present_classes(dock, painted_truth):
+    from napari_distillfss._annotations import Class
+
+    paint(dock, painted_truth, [2])
+    assert "object" in _texts(dock.support.list)
+    dock.support.classes.setValue((Class("nucleus", "#112233"),))
+    assert "nucleus" in _texts(dock.support.list)
+    assert "object" not in _texts(dock.support.list)
+
+
+def test_the_table_and_messages_of_a_volume_end_with_it(dock, viewer, qtbot, student, tmp_path):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert not dock.objects.table.isHidden()
+    viewer.add_image(np.zeros((3, 40, 50)), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    assert dock.objects.table.isHidden()
+    assert "object" in dock.objects.message.text()
+    assert "measures in" not in dock.objects.message.text()
+    assert not dock.apply.message.text().startswith("done")
+
+
+def test_the_dock_for_a_student_shows_the_student_before_preview_and_apply(viewer, nuclei, qtbot, tmp_path):
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    dock = ApplyDock(viewer, tmp_path / "kept")
+    layout = dock.widget().layout()
+    sections = [layout.itemAt(row).widget() for row in range(layout.count()) if layout.itemAt(row).widget()]
+    shown = [section.heading.text() for section in sections if not section.isHidden()]
+    assert shown == ["1  Volume", "2  Model", "3  Preview", "4  Apply", "5  Objects"]
+    assert sections[1].heading.isChecked()
+    dock.session.close()
+    dock.deleteLater()
+
+
+def test_a_copied_path_is_one_that_is_free(tmp_path):
+    from napari_distillfss._scripts import free_name
+
+    path = tmp_path / "a b.ome.zarr"
+    assert free_name(path) == path
+    path.mkdir()
+    assert free_name(path) == tmp_path / "a b-again.ome.zarr"
+    (tmp_path / "a b-again.ome.zarr").mkdir()
+    assert free_name(path) == tmp_path / "a b-again2.ome.zarr"

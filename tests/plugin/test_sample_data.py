@@ -28,3 +28,7 @@ def test_a_sample_is_an_image_and_its_labels_in_one_place(make):
     assert np.issubdtype(labels.dtype, np.integer)
     assert (image_meta["scale"], image_meta["units"]) == (labels_meta["scale"], labels_meta["units"])
     assert image_meta["name"] != labels_meta["name"]
+    assert labels_meta["name"] == f"{image_meta['name']} (ground truth)"
+    assert image_meta["axis_labels"] == ("z", "y", "x")
+    assert image_meta["units"][0] in ("micrometer", "nanometer", "millimeter")
+    assert labels_meta["visible"] is False
