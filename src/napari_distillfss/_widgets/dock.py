@@ -103,8 +103,8 @@ class ApplyDock(DistillDock):
         content = self.widget()
         layout = content.layout() if content is not None else None
         assert isinstance(layout, QVBoxLayout)  # as the base class has made it
-        for widget in (self.support, self.distill):
-            self.sections[widget].hide()
+        self.sections[self.support].hide()
+        self.sections[self.distill].hide()
         parts = (self.volume, self.model, self.preview, self.apply, self.objects)
         for row, widget in enumerate(parts):
             section = self.sections[widget]
