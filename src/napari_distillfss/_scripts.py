@@ -62,13 +62,13 @@ def python_lines(session: Session) -> str:
         names += ["DistillSettings", "distill", "load_support"]
         pixel = session.training.pixel_size
         start, support = session.training.start, session.training.support or Path("SUPPORT")
-        settings = ", ".join(f"{k}={v!r}" for k, v in session.training.settings.items())
+        settings = dict(session.training.settings)
         lines += [
             f"# the student of the session is {_name(session.model_path)}; these lines train it again",
             f"support = load_support({str(support / 'images')!r}, {str(support / 'labels')!r},",
             f"                       classes={list(session.training.classes)!r}, scribbles=True, pixel_size={pixel!r},",
             "                       same_volume=True)",
-            f"model = distill(support, DistillSettings({settings})"
+            f"model = distill(support, DistillSettings.from_json({settings!r})"
             + (f", init_from=StudentModel.load({str(start)!r}))" if start else ")"),
             f"model.save({model!r})",
         ]
