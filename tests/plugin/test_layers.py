@@ -205,3 +205,16 @@ def test_axes_of_a_tiff_layer_are_those_of_its_file(axes, lead, tmp_path):
     chosen = choose_layer(layer, lead=dict.fromkeys(lead, 1))
     np.testing.assert_array_equal(chosen.volume.plane(2), data[(*(1 for _ in lead), 2)])
     assert chosen.pixel_size == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize("axes", ["ZCYX", "TZCYX"])
+def test_channels_after_z_are_not_taken_for_planes(axes, tmp_path):
+    sizes = {"T": 3, "C": 2, "Z": 4, "Y": 20, "X": 30}
+    data = np.random.default_rng(0).integers(0, 999, [sizes[a] for a in axes]).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", data, imagej=True, metadata={"axes": axes})
+    with layer_source(path=str(tmp_path / "a.tif")):
+        layer = Image(tifffile.imread(tmp_path / "a.tif"))
+    lead = dict.fromkeys(lead_axes(layer), 1)
+    assert set(lead) == set(axes.lower()) & set("tc")
+    chosen = choose_layer(layer, lead=lead)
+    np.testing.assert_array_equal(chosen.volume.plane(2), data[1, 2, 1] if "T" in axes else data[2, 1])
