@@ -137,6 +137,7 @@ def test_another_time_or_channel_moves_the_layers_of_preview_and_annotations(let
     viewer, dock = drawn
     image = np.stack([sample.image, sample.image[::-1], sample.image])
     viewer.add_image(image, name="nuclei", axis_labels=(letter, "z", "y", "x"))
+    dock.volume.lead[letter].setValue(0)
     dock.support.paint.click()
     dock.session.annotations.put(3, np.ones((96, 96), np.uint8))
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
