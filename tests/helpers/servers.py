@@ -89,7 +89,7 @@ def fail_times(times: int, failure: str | int, part: str = ""):
 @contextmanager
 def serve_s3() -> Iterator[str]:
     """A server of S3 with a public bucket; gives its address."""
-    server_of_moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[server]'")
+    server_of_moto = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[s3]' flask flask-cors")
     server = server_of_moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
