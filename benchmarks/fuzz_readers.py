@@ -256,9 +256,9 @@ def _absurd(path: Path, rng: random.Random) -> None:
     large = rng.choice((10**6, 10**9, 2**31, 99_999_999_999))
     metadata = [f for f in (path / "zarr.json", path / ".zarray", path / "0" / "zarr.json") if f.is_file()]
     if metadata and (metadata[-1].name == ".zarray" or b"shape" in metadata[-1].read_bytes()):
-        about = json.loads(metadata[-1].read_text())
-        about["shape"][rng.randrange(3)] = large
-        metadata[-1].write_text(json.dumps(about))
+        content = json.loads(metadata[-1].read_text())
+        content["shape"][rng.randrange(3)] = large
+        metadata[-1].write_text(json.dumps(content))
     elif path.suffix == ".npy":
         data = path.read_bytes()
         path.write_bytes(data.replace(b"(6, 40, 48)", b"(6, 4%d8)" % 0 if rng.random() < 0.2 else b"(6,9999999)"[:11]))

@@ -47,7 +47,7 @@ class PeerUnavailableError(DistillFSSError):
     """Error for a peer that cannot run here: a package or weights are missing."""
 
 
-class Answers(Protocol):
+class TrainedPeer(Protocol):
     """A trained model, which predicts labels."""
 
     def predict_labels(self, image: Array) -> Array:
@@ -70,7 +70,7 @@ class Peer:
     """
 
     title: str
-    learn: Callable[[SupportSet, DistillSettings], Answers]
+    learn: Callable[[SupportSet, DistillSettings], TrainedPeer]
     packages: tuple[tuple[str, str], ...] = ()
     imports: tuple[str, ...] = ()
 

@@ -49,9 +49,9 @@ def _evaluate(args: argparse.Namespace) -> int:
         for predicted, truth in pair_volumes(args.predicted, args.truth):
             for name, counts in _count_planes(predicted, truth, args, len(names)):
                 tally.add_counts(counts)
-                one = Tally(len(names))
-                one.add_counts(counts)
-                each.append((name, one.scores()))
+                combined = Tally(len(names))
+                combined.add_counts(counts)
+                each.append((name, combined.scores()))
                 bar.update()
     scores = tally.scores()
     _warn_without_background(scores)
@@ -118,9 +118,9 @@ def _count_planes(
         )
         return
     options = {"threshold": args.binary_threshold, "in_folder": args.truth.is_dir()}
-    for name, found, real in _label_pairs(predicted, truth, args.planes, modes, n_classes, **options):
+    for name, prediction, real in _label_pairs(predicted, truth, args.planes, modes, n_classes, **options):
         with source_named(name):
-            yield name, confusion(found, real, n_classes)
+            yield name, confusion(prediction, real, n_classes)
 
 
 def _label_pairs(

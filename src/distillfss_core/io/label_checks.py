@@ -97,8 +97,8 @@ def warn_of_values(labels: Array, source: str, mode: str) -> None:
 
 def _has_soft_edges(labels: Array, counts: Array) -> bool:
     """Whether values beside 0 and the most frequent label lie in edges, where painted ones fill areas."""
-    most = int(counts[1:].argmax()) + 1
-    between = (labels != 0) & (labels != most)
+    largest = int(counts[1:].argmax()) + 1
+    between = (labels != 0) & (labels != largest)
     number, labeled = int(between.sum()), int(counts[1:].sum())
     if number < max(16, 0.01 * labeled) or (counts[1:] > 0).sum() < 4:
         return False
@@ -110,4 +110,4 @@ def _has_soft_edges(labels: Array, counts: Array) -> bool:
         equal += np.pad(same, first)
         equal += np.pad(same, second)
     thick = float((equal[between] >= THICK).mean())
-    return thick < 0.3 and (int(counts[most]) > 0.3 * labeled or thick < 0.1)
+    return thick < 0.3 and (int(counts[largest]) > 0.3 * labeled or thick < 0.1)

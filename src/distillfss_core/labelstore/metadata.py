@@ -21,7 +21,7 @@ OME_VERSION = "0.5"
 
 
 @dataclass(frozen=True)
-class About:
+class Description:
     """What is written beside the labels for others to read.
 
     Parameters
@@ -64,7 +64,7 @@ def image_of(path: Path) -> Path | None:
     return path.parent.parent if path.parent.name == "labels" and ".zarr" in path.parent.parent.suffixes else None
 
 
-def write_metadata(path: Path, layout: Layout, description: About, notes: Mapping[str, Any]) -> list[Any]:
+def write_metadata(path: Path, layout: Layout, description: Description, notes: Mapping[str, Any]) -> list[Any]:
     """Groups and arrays as they must be; those that are there already stay."""
     arrays = []
     for level, shape in enumerate(layout.shapes):
@@ -109,7 +109,7 @@ def _open_group(path: Path) -> Any:
     return zarr.open_group(path, mode="a", zarr_format=3)
 
 
-def _attributes(layout: Layout, description: About) -> dict[str, Any]:
+def _attributes(layout: Layout, description: Description) -> dict[str, Any]:
     """OME-Zarr 0.5 metadata of a label image, and ours beside it."""
     unit = {"unit": description.unit} if description.unit else {}
     scale = [s or 1.0 for s in description.scale]

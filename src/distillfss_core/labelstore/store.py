@@ -32,7 +32,7 @@ from distillfss_core.errors import InputFileError, OutputError, SettingsError
 from distillfss_core.io.writing import error_reason
 from distillfss_core.labelstore.journal import Journal
 from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, overlap, slices
-from distillfss_core.labelstore.metadata import About, check_place, image_of, write_metadata
+from distillfss_core.labelstore.metadata import Description, check_place, image_of, write_metadata
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
 
@@ -55,7 +55,7 @@ class LabelStore:
     path : path
         Folder of the labels: a name of its own, or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
     layout : Layout
-    description : About
+    description : Description
     settings : mapping
         JSON-able; what has to be the same for a run to go on.
     resume : bool
@@ -75,7 +75,7 @@ class LabelStore:
         self,
         path: Path,
         layout: Layout,
-        description: About,
+        description: Description,
         settings: Mapping[str, Any],
         *,
         resume: bool,

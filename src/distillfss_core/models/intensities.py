@@ -74,7 +74,7 @@ class Intensities:
     @property
     def range_text(self) -> str:
         """Type and range in words."""
-        low, high = (_at(np.array(self.quantiles), p) for p in (0.005, 0.995))
+        low, high = (_quantile(np.array(self.quantiles), p) for p in (0.005, 0.995))
         return f"{self.dtype}, {low.min():.4g} to {high.max():.4g}"
 
 
@@ -209,7 +209,7 @@ def _match(support: Intensities, values: F64, dtype: np.dtype[Any], together: bo
         fits = _is_compatible(learned[group], own[group], np.dtype(support.dtype), dtype)
         gain, offset, explained = _linear_map(learned[group][:, _FIT], own[group][:, _FIT], step)
         mirrored = _mirrored(learned[group][:, _FIT], own[group][:, _FIT], step)
-        low, high = _at(learned[group], 0.005).min(), _at(learned[group], 0.995).max()
+        low, high = _quantile(learned[group], 0.005).min(), _quantile(learned[group], 0.995).max()
         moved = max(abs(gain * v + offset - v) for v in (low, high)) / max(high - low, 1e-300)
         if mirrored >= _EXPLAINED and mirrored > explained + 0.1:
             warning = warning or _INVERTED
@@ -242,16 +242,16 @@ def _match_contrast(learned: F64, own: F64) -> Match:
 def _is_compatible(learned: F64, own: F64, learned_dtype: np.dtype[Any], dtype: np.dtype[Any]) -> bool:
     """Whether intensities may be those of another part of what the support shows: an empty plane, say."""
     reference, present = learned.ravel(), own.ravel()
-    low, high = _at(learned, 0.005).min(), _at(learned, 0.995).max()
+    low, high = _quantile(learned, 0.005).min(), _quantile(learned, 0.995).max()
     span = high - low
     is_narrower = dtype.kind != "f" and dtype.itemsize < learned_dtype.itemsize
     is_unit = dtype.kind == "f" and present.max() <= 1 < reference.max() and present.min() >= 0
     if (is_narrower or is_unit) and np.ptp(own[:, _FIT]) < span / 4:
         return False
-    inside = _at(own, 0.25).min() >= _at(learned, 0.01).min() - 0.01 * span
-    inside &= _at(own, 0.75).max() <= _at(learned, 0.99).max() + 0.01 * span
-    inside &= _at(own, 0.1).min() >= low - span / 2
-    return bool(inside and _at(own, 0.9).max() <= high + span / 2)
+    inside = _quantile(own, 0.25).min() >= _quantile(learned, 0.01).min() - 0.01 * span
+    inside &= _quantile(own, 0.75).max() <= _quantile(learned, 0.99).max() + 0.01 * span
+    inside &= _quantile(own, 0.1).min() >= low - span / 2
+    return bool(inside and _quantile(own, 0.9).max() <= high + span / 2)
 
 
 def _linear_map(reference: F64, present: F64, step: float) -> tuple[float, float, float]:
@@ -376,7 +376,7 @@ def _skewness(quantiles: F64) -> float:
     return float((high - middle) - (middle - low))
 
 
-def _at(quantiles: F64, probability: float) -> F64:
+def _quantile(quantiles: F64, probability: float) -> F64:
     """The quantile of each row at a probability."""
     column: F64 = quantiles[:, PROBABILITIES.index(probability)]
     return column

@@ -31,7 +31,7 @@ from distillfss_core.errors import ImageError, SettingsError, printable
 from distillfss_core.io.label_checks import check_lossless
 from distillfss_core.io.writing import atomic_path
 from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
-from distillfss_core.labelstore.metadata import About, image_of
+from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_finished, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, as_run, finish
@@ -232,10 +232,10 @@ def iter_instances(
 
 def _plan(
     labels: Volume, image: Volume | None, out: Path, block: Index, settings: Mapping[str, Any]
-) -> tuple[About, Layout]:
+) -> tuple[Description, Layout]:
     """Metadata and shards of the numbered objects."""
     inside = image_of(out)
-    description = About(
+    description = Description(
         name=printable(out.name.partition(".")[0]),
         scale=labels.scale,
         origin=labels.origin,

@@ -307,26 +307,26 @@ def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part |
 
 def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
     """The jobs of a row; several for a plate or a collection of images."""
-    cells, at = row.cells, f"{table} line {row.line}:"
+    cells, where = row.cells, f"{table} line {row.line}:"
     notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
     source = table.parent / cells.get("volume", "")
     try:
         source = source if address_of(cells.get("volume", "")) is None else Path(cells["volume"])
     except SettingsError as unknown:
-        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, f"{at} {unknown}")]
+        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, f"{where} {unknown}")]
     if row.error or "volume" not in cells:
-        error = f"{at} {row.error or 'names no volume; fill it in, or remove the line'}"
+        error = f"{where} {row.error or 'names no volume; fill it in, or remove the line'}"
         return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]
     output = table.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
     try:
         part = parse_region(cells["region"]) if "region" in cells else region
         own = {**options, **{name: _option(name, cells[name]) for name in _OPTIONS if name in cells}}
     except ValueError as error:
-        return [Job(source, output, region, options, notes, f"{at} {error}")]
+        return [Job(source, output, region, options, notes, f"{where} {error}")]
     volumes = _volumes_of(source, own)
     if "output" not in cells:
         return [Job(volume, out / f"{name}.ome.zarr", part, own, notes) for volume, name in volumes]
-    several = f"{at} {source} holds {len(volumes)} images; leave its output out" if len(volumes) > 1 else ""
+    several = f"{where} {source} holds {len(volumes)} images; leave its output out" if len(volumes) > 1 else ""
     return [Job(source if several else volumes[0][0], output, part, own, notes, several)]
 
 

@@ -31,7 +31,7 @@ import torch
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError, printable
 from distillfss_core.labelstore.layout import Box, Index, Part, box_within, overlap
-from distillfss_core.labelstore.metadata import About, image_of
+from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
 from distillfss_core.models.engines import describe_engine
 from distillfss_core.models.segmenter import Segmenter
@@ -254,7 +254,7 @@ def open_store(
     volume = mode_labels.volume
     layout = mode_labels.layout(len(volume.levels) if image_of(out) else None)  # as many as the image: OME-Zarr asks so
     digest = model.digest()
-    description = About(
+    description = Description(
         name=printable(out.name.partition(".")[0]),
         scale=volume.scale,
         origin=volume.origin,

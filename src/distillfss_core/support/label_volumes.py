@@ -140,8 +140,8 @@ def load_volume_slices(
         slices = []
         for z in dict.fromkeys(planes):
             source = f"{label_path.name} plane {z}"
-            at = 0 if of_one_plane else z
-            numbers = _numbers(labels.read(slice(at, at + 1), rows, columns)[0], source)
+            index = 0 if of_one_plane else z
+            numbers = _numbers(labels.read(slice(index, index + 1), rows, columns)[0], source)
             classes = labels_from_image(numbers, mode, n_classes, source)
             pixels = image.read(slice(z, z + 1), rows, columns)[0]
             slices.append(AnnotatedSlice(pixels, classes, f"{image_path.name} plane {z}"))
@@ -228,18 +228,18 @@ def _open_labels(path: Path, like: Volume | None, opening: Mapping[str, Any]) ->
     else:
         choices = count_choices(path, axes=opening.get("axes"), series=opening.get("series"))
         letters = {"time": "t", "channel": "c"}
-        how = {name: value for name, value in opening.items() if letters.get(name, "") in ("", *choices)}
-        if "c" in choices and "channel" not in how:
+        options = {name: value for name, value in opening.items() if letters.get(name, "") in ("", *choices)}
+        if "c" in choices and "channel" not in options:
             raise ImageError(
                 f"{path}: has {choices['c']} channels, but labels are one number a voxel; save one channel on its own"
             )
         if like is not None:
-            how.pop("level", None)
-        volume = open_volume(path, **how)
+            options.pop("level", None)
+        volume = open_volume(path, **options)
         levels = [] if like is None else [n for n, shape in enumerate(volume.levels) if shape == like.shape[:3]]
         if levels and levels[0] != volume.level:
             volume.close()
-            volume = open_volume(path, **{**how, "level": levels[0]})
+            volume = open_volume(path, **{**options, "level": levels[0]})
     if like is not None and (volume.shape[1:3] != like.shape[1:3] or volume.shape[0] not in (1, like.shape[0])):
         raise ImageError(_size_message(path, volume, like))
     if like is not None and volume.directions and like.directions and volume.directions != like.directions:

@@ -145,9 +145,9 @@ def _warn_of_sparse(array: Any, name: str) -> None:
     stated = math.prod(-(-n // size) for n, size in zip(array.shape, stored, strict=True))
     if stated < _MANY_CHUNKS or not isinstance(store, zarr.storage.LocalStore):
         return
-    most = min(stated // _SPARSE, _MANY_CHUNKS)
-    held = sum(1 for _ in islice((f for _, _, files in os.walk(store.root / array.path) for f in files), most + 1))
-    if held <= most and held < stated // _SPARSE:
+    limit = min(stated // _SPARSE, _MANY_CHUNKS)
+    held = sum(1 for _ in islice((f for _, _, files in os.walk(store.root / array.path) for f in files), limit + 1))
+    if held <= limit and held < stated // _SPARSE:
         log.warning(
             "%s: states the shape %s, which is %d voxels in %d chunks, and at most %d of them have a file; check its "
             "metadata, the rest is read as the fill value",
@@ -397,8 +397,8 @@ def _open_multiscale(
             f"{path}: its metadata do not fit its array: axes {image.axes}, scale {image.scales[1]}, "
             f"shape {array.shape}"
         )
-    found_axes = letters_of(image.axes, array.shape, str(path))
-    step, origin, unit = image.place(found_axes)
+    letters = letters_of(image.axes, array.shape, str(path))
+    step, origin, unit = image.place(letters)
     if any(not 0 < s < math.inf for s in step.values()):
         raise InputFileError(
             f"{path}: its metadata give an impossible scale {image.scales[1]}; mend it, or give the array"
@@ -408,7 +408,7 @@ def _open_multiscale(
     digest = hashlib.sha256(json.dumps([multiscales["multiscales"], array.metadata.to_dict()], default=str).encode())
     return Opened(
         # Where nothing is, labels have no file.
-        _ZarrSource(array, found_axes, str(path), sparse="image-label" in multiscales),
+        _ZarrSource(array, letters, str(path), sparse="image-label" in multiscales),
         {"kind": "ome-zarr", "metadata": digest.hexdigest()[:16]},
         partial(_zarr_content, array),
         step=step,

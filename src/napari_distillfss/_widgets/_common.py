@@ -25,7 +25,7 @@ from napari_distillfss import _format as fmt
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
 
-FAULT_COLOR = "#e0524d"  # readable on napari's light and dark
+ERROR_COLOR = "#e0524d"  # readable on napari's light and dark
 
 
 class Message(QLabel):
@@ -47,7 +47,7 @@ class Message(QLabel):
         self.setText(text)
 
     def warn(self, text: str) -> None:
-        self.setStyleSheet(f"color: {FAULT_COLOR};")
+        self.setStyleSheet(f"color: {ERROR_COLOR};")
         self.setText(text)
 
 

@@ -147,7 +147,7 @@ class PreviewWidget(QWidget):
 
     def _on_source_activated(self, _: int) -> None:
         self._teacher = None
-        self._forget_answers()
+        self._clear()
         if SOURCES[self.source.currentText()] is None:
             self._ask()
         else:
@@ -204,14 +204,14 @@ class PreviewWidget(QWidget):
         if teacher is None or self._wanted() != self._requested:  # stopped, or another is wanted by now
             return
         self._teacher = teacher
-        self._forget_answers()
+        self._clear()
         self.on.setChecked(True)
         self._ask()
 
     def _on_model_changed(self) -> None:
         if self._session.model is not None:
             self.source.setCurrentIndex(0)
-            self._forget_answers()
+            self._clear()
             self.on.setChecked(True)
             self._ask()
 
@@ -352,12 +352,12 @@ class PreviewWidget(QWidget):
             self._viewer.layers.selection.active = active  # the brush stays where it was
         return layer
 
-    def _forget_answers(self) -> None:
+    def _clear(self) -> None:
         self._latest.cancel()
         self._plane, self._corrected, self._painted_tiles = -1, -1, {}
 
     def _hide_layers(self) -> None:
-        self._forget_answers()
+        self._clear()
         for layer in self._layers.values():
             layer.visible = False
 
