@@ -270,8 +270,8 @@ def test_a_slice_of_8k_is_learned_from_in_crops():
 def test_a_label_file_that_vanishes_after_it_was_listed(here, error, monkeypatch):
     listed = label_files.pair_files
 
-    def vanish(images, labels):
-        pairs = listed(images, labels)
+    def vanish(*listed_from, **options):
+        pairs = listed(*listed_from, **options)
         pairs[1][1].unlink()
         return pairs
 
@@ -408,7 +408,7 @@ def test_out_of_memory_in_training_is_an_error(here, raised, monkeypatch, error)
     def fail(*_, **__):
         raise raised
 
-    monkeypatch.setattr(FeatureCache, "fill", fail)
+    monkeypatch.setattr(FeatureCache, "iter_fill", fail)
     assert "out of memory" in error(run_distill())
 
 
@@ -416,7 +416,7 @@ def test_a_bug_is_not_hidden(here, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(FeatureCache, "fill", fail)
+    monkeypatch.setattr(FeatureCache, "iter_fill", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run_distill()
 
