@@ -29,6 +29,7 @@ from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.io import labels as label_files
 from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.support import label_volumes
 from distillfss_core.training.crops import FeatureCache
 from pictures import blobs
 
@@ -268,14 +269,14 @@ def test_a_slice_of_8k_is_learned_from_in_crops():
 
 
 def test_a_label_file_that_vanishes_after_it_was_listed(here, error, monkeypatch):
-    listed = label_files.pair_files
+    listed = label_volumes.pair_files
 
     def vanish(*listed_from, **options):
         pairs = listed(*listed_from, **options)
         pairs[1][1].unlink()
         return pairs
 
-    monkeypatch.setattr(label_files, "pair_files", vanish)
+    monkeypatch.setattr(label_volumes, "pair_files", vanish)
     assert "b.tif: no such file" in error(run_distill())
 
 

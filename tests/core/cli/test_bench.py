@@ -66,7 +66,7 @@ def test_accuracy_stands_beside_the_paper(here, in_this_process, capsys):
     said = capsys.readouterr().out
     assert "| Nucleus | 5 | seed 0 | 1 of 2 | 0." in said
     assert "| 0.7312 |" in said
-    assert "arXiv 2512.05613" in said
+    assert "arXiv:2512.05613" in said
     assert (here / cli_bench.FOLDER / "accuracy.jsonl").exists()
 
 

@@ -45,15 +45,17 @@ def here(tmp_path, monkeypatch):
 
 
 def signal_at(step: int, numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send signals within the step of a training after this one."""
+    """Send signals within the training step after this one."""
     original, taken = DistillRun.__next__, []
 
     def one_step(self):
         if len(taken) == step:
             for number in numbers:
                 signal.raise_signal(number)
-        taken.append(self)
-        return original(self)
+        current = original(self)
+        if not current.is_preparation:
+            taken.append(current)
+        return current
 
     monkeypatch.setattr(DistillRun, "__next__", one_step)
 
