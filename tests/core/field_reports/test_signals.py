@@ -34,6 +34,15 @@ TERM, HUP = int(signal.SIGTERM), int(signal.SIGHUP)
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
 
 
+@pytest.fixture(autouse=True)
+def default_handlers():
+    """The signals have their default handlers, whatever earlier tests of this process have left."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (TERM, HUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """s.tif with l.tif, its labels, in the current folder; no halo is measured."""
