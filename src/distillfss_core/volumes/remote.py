@@ -115,12 +115,24 @@ def _file_system(scheme: str, anonymous: bool, process: int) -> Any:
 
 
 def _close(system: Any, process: int) -> None:
-    """Close the connections of a client that are still open."""
+    """End what is still requested, and close the connections of a client."""
+    if process != os.getpid():
+        return
+    with suppress(Exception):
+        sync(_cancel_requests())
     for name in ("_session", "_s3"):  # of HTTP; of S3
         client = getattr(system, name, None)
-        if client is not None and process == os.getpid():
+        if client is not None:
             with suppress(Exception):
                 sync(client.close())
+
+
+async def _cancel_requests() -> None:
+    """Cancel the requests that nobody waits for, as another one failed; Python would name each at its end."""
+    requests = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+    for task in requests:
+        task.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
 
 
 class RemoteStore(WrapperStore[Any]):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import pickle
+import subprocess
 import sys
 from pathlib import Path
 
@@ -275,3 +276,23 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(SettingsError, match=r"s3://b/a\.zarr: reading it needs s3fs: pip install 'napari-distillfss\["):
         open_volume("s3://b/a.zarr")
+
+
+@pytest.mark.parametrize("address", ["s3://archive/a.zarr", "http://127.0.0.1:1/a.zarr"])
+def test_a_server_that_cannot_be_reached_gives_one_line(address, tmp_path, plain_student):
+    """A laptop is offline."""
+    pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
+    plain_student.save(tmp_path / "model.safetensors")
+    program = (
+        "import sys; from distillfss_core.volumes import remote; remote.PAUSES = (0.01,); "
+        "from distillfss_core.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["segment", address, "-m", "model.safetensors", "-o", "out.ome.zarr", "--device", "cpu"]
+    offline = {**os.environ, "AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *words], cwd=tmp_path, env=offline, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == ERROR
+    assert ended.stderr.startswith(f"distillfss: error: {address}")
+    assert "check the connection and the address" in ended.stderr
+    assert ended.stderr.count("\n") == 1
