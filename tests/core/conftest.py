@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,14 @@ def plain_student(support: SupportSet, tiny: DistillSettings):
     model = distill(support, replace(tiny, head="none", steps=40))
     model.halo = 32
     return model
+
+
+@pytest.fixture(scope="session")
+def saved_model(plain_student, tmp_path_factory) -> Path:
+    """The plain student's file, called m.safetensors."""
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    plain_student.save(path)
+    return path
 
 
 @pytest.fixture(scope="session")

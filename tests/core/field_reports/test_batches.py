@@ -28,18 +28,11 @@ from pictures import blobs
 STACK = np.stack([blobs(seed, 64).image for seed in range(3)])
 
 
-@pytest.fixture(scope="module")
-def model(plain_student, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    plain_student.save(path)
-    return path
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch, model):
+def here(tmp_path, monkeypatch, saved_model):
     """s.tif and m.safetensors in the current folder."""
     tifffile.imwrite(tmp_path / "s.tif", STACK, photometric="minisblack", metadata={"axes": "ZYX"})
-    shutil.copy(model, tmp_path)
+    shutil.copy(saved_model, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -22,15 +22,8 @@ from pictures import blobs
 FEW = ["--steps=2", "--crops=4", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
 
 
-@pytest.fixture(scope="module")
-def model(plain_student, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    plain_student.save(path)
-    return path
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch, model):
+def here(tmp_path, monkeypatch, saved_model):
     """images/ and labels/ of two planes, stack.tif, m.safetensors; the current folder."""
     monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)
     for folder in ("images", "labels"):
@@ -40,7 +33,7 @@ def here(tmp_path, monkeypatch, model):
         write_labels(tmp_path / "images" / f"p{z}.tif", plane.image)
         write_labels(tmp_path / "labels" / f"p{z}.tif", plane.labels)
     write_labels(tmp_path / "stack.tif", np.stack([plane.image for plane in planes]))
-    shutil.copy(model, tmp_path)
+    shutil.copy(saved_model, tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

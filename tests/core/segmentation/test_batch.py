@@ -24,15 +24,8 @@ from volumes import write_ome_zarr
 STACK = np.stack([blobs(seed, 64).image for seed in range(3)])
 
 
-@pytest.fixture(scope="module")
-def model(plain_student, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    plain_student.save(path)
-    return path
-
-
 @pytest.fixture
-def here(tmp_path, monkeypatch, model):
+def here(tmp_path, monkeypatch, saved_model):
     """a.ome.zarr (two levels), b.tif and c/ (planes) in volumes/, of the same voxels."""
     folder = tmp_path / "volumes"
     (folder / "c").mkdir(parents=True)
@@ -40,7 +33,7 @@ def here(tmp_path, monkeypatch, model):
     tifffile.imwrite(folder / "b.tif", STACK, photometric="minisblack", metadata={"axes": "ZYX"})
     for z, plane in enumerate(STACK):
         tifffile.imwrite(folder / "c" / f"{z}.tif", plane)
-    (tmp_path / "m.safetensors").symlink_to(model)
+    (tmp_path / "m.safetensors").symlink_to(saved_model)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -292,13 +292,6 @@ def test_damage_met_on_the_way_is_named_and_the_rest_is_kept(plain_student, tmp_
         segment_to_zarr(open_volume(broken), plain_student, tmp_path / "nan.zarr", tile=TILE)
 
 
-@pytest.fixture(scope="module")
-def saved_model(plain_student, tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "m.safetensors"
-    plain_student.save(path)
-    return path
-
-
 def test_killed_at_any_moment_the_result_is_that_of_a_run_never_stopped(saved_model, tmp_path, root):
     image = write_ome_zarr(tmp_path / "image.ome.zarr", np.concatenate([STACK] * 2), levels=1)
     environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}", "OMP_NUM_THREADS": "1"}
