@@ -14,7 +14,9 @@ import logging
 import os
 import re
 import secrets
+import signal
 import tempfile
+import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -196,12 +198,28 @@ def _model_bytes(model: StudentModel) -> bytes:
         return file.read_bytes()
 
 
+@contextmanager
+def _kept_handlers() -> Iterator[None]:
+    """Put back the handlers of SIGINT and SIGTERM in the end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
 def _start(kind: str, count: int) -> Any:
     """A cluster of our own; it is closed by leaving it."""
     if kind == "slurm":
         if find_spec("dask_jobqueue") is None:
             raise SettingsError("slurm needs dask-jobqueue: pip install 'napari-distillfss[cluster]'")
-        from dask_jobqueue import SLURMCluster
+        with _kept_handlers():  # dask-jobqueue ends the process on Ctrl-C and SIGTERM once it is imported
+            from dask_jobqueue import SLURMCluster
 
         try:
             cluster: Any = SLURMCluster()

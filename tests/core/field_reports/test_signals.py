@@ -37,10 +37,11 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="has no SIGHUP")
 @pytest.fixture(autouse=True)
 def default_handlers():
     """The signals have their default handlers, whatever earlier tests of this process have left."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (TERM, HUP)}
+    defaults = {signal.SIGINT: signal.default_int_handler, TERM: signal.SIG_DFL, HUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
     for number, handler in before.items():
-        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        signal.signal(number, defaults[number] if handler is None else handler)
 
 
 @pytest.fixture
@@ -241,3 +242,15 @@ def test_kills_lose_nothing(root, tmp_path):
     counts = json.loads(done.stdout.splitlines()[-1])
     assert (counts["kills"], counts["equal_after_the_second_run"]) == (4, 4)
     assert counts["lost"] == counts["broken"] == counts["wrong_codes"] == counts["left_by_others"] == 0
+
+
+def test_importing_dask_jobqueue_takes_no_handler():
+    """Ctrl-C in a run on SLURM."""
+    from distillfss_core.segmentation.cluster import _kept_handlers
+
+    with stop_on_signals():
+        ours = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        with _kept_handlers():
+            signal.signal(signal.SIGINT, lambda *_: sys.exit())
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == ours
