@@ -244,13 +244,22 @@ def test_kills_lose_nothing(root, tmp_path):
     assert counts["lost"] == counts["broken"] == counts["wrong_codes"] == counts["left_by_others"] == 0
 
 
-def test_importing_dask_jobqueue_takes_no_handler():
-    """Ctrl-C in a run on SLURM."""
-    from distillfss_core.segmentation.cluster import _kept_handlers
-
-    with stop_on_signals():
-        ours = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        with _kept_handlers():
-            signal.signal(signal.SIGINT, lambda *_: sys.exit())
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == ours
+def test_a_cluster_on_slurm_takes_no_handler(tmp_path):
+    """Ctrl-C in a run on SLURM: dask-jobqueue has handlers of its own, set when it is imported."""
+    pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: pip install dask-jobqueue")
+    program = (
+        "import signal\n"
+        "from distillfss_core import SettingsError\n"
+        "from distillfss_core.segmentation import cluster\n"
+        "numbers = (signal.SIGINT, signal.SIGTERM)\n"
+        "before = [signal.getsignal(number) for number in numbers]\n"
+        "try:\n"
+        "    cluster._start('slurm', 1)\n"
+        "except SettingsError:\n"
+        "    pass  # there is no SLURM\n"
+        "import sys\n"
+        "assert 'dask_jobqueue' in sys.modules\n"
+        "assert [signal.getsignal(number) for number in numbers] == before\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
