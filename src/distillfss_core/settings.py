@@ -98,12 +98,6 @@ def format_setting(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def settings_to_json(settings: Any) -> dict[str, Any]:
-    """Values of the settings, as model cards and checkpoints hold them: a zoom is a text such as "1/2"."""
-    values = {setting.name: getattr(settings, setting.name) for setting in fields(settings)}
-    return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
-
-
 SAMPLES = ("nuclei", "mitochondria", "nodules")
 """Kinds of generated stacks, see `distillfss_core.samples`."""
 
@@ -242,7 +236,13 @@ class DistillSettings:
 
     def to_json(self) -> dict[str, Any]:
         """The values, as model cards hold them; a zoom is a text such as "1/2"."""
-        return settings_to_json(self)
+        values = {setting.name: getattr(self, setting.name) for setting in fields(self)}
+        return {name: str(value) if isinstance(value, Fraction) else value for name, value in values.items()}
+
+    def changed(self) -> dict[str, Any]:
+        """Those of `to_json` that are not the defaults."""
+        defaults = DistillSettings().to_json()
+        return {name: value for name, value in self.to_json().items() if value != defaults[name]}
 
     def to_text(self) -> dict[str, str]:
         """The values as text, as the command line takes them."""

@@ -113,7 +113,7 @@ class ChosenVolume:
 
     def on_grid(self, array: Any) -> OnGrid:
         """An array (z, y, x) of the volume's size, seen with the axes of the layer."""
-        return OnGrid(array, len(self.lead), self.layer.ndim, self.axes)
+        return OnGrid(array, self.axes)
 
     def pyramid(self, levels: Sequence[Any]) -> Any:
         """Arrays (z, y, x), finest first, as data of a multiscale layer; napari takes no list of a single level."""
@@ -359,16 +359,13 @@ class OnGrid:
     Parameters
     ----------
     array : zarr array (z, y, x)
-    lead, ndim : int
-        How many axes of the layer are time or channel, and all there are.
-    axes : str, optional
-        Letters of the layer's axes; by default time and channel come first.
+    axes : str
+        Letters of the layer's axes, e.g. "tzyx".
     """
 
-    def __init__(self, array: Any, lead: int, ndim: int, axes: str = "") -> None:
-        self._array = array
-        self._axes = axes or "tc"[:lead] + "zyx"[-(ndim - lead) :]
-        self.dtype, self.ndim = array.dtype, ndim
+    def __init__(self, array: Any, axes: str) -> None:
+        self._array, self._axes = array, axes
+        self.dtype, self.ndim = array.dtype, len(axes)
         size = {**dict.fromkeys("tc", 1), **dict(zip("zyx", array.shape, strict=True))}
         self.shape = tuple(int(size[a]) for a in self._axes)
         self.size = math.prod(self.shape)

@@ -23,7 +23,6 @@ EXPLAINED: Mapping[str, str] = MappingProxyType(
 )
 
 
-def preset_of(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> str | None:
-    """Name of the preset with these settings, or None."""
-    changed = {name: value for name, value in values.items() if value != defaults[name]}
+def preset_of(changed: Mapping[str, Any]) -> str | None:
+    """Name of the preset with these changes of the default settings, or None."""
     return next((name for name, preset in PRESETS.items() if dict(preset) == changed), None)

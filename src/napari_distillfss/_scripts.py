@@ -112,8 +112,8 @@ def free_name(path: Path) -> Path:
 
 def _repeated_model(session: Session) -> Path | None:
     """File of the student in the script: another one where the script trains it again."""
-    is_trained = session.training is not None and session.model_path is not None
-    return free_name(session.model_path) if is_trained and session.model_path else session.model_path
+    path = session.model_path
+    return path if path is None or session.training is None else free_name(path)
 
 
 def _applied_model(session: Session) -> Path | None:

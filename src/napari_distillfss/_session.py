@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -218,9 +218,7 @@ class Session:
         self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None
     ) -> None:
         """Take a student that was distilled in this session; its volume may no longer be the chosen one."""
-        defaults = {f.name: f.default for f in fields(settings)}
-        changed = {name: value for name, value in settings.to_json().items() if value != defaults[name]}
-        training = Training(changed, start, tuple(model.class_names), model.pixel_size, support)
+        training = Training(settings.changed(), start, tuple(model.class_names), model.pixel_size, support)
         self.set_model(model, path=path, training=training)
 
     def save_model(self, path: Path) -> None:

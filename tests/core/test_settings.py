@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from distillfss_core import DistillSettings, SettingsError
-from distillfss_core.settings import PretrainSettings, format_setting, parse_zoom, settings_to_json
+from distillfss_core.settings import PretrainSettings, format_setting, parse_zoom
 
 
 @pytest.mark.parametrize("kind", [DistillSettings, PretrainSettings])
@@ -19,9 +19,11 @@ def test_help_shows_every_setting(kind):
 
 def test_settings_come_back_from_json():
     settings = DistillSettings(zoom=Fraction(1, 2), invert_prob=0.25, validation_slice=None, steps=7)
-    stored = json.loads(json.dumps(settings_to_json(settings)))
+    stored = json.loads(json.dumps(settings.to_json()))
     assert stored["zoom"] == "1/2"
     assert DistillSettings.from_json(stored) == settings
+    assert settings.changed() == {"zoom": "1/2", "invert_prob": 0.25, "validation_slice": None, "steps": 7}
+    assert DistillSettings().changed() == {}
 
 
 def test_values_are_formatted_as_they_are_typed():

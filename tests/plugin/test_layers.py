@@ -186,11 +186,11 @@ def test_the_first_voxel_lies_where_napari_shows_it():
 
 def test_labels_on_disk_are_seen_with_the_axes_of_the_layer():
     array = zarr.array(STACK)
-    assert OnGrid(array, 0, 3)[1, 2, 3] == STACK[1, 2, 3]
-    assert OnGrid(array, 1, 4).shape == (1, 4, 20, 30)
-    np.testing.assert_array_equal(OnGrid(array, 1, 4)[0, 2], STACK[2])
-    np.testing.assert_array_equal(OnGrid(array, 1, 4)[:, 2, :, 5], STACK[2, :, 5][None])
-    np.testing.assert_array_equal(np.asarray(OnGrid(array, 0, 2)), STACK[0])
+    assert OnGrid(array, "zyx")[1, 2, 3] == STACK[1, 2, 3]
+    assert OnGrid(array, "tzyx").shape == (1, 4, 20, 30)
+    np.testing.assert_array_equal(OnGrid(array, "tzyx")[0, 2], STACK[2])
+    np.testing.assert_array_equal(OnGrid(array, "tzyx")[:, 2, :, 5], STACK[2, :, 5][None])
+    np.testing.assert_array_equal(np.asarray(OnGrid(array, "yx")), STACK[0])
 
 
 @pytest.mark.parametrize(("axes", "lead"), [("CZYX", "c"), ("TZYX", "t"), ("TCZYX", "tc")])

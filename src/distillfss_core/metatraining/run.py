@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, load_head, packaged_head, save_head
 from distillfss_core.nn.teachers import DcamaTeacher
-from distillfss_core.settings import PretrainSettings, settings_to_json, upgrade_settings
+from distillfss_core.settings import PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "hours": round(self.seconds / 3600, 2),
                 "device": str(self.device),
                 "torch": torch.__version__,
-                "settings": settings_to_json(self.settings),
+                "settings": asdict(self.settings),
                 "start": self._start,
             },
             "data": self._real.licenses() if self._real else [],
@@ -345,7 +345,7 @@ class PretrainRun(Iterator[TrainStep]):
         for i, state in self._optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{n}": v for n, v in state.items()}
         card = {"step": self.step, "seconds": self.seconds, "data": self._data()}
-        card |= {"settings": settings_to_json(self.settings)}
+        card |= {"settings": asdict(self.settings)}
         card |= {"history": self.history, "sums": self._sums}
         write_card_file(self.folder / CHECKPOINT, CHECKPOINT_FILE, card, tensors)
         draw_curves(self.history, self.folder / CURVES)
@@ -358,7 +358,7 @@ class PretrainRun(Iterator[TrainStep]):
     def _restore(self) -> None:
         path = self.folder / CHECKPOINT
         card, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
-        before, now = upgrade_settings(card["settings"]), settings_to_json(self.settings)
+        before, now = upgrade_settings(card["settings"]), asdict(self.settings)
         for setting in fields(PretrainSettings):
             name = setting.name
             then = before.get(name, setting.default)

@@ -30,7 +30,7 @@ from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import EncodedSupport, cat_pyramids
 from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
-from distillfss_core.settings import DistillSettings, settings_to_json
+from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
@@ -103,19 +103,19 @@ class DistillRun(Iterator[TrainStep]):
     @property
     def backbone(self) -> Backbone:
         """The backbone of the run; it is loaded if it was not yet."""
-        return self._prepared().backbone
+        return self._prepared()[0].backbone
 
     @property
     def preprocess(self) -> Preprocess:
         """The zoom and intensity limits of the run; they are chosen if they were not yet."""
-        return self._prepared().preprocess
+        return self._prepared()[0].preprocess
 
-    def _prepared(self) -> Prepared:
+    def _prepared(self) -> tuple[Prepared, Best]:
         """Iterate to the end of the stages "load" and "zoom"."""
-        while self._ready is None:
-            if next(self._generator, None) is None and self._ready is None:
+        while self._ready is None or self._best is None:
+            if next(self._generator, None) is None:
                 raise NoStudentYetError("the run was closed before its backbone was loaded; start another run")
-        return self._ready
+        return self._ready, self._best
 
     def _run(self) -> Generator[TrainStep, None, None]:
         settings, init_from = self.settings, self._init_from
@@ -159,7 +159,7 @@ class DistillRun(Iterator[TrainStep]):
         return ValidationCrops(features, [crop.labels[None].long().to(self.device.torch) for crop in crops])
 
     def _best_head(self) -> FewShotHead:
-        best = self._best or Best(self._prepared().head)
+        _, best = self._prepared()
         head = copy.deepcopy(best.average)
         best.restore(head)
         return head.eval()
@@ -182,8 +182,7 @@ class DistillRun(Iterator[TrainStep]):
                 f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
                 "let it go on, or use method joint, which has a student from the first step"
             )
-        ready = self._prepared()
-        best = self._best or Best(ready.head)
+        ready, best = self._prepared()
         card = {
             "method": self.settings.method,
             "head": ready.weights.name if ready.weights else None,
@@ -194,7 +193,7 @@ class DistillRun(Iterator[TrainStep]):
             "zoom_scores": ready.zoom_scores,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
-            "settings": settings_to_json(self.settings),
+            "settings": self.settings.to_json(),
             "support": [s.source for s in self.support.slices],
             "support_shares": [round(float(s), 6) for s in self.support.shares()],
         }

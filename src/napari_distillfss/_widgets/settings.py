@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +14,6 @@ import distillfss_core as core
 from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
 from napari_distillfss._widgets._common import column, combo, row
 
-DEFAULTS: Mapping[str, Any] = {f.name: f.default for f in fields(core.DistillSettings)}
 OWN = "own settings"
 
 
@@ -97,7 +95,7 @@ class PresetPicker(QWidget):
             self.more.setCurrentIndex(1)
 
     def _on_form_changed(self, value: core.DistillSettings) -> None:
-        self.preset.setCurrentText(preset_of(vars(value), DEFAULTS) or OWN)
+        self.preset.setCurrentText(preset_of(value.changed()) or OWN)
         self.valueChanged.emit(value)
 
 
