@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,8 @@ class Session:
         self.wait(lambda: not dock.support.list.item(0).icon().isNull())
         self.photograph("2-support", dock.support)
 
-        dock.distill.settings.setValue(DistillSettings(steps=200, views=96, crop=128, zoom="2", left_out="2"))
+        settings = DistillSettings(steps=200, crops=96, crop_size=128, zoom=Fraction(2), validation_slice=2)
+        dock.distill.settings.setValue(settings)
         dock.distill.start()
         self.wait(lambda: len(dock.distill.plot.losses) > 150)
         self.photograph("3-distill", dock.distill)
@@ -100,10 +102,11 @@ class Session:
 
     def draw_samples(self) -> None:
         """A plane of each generated stack, with its truth outlined."""
-        from distillfss_core.samples import KINDS, generate_sample
+        from distillfss_core.samples import generate_sample
+        from distillfss_core.settings import SAMPLES
 
         panels = []
-        for kind in KINDS:
+        for kind in SAMPLES:
             made = generate_sample(kind)
             plane, labels = made.image[6].astype(float), made.labels[6]
             low, high = (-1000, 400) if kind == "nodules" else np.percentile(plane, (0.5, 99.5))
