@@ -1,6 +1,7 @@
 """Fixtures for all tests."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,12 @@ os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cuda", help="device of the tests that are marked cuda (default: cuda)")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(crashitem: str) -> None:
+    """Print the test in which a process ended, at once: a run that is stopped from outside prints no summary."""
+    print(f"\nthe process ended in {crashitem}", file=sys.stderr, flush=True)
 
 
 TRAIN_OR_DRAW = {"tiny", "student", "plain_student", "saved_model", "viewer", "open_dock", "workers", "data"}
