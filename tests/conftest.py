@@ -6,6 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run; --hypothesis-profile=random draws others.
+settings.register_profile("random")
+settings.register_profile("fixed", derandomize=True)
+settings.load_profile("fixed")
 
 # One core is left free: on a machine that is busy elsewhere, a thread on every core is many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))

@@ -27,6 +27,7 @@ PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 READABLE = (*TIFF_SUFFIXES, *PILLOW_SUFFIXES, ".npy")
 KINDS_READ = "TIFF, PNG, JPEG, BMP or .npy"
 
+_ZIP = (b"PK\x03\x04", b"PK\x05\x06")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_PIXELS = 1 << 31
 """Of a PNG, JPEG or BMP, which is decoded whole: a small file can claim any size."""
@@ -51,6 +52,10 @@ DECODER_ERRORS = (
     tifffile.TiffFileError,
     Image.DecompressionBombError,
 )
+
+
+class _PickledError(InputFileError):
+    """Error for a .npy file that holds pickled objects."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,14 +166,18 @@ def load_npy(path: Path, *, mapped: bool = False) -> Any:
     Raises
     ------
     InputFileError
-        If it holds pickled objects, as the _seg.npy of Cellpose does: to open a pickle runs what is in it.
+        If it holds pickled objects, as the _seg.npy of Cellpose does: to open a pickle runs what is in it. If it is a
+        .npz archive.
     """
+    with path.open("rb") as file:
+        if file.read(4) in _ZIP:
+            raise InputFileError(f"{path}: is a .npz archive; save the array that you want with numpy.save")
     try:
         return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except ValueError as error:
         if not re.search("pickle|Python objects", str(error)):
             raise
-        raise InputFileError(
+        raise _PickledError(
             f"{path}: holds pickled Python objects, which are not opened because a pickle can run any program; of a "
             "_seg.npy of Cellpose, save the masks as TIFF or PNG (in Cellpose: File, Save masks)"
         ) from error
@@ -180,16 +189,16 @@ def is_pickled(path: Path) -> bool:
         return False
     try:
         load_npy(path, mapped=True)
-    except InputFileError:
+    except _PickledError:
         return True
-    except DECODER_ERRORS:
+    except (InputFileError, *DECODER_ERRORS):
         return False
     return False
 
 
 def _read_npy(path: Path, stack: bool) -> Pixels:
     array = load_npy(path)
-    if not isinstance(array, np.ndarray) or array.ndim not in (2, 3, 4) or 0 in array.shape:
+    if array.ndim not in (2, 3, 4) or 0 in array.shape:
         raise ImageError(f"{path}: holds an array of shape {np.shape(array)}; give y x, y x c, z y x or z y x c")
     if array.ndim == 4:
         return Pixels(array, stack=True, channels=True)

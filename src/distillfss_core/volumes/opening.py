@@ -8,7 +8,6 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import zarr
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
@@ -54,8 +53,6 @@ def open_path(path: Path, level: int, axes: str | None, series: int | None, *, l
         return open_tiff(path, level, axes, series)
     elif path.suffix.lower() == ".npy":
         array = load_npy(path, mapped=True)
-        if not isinstance(array, np.ndarray):
-            raise InputFileError(f"{path}: is no single .npy array; save it with numpy.save")
         stat = path.stat()
         opened = Opened(ArraySource(array, letters_of(axes, array.shape, str(path))), file_identity("npy", stat))
     elif path.suffix.lower() in READABLE:

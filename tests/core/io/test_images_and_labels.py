@@ -17,6 +17,7 @@ from distillfss_core.io.images import read_image, read_stack
 from distillfss_core.io.labels import labels_from_image, load_support_arrays, pair_files, read_label_stack, read_labels
 from distillfss_core.io.writing import atomic_path, write_float_tiff, write_labels, write_stack
 from distillfss_core.types import IGNORE
+from distillfss_core.volumes.volume import open_volume
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 255, (20, 30)).astype(np.uint8)
@@ -161,6 +162,17 @@ def test_rubbish_is_never_a_crash(tmp_path_factory, junk, name, headed):
     path.write_bytes((heads[name] if headed else b"") + junk)
     with pytest.raises((InputFileError, ImageError)):
         read_image(path)
+
+
+@pytest.mark.parametrize("read", [read_image, open_volume])
+def test_archives_of_arrays_are_named(tmp_path, read):
+    """A .npz that was renamed, or the beginning of one."""
+    path = tmp_path / "a.npy"
+    np.savez(tmp_path / "a.npz", image=GRAY)
+    for content in ((tmp_path / "a.npz").read_bytes(), b"PK\3\4"):
+        path.write_bytes(content)
+        with pytest.raises(InputFileError, match=r"a\.npy: is a \.npz archive; save the array"):
+            read(path)
 
 
 def test_pickles_are_not_opened(tmp_path):
