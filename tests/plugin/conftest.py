@@ -1,5 +1,7 @@
 """A place without a screen: Qt offscreen, and Xvfb for the tests that open a real window."""
 
+import contextlib
+import ctypes
 import os
 import shutil
 import subprocess
@@ -47,7 +49,17 @@ def display(qapp):
     if not draws or not QOpenGLContext().create():
         tried = f"on the screen {given!r} nor on Xvfb's" if given else "on Xvfb's"
         pytest.skip(f"OpenGL does not draw {tried} {os.environ['DISPLAY']!r}; install libgl1-mesa-dri, or try again")
+    _abort_without_server()
     return os.environ["DISPLAY"]
+
+
+_ABORT = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda _: os.abort())
+
+
+def _abort_without_server():
+    """Xlib ends a process whose server has gone, silently; an abort leaves a traceback of all threads."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libX11.so.6").XSetIOErrorHandler(_ABORT)
 
 
 def _draws(display):
