@@ -166,26 +166,31 @@ class _Considerate:
 
     Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
     A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
-    for several. Garbage that is new is collected as before.
+    for several. Garbage that is new is collected as before. After the last job both settings are what they were, unless
+    somebody else has changed them meanwhile.
     """
 
     def __init__(self) -> None:
-        self._lock, self._working, self._interval = Lock(), 0, sys.getswitchinterval()
+        self._lock, self._working = Lock(), 0
+        self._before = self._during = sys.getswitchinterval(), gc.get_threshold()
 
     def __enter__(self) -> None:
         with self._lock:
             self._working += 1
             if self._working == 1:
-                self._interval = sys.getswitchinterval()
-                sys.setswitchinterval(min(_SWITCH, self._interval))
-                young, middle, old = gc.get_threshold()
+                interval, (young, middle, old) = self._before = sys.getswitchinterval(), gc.get_threshold()
+                sys.setswitchinterval(min(_SWITCH, interval))
                 gc.set_threshold(young, middle, max(_RARELY, old))
+                self._during = sys.getswitchinterval(), gc.get_threshold()
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._working -= 1
             if self._working == 0:
-                sys.setswitchinterval(self._interval)
+                if sys.getswitchinterval() == self._during[0]:
+                    sys.setswitchinterval(self._before[0])
+                if gc.get_threshold() == self._during[1]:
+                    gc.set_threshold(*self._before[1])
 
 
 _considerate = _Considerate()

@@ -92,6 +92,7 @@ def test_answers_to_outdated_questions_are_dropped(qtbot):
 
 def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
     before, jobs = sys.getswitchinterval(), [Job(), Job()]
+    collections = gc.get_threshold()
     for job in jobs:
         with qtbot.waitSignal(job.stepped):
             job.start(counting)
@@ -103,3 +104,20 @@ def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
         with qtbot.waitSignal(job.ended):
             job.cancel()
     assert sys.getswitchinterval() == before
+    assert gc.get_threshold() == collections
+
+
+def test_a_setting_of_the_process_that_somebody_else_changes_during_a_job_is_left(qtbot):
+    interval, collections, job = sys.getswitchinterval(), gc.get_threshold(), Job()
+    try:
+        with qtbot.waitSignal(job.stepped):
+            job.start(counting)
+        sys.setswitchinterval(0.02)
+        gc.set_threshold(collections[0], collections[1], 77)
+        with qtbot.waitSignal(job.ended):
+            job.cancel()
+        assert sys.getswitchinterval() == pytest.approx(0.02)
+        assert gc.get_threshold() == (*collections[:2], 77)
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*collections)
