@@ -10,6 +10,7 @@ from distillfss_core.settings import DistillSettings
 
 
 def add_backbones(commands: Any) -> None:
+    """Add the command ``distillfss backbones`` to the subparsers of the program."""
     parser = commands.add_parser(
         "backbones",
         help="list the backbones",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_batch(commands: Any) -> None:
+    """Add the command ``distillfss batch`` to the subparsers of the program."""
     parser = commands.add_parser(
         "batch",
         help="segment many volumes to OME-Zarr",

@@ -26,6 +26,7 @@ _NEEDED = ("sklearn", "skimage", "scipy", "matplotlib")
 
 
 def add_bench(commands: Any) -> None:
+    """Add the command ``distillfss bench`` and its kinds to the subparsers of the program."""
     parser = commands.add_parser(
         "bench",
         help="measure accuracy and cost, beside the paper and other tools",

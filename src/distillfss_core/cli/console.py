@@ -29,6 +29,17 @@ FINE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 130
 def add_common(
     parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], *, threads: bool = True
 ) -> None:
+    """Add ``--json`` and, unless the command computes nothing with torch, ``--threads``.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        Of one command.
+    run : callable
+        Carries out the command: takes the parsed arguments and returns the exit code.
+    threads : bool
+        Whether the command has ``--threads``.
+    """
     parser.add_argument("--json", action="store_true", help="print JSON")
     if threads:
         parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: torch's choice)")
@@ -36,6 +47,13 @@ def add_common(
 
 
 def positive(text: str) -> int:
+    """The whole number from 1 in a text; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If the text is anything else.
+    """
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)
@@ -96,16 +114,19 @@ def progress(what: str, total: int | None = None, unit: str = "step") -> Iterato
 
 
 def fail(error: Exception | str) -> int:
+    """Print an error as one line on stderr; returns the exit code of an error, 1."""
     say(f"error: {error}")
     return ERROR
 
 
 def say(text: str) -> None:
+    """Print one line on stderr, after the name of the program. A terminal that was closed is no error."""
     with suppress(OSError):  # of a terminal that was closed
         print(f"distillfss: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:
+    """The text in one line, with what has no printable form as escapes."""
     return " ".join(printable(text).split())
 
 
@@ -117,6 +138,7 @@ def show_any_name() -> None:
 
 
 def print_json(value: Any) -> None:
+    """Print a value as JSON on stdout, with null for NaN."""
     print(json.dumps(_without_nan(value), indent=2, allow_nan=False))
 
 
@@ -138,6 +160,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], left: int
 
 
 def cell(value: float) -> str:
+    """A score for a table: three decimals, or "-" for NaN."""
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
@@ -157,6 +180,13 @@ def source_named(source: str) -> Iterator[None]:
 
 
 def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
+    """Move a bar to the present step of a training, under the name of its stage.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If a signal has stopped the command.
+    """
     check_stopped()
     if bar.disable:
         return
@@ -169,8 +199,10 @@ def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
 
 
 def format_mb(size: int) -> str:
+    """A number of bytes in megabytes of 10^6 bytes: "6.2 MB"."""
     return f"{size / 1e6:.1f} MB"
 
 
 def list_classes(names: Sequence[str]) -> str:
+    """How many classes there are, and their names: "2 classes (nucleus, debris)"."""
     return f"{len(names)} class{'es' if len(names) > 1 else ''} ({', '.join(names)})"

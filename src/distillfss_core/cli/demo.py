@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def add_demo(commands: Any) -> None:
+    """Add the command ``distillfss demo`` to the subparsers of the program."""
     parser = commands.add_parser(
         "demo",
         help="learn from a few slices, segment others, say how good that is",

@@ -42,6 +42,7 @@ MODEL_SUFFIX = ".safetensors"
 
 
 def add_distill(commands: Any) -> None:
+    """Add the command ``distillfss distill`` to the subparsers of the program."""
     parser = commands.add_parser(
         "distill",
         help="make a model from labeled slices",

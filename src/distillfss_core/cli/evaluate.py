@@ -24,6 +24,7 @@ MEASURES = ("iou", "dice", "precision", "recall")
 
 
 def add_evaluate(commands: Any) -> None:
+    """Add the command ``distillfss evaluate`` to the subparsers of the program."""
     parser = commands.add_parser(
         "evaluate",
         help="compare labels with the truth",

@@ -17,6 +17,7 @@ _FORMATS = {"onnx": ".onnx", "bioimageio": ".zip"}
 
 
 def add_export(commands: Any) -> None:
+    """Add the command ``distillfss export`` to the subparsers of the program."""
     parser = commands.add_parser(
         "export",
         help="write a model for other programs: ONNX, or a BioImage.IO package",

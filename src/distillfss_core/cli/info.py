@@ -13,6 +13,7 @@ from distillfss_core.errors import ModelFileError
 
 
 def add_info(commands: Any) -> None:
+    """Add the command ``distillfss info`` to the subparsers of the program."""
     parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
     parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
     add_common(parser, _info, threads=False)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def add_instances(commands: Any) -> None:
+    """Add the command ``distillfss instances`` to the subparsers of the program."""
     parser = commands.add_parser(
         "instances",
         help="number the objects of a labeled volume and measure them",

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add ``--overwrite``."""
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the model, its pixel size, device, precision and engine, and ``--overwrite``."""
     parser.add_argument("-m", "--model", type=Path, required=True, metavar="MODEL", help="from distillfss distill")
     parser.add_argument(
         "--pixel-size",
@@ -48,6 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Add how labels are read: ``--classes``, ``--scribbles`` and ``--binary-threshold``."""
     parser.add_argument(
         "--classes",
         type=parse_names,
@@ -63,6 +66,7 @@ def add_label_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_threshold(parser: argparse.ArgumentParser) -> None:
+    """Add ``--binary-threshold``, for labels that are masks of gray values."""
     parser.add_argument(
         "--binary-threshold",
         type=float,
@@ -100,15 +104,30 @@ def _argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def given_settings(args: argparse.Namespace, kind_of: type = DistillSettings) -> dict[str, Any]:
+    """The settings that were given as options, by name; the others are left to their defaults."""
     values = vars(args)
     return {setting.name: values[setting.name] for setting in fields(kind_of) if setting.name in values}
 
 
 def option_flag(name: str) -> str:
+    """The option of a setting.
+
+    Examples
+    --------
+    >>> option_flag("crop_size")
+    '--crop-size'
+    """
     return "--" + name.replace("_", "-")
 
 
 def parse_planes(text: str) -> tuple[int, ...]:
+    """Numbers of planes, from 0, divided by commas; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If a part is no whole number.
+    """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of plane numbers, e.g. 0,5,10")
@@ -116,6 +135,13 @@ def parse_planes(text: str) -> tuple[int, ...]:
 
 
 def parse_names(text: str) -> tuple[str, ...]:
+    """Names divided by commas; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If one is empty or occurs twice.
+    """
     names = tuple(part.strip() for part in text.split(","))
     if not all(names) or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of differing names, e.g. nucleus,debris")
@@ -123,6 +149,13 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def parse_pixel_size(text: str) -> tuple[float, float]:
+    """Height and width of a pixel in micrometers, divided by a comma; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If the text is anything but two positive numbers.
+    """
     try:
         y, x = (float(part) for part in text.split(","))
     except ValueError:
@@ -198,6 +231,7 @@ def load_model(args: argparse.Namespace) -> StudentModel:
 
 
 def given_opening(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `open_volume` that were given; the others are left to its defaults."""
     return {name: getattr(args, name) for name in _OPENING if getattr(args, name) is not None}
 
 
@@ -221,10 +255,18 @@ def _region(text: str) -> Part:
 
 
 def parse_whole(text: str) -> int:
+    """The whole number from 0 in a text; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If the text is anything else.
+    """
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
     return int(text)
 
 
 def parse_channel(text: str) -> int | str:
+    """A channel: its number where the text is a whole number, else its name."""
     return int(text) if text.isdecimal() else text

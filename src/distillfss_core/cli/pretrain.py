@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def add_pretrain(commands: Any) -> None:
+    """Add the command ``distillfss pretrain`` to the subparsers of the program."""
     parser = commands.add_parser(
         "pretrain",
         help="meta-train a few-shot head over many tasks",

@@ -46,6 +46,7 @@ _COMPARED, _PIXELS = 8, 1 << 17  # files of a folder that are compared with the 
 
 
 def add_segment(commands: Any) -> None:
+    """Add the command ``distillfss segment`` to the subparsers of the program."""
     parser = commands.add_parser(
         "segment",
         help="segment an image, a stack, a folder or a volume",
@@ -339,6 +340,13 @@ def follow_steps(
 
 
 def show_shard(bar: tqdm[NoReturn], step: ShardDone) -> None:
+    """Move a bar to the present shard.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If a signal has stopped the command.
+    """
     check_stopped()
     if bar.total != step.total or step.index < bar.n:
         bar.reset(step.total)

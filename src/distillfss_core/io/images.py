@@ -20,7 +20,7 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.io.tiff import TiffImage, open_tiff_file
 from distillfss_core.types import Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 PILLOW_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
@@ -281,6 +281,13 @@ def _without_plain_alpha(array: Array) -> Array:
 
 
 def single_plane(pixels: Pixels, path: Path) -> Pixels:
+    """The pixels unchanged, if they are one plane "y x [c]" and no stack.
+
+    Raises
+    ------
+    ImageError
+        If they are a stack.
+    """
     if pixels.stack:
         raise ImageError(
             f"{path}: is a stack of {len(pixels.array)} planes where one plane is wanted; save one plane as a file, "
@@ -290,5 +297,12 @@ def single_plane(pixels: Pixels, path: Path) -> Pixels:
 
 
 def check_plane(z: int, depth: int, source: str) -> None:
+    """Check that plane ``z``, from 0, is one of the ``depth`` planes of a stack.
+
+    Raises
+    ------
+    SettingsError
+        If it is not; the message names ``source``.
+    """
     if not 0 <= z < depth:
         raise SettingsError(f"plane {z} is outside {source}, whose planes are 0 to {depth - 1}; choose others")

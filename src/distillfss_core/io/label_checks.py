@@ -12,7 +12,7 @@ from distillfss_core.errors import ImageError
 from distillfss_core.io.images import DECODER_ERRORS, TIFF_SUFFIXES
 from distillfss_core.types import Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 THICK = 3  # of the four neighbors, as many have the value of a pixel that is no part of an edge
 _LOSSY_TIFF = (6, 7, 33007, 34892)  # JPEG in its forms

@@ -24,7 +24,7 @@ from distillfss_core.io.images import (
 from distillfss_core.io.label_checks import check_lossless, warn_of_values
 from distillfss_core.types import IGNORE, MAX_CLASSES, AnnotatedSlice, Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 LABEL_MODES = ("binary", "classes", "scribbles")
 

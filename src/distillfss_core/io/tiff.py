@@ -17,7 +17,7 @@ import tifffile
 from distillfss_core.errors import InputFileError
 from distillfss_core.types import Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _GDAL_NODATA = 42113  # the tag of the value that tiles without data have
 _ORIENTATION = 274
@@ -40,12 +40,15 @@ class TiffImage:
     """
 
     def __init__(self, file: Any, path: Path, series: int = 0, level: int = 0) -> None:
-        self.file, self.path, self.number, self.level = file, path, series, level
-        self.series = file.series[series]
-        self.resolution = self.series.levels[level]
+        self.file: Any = file
+        self.path: Path = path
+        self.number: int = series
+        self.level: int = level
+        self.series: Any = file.series[series]
+        self.resolution: Any = self.series.levels[level]
         self.axes: str = self.resolution.axes.upper()
         self.shape: tuple[int, ...] = tuple(self.resolution.shape)
-        self.leading = 0
+        self.leading: int = 0
         """How many of the first axes count pages."""
         while math.prod(self.shape[: self.leading]) < len(self.resolution) and self.leading < len(self.shape):
             self.leading += 1

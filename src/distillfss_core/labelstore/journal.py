@@ -48,7 +48,7 @@ class Journal:
         self.entries: list[dict[str, Any]] = []
         self._file, self._lock = _open(path, create=header is not None)
         try:
-            self.header = self._read(header)
+            self.header: dict[str, Any] = self._read(header)
         except BaseException:
             self.close()
             raise
@@ -65,6 +65,7 @@ class Journal:
         self.entries.append(dict(entry))
 
     def close(self) -> None:
+        """Close the file, and let other runs write there."""
         self._file.close()
         self._lock.release()
 

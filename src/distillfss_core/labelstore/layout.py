@@ -74,6 +74,7 @@ class Layout:
         return list(self.shards(level - 1, finer))
 
     def to_json(self) -> dict[str, Any]:
+        """What a journal keeps of the layout: a later run must have the same."""
         return {
             "shape": self.shapes[0],
             "levels": len(self.shapes),
@@ -185,5 +186,6 @@ def overlap(a: Box, b: Box) -> Box:
 
 
 def as_box(spans: Iterator[tuple[int, int]] | Any) -> Box:
+    """Three spans (start, stop) along z, y, x as a tuple."""
     z, y, x = spans
     return z, y, x

@@ -52,10 +52,18 @@ class Intensities:
     absolute: bool
 
     def to_json(self) -> dict[str, Any]:
+        """Values for the card of a student; `from_json` reads them."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Intensities:
+        """Intensities from the values of a card.
+
+        Raises
+        ------
+        ValueError, KeyError, TypeError
+            If the values are damaged.
+        """
         rows = tuple(tuple(float(v) for v in row) for row in values["quantiles"])
         if any(len(row) != len(PROBABILITIES) for row in rows):
             raise ValueError(f"a row of quantiles has {len(PROBABILITIES)} numbers")
@@ -91,6 +99,7 @@ class Match:
 
     @property
     def is_identity(self) -> bool:
+        """Whether the limits of the support set are those of the input."""
         return self.gain is not None and set(self.gain) == {1.0} and set(self.offset or ()) == {0.0}
 
 

@@ -25,7 +25,7 @@ from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of
 from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import Volume, count_choices, open_volume
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 _PIECE = 1 << 24
 """Voxels that are read at a time."""

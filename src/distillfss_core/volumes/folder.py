@@ -22,7 +22,7 @@ from distillfss_core.types import Array
 from distillfss_core.volumes.source import ArraySource, Opened, Source, files_digest, letters_of
 from distillfss_core.volumes.tiff import open_tiff
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 # a folder of planes
 
@@ -75,6 +75,23 @@ def _plane_of(path: Path, decode: Callable[[Path], Array]) -> Iterator[Source]:
 
 
 def open_folder(path: Path, axes: str | None, decode: Callable[[Path], Array] = read_image) -> Opened:
+    """Open a folder with one plane "y x [c]" a file, in the natural order of names; or the files of one OME-TIFF.
+
+    Parameters
+    ----------
+    path : Path
+    axes : str or None
+        One letter of tczyx a dimension; by default "zyx", or "zyxc" for planes in color.
+    decode : callable
+        Reads a file that is no TIFF: `read_image`, or `read_labels`.
+
+    Raises
+    ------
+    InputFileError
+        If the folder has no plane, one cannot be read, or files of an OME-TIFF lie among others.
+    SettingsError
+        If the axes are not possible.
+    """
     files = [f for f in path.iterdir() if f.is_file() and f.suffix.lower() in READABLE and not f.name.startswith(".")]
     if not files:
         raise InputFileError(f"{path}: holds no plane and no zarr; put one image file a plane there")

@@ -25,7 +25,7 @@ from distillfss_core.volumes.source import (
     letters_of,
 )
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 MRC = (".mrc", ".rec", ".st", ".map")
 NIFTI = (".nii", ".nii.gz")
@@ -46,6 +46,17 @@ def _library(module: str, path: Path) -> Any:
 
 
 def open_mrc(path: Path, axes: str | None, series: int | None) -> Opened:
+    """Open an MRC file; its axes are those that its header maps to x, y, z, and its voxel size is in micrometers.
+
+    ``series`` is ignored: a file holds one volume.
+
+    Raises
+    ------
+    SettingsError
+        If mrcfile is missing, or the axes are not possible.
+    ValueError, OSError
+        If the file is damaged.
+    """
     mrcfile = _library("mrcfile", path)
     with mrcfile.mmap(path, mode="r") as file:
         data, size, header = file.data, file.voxel_size, file.header
@@ -78,6 +89,17 @@ class _NiftiSource(ArraySource):
 
 
 def open_nifti(path: Path, axes: str | None, series: int | None) -> Opened:
+    """Open a NIfTI file of axes x y [z [t]]; its values are scaled to float32 where the header has a slope.
+
+    The voxel size is in micrometers where the header has a unit. ``series`` is ignored: a file holds one volume.
+
+    Raises
+    ------
+    InputFileError
+        If the file is no NIfTI file, damaged or cut short.
+    SettingsError
+        If nibabel is missing, or the axes are not possible.
+    """
     nibabel = _library("nibabel", path)
     try:
         image: Any = nibabel.load(path)
@@ -196,6 +218,7 @@ _GROUPS = {  # of an enhanced file, and what of them is used
 
 
 def dicom_files(folder: Path) -> list[Path]:
+    """The DICOM files of a folder, by name: those with a suffix of DICOM, or without any but with its mark."""
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith(".") and f.name != "DICOMDIR")
     return [f for f in files if f.suffix.lower() in DICOM or (not f.suffix.strip(".0123456789") and _has_mark(f))]
 
@@ -207,6 +230,27 @@ def _has_mark(file: Path) -> bool:
 
 
 def open_dicom(path: Path, axes: str | None, series: int | None) -> Opened:
+    """Open a DICOM file, or one series of a folder, as "z y x" in the order of the positions of its planes.
+
+    Values are rescaled as the headers state (CT: Hounsfield units). The voxel size is in micrometers.
+
+    Parameters
+    ----------
+    path : Path
+    axes : str or None
+        Only "zyx" is possible.
+    series : int or None
+        Which series of the folder, from 0; needed where there are several.
+
+    Raises
+    ------
+    InputFileError
+        If a file is damaged or holds no image.
+    ImageError
+        If pictures are in color, or a file holds several segments.
+    SettingsError
+        If pydicom or a decoder is missing, the series has to be chosen, or the axes are others.
+    """
     pydicom = _library("pydicom", path)
     if axes not in (None, "zyx"):
         raise SettingsError(f"{path}: a DICOM series has axes zyx, not {axes}; leave axes out")

@@ -33,6 +33,27 @@ LARGE_FILES = (*LARGE_TIFFS, *ZIPS)  # opened as volumes, beside what is READABL
 
 
 def open_path(path: Path, level: int, axes: str | None, series: int | None, *, labels: bool = False) -> Opened:
+    """Open OME-Zarr, zarr, TIFF, .npy, a picture or a folder of planes; nothing is read but metadata and pictures.
+
+    Parameters
+    ----------
+    path : Path
+    level : int
+        Resolution of a pyramid; 0 is the finest.
+    axes : str or None
+        One letter of tczyx a dimension; by default what the file states.
+    series : int or None
+        Which image of a file that holds several, from 0.
+    labels : bool
+        Pictures are read as numbers of labels.
+
+    Raises
+    ------
+    InputFileError
+        If there is no such path, or it is damaged or of an unknown format.
+    SettingsError
+        If there is no such level or series, or the axes are not possible or not known.
+    """
     decode = read_labels if labels else read_image
     if not path.exists():
         file = next((parent for parent in path.parents if parent.suffix.lower() in ZIPS and parent.is_file()), None)
@@ -166,6 +187,15 @@ def stem_of(path: Path) -> str:
 
 
 def open_array(array: Any, axes: str | None) -> Opened:
+    """Open an array in memory or elsewhere: shape, dtype and numpy's indexing suffice.
+
+    Raises
+    ------
+    ImageError
+        If it is no array.
+    SettingsError
+        If the axes are not possible, or not known: an array without axes is (y, x) or (z, y, x).
+    """
     if isinstance(array, zarr.Array):
         return from_zarr_array(array, axes, "zarr array")
     if not all(hasattr(array, name) for name in ("shape", "dtype", "__getitem__")):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
     from zarr.core.buffer import Buffer, BufferPrototype
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 SCHEMES = ("https", "http", "s3", "gs")
 PAUSES = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -171,9 +171,11 @@ class RemoteStore(WrapperStore[Any]):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
+        """The bytes of parts of keys, in their order; None for a key that is not there. Errors are those of `get`."""
         return list(await asyncio.gather(*(self.get(key, prototype, part) for key, part in key_ranges)))
 
     async def exists(self, key: str) -> bool:
+        """Whether a key is there. Errors are those of `get`."""
         return bool(await self._repeated(key, partial(self._store.exists, key)))
 
     async def _repeated(self, key: str, request: Callable[[], Awaitable[Any]]) -> Any:

@@ -52,9 +52,11 @@ class Source(Protocol):
     dtype: np.dtype[Any]
     chunks: tuple[int, ...]
 
-    def get(self, box: tuple[slice, ...]) -> Array: ...
+    def get(self, box: tuple[slice, ...]) -> Array:
+        """The voxels of a box, of type ``dtype``, in the order of ``axes``."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Close files; nothing can be read afterwards."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def letters_of(axes: str | None, shape: Sequence[int], name: str) -> str:
 
 
 def reason(error: BaseException) -> str:
+    """The message of an error in one line of at most 160 characters; without a message, the name of its type."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -140,18 +143,21 @@ class ArraySource:
     """Anything with shape, dtype and numpy's basic indexing."""
 
     def __init__(self, array: Any, axes: str) -> None:
-        self.array, self.axes = array, axes
-        self.shape, self.dtype = tuple(int(n) for n in array.shape), np.dtype(array.dtype)
+        self.array: Any = array
+        self.axes: str = axes
+        self.shape: tuple[int, ...] = tuple(int(n) for n in array.shape)
+        self.dtype: np.dtype[Any] = np.dtype(array.dtype)
         chunks = getattr(array, "chunksize", None) or getattr(array, "chunks", None)
         if not chunks or not all(isinstance(n, int) for n in chunks):
             chunks = [1 if a in "tz" else n for a, n in zip(axes, self.shape, strict=True)]
-        self.chunks = tuple(chunks)
+        self.chunks: tuple[int, ...] = tuple(chunks)
 
     def get(self, box: tuple[slice, ...]) -> Array:
+        """The voxels of a box as a numpy array, in the order of ``axes``."""
         return np.asarray(self.array[box])
 
     def close(self) -> None:
-        pass
+        """An array has nothing to close."""
 
 
 def array_content(source: ArraySource) -> str:

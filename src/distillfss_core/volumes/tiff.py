@@ -112,6 +112,25 @@ def _plain_alpha(source: _TiffSource) -> Any:
 
 
 def open_tiff(path: Path, level: int, axes: str | None, series: int | None) -> Opened:
+    """Open one image of a TIFF, OME-TIFF, ImageJ or LSM file; tiles or strips are read on demand.
+
+    Parameters
+    ----------
+    path : Path
+    level : int
+        Resolution of a pyramid; 0 is the finest.
+    axes : str or None
+        One letter of tczyx a dimension; by default what the file states.
+    series : int or None
+        Which image of the file, from 0; needed where there are several.
+
+    Raises
+    ------
+    InputFileError
+        If the file is no TIFF, damaged, or a part of it is missing.
+    SettingsError
+        If there is no such level or series, or the axes are not possible or not known.
+    """
     file = open_tiff_file(path)
     try:
         return _from_tiff(file, path, level, axes, series)

@@ -18,7 +18,7 @@ from distillfss_core.volumes.opening import open_address, open_any, open_array
 from distillfss_core.volumes.remote import Address, address_of
 from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 Scale = tuple[float | None, float | None, float | None]
 
@@ -88,10 +88,12 @@ class Volume:
 
     @property
     def ndim(self) -> int:
+        """3, or 4 where the volume has channels."""
         return len(self.shape)
 
     @property
     def axes(self) -> str:
+        """ "zyx", or "zyxc" where the volume has channels."""
         return "zyxc"[: len(self.shape)]
 
     @property

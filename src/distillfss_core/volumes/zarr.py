@@ -30,7 +30,7 @@ from distillfss_core.types import Array
 from distillfss_core.volumes.remote import Address, RemoteStore
 from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Opened, letters_of, reason, spread
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 
 ZarrName = Path | Address
 """Where a zarr lies, for messages; "/" appends a part."""
@@ -520,6 +520,15 @@ def _vector(transformations: Any, kind: str) -> list[float]:
 
 
 def from_zarr_array(array: Any, axes: str | None, name: str) -> Opened:
+    """One zarr array as a source; axes that are not given are its dimension names, if these are of t, c, z, y, x.
+
+    ``name`` is for messages.
+
+    Raises
+    ------
+    SettingsError
+        If the axes are not possible, or not known.
+    """
     if axes is None:
         names = getattr(array.metadata, "dimension_names", None)
         letters = [str(n).lower() for n in names or ()]

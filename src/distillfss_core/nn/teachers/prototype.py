@@ -72,6 +72,7 @@ class PrototypeTeacher:
 
     @torch.no_grad()
     def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        """Segment by the prototypes of `encode`; see `Teacher`."""
         assert isinstance(keys, PrototypeKeys)
         maps, evidence = [], []
         for blocks, prototypes in zip(query.coarse, keys.stages, strict=True):

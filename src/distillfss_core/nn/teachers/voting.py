@@ -46,6 +46,7 @@ class VotingTeacher:
         return VotingKeys(tuple(self.teacher.encode(g) for g in groups if bool((g.valid > 0).any())))
 
     def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        """Segment by the votes of all groups; see `Teacher`."""
         assert isinstance(keys, VotingKeys)
         sums: list[Tensor] = []
 
