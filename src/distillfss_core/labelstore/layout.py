@@ -15,6 +15,7 @@ _SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
 _CHUNK = 512  # side of a chunk at most
 _DEEPEST = 8  # levels at most
 _SMALLEST = 512  # the coarsest level fits into such a square
+_MOST_VOXELS = 1 << 43  # of a run: a million shards
 
 Index = tuple[int, int, int]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -173,6 +174,22 @@ def box_within(shape: Sequence[int], region: Part | None, name: str) -> Box:
         box.append((first, last))
     z, y, x = box
     return z, y, x
+
+
+def check_size(box: Box, shape: Sequence[int], name: str) -> None:
+    """Refuse a run that could not end: the metadata of a volume may state any shape.
+
+    Raises
+    ------
+    SettingsError
+        If the box has more than 2^43 voxels.
+    """
+    voxels = math.prod(stop - start for start, stop in box)
+    if voxels > _MOST_VOXELS:
+        raise SettingsError(
+            f"{name}: {voxels} voxels of shape {tuple(shape)} are wanted, at most {_MOST_VOXELS} are possible in one "
+            "run; check its metadata, or take a part of it"
+        )
 
 
 def slices(box: Box) -> tuple[slice, slice, slice]:

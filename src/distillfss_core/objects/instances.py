@@ -30,7 +30,7 @@ from distillfss_core import __version__
 from distillfss_core.errors import ImageError, SettingsError, printable
 from distillfss_core.io.label_checks import check_lossless
 from distillfss_core.io.writing import atomic_path
-from distillfss_core.labelstore.layout import Box, Index, Layout, plan_blocks, slices
+from distillfss_core.labelstore.layout import Box, Index, Layout, box_within, check_size, plan_blocks, slices
 from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_finished, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
@@ -184,6 +184,7 @@ def iter_instances(
     if table is not None:
         check_table(Path(table), overwrite=overwrite, resume=resume and (out / JOURNAL).is_file())
         check_apart(Path(table), out, *inputs)
+    check_size(box_within(labels.shape[:3], None, labels.name), labels.shape, labels.name)
     check_finished(labels.path, labels.name, labels.levels[0])
     check_apart(out, *inputs)
     settings = {**splitter.settings(), "min_voxels": min_voxels}

@@ -30,7 +30,7 @@ import torch
 
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError, printable
-from distillfss_core.labelstore.layout import Box, Index, Part, box_within, overlap
+from distillfss_core.labelstore.layout import Box, Index, Part, box_within, check_size, overlap
 from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
 from distillfss_core.models.engines import describe_engine
@@ -45,7 +45,6 @@ from distillfss_core.volumes.volume import Volume
 log: logging.Logger = logging.getLogger(__name__)
 
 READERS, WRITERS = 2, 1
-_MOST_VOXELS = 1 << 43  # a million shards
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 """Threads beside the one that computes: on a CPU no more, since they take its cores."""
 
@@ -188,7 +187,7 @@ def iter_segment(
     start = time.monotonic()
     _return_memory()
     wanted = check_region(volume, region)
-    _check_size(volume, wanted)
+    check_size(wanted, volume.shape, volume.name)
     mode_labels = make_mode(mode, volume, model, tile)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
@@ -235,16 +234,6 @@ def check_region(volume: Volume, region: Part | None) -> Box:
         If it is empty or not within the volume.
     """
     return box_within(volume.shape[:3], region, volume.name)
-
-
-def _check_size(volume: Volume, wanted: Box) -> None:
-    """Refuse what could not end: metadata may state any size."""
-    voxels = math.prod(stop - start for start, stop in wanted)
-    if voxels > _MOST_VOXELS:
-        raise SettingsError(
-            f"{volume.name}: {voxels} voxels of shape {volume.shape} are to be segmented, at most {_MOST_VOXELS} are "
-            "possible in one run; check its metadata, or give a region"
-        )
 
 
 def open_store(

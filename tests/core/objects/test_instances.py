@@ -265,3 +265,10 @@ def test_the_command_numbers_and_measures(worms, tmp_path, monkeypatch, capsys):
     assert main([*command, "--image", "image.zarr", "--image-level", "1", "--overwrite"]) == ERROR
     assert main(["instances", "labels.zarr", "-o", "out.tif"]) == ERROR
     assert "end its name in .ome.zarr" in capsys.readouterr().err
+
+
+def test_labels_that_state_an_absurd_size_are_refused(tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", shape=(4, 99_999_999_999, 256), chunks=(1, 128, 128), dtype="u1")
+    with pytest.raises(SettingsError, match=r"102399999998976 voxels .* at most 8796093022208 are possible in one run"):
+        label_instances(open_volume(tmp_path / "a.zarr"), tmp_path / "o.ome.zarr")
+    assert not (tmp_path / "o.ome.zarr").exists()
