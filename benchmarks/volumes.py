@@ -142,7 +142,7 @@ def segment(folder: Path, gb: float, out: Path, megavoxels: float) -> dict[str, 
     with open_volume(volume_path(folder, gb)) as volume:
         regions = regions_of(volume.shape[0], megavoxels)
         for region in regions:
-            finished += segment_to_zarr(volume, model, out, region=region).finished
+            finished += segment_to_zarr(volume, model, out, region=region, resume=True).finished
             voxels += int(np.prod([b - a for a, b in region]))
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -28,8 +28,8 @@ volume = open_volume("nuclei.zarr")
 lazy = segment_lazy(volume, student)
 print(f"plane 2, upper left: {lazy[2, :64, :64].compute().mean():.1%} nucleus")
 
-# %% All of it, shard by shard. A run that is stopped goes on where it was when it is started again.
-run = iter_segment(volume, student, "labels.ome.zarr")
+# %% All of it, shard by shard. With resume=True a run that was stopped goes on where it was.
+run = iter_segment(volume, student, "labels.ome.zarr", resume=True)
 for step in run:
     print(f"shard {step.index} of {step.total}")
 print(f"{run.result().computed} shards computed")

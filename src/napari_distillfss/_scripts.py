@@ -84,7 +84,7 @@ def python_lines(session: Session) -> str:
         lines += [
             f"with open_volume({_source(session)!r}{opening}) as volume:",
             f"    segment_to_zarr(volume, model, {str(free_name(done.out))!r}, "
-            f"region={done.region!r}, mode={done.mode!r})",
+            f"region={done.region!r}, mode={done.mode!r}, resume=True)",
         ]
     if session.counted is not None and session.applied is not None:
         count = session.counted

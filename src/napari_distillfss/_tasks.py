@@ -170,7 +170,7 @@ def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any
 def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr. Finished labels are kept when it is stopped. `Written` comes first and last."""
     yield Doing("preparing")
-    run = iter_until(core.iter_segment(volume, model, out, **options), stop)
+    run = iter_until(core.iter_segment(volume, model, out, resume=True, **options), stop)
     begun = False
     while True:
         try:

@@ -212,7 +212,7 @@ def test_a_volume_written_in_parts_has_the_bytes_of_one_run(device, file, stack,
         for _ in range(steps):
             next(run)
         run.close()
-    segment_to_zarr(volume, model, tmp_path / "parts.ome.zarr", tile=TILE)
+    segment_to_zarr(volume, model, tmp_path / "parts.ome.zarr", resume=True, tile=TILE)
     assert np.array_equal(zarr.open_array(tmp_path / "parts.ome.zarr" / "0", mode="r")[...], labels)
 
 

@@ -11,6 +11,10 @@ if __name__ == "__main__":
     label_layout._SHARD = 2 * label_layout._SIDE**2
     print("begun", flush=True)
     report = segment_to_zarr(
-        open_volume(volume), StudentModel.load(model, device="cpu", precision="float32"), out, tile=int(tile)
+        open_volume(volume),
+        StudentModel.load(model, device="cpu", precision="float32"),
+        out,
+        tile=int(tile),
+        resume=True,
     )
     print(report.computed, report.finished, flush=True)

@@ -86,7 +86,10 @@ class LabelStore:
         check_place(path)
         mine = (path / JOURNAL).is_file()
         if mine and not resume:
-            raise OutputError(f"{path}: is there already; resume it, overwrite it, or give another name")
+            raise OutputError(
+                f"{path}: is there already; --resume (in Python resume=True) goes on with it, --overwrite begins anew; "
+                "or give another name"
+            )
         if not mine and any(f.is_file() and f.parent != (path / JOURNAL).parent for f in path.rglob("*")):
             raise OutputError(f"{path}: is there already and not from here; give another name")
         with _named_errors(path):

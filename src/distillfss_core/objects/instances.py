@@ -77,7 +77,7 @@ def label_instances(
     radius: float | None = None,
     min_voxels: int = 1,
     binary_threshold: float | None = None,
-    resume: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     block: Index = BLOCK,
 ) -> InstanceReport:
@@ -116,7 +116,7 @@ def iter_instances(
     radius: float | None = None,
     min_voxels: int = 1,
     binary_threshold: float | None = None,
-    resume: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     block: Index = BLOCK,
 ) -> Generator[InstanceStep, None, InstanceReport]:

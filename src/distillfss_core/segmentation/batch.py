@@ -130,7 +130,7 @@ def iter_batch(
     model: StudentModel,
     report: Path,
     *,
-    resume: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     mode: str = "planewise",
     tile: int | None = None,

@@ -96,7 +96,7 @@ def segment_to_zarr(
     out: str | Path,
     *,
     region: Part | None = None,
-    resume: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     mode: str = "planewise",
     tile: int | None = None,
@@ -127,7 +127,7 @@ def iter_segment(
     out: str | Path,
     *,
     region: Part | None = None,
-    resume: bool = True,
+    resume: bool = False,
     overwrite: bool = False,
     mode: str = "planewise",
     tile: int | None = None,
@@ -135,8 +135,8 @@ def iter_segment(
 ) -> Generator[ShardDone, None, VolumeReport]:
     """Segment a volume into OME-Zarr 0.5 labels, shard by shard.
 
-    Leave it, close it, kill the process, cut the power: started again with the same arguments it goes on where it was,
-    and the result is bit for bit that of a run that was never stopped (on the same machine: its processor's and
+    Leave it, close it, kill the process, cut the power: with the same arguments and ``resume=True`` it goes on where it
+    was, and the result is bit for bit that of a run that was never stopped (on the same machine: its processor's and
     libraries' rounding is not recorded; the number of threads and the engine are, and are taken again).
 
     Parameters
@@ -147,7 +147,7 @@ def iter_segment(
         A folder of its own ("labels.ome.zarr"), or IMAGE.zarr/labels/NAME inside an OME-Zarr 0.5 image.
     region : ((z0, z1), (y0, y1), (x0, x1)), optional
         Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the volume's
-        size: the rest stays 0, and can be segmented later by another run.
+        size: the rest stays 0, and can be segmented later by another run with ``resume=True``.
     resume : bool
         False refuses to go on with what another run began.
     overwrite : bool

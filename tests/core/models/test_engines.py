@@ -119,7 +119,7 @@ def test_any_part_has_the_labels_of_the_whole(model, tmp_path):
     assert np.array_equal(probabilities[:, 0, 50:130, 60:70].compute(), expected[:, 50:130, 60:70])
     out = tmp_path / "out.ome.zarr"
     segment_to_zarr(open_volume(stack), model, out, tile=TILE, region=((0, 2), (30, 170), (0, 200)))
-    segment_to_zarr(open_volume(stack), model, out, tile=TILE)
+    segment_to_zarr(open_volume(stack), model, out, resume=True, tile=TILE)
     assert np.array_equal(zarr.open_array(out / "0", mode="r")[...], whole)
     about = zarr.open_group(out, mode="r").attrs["distillfss"]
     assert (about["engine"], about["device"]) == (describe_engine(model.engine), f"cpu {model.device.precision}")
@@ -137,8 +137,8 @@ def test_a_run_goes_on_with_the_engine_it_was_begun_with(plain_student, other, t
     with monkeypatch.context() as patch:
         patch.setattr(engines, "find_spec", lambda name: None)
         with pytest.raises(SettingsError, match=rf"begun with engine {other}.*pip install 'napari-distillfss\["):
-            segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE)
-    assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", tile=TILE).finished >= 1
+            segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", resume=True, tile=TILE)
+    assert segment_to_zarr(volume, going_on, tmp_path / "parts.zarr", resume=True, tile=TILE).finished >= 1
     assert f"going on with engine {other}" in caplog.text
     once, parts = (zarr.open_array(tmp_path / n / "0", mode="r")[...] for n in ("once.zarr", "parts.zarr"))
     assert np.array_equal(once, parts)
@@ -152,7 +152,7 @@ def test_labels_begun_in_another_precision_are_told_apart(plain_student, tmp_pat
     with pytest.raises(
         SettingsError, match=r"another device \(cpu float32, not cpu bfloat16\); give what it was begun"
     ):
-        segment_to_zarr(volume, rounded, out)
+        segment_to_zarr(volume, rounded, out, resume=True)
     with pytest.raises(SettingsError, match="not in bfloat16; choose engine torch or auto, or precision float32"):
         rounded.with_engine("onnxruntime")
 

@@ -96,7 +96,9 @@ def test_a_table_may_be_parquet_and_without_scale_or_image(worms, tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     out = tmp_path / "out.zarr"
     label_instances(open_volume(worms), out, table=tmp_path / "t.parquet", block=BLOCK)
-    label_instances(open_volume(worms), out, table=tmp_path / "t.csv", block=BLOCK)  # all is there: the table only
+    label_instances(
+        open_volume(worms), out, table=tmp_path / "t.csv", resume=True, block=BLOCK
+    )  # all is there: the table only
     theirs = parquet.read_table(tmp_path / "t.parquet").to_pylist()
     assert theirs == rows_of(tmp_path / "t.csv")
     assert "volume_voxels" in theirs[0]
@@ -157,7 +159,7 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_bytes(worms, tmp_path, stop)
     half = next((out / "0").rglob("[0-9]"), None) if stop == 20 else None
     if half is not None and half.is_file():
         half.write_bytes(half.read_bytes()[:-3])
-    label_instances(open_volume(worms), out, block=BLOCK)
+    label_instances(open_volume(worms), out, resume=True, block=BLOCK)
 
     def files(path: Path) -> dict[str, bytes]:
         return {
@@ -176,7 +178,7 @@ def test_labels_made_anew_are_not_taken_for_the_old_ones(worms, tmp_path):
         "finished": [[[0, n] for n in SHAPE]],
     }
     with pytest.raises(SettingsError, match="another labels"):
-        label_instances(open_volume(path), tmp_path / "out.zarr", block=BLOCK)
+        label_instances(open_volume(path), tmp_path / "out.zarr", resume=True, block=BLOCK)
 
 
 def test_what_is_read_is_never_overwritten(worms, tmp_path):

@@ -62,7 +62,9 @@ def test_a_cluster_that_loses_a_worker_writes_the_bytes_of_one_process(volume, p
     steps += list(run)
     assert [s.index for s in steps] == list(range(1, steps[-1].total + 1))
     assert files_of(many) == files_of(one)
-    assert segment_to_zarr(volume, plain_student, many, tile=TILE).computed == 0  # one process may go on with it
+    assert (
+        segment_to_zarr(volume, plain_student, many, resume=True, tile=TILE).computed == 0
+    )  # one process may go on with it
 
 
 def test_a_cancelled_run_is_resumed_by_other_workers(volume, plain_student, workers, tmp_path):
@@ -72,7 +74,7 @@ def test_a_cancelled_run_is_resumed_by_other_workers(volume, plain_student, work
     for _ in range(3):
         next(run)
     run.close()
-    report = segment_to_zarr(volume, plain_student, out, tile=TILE)
+    report = segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
     assert report.finished >= 3
     segment_to_zarr(volume, plain_student, tmp_path / "once.zarr", tile=TILE)
     assert files_of(out / "0") == files_of(tmp_path / "once.zarr" / "0")
@@ -87,7 +89,7 @@ def test_what_goes_wrong_on_a_worker_is_said_in_one_line(plain_student, workers,
         segment_to_zarr(open_volume(STACK), plain_student, tmp_path / "mem.zarr", cluster=workers)
     (path / "0" / "c" / "4" / "0" / "0").unlink()
     with pytest.raises(SettingsError, match="another volume"):  # it has changed meanwhile
-        segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", cluster=workers)
+        segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", resume=True, cluster=workers)
     report = segment_to_zarr(open_volume(path), plain_student, tmp_path / "out.zarr", overwrite=True, cluster=workers)
     assert report.missing_chunks == 1
 

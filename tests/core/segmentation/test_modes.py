@@ -98,7 +98,7 @@ def test_a_mode_that_does_not_go_with_the_volume_is_refused(plain_student, tmp_p
         segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", mode="magic")
     segment_to_zarr(flat, plain_student, tmp_path / "out.zarr")
     with pytest.raises(SettingsError, match="another mode"):
-        segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", mode="smoothed")
+        segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", resume=True, mode="smoothed")
     ConsensusLabels(open_volume(noise((4, 32, 32))), plain_student)
     assert "taken to be cubes" in caplog.text
 

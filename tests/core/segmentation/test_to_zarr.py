@@ -68,7 +68,7 @@ def test_labels_on_disk_are_those_in_memory(volume, plain_student, expected, tmp
     assert [s.index for s in steps] == list(range(1, steps[-1].total + 1))
     assert steps[-1].eta == 0
     assert steps[0].eta > 0
-    report = segment_to_zarr(volume, plain_student, out, tile=TILE)  # all is there
+    report = segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)  # all is there
     assert report.computed == 0
     assert report.finished == 3 * 3 * 3
 
@@ -132,8 +132,13 @@ def test_a_region_is_that_of_the_whole_and_can_be_extended(volume, plain_student
     inside[box] = expected[box]
     assert np.array_equal(labels_of(out), inside)
     assert zarr.open_group(out, mode="r").attrs["distillfss"]["finished"] == [[list(span) for span in region]]
-    assert segment_to_zarr(volume, plain_student, out, region=((2, 3), (60, 90), (120, 130)), tile=TILE).computed == 0
-    segment_to_zarr(volume, plain_student, out, tile=TILE)
+    assert (
+        segment_to_zarr(
+            volume, plain_student, out, region=((2, 3), (60, 90), (120, 130)), resume=True, tile=TILE
+        ).computed
+        == 0
+    )
+    segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
     assert files_of(out) == files_of(once)
     for wrong in (((0, 6), (0, 9), (0, 9)), ((2, 2), (0, 9), (0, 9)), ((0, 1), (-1, 9), (0, 9))):
         with pytest.raises(SettingsError, match="region"):
@@ -150,7 +155,7 @@ def test_a_cancelled_run_goes_on_without_computing_again(volume, plain_student, 
     original = plain_student.region_labels
     spied = pickle.loads(pickle.dumps(plain_student))
     spied.region_labels = lambda *a, **k: seen.append(1) or original(*a, **k)
-    report = segment_to_zarr(volume, spied, out, tile=TILE)
+    report = segment_to_zarr(volume, spied, out, resume=True, tile=TILE)
     assert report.finished >= 4
     assert len(seen) < 5 * 9 - 3 * 2
     assert np.array_equal(labels_of(out), expected)
@@ -169,7 +174,7 @@ def test_a_half_written_shard_is_never_taken_for_whole(volume, plain_student, ex
     coarse = next(f for f in sorted((out / "1" / "c").rglob("[0-9]")) if f.is_file())
     coarse.write_bytes(coarse.read_bytes() + b"!")
     (out / "zarr.json").write_bytes(b"{")
-    report = segment_to_zarr(volume, plain_student, out, tile=TILE)
+    report = segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
     assert report.finished == 27 - 3
     before.pop("zarr.json")
     after = files_of(out)
@@ -182,7 +187,7 @@ def test_a_lost_shard_gets_back_what_an_earlier_region_had(volume, plain_student
     segment_to_zarr(volume, plain_student, out, region=((0, 1), (0, 200), (0, 200)), tile=TILE)
     for shard in [f for f in (out / "0" / "c").rglob("*") if f.is_file()]:
         shard.write_bytes(b"harmed")
-    segment_to_zarr(volume, plain_student, out, region=((1, 2), (0, 200), (0, 200)), tile=TILE)
+    segment_to_zarr(volume, plain_student, out, region=((1, 2), (0, 200), (0, 200)), resume=True, tile=TILE)
     assert np.array_equal(labels_of(out)[:2], expected[:2])
 
 
@@ -191,18 +196,18 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
     first = iter_segment(volume, plain_student, out, tile=TILE)
     next(first)
     with pytest.raises(OutputError, match="another run is writing"):
-        segment_to_zarr(volume, plain_student, out, tile=TILE)
+        segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
     first.close()
     with pytest.raises(OutputError, match="is there already"):
-        segment_to_zarr(volume, plain_student, out, tile=TILE, resume=False)
+        segment_to_zarr(volume, plain_student, out, tile=TILE)
     with pytest.raises(SettingsError, match="another volume"):
-        segment_to_zarr(open_volume(STACK[:, ::-1]), plain_student, out, tile=TILE)
+        segment_to_zarr(open_volume(STACK[:, ::-1]), plain_student, out, resume=True, tile=TILE)
     other = pickle.loads(pickle.dumps(plain_student))
     other.preprocess = replace(other.preprocess, scope="volume" if other.preprocess.scope == "image" else "image")
     with pytest.raises(SettingsError, match="another model"):
-        segment_to_zarr(volume, other, out, tile=TILE)
+        segment_to_zarr(volume, other, out, resume=True, tile=TILE)
     with pytest.raises(SettingsError, match="another layout, tile"):
-        segment_to_zarr(volume, plain_student, out, tile=192)
+        segment_to_zarr(volume, plain_student, out, resume=True, tile=192)
     for path in (volume.path, volume.path / "out.zarr", tmp_path):
         with pytest.raises(OutputError, match="is read"):
             segment_to_zarr(volume, plain_student, path, tile=TILE, overwrite=True)
@@ -225,9 +230,9 @@ def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
     before = zarr.open_group(out, mode="r").attrs["distillfss"]
     other = write_ome_zarr(tmp_path / "other.ome.zarr", 255 - STACK, scale=(2.0, 0.5, 0.5), levels=1)
     with pytest.raises(SettingsError, match="another volume"):
-        segment_to_zarr(open_volume(other), plain_student, out, tile=TILE)
+        segment_to_zarr(open_volume(other), plain_student, out, resume=True, tile=TILE)
     copy = shutil.copytree(volume.path, tmp_path / "copy.ome.zarr")
-    segment_to_zarr(open_volume(copy), plain_student, out, region=part, tile=TILE)  # the same, elsewhere
+    segment_to_zarr(open_volume(copy), plain_student, out, region=part, resume=True, tile=TILE)  # the same, elsewhere
     assert zarr.open_group(out, mode="r").attrs["distillfss"] == before
 
 
@@ -262,7 +267,7 @@ def test_a_full_disk_stops_clearly_and_can_be_resumed(volume, plain_student, exp
         patch.setattr(zarr.storage.LocalStore, "set", _full_after(7, zarr.storage.LocalStore.set))
         with pytest.raises(OutputError, match=r"No space left on device.*kept"):
             segment_to_zarr(volume, plain_student, out, tile=TILE)
-    report = segment_to_zarr(volume, plain_student, out, tile=TILE)
+    report = segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
     assert report.finished > 0
     assert np.array_equal(labels_of(out), expected)
 
