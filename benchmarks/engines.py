@@ -72,7 +72,8 @@ class BackboneAlone(nn.Module):
         self.backbone = backbone
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.backbone(image).stages[-1][-1]
+        deepest: Tensor = self.backbone(image).stages[-1][-1]
+        return deepest
 
 
 def rows(model: StudentModel, plane: Array, what: tuple[str, ...], runs: int, planes: int) -> Iterator[dict[str, Any]]:

@@ -29,9 +29,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import tifffile
 import torch
 from PIL import Image
@@ -64,6 +67,9 @@ PROTOCOL_SIDE = 384
 SUPPORTS = 5
 WORST_COLUMNS = 5
 TISSUE_HUE = 8  # mean difference of red and blue from which on an image counts as stained tissue
+
+
+Model = Segmenter | PixelClassifier
 
 
 @dataclass(frozen=True)
@@ -128,21 +134,21 @@ def tasks(data: Path, only: set[str], draws: int) -> Iterator[Task]:
             queries = [s for z, s in enumerate(slices) if z not in planes]
             yield Task(name, 0, support, queries, None, [slices] if name == "embryo" else ())
     for name, load, names in (
-        ("lidc", cubes, ("nodule",)),
-        ("polyps", lambda: pictures(data / "polyps_kvasir"), ("polyp",)),
-        ("road", lambda: pictures(data / "road_cracks_potholes"), ("crack", "pothole")),
+        ("lidc", partial(cubes, data), ("nodule",)),
+        ("polyps", partial(pictures, data / "polyps_kvasir"), ("polyp",)),
+        ("road", partial(pictures, data / "road_cracks_potholes"), ("crack", "pothole")),
     ):
         if name not in only:
             continue
-        groups = load(data) if name == "lidc" else load()  # type: ignore[operator]
+        groups = load()
         for draw in range(draws):
-            order = np.random.default_rng(draw).permutation(len(groups))
+            order = np.random.default_rng(draw).permutation(len(groups)).tolist()
             # every class must be in the support: the first that hold the last class come first
             firsts = [i for i in order if (groups[i][len(groups[i]) // 2].labels == len(names)).any()][:2]
-            chosen = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
-            middle = tuple(groups[i][len(groups[i]) // 2] for i in chosen)
+            first = [*firsts, *(i for i in order if i not in firsts)][:SUPPORTS]
+            middle = tuple(groups[i][len(groups[i]) // 2] for i in first)
             support = SupportSet(middle, names, planes_of_one_volume=name == "lidc")  # one intensity scale, as CT has
-            tested = [groups[i] for i in order if i not in chosen]
+            tested = [groups[i] for i in order if i not in first]
             queries = [s for group in tested for s in group]
             yield Task(name, draw, support, queries, None, tested if name == "lidc" else ())
 
@@ -163,11 +169,16 @@ def pictures(folder: Path) -> list[list[AnnotatedSlice]]:
 # -- accuracy --------------------------------------------------------------------------------------------
 
 
-def score(model: Segmenter, task: Task, *, consensus: bool = False) -> dict[str, object]:
+def score(model: Model, task: Task, *, consensus: bool = False) -> dict[str, object]:
     """Pooled and mean IoU, by kind of image where there are several, and seconds a megapixel."""
     tallies: dict[str, Tally] = {}
     pixels, began = 0, time.perf_counter()
-    predictions = _consensus(model, task) if consensus else (model.predict_labels(q.image) for q in task.queries)
+    predictions: Iterator[Array]
+    if consensus:
+        assert isinstance(model, Segmenter)
+        predictions = _consensus(model, task)
+    else:
+        predictions = (model.predict_labels(q.image) for q in task.queries)
     for query, predicted in zip(task.queries, predictions, strict=True):
         pixels += predicted.size
         for group in {"all", kind(query)}:
@@ -217,17 +228,17 @@ def worst(data: Path, out: Path, name: str, draw: int, count: int) -> None:
         print(f"{query.source}: {kind(query)}, {query.image.shape[1]} x {query.image.shape[0]}, IoU {iou:.3f}")
 
 
-def _over_classes(values: Sequence[float]) -> float:
+def _over_classes(values: Sequence[float] | npt.NDArray[np.float64]) -> float:
     return round(float(np.nanmean(values)), 4)
 
 
-def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Callable[[], tuple[Segmenter, float]]]]:
+def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Callable[[], tuple[Model, float]]]]:
     """Name and maker of every model of a task; a maker gives the model and the seconds it took."""
     joint: list[object] = []
     settings = DistillSettings(head=head)
 
-    def timed(make: Callable[[], Segmenter]) -> Callable[[], tuple[Segmenter, float]]:
-        def run() -> tuple[Segmenter, float]:
+    def timed(make: Callable[[], Model]) -> Callable[[], tuple[Model, float]]:
+        def run() -> tuple[Model, float]:
             began = time.perf_counter()
             model = make()
             return model, time.perf_counter() - began
@@ -255,7 +266,7 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
             pass
         return run.teacher()
 
-    makers: dict[str, Callable[[], Segmenter]] = {
+    makers: dict[str, Callable[[], Model]] = {
         "student distilled": student,
         "teacher of the joint run": lambda: joint[0].teacher(),  # type: ignore[attr-defined]
         CONSENSUS: lambda: joint[0].result(),  # type: ignore[attr-defined]
@@ -401,11 +412,11 @@ def five_slices_here() -> None:
 # -- rows ------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[dict]:
+def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _append(path: Path, row: dict) -> None:
+def _append(path: Path, row: dict[str, Any]) -> None:
     row = row | {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -414,7 +425,7 @@ def _append(path: Path, row: dict) -> None:
 
 def table(path: Path) -> None:
     """Mean and spread over the draws, a line a task and model."""
-    groups: dict[tuple[str, str, str], list[dict]] = {}
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in _rows(path):
         if "pooled" in row and row["task"] != "cost":
             groups.setdefault((row["task"], row["model"], row["head"]), []).append(row)

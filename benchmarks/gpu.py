@@ -146,7 +146,8 @@ class Measured:
 
     @property
     def precisions(self) -> list[str]:
-        return self.size(["bfloat16", "float16", "float32"], ["bfloat16", "float32"])
+        precisions: list[str] = self.size(["bfloat16", "float16", "float32"], ["bfloat16", "float32"])
+        return precisions
 
     def network(self) -> Iterator[Row]:
         """Megapixels a second of the student's network at zoom 1, by precision and batch size."""

@@ -62,7 +62,7 @@ def measure_gaps() -> dict[str, float]:
     from napari_distillfss._widgets.dock import DistillDock
 
     viewer = napari.Viewer()
-    app = QApplication.instance()
+    app = QApplication.instance() or QApplication([])
     made = generate_sample(planes=12, size=384)
     viewer.add_image(made.image)
     viewer.add_labels(made.labels)  # napari's first layers take it a second or two, whoever adds them
@@ -93,6 +93,7 @@ def measure_gaps() -> dict[str, float]:
 
     during("a volume is chosen, torch loaded", add_image, lambda: "computes" in dock.volume.device.text())
     during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.selecting.running)
+    assert dock.session.annotations is not None  # the suggestion made them
     for z in dock.support.suggested:
         dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
     dock.session.painted()

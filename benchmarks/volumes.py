@@ -106,7 +106,8 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
         axes = [{"name": a, "type": "space", "unit": "micrometer"} for a in "zyx"]
         scale = [{"type": "scale", "scale": [1.0, 0.25, 0.25]}]
         datasets = [{"path": "0", "coordinateTransformations": scale}]
-        group.attrs["ome"] = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+        ome: Any = {"version": "0.5", "multiscales": [{"axes": axes, "datasets": datasets}]}
+        group.attrs["ome"] = ome
         array: Any = group.create_array(
             "0", shape=shape, chunks=(1, CHUNK, CHUNK), dtype="uint16", dimension_names=list("zyx")
         )

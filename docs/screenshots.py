@@ -13,9 +13,13 @@ import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from qtpy.QtWidgets import QWidget
 
 WIDTH, HEIGHT = 1280, 800
 THEMES = ("dark", "light")
@@ -48,7 +52,7 @@ class Session:
 
         self.folder, self.kept = folder, kept
         self.viewer = napari.Viewer(title="napari", show=True)
-        self.app = QApplication.instance()
+        self.app = QApplication.instance() or QApplication([])
         self.viewer.window._qt_window.setGeometry(0, 0, WIDTH, HEIGHT)  # no window manager does it here
         self.dock = DistillDock(self.viewer, kept)
         self.viewer.window.add_dock_widget(self.dock, name="DistillFSS", area="right")
@@ -73,7 +77,7 @@ class Session:
             dock.support.fill_rest()
         dock.support.go_to(dock.support.suggested[2])
         dock.support.paint.click()
-        self.wait(lambda: not dock.support.list.item(0).icon().isNull())
+        self.wait(lambda: (first := dock.support.list.item(0)) is not None and not first.icon().isNull())
         self.photograph("2-support", dock.support)
 
         settings = DistillSettings(steps=200, crops=96, crop_size=128, zoom=Fraction(2), validation_slice=2)
@@ -119,7 +123,7 @@ class Session:
         picture = Image.fromarray(np.concatenate(panels[:-1], 1).astype(np.uint8))
         picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.folder / "samples.png", optimize=True)
 
-    def photograph(self, name: str, section: object) -> None:
+    def photograph(self, name: str, section: QWidget) -> None:
         """One picture in each theme, with a section of the dock at its top."""
         from napari.settings import get_settings
 
@@ -127,7 +131,8 @@ class Session:
             get_settings().appearance.theme = theme
             self.viewer.theme = theme
             self.wait_a_moment()
-            self.dock.verticalScrollBar().setValue(self.dock.sections[section].y())
+            if (bar := self.dock.verticalScrollBar()) is not None:
+                bar.setValue(self.dock.sections[section].y())
             self.wait_a_moment()
             picture = Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)[..., :3])
             picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.folder / f"{name}-{theme}.png", optimize=True)

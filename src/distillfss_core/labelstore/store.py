@@ -36,7 +36,7 @@ from distillfss_core.labelstore.metadata import Description, check_place, image_
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
 
-log = logging.getLogger(__name__)
+log: logging.Logger = logging.getLogger(__name__)
 JOURNAL = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
 _OLDER_MODES = {"planes": "planewise", "smooth": "smoothed"}
 """Names of modes in journals that were begun before the modes had their names of now."""
@@ -81,7 +81,9 @@ class LabelStore:
         resume: bool,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.layout, self._majority = path, layout, bool(description.classes)
+        self.path: Path = path
+        self.layout: Layout = layout
+        self._majority = bool(description.classes)
         settings = json.loads(json.dumps({**settings, "layout": layout.to_json()}))
         check_place(path)
         mine = (path / JOURNAL).is_file()
@@ -94,7 +96,7 @@ class LabelStore:
             raise OutputError(f"{path}: is there already and not from here; give another name")
         with _named_errors(path):
             (path / JOURNAL).parent.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(path / JOURNAL, {"settings": settings, "notes": dict(notes or {})})
+        self.journal: Journal = Journal(path / JOURNAL, {"settings": settings, "notes": dict(notes or {})})
         try:
             self._check_settings(settings)
             self.notes: dict[str, Any] = self.journal.header["notes"]
@@ -204,6 +206,7 @@ class LabelStore:
                 group.attrs["distillfss"] = attributes
 
     def close(self) -> None:
+        """Close the journal, and let other runs write there. What was noted is finished."""
         self.journal.close()
 
     def _remember(self, entry: dict[str, Any]) -> None:
@@ -246,6 +249,7 @@ def write_shard(path: Path, array: Any, layout: Layout, level: int, box: Box, la
 
 
 def shard_file(path: Path, array: Any, level: int, index: Index) -> Path:
+    """Path of the file of a shard. ``array`` is the zarr array of the level; an empty shard has no file."""
     return path / str(level) / str(array.metadata.encode_chunk_key(index))
 
 

@@ -169,7 +169,7 @@ class Runner:
         self._threads = 0
 
     def __call__(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
-        """Margins of each class against the background, on the grid of the decoder; for normalized float32 images."""
+        """Margins of each class against the background, on the grid of the decoder, for images that are zoomed."""
         if self.engine == "torch" and self.device.kind == "cpu":
             with self.device.autocast():
                 result: Float[Tensor, "b k hg wg"] = self.network(image)

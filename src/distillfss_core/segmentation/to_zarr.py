@@ -45,8 +45,8 @@ from distillfss_core.volumes.volume import Volume
 log: logging.Logger = logging.getLogger(__name__)
 
 READERS, WRITERS = 2, 1
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 """Threads beside the one that computes: on a CPU no more, since they take its cores."""
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def iter_segment(
         Voxels to segment, by default all; None is where the volume begins or ends. The labels always have the volume's
         size: the rest stays 0, and can be segmented later by another run with ``resume=True``.
     resume : bool
-        False refuses to go on with what another run began.
+        Go on with what another run began; begin if there is none. False, the default, raises where labels are.
     overwrite : bool
         Begin anew in place of labels that were written from here.
     mode : {"planewise", "smoothed", "consensus"}
