@@ -115,6 +115,54 @@ def _other_style(rng: Rng, style: Style, cue: str) -> Style:
             return replace(style, fill=other_fill(rng, style.fill, cue))
 
 
+_Look = tuple[Fill, Style, list[tuple[Style, float]], str]
+"""Ground, style of the objects, others with their shares, and light."""
+
+
+def _fluorescent(rng: Rng, shape: Shape, radius: float, tiny: Texture, share: float) -> _Look:
+    """Bright nuclei with haze, debris, and those of the other channel."""
+    others: list[tuple[Style, float]] = []
+    ground = Fill(
+        float(rng.uniform(0.03, 0.15)), float(rng.uniform(0.01, 0.05)), draw_texture(rng, ("cloud", "threads")), 0
+    )
+    style = Style(shape, radius, Fill(float(rng.uniform(0.45, 0.75)), float(rng.uniform(0.04, 0.12)), tiny, 0.0))
+    style = replace(style, vary=0.12, soft=float(rng.uniform(1, 3)), spread=0.18)
+    if rng.random() < 0.5:  # debris and grains of dye
+        others.append((replace(style, radius=radius * 0.25, fill=replace(style.fill, value=0.9), spread=0.4), 0.006))
+    if rng.random() < 0.35:  # the same in the other channel
+        others.append((replace(style, fill=replace(style.fill, hue=1.0)), share / 2))
+    light = "fluorescence" if len(others) < 2 and not any(o.fill.hue for o, _ in others) else "color"
+    return ground, style, others, light
+
+
+def _stained(rng: Rng, shape: Shape, radius: float, tiny: Texture) -> _Look:
+    """Dark nuclei in stroma, among red cells and lymphocytes."""
+    others: list[tuple[Style, float]] = []
+    stroma = draw_texture(rng, ("fibers", "cloud", "threads"))
+    ground = Fill(float(rng.uniform(0.6, 0.8)), float(rng.uniform(0.04, 0.1)), stroma, 1.0)
+    style = Style(shape, radius, Fill(float(rng.uniform(0.25, 0.45)), float(rng.uniform(0.04, 0.1)), tiny, 0.0))
+    style = replace(style, vary=0.05, rim=float(rng.choice((0, -0.12))), spread=0.2)
+    if rng.random() < 0.6:  # red cells
+        red = Fill(0.5, 0.02, tiny, 1.0)
+        others.append((Style(Shape("ellipse", 1.2), radius * 0.8, red, rim=-0.08), 0.05))
+    if rng.random() < 0.5:  # small dark lymphocytes
+        dark = replace(style.fill, value=0.15)
+        others.append((replace(style, shape=Shape("ellipse"), radius=radius * 0.55, fill=dark), 0.03))
+    return ground, style, others, "histology"
+
+
+def _in_phase_contrast(rng: Rng, shape: Shape, radius: float, tiny: Texture, texture: Texture) -> _Look:
+    """Gray cells with halos, among rounded, dead ones."""
+    others: list[tuple[Style, float]] = []
+    ground = Fill(float(rng.uniform(0.45, 0.6)), 0.02, draw_texture(rng, ("fine", "cloud")), 0.0)
+    inside = Fill(float(ground.value + rng.uniform(-0.2, -0.05)), float(rng.uniform(0.05, 0.12)), texture, 0.0)
+    style = Style(shape, radius * 1.1, inside, rim=float(rng.choice((-0.2, 0.15))), halo=float(rng.uniform(0.12, 0.35)))
+    style = replace(style, shape=replace(shape, rough=float(rng.uniform(0.05, 0.2))), spread=0.2)
+    if rng.random() < 0.6:  # rounded, dead cells
+        others.append((Style(Shape("ellipse"), radius * 0.6, Fill(0.85, 0.03, tiny, 0.0), halo=0.2), 0.03))
+    return ground, style, others, "gray" if rng.random() < 0.8 else "color"
+
+
 def nuclei(rng: Rng) -> Recipe:
     """Packed nuclei or cells: in fluorescence with haze, stained with hematoxylin, in phase contrast with halos."""
     stain = str(rng.choice(("fluorescence", "histology", "phase")))
@@ -123,46 +171,12 @@ def nuclei(rng: Rng) -> Recipe:
     texture = draw_texture(rng, ("grain", "fine", "dots", "cloud"))
     tiny = replace(texture, grain=float(rng.uniform(2.5, 4)))
     share, room, clusters = draw_share(rng, 0.06, 0.5), rng.uniform(0.72, 1.05), int(rng.choice((0, 2, 4)))
-    others: list[tuple[Style, float]] = []
     if stain == "fluorescence":
-        ground = Fill(
-            float(rng.uniform(0.03, 0.15)), float(rng.uniform(0.01, 0.05)), draw_texture(rng, ("cloud", "threads")), 0
-        )
-        style = Style(shape, radius, Fill(float(rng.uniform(0.45, 0.75)), float(rng.uniform(0.04, 0.12)), tiny, 0.0))
-        style = replace(style, vary=0.12, soft=float(rng.uniform(1, 3)), spread=0.18)
-        if rng.random() < 0.5:  # debris and grains of dye
-            others.append(
-                (replace(style, radius=radius * 0.25, fill=replace(style.fill, value=0.9), spread=0.4), 0.006)
-            )
-        if rng.random() < 0.35:  # the same in the other channel
-            others.append((replace(style, fill=replace(style.fill, hue=1.0)), share / 2))
-        light = "fluorescence" if len(others) < 2 and not any(o.fill.hue for o, _ in others) else "color"
+        ground, style, others, light = _fluorescent(rng, shape, radius, tiny, share)
     elif stain == "histology":
-        stroma = draw_texture(rng, ("fibers", "cloud", "threads"))
-        ground = Fill(float(rng.uniform(0.6, 0.8)), float(rng.uniform(0.04, 0.1)), stroma, 1.0)
-        style = Style(shape, radius, Fill(float(rng.uniform(0.25, 0.45)), float(rng.uniform(0.04, 0.1)), tiny, 0.0))
-        style = replace(style, vary=0.05, rim=float(rng.choice((0, -0.12))), spread=0.2)
-        if rng.random() < 0.6:  # red cells
-            red = Fill(0.5, 0.02, tiny, 1.0)
-            others.append((Style(Shape("ellipse", 1.2), radius * 0.8, red, rim=-0.08), 0.05))
-        if rng.random() < 0.5:  # small dark lymphocytes
-            others.append(
-                (
-                    replace(style, shape=Shape("ellipse"), radius=radius * 0.55, fill=replace(style.fill, value=0.15)),
-                    0.03,
-                )
-            )
-        light = "histology"
+        ground, style, others, light = _stained(rng, shape, radius, tiny)
     else:
-        ground = Fill(float(rng.uniform(0.45, 0.6)), 0.02, draw_texture(rng, ("fine", "cloud")), 0.0)
-        inside = Fill(float(ground.value + rng.uniform(-0.2, -0.05)), float(rng.uniform(0.05, 0.12)), texture, 0.0)
-        style = Style(
-            shape, radius * 1.1, inside, rim=float(rng.choice((-0.2, 0.15))), halo=float(rng.uniform(0.12, 0.35))
-        )
-        style = replace(style, shape=replace(shape, rough=float(rng.uniform(0.05, 0.2))), spread=0.2)
-        if rng.random() < 0.6:  # rounded, dead cells
-            others.append((Style(Shape("ellipse"), radius * 0.6, Fill(0.85, 0.03, tiny, 0.0), halo=0.2), 0.03))
-        light = "gray" if rng.random() < 0.8 else "color"
+        ground, style, others, light = _in_phase_contrast(rng, shape, radius, tiny, texture)
     if others and rng.random() < 0.2:  # the others are meant
         (rare, _), *rest = others
         others, style, share = [(style, share), *rest], rare, max(0.03, others[0][1])

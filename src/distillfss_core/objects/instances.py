@@ -17,6 +17,7 @@ import math
 import shutil
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
@@ -175,60 +176,54 @@ def iter_instances(
         is, a warning is logged.)
     """
     start = time.monotonic()
-    out = Path(out)
+    out, table = Path(out), None if table is None else Path(table)
     splitter = _Splitter(labels, image, class_id, method, connectivity, radius, binary_threshold)
     splitter.check()
     if min_voxels < 1:
         raise SettingsError(f"min_voxels {min_voxels} is not possible; give 1 or more")
-    inputs = (labels.path, image.path if image else None)
-    if table is not None:
-        check_table(Path(table), overwrite=overwrite, resume=resume and (out / JOURNAL).is_file())
-        check_apart(Path(table), out, *inputs)
-    check_size(box_within(labels.shape[:3], None, labels.name), labels.shape, labels.name)
-    check_finished(labels.path, labels.name, labels.levels[0])
-    check_apart(out, *inputs)
+    _check_places(labels, image, out, table, overwrite=overwrite, resume=resume)
     settings = {**splitter.settings(), "min_voxels": min_voxels}
     description, layout = _plan(labels, image, out, block, settings)
     if overwrite:
         remove_labels(out)
         if table is not None:  # stopped and resumed, the run writes it anew
-            Path(table).unlink(missing_ok=True)
-    store = LabelStore(out, layout, description, settings, resume=resume)
-    measures = (out / JOURNAL).with_name("objects.npy")
-    pieces = (out / JOURNAL).with_name("pieces")
-    try:
+            table.unlink(missing_ok=True)
+    with closing(LabelStore(out, layout, description, settings, resume=resume)) as store:
+        measures = (out / JOURNAL).with_name("objects.npy")
+        pieces = (out / JOURNAL).with_name("pieces")
         blocks = list(layout.shards(0, layout.whole(0)))
         todo = [index for index in blocks if store.missing(0, index, layout.box(0, index))]
         if todo or not measures.is_file():
             once = replace(layout, shapes=layout.shapes[:1], factors=layout.factors[:1], dtype="uint64")
-            work = LabelStore(pieces, once, description, settings, resume=True)
-            try:
+            with closing(LabelStore(pieces, once, description, settings, resume=True)) as work:
                 yield from _find_pieces(work, splitter, blocks)
                 pairs = yield from _find_pairs(work, splitter, blocks)
                 objects, ids, numbers = join_pieces(_all_pieces(work, blocks), pairs, min_voxels)
                 with atomic_path(measures) as temporary:
                     _save(temporary, objects)
                 yield from _write_numbers(store, work, todo, ids, numbers)
-            finally:
-                work.close()
         yield from _write_pyramid(store)
         objects = np.load(measures, allow_pickle=False)
         if table is not None:
-            write_table(
-                Path(table),
-                objects,
-                labels.scale,
-                labels.unit,
-                labels.origin,
-                measured=image is not None,
-                overwrite=overwrite,
-            )
+            voxel = (labels.scale, labels.unit, labels.origin)
+            write_table(table, objects, *voxel, measured=image is not None, overwrite=overwrite)
         store.finish(layout.whole(0))
         shutil.rmtree(pieces, ignore_errors=True)
-    finally:
-        store.close()
     small = int((objects["id"] == 0).sum())
     return InstanceReport(out, len(objects) - small, small, time.monotonic() - start)
+
+
+def _check_places(
+    labels: Volume, image: Volume | None, out: Path, table: Path | None, *, overwrite: bool, resume: bool
+) -> None:
+    """Find out before the work that results cannot be written, or labels cannot be taken."""
+    inputs = (labels.path, image.path if image else None)
+    if table is not None:
+        check_table(table, overwrite=overwrite, resume=resume and (out / JOURNAL).is_file())
+        check_apart(table, out, *inputs)
+    check_size(box_within(labels.shape[:3], None, labels.name), labels.shape, labels.name)
+    check_finished(labels.path, labels.name, labels.levels[0])
+    check_apart(out, *inputs)
 
 
 def _plan(
