@@ -48,8 +48,10 @@ OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 
 
 def truth() -> np.ndarray:
-    """Small numbers from 1, so that zeros are seen."""
-    return np.random.default_rng(0).integers(1, 200, SHAPE).astype(np.uint16)
+    """Small numbers from 1, so that zeros are seen: noise with squares that are brighter by 110."""
+    rng = np.random.default_rng(0)
+    squares = rng.integers(0, 2, (SHAPE[0], SHAPE[1] // 8, SHAPE[2] // 8)).repeat(8, 1).repeat(8, 2)
+    return (rng.integers(1, 90, SHAPE) + 110 * squares).astype(np.uint16)
 
 
 # sound inputs
@@ -124,7 +126,7 @@ def _write_set(folder: Path, data: np.ndarray) -> Path:
 def _write_ome_zarr(path: Path, data: np.ndarray) -> Path:
     group = zarr.open_group(path, mode="w")
     group.create_array("0", shape=data.shape, chunks=(2, 32, 32), dtype="u2")[:] = data
-    transformations = [{"type": "scale", "scale": [2.0, 0.5, 0.5]}]
+    transformations: Any = [{"type": "scale", "scale": [2.0, 0.5, 0.5]}]
     group.attrs["ome"] = {
         "version": "0.5",
         "multiscales": [
@@ -150,7 +152,8 @@ def _write_medical(folder: Path, data: np.ndarray) -> dict[str, Path]:
         file.set_data(data)
     for kind in ("nii", "nii.gz"):
         paths[kind] = folder / f"a.{kind}"
-        nibabel.save(nibabel.Nifti1Image(data.transpose(), np.eye(4)), paths[kind])
+        volume: Any = nibabel.Nifti1Image(data.transpose(), np.eye(4))  # type: ignore[no-untyped-call]
+        nibabel.save(volume, paths[kind])
     paths["dicom"] = folder / "dicom"
     paths["dicom"].mkdir()
     for z, plane in enumerate(data):
@@ -158,7 +161,7 @@ def _write_medical(folder: Path, data: np.ndarray) -> dict[str, Path]:
         header.file_meta = pydicom.dataset.FileMetaDataset()
         header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
         header.SOPClassUID = header.file_meta.MediaStorageSOPClassUID = pydicom.uid.CTImageStorage
-        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = f"1.2.{z + 1}"
+        header.SOPInstanceUID = header.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.UID(f"1.2.{z + 1}")
         header.SeriesInstanceUID = "1.2.9"
         header.Rows, header.Columns = plane.shape
         header.BitsAllocated = header.BitsStored = 16
@@ -244,7 +247,8 @@ def _tag(path: Path, rng: random.Random) -> None:
     file = _a_file(path, rng)
     try:
         with tifffile.TiffFile(file, mode="r+") as opened:
-            tag = rng.choice(list(rng.choice(list(opened.pages)).tags.values()))
+            page: Any = rng.choice(list(opened.pages))
+            tag = rng.choice(list(page.tags.values()))
             value = rng.choice((0, 1, 3, 16, 65535))
             tag.overwrite([value] * tag.count if tag.count > 1 and not isinstance(tag.value, str) else value)
     except Exception:  # noqa: BLE001 - not every tag takes every value
@@ -265,7 +269,7 @@ def _absurd(path: Path, rng: random.Random) -> None:
     elif path.suffix == ".tif":
         with tifffile.TiffFile(path, mode="r+") as opened:
             name = rng.choice(("ImageLength", "ImageWidth"))
-            opened.pages[0].tags[name].overwrite(min(large, 60000), dtype=tifffile.DATATYPE.LONG)
+            opened.pages.first.tags[name].overwrite(min(large, 60000), dtype=tifffile.DATATYPE.LONG)
     else:
         _flip_head(path, rng)
 
@@ -306,7 +310,7 @@ ROUTES: dict[str, Callable[[Path], np.ndarray]] = {
 }
 
 
-def _reference(kind: str, path: Path) -> np.ndarray | None:
+def reference(kind: str, path: Path) -> np.ndarray | None:
     """What the format's own reader gives; None where it fails, or does not read so much as a stack."""
     try:
         if path.suffix == ".tif":
@@ -344,7 +348,7 @@ def _reference_of_many(kind: str, path: Path) -> np.ndarray | None:
     return np.stack([h.pixel_array for h in headers])
 
 
-def _same(result: np.ndarray, expected: np.ndarray | None) -> bool:
+def same(result: np.ndarray, expected: np.ndarray | None) -> bool:
     """Whether the voxels are the same, where they lie and in number; axes of length one do not count."""
     if expected is None:
         return False
@@ -356,14 +360,14 @@ def judge(kind: str, damage: str, path: Path, result: np.ndarray, warned: bool) 
     """The outcome of a damaged input that was read."""
     data = truth()
     whole = data[:1] if kind == "png" else data
-    if _same(result, whole):
+    if same(result, whole):
         return "equal"
     if warned:
         return "warning"
-    shorter = kind in ("pngs", "tiffs", "dicom") and any(_same(result, part) for part in (whole[1:], whole[:-1]))
+    shorter = kind in ("pngs", "tiffs", "dicom") and any(same(result, part) for part in (whole[1:], whole[:-1]))
     if shorter:  # the first or the last of files that do not state how many they are
         return "as stated"
-    if damage not in PARTS and _same(result, _reference(kind, path)):
+    if damage not in PARTS and same(result, reference(kind, path)):
         return "as stated"
     return "silent"
 
@@ -390,7 +394,7 @@ def run_case(sound: dict[str, Path], seed: int, number: int, folder: Path) -> di
     (shutil.copytree if sound[kind].is_dir() else shutil.copy)(sound[kind], copy)
     DAMAGES[damage](copy, rng)
     case = {"number": number, "kind": kind, "damage": damage, "route": route}
-    return case | _in_process(lambda: _outcome(kind, damage, route, copy))
+    return case | in_process(lambda: _outcome(kind, damage, route, copy))
 
 
 def _outcome(kind: str, damage: str, route: str, path: Path) -> dict[str, Any]:
@@ -414,7 +418,7 @@ def _outcome(kind: str, damage: str, route: str, path: Path) -> dict[str, Any]:
     return {"outcome": outcome, "detail": "; ".join(warned.messages) or str(result.shape)}
 
 
-def _in_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def in_process(work: Callable[[], dict[str, Any]], seconds: int = SECONDS) -> dict[str, Any]:
     """The result of a function in a copy of this process, with limits."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -423,7 +427,7 @@ def _in_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + BYTES
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:
@@ -435,27 +439,38 @@ def _in_process(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         text = pipe.read()
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        return {"outcome": "hang", "detail": f"more than {SECONDS} s"}
+        return {"outcome": "hang", "detail": f"more than {seconds} s"}
     if not text:
         return {"outcome": "memory", "detail": f"status {status}"}
     result: dict[str, Any] = json.loads(text)
     return result
 
 
-def run_cases(cases: int, seed: int, results: Path) -> list[dict[str, Any]]:
-    """Run those cases that the results do not hold yet; all there are."""
+Case = Callable[[dict[str, Path], int, int, Path], dict[str, Any]]
+"""Damages one of the sound inputs by seed and number in a folder; the outcome."""
+
+
+def run_cases(
+    cases: int, seed: int, results: Path, run: Case = run_case, prepare: Callable[[Path], None] | None = None
+) -> list[dict[str, Any]]:
+    """Run those cases that the results do not hold yet; all there are.
+
+    ``prepare`` adds to the folder of the sound inputs what the cases need.
+    """
     done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     have = {case["number"] for case in done if case["seed"] == seed}
     with tempfile.TemporaryDirectory() as folder, open(results, "a", encoding="utf-8") as file:
         (Path(folder) / "sound").mkdir()
-        made = _in_process(lambda: {k: str(p) for k, p in write_sound(Path(folder) / "sound").items()})
+        made = in_process(lambda: {k: str(p) for k, p in write_sound(Path(folder) / "sound").items()})
         sound = {kind: Path(path) for kind, path in made.items()}  # zarr's thread does not survive a fork
+        if prepare is not None:
+            prepare(Path(folder) / "sound")
         for number in range(cases):
             if number in have:
                 continue
             place = Path(folder) / str(number)
             place.mkdir()
-            case = {"seed": seed, **run_case(sound, seed, number, place)}
+            case = {"seed": seed, **run(sound, seed, number, place)}
             shutil.rmtree(place, ignore_errors=True)
             file.write(json.dumps(case) + "\n")
             file.flush()
@@ -473,19 +488,28 @@ def table_of(done: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{'all':10}" + "".join(f"{total[o]:11}" for o in OUTCOMES)])
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000)
+def parse_arguments(description: str | None, cases: int, results: str) -> argparse.Namespace:
+    """The options of a run, with these defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=cases)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=Path("fuzz.jsonl"))
-    args = parser.parse_args()
-    done = run_cases(args.cases, args.seed, args.results)
+    parser.add_argument("--results", type=Path, default=Path(results))
+    return parser.parse_args()
+
+
+def report(done: list[dict[str, Any]]) -> int:
+    """Print the table and all defects; the exit code."""
     print(table_of(done))
     defects = [case for case in done if case["outcome"] in DEFECTS]
     for case in defects:
         last = case["detail"].strip().splitlines()[-1:]
         print(f"case {case['number']}: {case['kind']}, {case['damage']}, {case['route']}: {case['outcome']} {last}")
     return 1 if defects else 0
+
+
+def main() -> int:
+    args = parse_arguments(__doc__, 1000, "fuzz.jsonl")
+    return report(run_cases(args.cases, args.seed, args.results))
 
 
 if __name__ == "__main__":
