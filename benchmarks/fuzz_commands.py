@@ -76,8 +76,13 @@ def _read_batch(out: Path, text: str) -> Result:
 
 
 def _read_objects(out: Path, text: str) -> Result:
+    """Numbers and what is measured in voxels; the rest depends on the scale, whose numbers are damaged as well."""
     with open(out / "t.csv", newline="", encoding="utf-8") as file:
-        return _read_zarrs(out, text) | {"table": list(csv.reader(file))}
+        rows = [
+            {name: value for name, value in row.items() if name.startswith(("label", "voxels", "box", "mean"))}
+            for row in csv.DictReader(file)
+        ]
+    return _read_zarrs(out, text) | {"table": rows}
 
 
 def _read_scores(out: Path, text: str) -> Result:

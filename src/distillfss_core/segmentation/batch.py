@@ -288,7 +288,7 @@ def _volumes_of(path: Path, options: Mapping[str, Any]) -> list[tuple[Path, str]
 
 
 def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
-    jobs = []
+    jobs, others = [], []
     is_single = address_of(folder) or is_one_volume(folder)
     for path in [folder] if is_single else first_of_sets(sorted(folder.iterdir())):
         error = ""
@@ -296,12 +296,16 @@ def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part |
             continue
         try:
             if path != folder and not is_volume(path):
+                others.append(path.name)
                 continue
             volumes = _volumes_of(path, options)
         except OSError as refused:
             error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
             volumes = [(path, stem_of(path))]
         jobs += [Job(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
+    if others and jobs:
+        names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
+        log.warning("%d file(s) or folder(s) in %s are no volumes and are left out: %s", len(others), folder, names)
     return jobs
 
 

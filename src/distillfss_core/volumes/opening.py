@@ -164,8 +164,13 @@ def volumes_in(path: Path) -> list[tuple[Path, str]]:
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a path looks like one volume, by its name and, of a folder, by the names in it."""
+    """Whether a path looks like one volume, by its name and, of a folder, by the names in it.
+
+    A folder called NAME.zarr is one, also without metadata: opening it names what is missing.
+    """
     if path.is_dir():
+        if ".zarr" in path.suffixes:
+            return True
         inside = [f.name.lower() for f in path.iterdir()]
         return any(f in ZARR_FILES or f.endswith((*READABLE, *DICOM)) for f in inside)
     return path.name.lower().endswith((*READABLE, *LARGE_FILES, *MRC, *NIFTI, *DICOM))

@@ -218,3 +218,41 @@ def test_a_code_page_ends_no_process(here, root):
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (FINE, b"")
     assert b"\\u65e5.safetensors" in done.stdout
+
+
+def test_what_is_no_volume_in_a_folder_is_named(here, capsys):
+    """A folder holds a format that is not read, notes and a subfolder beside the volumes."""
+    folder = here / "volumes"
+    (folder / "old").mkdir(parents=True)
+    shutil.copy(here / "s.tif", folder / "a.tif")
+    for name in ("b.czi", "notes.txt", ".hidden"):
+        (folder / name).write_bytes(b"something")
+    assert run_batch("volumes") == FINE
+    left_out = "distillfss: warning: 3 file(s) or folder(s) in volumes are no volumes and are left out: "
+    assert capsys.readouterr().err.splitlines() == [f"{left_out}b.czi, notes.txt, old"]
+    assert [row["status"] for row in report().values()] == ["done"]
+
+
+def test_a_zarr_without_metadata_is_a_row(here, capsys):
+    """A copy of a zarr was interrupted before its metadata came."""
+    folder = here / "volumes"
+    folder.mkdir()
+    shutil.copy(here / "s.tif", folder / "a.tif")
+    zarr.create_array(folder / "b.zarr", data=STACK, chunks=(1, 64, 64))
+    (folder / "b.zarr" / "zarr.json").unlink()
+    assert run_batch("volumes") == ERROR
+    assert "has no zarr metadata" in capsys.readouterr().err
+    rows = report()
+    assert [rows[name]["status"] for name in ("a.tif", "b.zarr")] == ["done", "failed"]
+    assert "b.zarr: has no zarr metadata" in rows["b.zarr"]["error"]
+
+
+def test_labels_without_metadata_are_named_when_folders_are_compared(here, capsys):
+    """Of a folder of labels one zarr was copied without its metadata; the truth has both."""
+    for side in ("predicted", "truth"):
+        (here / side).mkdir()
+        for name in "ab":
+            zarr.create_array(here / side / f"{name}.zarr", data=(STACK > 100).astype(np.uint8), chunks=(1, 64, 64))
+    (here / "predicted" / "b.zarr" / "zarr.json").unlink()
+    assert main(["evaluate", "predicted", "truth"]) == ERROR
+    assert "predicted/b.zarr: has no zarr metadata" in capsys.readouterr().err
