@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -314,9 +314,10 @@ def with_foreign_masks(support: SupportSet) -> SupportSet:
     return SupportSet(tuple(slices), support.class_names, None, support.planes_of_one_volume)
 
 
-def accuracy(data: Path, out: Path, only: set[str], draws: int, wanted: set[str], head: str) -> None:
-    done = {(r["task"], r["draw"], r["model"]) for r in _rows(out) if r.get("head") == head}
-    for task in tasks(data, only, draws):
+def accuracy(tasks: Iterable[Task], out: Path, wanted: set[str], head: str) -> None:
+    """Append a row for each model of each task that the file does not hold yet."""
+    done = {(r["task"], r["draw"], r["model"]) for r in rows_of(out) if r.get("head") == head}
+    for task in tasks:
         missing = {m for m in wanted if (task.name, task.draw, m) not in done}
         if not task.volumes:
             missing.discard(CONSENSUS)
@@ -412,7 +413,7 @@ def five_slices_here() -> None:
 # -- rows ------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -426,7 +427,7 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 def table(path: Path) -> None:
     """Mean and spread over the draws, a line a task and model."""
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for row in _rows(path):
+    for row in rows_of(path):
         if "pooled" in row and row["task"] != "cost":
             groups.setdefault((row["task"], row["model"], row["head"]), []).append(row)
     print(f"| {'task':13} | {'model':26} | head | draws | pooled IoU | mean IoU | by kind | seconds | peak MB |")
@@ -441,7 +442,7 @@ def table(path: Path) -> None:
             f"| {task:13} | {model:26} | {head} | {len(rows)} | {pooled:.3f} ± {spread / 2:.3f} | {mean:.3f} "
             f"| {by_kind} | {seconds:.0f} | {peak} |"
         )
-    for row in _rows(path):
+    for row in rows_of(path):
         if row["task"] == "cost":
             print({k: v for k, v in row.items() if k not in ("task", "draw", "torch", "machine")})
 
@@ -454,7 +455,7 @@ def curve(path: Path, out: Path, name: str = "nucleus") -> None:
     import matplotlib.pyplot as plt
 
     scores: dict[str, dict[int, list[float]]] = {}
-    for row in _rows(path):
+    for row in rows_of(path):
         if row.get("head") == "auto" and (match := re.fullmatch(rf"{name}(\d+)", row["task"])):
             scores.setdefault(row["model"], {}).setdefault(int(match[1]), []).append(row["pooled"])
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
@@ -504,7 +505,8 @@ def main() -> None:
         wanted = set(options.models.split(","))
         if unknown := wanted - set(MODELS):
             parser.error(f"unknown models {sorted(unknown)}; choose from {', '.join(MODELS)}")
-        accuracy(options.data, options.out, set(options.only.split(",")), options.draws, wanted, options.head)
+        chosen = tasks(options.data, set(options.only.split(",")), options.draws)
+        accuracy(chosen, options.out, wanted, options.head)
     elif options.command == "cost":
         for name in options.backbones.split(","):
             cost(options.out, name, options.view)

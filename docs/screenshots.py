@@ -1,4 +1,4 @@
-"""The pictures of docs/user-guide.md: napari does a whole session on the generated nuclei and is photographed.
+"""The pictures of docs/user-guide.md and the film of README.md: a whole session in napari on the generated nuclei.
 
 python docs/screenshots.py [FOLDER]          (by default docs/images; needs a screen, or Xvfb)
 """
@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from qtpy.QtWidgets import QWidget
 
 WIDTH, HEIGHT = 1280, 800
-THEMES = ("dark", "light")
+THEMES = ("light", "dark")
+FILM = (960, 600)
 
 
 def main() -> None:
@@ -51,6 +53,7 @@ class Session:
         from napari_distillfss._widgets.dock import DistillDock
 
         self.folder, self.kept = folder, kept
+        self.frames: list[tuple[Image.Image, float]] = []
         self.viewer = napari.Viewer(title="napari", show=True)
         self.app = QApplication.instance() or QApplication([])
         self.viewer.window._qt_window.setGeometry(0, 0, WIDTH, HEIGHT)  # no window manager does it here
@@ -58,51 +61,90 @@ class Session:
         self.viewer.window.add_dock_widget(self.dock, name="DistillFSS", area="right")
 
     def run(self) -> None:
-        from distillfss_core import DistillSettings, generate_sample
+        from distillfss_core import generate_sample
 
         dock, viewer = self.dock, self.viewer
         made = generate_sample(planes=12, size=256)
-        truth = made.labels > 0
         viewer.add_image(made.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+        viewer.dims.axis_labels = ("z", "y", "x")
         dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.support.suggest_slices()
         self.wait(lambda: not dock.support.selecting.running)
         self.wait(lambda: "computes" in dock.volume.device.text())
         self.photograph("1-volume", dock.volume)
+        self.film(3)
+        self.annotate(made.labels)
+        self.distill()
+        self.preview()
+        self.segment()
+        viewer.close()
+        self.save_film()
 
+    def annotate(self, labels: np.ndarray) -> None:
+        """Paint the suggested slices, object by object."""
+        dock = self.dock
+        self.scroll_to(dock.support)
         for z in dock.support.suggested:
-            objects = np.nonzero(truth[z])
             dock.support.go_to(z)
-            dock.support.layer.data_setitem((np.full(len(objects[0]), z), *objects), 2)
+            self.film(0.8)
+            for numbers in np.array_split(np.unique(labels[z])[1:], 12):
+                objects = np.nonzero(np.isin(labels[z], numbers))
+                dock.support.layer.data_setitem((np.full(len(objects[0]), z), *objects), 2)
+                self.film(0.4)
             dock.support.fill_rest()
+            self.film(1)
         dock.support.go_to(dock.support.suggested[2])
         dock.support.paint.click()
         self.wait(lambda: (first := dock.support.list.item(0)) is not None and not first.icon().isNull())
         self.photograph("2-support", dock.support)
 
+    def distill(self) -> None:
+        """Train, and show how."""
+        from distillfss_core import DistillSettings
+
+        dock = self.dock
         settings = DistillSettings(steps=200, crops=96, crop_size=128, zoom=Fraction(2), validation_slice=2)
         dock.distill.settings.setValue(settings)
         dock.distill.start()
-        self.wait(lambda: len(dock.distill.plot.losses) > 150)
+        self.scroll_to(dock.distill)
+        for count in range(0, 150, 10):
+            self.wait(partial(self.has_trained, count))
+            self.film(0.3)
         self.photograph("3-distill", dock.distill)
         self.wait(lambda: not dock.session.busy)
+        self.film(1.5)
 
+    def preview(self) -> None:
+        """Walk through planes that are not annotated."""
+        dock = self.dock
         dock.support.layer.visible = False
+        self.scroll_to(dock.preview)
+        for z in (0, 1, 3, 5, 6, 8):
+            dock.support.go_to(z)
+            self.wait(partial(self.has_preview, z))
+            self.film(1)
         dock.support.go_to(4)
         dock.preview.shown["uncertainty"].setChecked(True)
-        self.wait(lambda: dock.preview.plane == 4 and "done" in dock.preview.message.text())
+        self.wait(partial(self.has_preview, 4))
+        self.film(2)
         self.photograph("4-preview", dock.preview)
 
+    def segment(self) -> None:
+        """Write the labels of the whole volume, and count its objects."""
+        dock = self.dock
         dock.preview.on.setChecked(False)
+        self.scroll_to(dock.apply)
+        self.film(1)
         dock.apply.start()
         self.wait(lambda: not dock.session.busy)
+        self.film(1.5)
         dock.objects.start()
         self.wait(lambda: not dock.session.busy)
         dock.objects.table.view.selectRow(3)
         dock.objects.table.choose(3)
+        self.film(3)
         self.photograph("5-apply", dock.apply)
         self.photograph("6-model", dock.model)
-        viewer.close()
 
     def draw_samples(self) -> None:
         """A plane of each generated stack, with its truth outlined."""
@@ -131,11 +173,35 @@ class Session:
             get_settings().appearance.theme = theme
             self.viewer.theme = theme
             self.wait_a_moment()
-            if (bar := self.dock.verticalScrollBar()) is not None:
-                bar.setValue(self.dock.sections[section].y())
+            self.scroll_to(section)
             self.wait_a_moment()
-            picture = Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)[..., :3])
+            picture = self.picture()
             picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(self.folder / f"{name}-{theme}.png", optimize=True)
+
+    def has_trained(self, steps: int) -> bool:
+        return len(self.dock.distill.plot.losses) > steps
+
+    def has_preview(self, z: int) -> bool:
+        return self.dock.preview.plane == z and not self.dock.preview.busy
+
+    def picture(self) -> Image.Image:
+        return Image.fromarray(self.viewer.screenshot(canvas_only=False, flash=False)[..., :3])
+
+    def scroll_to(self, section: QWidget) -> None:
+        if (bar := self.dock.verticalScrollBar()) is not None:
+            bar.setValue(self.dock.sections[section].y())
+
+    def film(self, seconds: float) -> None:
+        """Add a frame that is shown for so long."""
+        self.wait_a_moment(0.1)
+        self.frames.append((self.picture().resize(FILM, Image.Resampling.LANCZOS), seconds))
+
+    def save_film(self) -> None:
+        """Write the frames as an animation; all have one palette, so that only changes are stored."""
+        first = self.frames[-1][0].quantize(96)
+        frames = [frame.quantize(palette=first, dither=Image.Dither.NONE) for frame, _ in self.frames]
+        durations = [round(1000 * seconds) for _, seconds in self.frames]
+        frames[0].save(self.folder / "session.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
     def wait(self, until: Callable[[], bool], seconds: float = 300) -> None:
         end = time.monotonic() + seconds
@@ -145,8 +211,8 @@ class Session:
             self.app.processEvents()
             time.sleep(0.01)
 
-    def wait_a_moment(self) -> None:
-        end = time.monotonic() + 0.6
+    def wait_a_moment(self, seconds: float = 0.6) -> None:
+        end = time.monotonic() + seconds
         self.wait(lambda: time.monotonic() > end)
 
 
