@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+OWN = "own settings"
+"""Stands for settings that are no preset."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "quick": {"steps": 80, "crops": 96},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +15,9 @@ from psygnal import Signal
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, folder_for, kept_aside, make_support, own_folder, set_aside
 from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._students import KeptStudent, Training, read_training, write_record
 
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
-
-
-@dataclass(frozen=True)
-class Training:
-    """Provenance of the student, for the script."""
-
-    settings: Mapping[str, Any]  # those that differ from the defaults
-    start: Path | None  # the student it went on from
-    classes: tuple[str, ...]
-    pixel_size: tuple[float, float] | None
-    support: Path | None  # where the slices it learned from were written; None if they could not be
 
 
 @dataclass(frozen=True)
@@ -215,11 +206,25 @@ class Session:
         return [numbered[n] for n in sorted((n for n in numbered if n.isdecimal()), key=int, reverse=True)]
 
     def take_student(
-        self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None
+        self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None, preset: str = ""
     ) -> None:
         """Take a student that was distilled in this session; its volume may no longer be the chosen one."""
-        training = Training(settings.changed(), start, tuple(model.class_names), model.pixel_size, support)
+        training = Training(settings.changed(), start, tuple(model.class_names), model.pixel_size, support, preset)
+        with suppress(core.OutputError):  # only the history and a script would need it
+            write_record(training)
         self.set_model(model, path=path, training=training)
+
+    def load_student(self, model: Any, path: Path) -> None:
+        """Take the student of a file, with its provenance where that lies beside it."""
+        self.set_model(model, path=path, training=read_training(path, tuple(model.class_names), model.pixel_size))
+
+    def is_present(self, student: KeptStudent) -> bool:
+        """Whether a kept student is the present one, which may have been saved in another place since."""
+        if self.model is None:
+            return False
+        if self.model_path is not None and self.model_path.parent == student.path.parent:
+            return bool(student.path == self.model_path)
+        return bool(student.created == self.model.created)
 
     def save_model(self, path: Path) -> None:
         """Write the student. The session then refers to it by this file.

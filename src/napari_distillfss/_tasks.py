@@ -19,6 +19,7 @@ import zarr
 
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, from_classes, painted_from, write_planes
+from napari_distillfss._students import Compared, KeptStudent, plane_of, read_student
 
 THUMBNAIL = 48
 Span = tuple[int, int]
@@ -217,6 +218,64 @@ def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:
     yield Doing(f"loading {path.name}")
     model = core.StudentModel.load(path)
     return None if stop.is_set() else model
+
+
+def iter_students(paths: Sequence[Path], stop: Event) -> Generator[KeptStudent, None, None]:
+    """Read the cards of kept students, one after the other."""
+    load_torch()
+    for path in paths:
+        if stop.is_set():
+            return
+        yield read_student(path)
+
+
+def iter_comparing(
+    volume: Any,
+    make_support: Callable[[], tuple[list[int], Any]],
+    students: tuple[KeptStudent, KeptStudent],
+    stop: Event,
+) -> Generator[Any, None, Compared | None]:
+    """Segment the annotated slices with two students and compare the results with the labels.
+
+    Parameters
+    ----------
+    volume : core.Volume
+    make_support : function
+        Reads the annotated planes; where it raises an error, there is nothing to compare on.
+    students : pair of KeptStudent
+
+    Returns
+    -------
+    Compared or None
+        None if it was stopped.
+    """
+    load_torch()
+    yield Doing("reading the annotated slices")
+    try:
+        planes, support = make_support()
+    except core.SupportSetError as error:
+        return Compared(reason=str(error))
+    learned = {plane_of(name) for student in students for name in student.slices}
+    unseen = tuple(z for z in planes if z not in learned)
+    scores: list[tuple[Any, Any]] = []
+    for number, student in enumerate(students):
+        if stop.is_set():
+            return None
+        if tuple(student.card["classes"]) != tuple(support.class_names):
+            scores.append((None, None))
+            continue
+        outputs = core.segment_lazy(volume, core.StudentModel.load(student.path))
+        pairs: dict[int, tuple[Any, Any]] = {}
+        for index, (z, labeled) in enumerate(zip(planes, support.slices, strict=True), 1):
+            if stop.is_set():
+                return None
+            pairs[z] = outputs[z].compute(scheduler="synchronous"), labeled.labels
+            yield core.TrainStep(number * len(planes) + index, 2 * len(planes), stage=f"segmenting with {student.name}")
+        count = len(support.class_names)
+        rest = core.evaluate([pairs[z] for z in unseen], count) if unseen else None
+        scores.append((core.evaluate(pairs.values(), count), rest))
+    (first, first_unseen), (second, second_unseen) = scores
+    return Compared(tuple(planes), (first, second), unseen, (first_unseen, second_unseen))
 
 
 def iter_plane(

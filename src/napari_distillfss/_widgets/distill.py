@@ -27,7 +27,7 @@ class DistillWidget(QWidget):
     def __init__(self, session: Session, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session = session
-        self._started: tuple[Any, Path | None] | None = None  # the path is that of the student gone on from
+        self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
         self.settings = PresetPicker()
         self.distill = button("Distill", "Train a student on the annotated slices", self.start)
         self.refine = button(
@@ -77,7 +77,7 @@ class DistillWidget(QWidget):
             assert keep is not None  # there are annotations
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop))
             start = self._session.model_path if model is not None else None
-            self._started = (settings, start)
+            self._started = (settings, start, self.settings.preset.currentText())
             self.plot.clear()
             self.plot.show()
             self.message.tell("")
@@ -96,7 +96,8 @@ class DistillWidget(QWidget):
             self.plot.hide()
             self.message.tell("stopped before the first step; nothing was changed")
             return
-        self._session.take_student(distilled.model, distilled.path, *self._started, distilled.support)
+        settings, start, preset = self._started
+        self._session.take_student(distilled.model, distilled.path, settings, start, distilled.support, preset)
         card = distilled.model.training
         line = f"{'stopped' if distilled.stopped else 'done'}: {card['steps']} steps in {card['seconds']:.0f} s"
         if card.get("validation_iou") is not None:

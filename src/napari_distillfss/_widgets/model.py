@@ -14,6 +14,7 @@ from napari_distillfss._session import Session
 from napari_distillfss._tasks import iter_loading
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
+from napari_distillfss._widgets.students import StudentHistory
 
 SUFFIX = ".safetensors"
 
@@ -39,6 +40,7 @@ class ModelWidget(QWidget):
         self.card.setReadOnly(True)
         self.card.setMinimumHeight(120)
         self.card.setToolTip("Model card of the student; it is part of the file")
+        self.history = StudentHistory(session)
         self.job = Job(session, "loading a student", self)
         self.message = Message("no student yet")
         column(
@@ -47,9 +49,11 @@ class ModelWidget(QWidget):
             row(self.command, self.python),
             JobBar(self.job, cancel="Stop"),
             self.message,
+            self.history,
             self.card,
         )
         self.card.hide()
+        self.history.restored.connect(self.load_from)
         self.job.done.connect(self._on_loaded)
         self.job.failed.connect(self.message.warn)
         session.model_changed.connect(self._on_model_changed)
@@ -93,10 +97,10 @@ class ModelWidget(QWidget):
             self.message.tell("copied; the annotated slices it reads are beside your annotations")
 
     def _on_loaded(self, model: Any) -> None:
-        if model is None:
+        if model is None or self._loading is None:
             self.message.tell("stopped; nothing was loaded")
             return
-        self._session.set_model(model, path=self._loading, training=None)
+        self._session.load_student(model, self._loading)
         self.message.tell(f"loaded {self._loading}; switch the preview on, or apply it")
 
     def _on_volume_changed(self) -> None:

@@ -11,10 +11,8 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from napari_distillfss._presets import EXPLAINED, PRESETS, preset_of
+from napari_distillfss._presets import EXPLAINED, OWN, PRESETS, preset_of
 from napari_distillfss._widgets._common import column, combo, row
-
-OWN = "own settings"
 
 
 class SettingsForm(QWidget):
