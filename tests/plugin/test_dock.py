@@ -1037,9 +1037,8 @@ def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(vi
     assert not dock.objects.message.warns
 
 
-@pytest.mark.parametrize(("preset", "steps"), [("quick", 16), ("thorough", 240), ("default", 0)])
-def test_refining_takes_a_fifth_of_the_steps_of_a_preset(preset, steps, dock, qtbot, student, painted_truth,
-                                                         monkeypatch):  # fmt: skip
+@pytest.mark.parametrize(("preset", "steps"), [("quick", 16), ("thorough", 240), ("default", 0), ("own settings", 9)])
+def test_refining_takes_a_fifth_of_the_steps(preset, steps, dock, qtbot, student, painted_truth, monkeypatch):
     from napari_distillfss._widgets import distill
 
     seen = []
@@ -1053,7 +1052,12 @@ def test_refining_takes_a_fifth_of_the_steps_of_a_preset(preset, steps, dock, qt
     finish(qtbot, dock)
     paint(dock, painted_truth, [2])
     monkeypatch.setattr(distill, "iter_training", note)
-    dock.distill.settings.setPreset(preset)
+    if preset == "own settings":
+        dock.distill.settings.setPreset("quick")
+        dock.distill.settings.form.boxes["steps"].value = 5 * steps
+    else:
+        dock.distill.settings.setPreset(preset)
+    assert dock.distill.settings.preset.currentText() == preset
     for start in (dock.distill.start_refining, dock.distill.start):
         start()
         finish(qtbot, dock)

@@ -91,7 +91,7 @@ def test_students_that_are_trained_are_listed_the_latest_first_with_their_origin
     dock.distill.start()
     finish(qtbot, dock)
     paint(dock, painted_truth, [6])
-    dock.distill.settings.setValue(replace(few, steps=4))
+    dock.distill.settings.setValue(replace(few, steps=20))
     dock.distill.start_refining()
     finish(qtbot, dock)
     wait_for_students(qtbot, dock, 2)

@@ -9,7 +9,6 @@ from typing import Any
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from napari_distillfss._presets import PRESETS
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Distilled, iter_training
 from napari_distillfss._threads import Job
@@ -17,7 +16,7 @@ from napari_distillfss._widgets._common import JobBar, Message, attempt, button,
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
-_REFINING = 5  # of the steps of a training, refining takes a part
+_REFINING = 5  # as a warm start in the core: refining takes a fifth of the steps
 _HINT = "annotate some slices, then press Distill"
 
 
@@ -71,7 +70,7 @@ class DistillWidget(QWidget):
             if self.settings.error:
                 raise core.SettingsError(self.settings.error)
             settings, maker = self.settings.value(), self._session.support_maker()
-            if model is not None and settings.steps and self.settings.preset.currentText() in PRESETS:
+            if model is not None and settings.steps:  # with 0 the core takes a fifth of the steps it chooses
                 settings = replace(settings, steps=max(1, settings.steps // _REFINING))
             keep = self._session.next_model_path()
             assert keep is not None  # there are annotations

@@ -23,6 +23,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
 from distillfss_core.training import loop as fit
 from distillfss_core.training.crops import PLAIN, Augmentation, CropSampler, FeatureCache
+from distillfss_core.training.distillation import auto_steps
 from distillfss_core.training.loop import NOISE
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, AnnotatedSlice
@@ -437,3 +438,9 @@ def test_the_halo_is_measured_where_the_objects_are(tiny, monkeypatch) -> None:
     distill(SupportSet((AnnotatedSlice(image, labels),)), tiny)
     assert [part.shape for part in parts] == [(576, 576)]
     assert parts[0].sum() == piece.image.sum()
+
+
+@pytest.mark.parametrize("slices", [1, 5, 8, 30])
+def test_a_warm_start_takes_a_fifth_of_the_steps(slices: int) -> None:
+    assert auto_steps(5, again=True) == 60
+    assert auto_steps(slices, again=True) == auto_steps(slices) // 5
