@@ -91,7 +91,7 @@ def measure_gaps() -> dict[str, float]:
     def nothing() -> None:
         pass
 
-    during("a volume is chosen, torch loaded", add_image, lambda: "computes" in dock.volume.device.text())
+    during("a volume is chosen, torch loaded", add_image, lambda: "Computes" in dock.volume.device.text())
     during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.selecting.running)
     assert dock.session.annotations is not None  # the suggestion made them
     for z in dock.support.suggested:
@@ -100,11 +100,11 @@ def measure_gaps() -> dict[str, float]:
     dock.distill.settings.setValue(DistillSettings(steps=40, crops=32, crop_size=128, zoom=Fraction(1)))
     during("preparing to distill", dock.distill.start, lambda: dock.distill.plot.losses)
     during("distilling", nothing, lambda: not dock.session.busy)
-    during("first preview", nothing, lambda: "done" in dock.preview.message.text())
+    during("first preview", nothing, lambda: "is ready" in dock.preview.message.text())
     during(
         "scrolling",
         lambda: dock.support.go_to(7),
-        lambda: dock.preview.plane == 7 and "done" in dock.preview.message.text(),
+        lambda: dock.preview.plane == 7 and "is ready" in dock.preview.message.text(),
     )
     dock.apply.out.setText(str(folder / "out.ome.zarr"))
     during("Apply is pressed", dock.apply.start, lambda: True)

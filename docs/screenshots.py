@@ -70,7 +70,7 @@ class Session:
         dock.apply.out.setText("nuclei-labels.ome.zarr")
         dock.support.suggest_slices()
         self.wait(lambda: not dock.support.selecting.running)
-        self.wait(lambda: "computes" in dock.volume.device.text())
+        self.wait(lambda: "Computes" in dock.volume.device.text())
         self.photograph("1-volume", dock.volume)
         self.film(3)
         self.annotate(made.labels)

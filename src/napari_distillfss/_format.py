@@ -15,13 +15,34 @@ _BLOCK = 1 << 23  # voxels that the engine works on at a time, about
 _FIXED = 900 << 20  # libraries and a backbone
 
 
-def size(count: float) -> str:
+_STAGES = {
+    "joint": "training",
+    "direct": "training",
+    "refine": "training the teacher",
+    "distill": "distilling",
+    "looking": "looking at planes",
+}
+"""Text for stages of a training and of other work; others have their own name."""
+
+
+def stage(name: str) -> str:
+    """Text for a stage of some work."""
+    return _STAGES.get(name, name)
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter, unless it begins with the name of a file, as in "stack.tif: ..."."""
+    first = text.partition(" ")[0]
+    return text[:1].upper() + text[1:] if first.rstrip(",").isalpha() and ": " not in text.partition("\n")[0] else text
+
+
+def size(count: float, digits: int = 3) -> str:
     """Bytes: "3.2 GB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.3g} {unit}"
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.{digits}g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.{digits}g} TB"
 
 
 def count(number: int, what: str) -> str:
@@ -71,7 +92,7 @@ def volume(chosen: ChosenVolume) -> str:
     else:
         lines.append("pixel size not known (set the layer's scale and units, if sizes matter)")
     whole = float(np.prod(v.shape, dtype=float)) * v.dtype.itemsize
-    lines.append(f"{size(whole)} in all, read piece by piece; working takes about {size(working_memory(chosen))}")
+    lines.append(f"{size(whole)} in all, read piece by piece. Needs about {size(working_memory(chosen), 2)} of memory")
     return "\n".join(lines)
 
 
@@ -84,9 +105,13 @@ def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
 
 
 def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:
-    """The labeled share of a plane and its labels."""
-    parts = [f"{name} {share(slice_.share(FIRST_CLASS + k))}" for k, name in enumerate(class_names)]
-    return f"plane {slice_.plane}: {share(slice_.annotated)} labeled\n{', '.join(parts)}"
+    """The labeled share of a plane and the shares of its classes in it."""
+    head = f"plane {slice_.plane}: {share(slice_.annotated)} labeled"
+    shares = [share(slice_.share(FIRST_CLASS + k)) for k in range(len(class_names))]
+    if len(class_names) == 1:
+        return f"{head}\n{shares[0]} of the labeled pixels are {class_names[0]}"
+    parts = [f"{part} {name}" for part, name in zip(shares, class_names, strict=True)]
+    return f"{head}\nof the labeled pixels: {', '.join(parts)}"
 
 
 class Pace:

@@ -25,7 +25,7 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
     """Images of the slices that a student was trained on, with its card as metadata."""
     card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
     if pictures is None:
-        raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock's Model section")
+        raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock, section Model")
     options = {"metadata": {"distillfss_card": card, "path": str(path)}}
     name = Path(str(path)).stem
     labels = pictures.labels.copy()

@@ -28,9 +28,9 @@ Work = Callable[[Event], Generator[Any, None, Any]]
 
 
 _AFTER = {
-    "load": "choosing the zoom on your slices",
-    "zoom": "choosing the zoom on your slices",
-    "encode": "encoding crops of your slices",
+    "load": "choosing the zoom",
+    "zoom": "choosing the zoom",
+    "encode": "preparing augmented crops",
 }
 """Text for the work that follows a step of the preparation."""
 
@@ -206,7 +206,7 @@ def iter_teacher(
 ) -> Generator[Doing, None, Any]:
     """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
-    yield Doing("encoding your slices for the teacher")
+    yield Doing("preparing the instant model on your slices")
     _, support = make_support()
     teacher = core.unrefined_teacher(support, settings, kind=kind)
     return None if stop.is_set() else teacher

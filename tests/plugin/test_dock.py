@@ -59,11 +59,11 @@ def test_layers_of_every_kind_are_painted_previewed_and_applied(
     finish(qtbot, dock)
     if kind == "rgb":
         assert dock.session.model is not None
-    qtbot.waitUntil(lambda: "done" in dock.preview.message.text(), timeout=60_000)
+    qtbot.waitUntil(lambda: "is ready" in dock.preview.message.text(), timeout=60_000)
     dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
     dock.apply.start()
     finish(qtbot, dock)
-    assert dock.apply.message.text().startswith("done")
+    assert dock.apply.message.text().startswith("Done")
     assert dock.apply.layer.ndim == viewer.layers["image"].ndim
     np.testing.assert_allclose(dock.apply.layer.extent.world[:, -2:], viewer.layers["image"].extent.world[:, -2:])
 
@@ -86,9 +86,9 @@ def test_without_a_volume_everything_says_so(viewer, open_dock):
         action()
         assert "choose an image layer first" in message.text()
     dock.objects.start()
-    assert "apply a student first" in dock.objects.message.text()
+    assert "apply a model first" in dock.objects.message.text()
     dock.distill.start_refining()
-    assert "no student to refine" in dock.distill.message.text()
+    assert "no model to refine" in dock.distill.message.text()
 
 
 def test_a_volume_that_cannot_be_read_says_why_it_keeps_no_annotations(dock):
@@ -116,7 +116,7 @@ def test_without_support_distill_says_so(dock):
     assert "no slice is annotated" in dock.distill.message.text()
     dock.session.annotations.put(2, np.ones((96, 96), np.uint8))
     dock.session.painted()
-    assert dock.distill.message.text() == "annotate some slices, then press Distill"
+    assert dock.distill.message.text() == "Annotate some slices, then press Train"
 
 
 def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
@@ -146,7 +146,7 @@ def test_a_second_run_waits_for_the_first(dock, qtbot, painted_truth):
     dock.distill.start()
     assert not dock.distill.distill.isEnabled()
     dock.distill.start()
-    assert "already distilling" in dock.distill.message.text()
+    assert "already training" in dock.distill.message.text()
     finish(qtbot, dock)
     assert dock.distill.distill.isEnabled()
 
@@ -161,7 +161,7 @@ def test_cancelling_keeps_the_best_so_far(dock, qtbot, painted_truth, few):
     dock.distill.job.cancel()
     finish(qtbot, dock)
     assert dock.session.model is not None
-    assert "stopped" in dock.distill.message.text()
+    assert dock.distill.message.text().startswith("Stopped: ")
 
 
 def test_deleting_the_layer_while_distilling_loses_nothing(viewer, dock, nuclei, qtbot, painted_truth):
@@ -190,7 +190,7 @@ def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path,
     del dock
     import threading
 
-    qtbot.waitUntil(lambda: not any("distilling" in t.name for t in threading.enumerate()), timeout=60_000)
+    qtbot.waitUntil(lambda: not any("training" in t.name for t in threading.enumerate()), timeout=60_000)
     assert session.volume is None
     viewer.dims.set_point(0, 5)  # nothing listens any more
 
@@ -424,7 +424,7 @@ def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_que
 def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
     dock.support.way.setCurrentText("least sure")
     dock.support.suggest_slices()
-    assert "no student yet" in dock.support.message.text()
+    assert "no model yet" in dock.support.message.text()
     dock.model.load_from(student)
     finish(qtbot, dock)
     dock.support.count.setValue(2)
@@ -449,7 +449,7 @@ def test_the_preview_follows_and_shows_what_is_asked(dock, qtbot, viewer, studen
         dock.model.load_from(student)
     for z in (1, 2, 3, 6):
         dock.support.go_to(z)
-    qtbot.waitUntil(lambda: dock.preview.plane == 6 and "done" in dock.preview.message.text(), timeout=60_000)
+    qtbot.waitUntil(lambda: dock.preview.plane == 6 and "is ready" in dock.preview.message.text(), timeout=60_000)
     assert set(dock.preview.layers) == {"labels"}
     dock.preview.shown["uncertainty"].setChecked(True)
     dock.preview.shown["probability"].setChecked(True)
@@ -504,11 +504,11 @@ def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
     dock.apply.start()
     finish(qtbot, dock)
     assert "file" in dock.apply.message.text()
-    assert "done" not in dock.apply.message.text()
+    assert "Done" not in dock.apply.message.text()
     dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
     dock.apply.start()
     finish(qtbot, dock)
-    assert dock.apply.message.text().startswith("done")
+    assert dock.apply.message.text().startswith("Done")
 
 
 @pytest.mark.filterwarnings("ignore::distillfss_core.IntensityWarning")
@@ -529,7 +529,7 @@ def test_intensities_unlike_those_that_were_learned_are_named(viewer, open_dock,
     viewer.layers.clear()
     viewer.layers.selection.active = viewer.add_image(sample.image, name="as learned")
     qtbot.waitUntil(lambda: dock.session.volume is not None and dock.session.volume.name == "as learned")
-    qtbot.waitUntil(lambda: "done. Paint" in dock.preview.message.text(), timeout=60_000)
+    qtbot.waitUntil(lambda: dock.preview.message.text().endswith("is ready"), timeout=60_000)
     assert not dock.preview.message.warns
 
 
@@ -633,7 +633,7 @@ def test_apply_is_stopped_and_gone_on_with_in_the_same_and_in_a_new_dock(
         (cancel,) = [b for b in applying.apply.findChildren(QPushButton) if b.text() == "Cancel"]
         cancel.click()
         finish(qtbot, applying)
-        assert "stopped; what is written is kept" in applying.apply.message.text()
+        assert "Stopped; what is written is kept" in applying.apply.message.text()
         assert applying.apply.layer in viewer.layers
 
     stop()
@@ -666,7 +666,7 @@ def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtb
     assert applying.apply.layer is layer
     held.set()
     finish(qtbot, applying)
-    assert applying.apply.message.text().startswith("done")
+    assert applying.apply.message.text().startswith("Done")
 
 
 @pytest.mark.parametrize("what", ["deleted", "changed"])
@@ -683,7 +683,7 @@ def test_applying_goes_on_when_its_layer_is_deleted_or_another_is_chosen(
         assert applying.session.volume.name == "another"
     held.set()
     finish(qtbot, applying)
-    assert applying.apply.message.text().startswith("done")
+    assert applying.apply.message.text().startswith("Done")
     assert_written(tmp_path, student, sample.image)
     np.testing.assert_allclose(applying.apply.layer.extent.world, nuclei.extent.world)
     applying.objects.start()  # of the volume that was applied to
@@ -1013,7 +1013,7 @@ def test_labels_of_another_student_name_the_box_that_replaces_them(dock, qtbot, 
     dock.apply.replace.setChecked(True)
     dock.apply.start()
     finish(qtbot, dock)
-    assert dock.apply.message.text().startswith("done")
+    assert dock.apply.message.text().startswith("Done")
 
 
 def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(viewer, sample, open_dock, qtbot, student,
@@ -1180,7 +1180,7 @@ def test_the_table_and_messages_of_a_volume_end_with_it(dock, viewer, qtbot, stu
     assert dock.objects.table.isHidden()
     assert "object" in dock.objects.message.text()
     assert "measures in" not in dock.objects.message.text()
-    assert not dock.apply.message.text().startswith("done")
+    assert not dock.apply.message.text().startswith("Done")
 
 
 def test_the_dock_for_a_student_shows_the_student_before_preview_and_apply(viewer, nuclei, qtbot, tmp_path):

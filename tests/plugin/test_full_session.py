@@ -50,7 +50,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
 
     wrong = next(z for z in range(12) if z not in dock.support.suggested)
     dock.support.go_to(wrong)
-    qtbot.waitUntil(lambda: dock.preview.plane == wrong and "done" in dock.preview.message.text(), timeout=60_000)
+    qtbot.waitUntil(lambda: dock.preview.plane == wrong and "is ready" in dock.preview.message.text(), timeout=60_000)
     dock.preview.take.click()
     painted = dock.session.annotations.plane(wrong)
     np.testing.assert_array_equal(painted, dock.preview.layers["labels"].data[0] + 1)

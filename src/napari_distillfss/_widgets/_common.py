@@ -29,10 +29,10 @@ ERROR_COLOR = "#e0524d"  # readable on napari's light and dark
 
 
 class Message(QLabel):
-    """A line of text that shows the state; errors are red."""
+    """A line of text that shows the state; errors are red. It begins with a capital letter."""
 
     def __init__(self, text: str = "", parent: QWidget | None = None) -> None:
-        super().__init__(text, parent)
+        super().__init__(fmt.sentence(text), parent)
         self.setWordWrap(True)
         self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
         self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
@@ -44,11 +44,11 @@ class Message(QLabel):
 
     def tell(self, text: str) -> None:
         self.setStyleSheet("")
-        self.setText(text)
+        self.setText(fmt.sentence(text))
 
     def warn(self, text: str) -> None:
         self.setStyleSheet(f"color: {ERROR_COLOR};")
-        self.setText(text)
+        self.setText(fmt.sentence(text))
 
 
 class Section(QWidget):
@@ -78,7 +78,7 @@ class JobBar(QWidget):
     """Progress of a job as text and bar, with a button that cancels it; hidden while no job runs."""
 
     def __init__(
-        self, job: Job, *, cancel: str, starting: str = "starting (the first time this loads torch, some seconds)"
+        self, job: Job, *, cancel: str, starting: str = "Starting (the first time takes some seconds)"
     ) -> None:
         super().__init__()
         self._job, self._pace, self._starting = job, fmt.Pace(), starting
@@ -114,7 +114,7 @@ class JobBar(QWidget):
         eta = getattr(step, "eta", None)
         left = self._pace.left(step.index, step.total) if eta is None else eta
         stage = getattr(step, "stage", "")
-        self.text.tell(f"{stage + ', ' if stage else ''}about {fmt.duration(left)} left")
+        self.text.tell(f"{fmt.stage(stage) + ', ' if stage else ''}about {fmt.duration(left)} left")
 
     def _on_cancel_clicked(self) -> None:
         self.cancel.setEnabled(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -25,9 +26,9 @@ from napari_distillfss._widgets.table import ObjectTable
 
 MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
-_NO_LABELS = "apply a student first"
-_READY_TO_COUNT = "ready to count the objects of {}"
-_NO_STUDENT = "distill or load a student first"
+_NO_LABELS = "Apply a model first"
+_READY_TO_COUNT = "Ready to count the objects of {}"
+_NO_MODEL = "Train or load a model first"
 _READY = "Ready. You can stop and resume at any time"
 _SPECK = 9  # pixels; fewer are no object but a stroke
 _WIDEST_RADIUS = 15.0  # pixels that the watershed takes
@@ -58,18 +59,18 @@ class ApplyWidget(QWidget):
         self.out.setPlaceholderText("NAME.ome.zarr")
         self.browse = button("…", "Choose where to write", self._on_browse_clicked)
         self.browse.setMaximumWidth(32)
-        self.replace = QCheckBox("Replace labels that are there")
+        self.replace = QCheckBox("Replace existing labels")
         self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.apply = button(
             "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
         self.job = Job(session, "segmenting", self)
-        self.message = Message(_NO_STUDENT)
+        self.message = Message(_NO_MODEL)
         column(
             self,
             row(self.region, self.on_screen),
-            row("mode", self.mode),
-            row("into", self.out, self.browse),
+            row("Mode", self.mode),
+            row("Save to", self.out, self.browse),
             self.replace,
             self.apply,
             JobBar(self.job, cancel="Stop; what is written is kept, and Apply goes on from there"),
@@ -96,7 +97,7 @@ class ApplyWidget(QWidget):
             if chosen is None:
                 raise core.SettingsError("no volume is chosen; choose an image layer first")
             if model is None:
-                raise core.SettingsError("there is no student yet; distill or load one first")
+                raise core.SettingsError("there is no model yet; train or load one first")
             out = Path(self.out.text().strip() or ".").expanduser().absolute()
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
@@ -135,21 +136,22 @@ class ApplyWidget(QWidget):
         if self._running is None:
             return
         if report is None:
-            self.message.tell("stopped; what is written is kept, and Apply goes on from there")
+            self.message.tell("Stopped; what is written is kept, and Apply goes on from there")
             return
         self._session.set_applied(self._running)
         finished = f", {report.finished} found finished" if report.finished else ""
-        text = f"done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{finished}"
+        text = f"Done in {fmt.duration(report.seconds)}: {fmt.count(report.computed, 'piece')} computed{finished}"
         if report.warning:
             self.message.warn(f"{text}; {report.path.name}, but {report.warning}")
         else:
             self.message.tell(f"{text}; {report.path.name}")
 
     def _on_job_failed(self, message: str) -> None:
-        if "was begun with another" in message:
-            message = message.replace(
-                "give what it was begun with, or another name",
-                f"tick “{self.replace.text()}”, or choose another name",
+        begun = re.fullmatch(r"(.*): was begun with another (.*); .*", message)
+        if begun is not None:
+            message = (
+                f"{Path(begun[1]).name}: holds results of another {begun[2]}. Tick “{self.replace.text()}” or choose "
+                "another name"
             )
         self.message.warn(message)
 
@@ -190,7 +192,7 @@ class ApplyWidget(QWidget):
     def _on_volume_changed(self) -> None:
         chosen = self._session.volume
         if not self.job.running:
-            self.message.tell(_READY if self._session.model is not None else _NO_STUDENT)
+            self.message.tell(_READY if self._session.model is not None else _NO_MODEL)
         if chosen is not None:
             z, y, x = chosen.volume.shape[:3]
             self.region.setShape((z, y, x))
@@ -223,7 +225,7 @@ class ApplyWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         self.apply.setEnabled(not self._session.busy and self._session.model is not None)
-        if self._session.model is not None and self.message.text().startswith("distill"):
+        if self._session.model is not None and self.message.text() == _NO_MODEL:
             self.message.tell(_READY)
 
 
@@ -257,15 +259,15 @@ class ObjectsWidget(QWidget):
         self.radius.setRange(0.0001, 1e6)
         self.radius.setValue(5)
         self.radius.setToolTip("Radius of a typical object, in the unit of the pixel size, for the watershed")
-        self.smallest = spin(1, 10**9, 20, "Smaller objects (voxels) are left out")
+        self.smallest = spin(1, 10**9, 20, "Objects of fewer voxels are left out")
         self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
         self.job = Job(session, "counting", self)
         self.table = ObjectTable()
         self.message = Message(_NO_LABELS)
         column(
             self,
-            row(self.method, "radius", self.radius),
-            row("class", self.of_class, "smallest", self.smallest),
+            row(self.method, "Radius", self.radius),
+            row("Class", self.of_class, "Min. size (voxels)", self.smallest),
             self.count,
             JobBar(self.job, cancel="Stop; Count objects goes on from there"),
             self.table,
@@ -289,7 +291,7 @@ class ObjectsWidget(QWidget):
         def start() -> None:
             applied = self._session.applied
             if applied is None:
-                raise core.SettingsError("there are no labels yet; apply a student first")
+                raise core.SettingsError("there are no labels yet; apply a model first")
             chosen = applied.volume
             out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
             options: dict[str, Any] = {
@@ -325,7 +327,7 @@ class ObjectsWidget(QWidget):
 
     def _on_job_done(self, report: Any) -> None:
         if report is None or self._running is None:
-            self.message.tell("stopped; Count objects begins again")
+            self.message.tell("Stopped; Count objects begins again")
             return
         chosen, counted = self._running
         self._session.counted = counted
@@ -391,5 +393,5 @@ class ObjectsWidget(QWidget):
             if [self.of_class.itemText(i) for i in range(self.of_class.count())] != list(applied.classes):
                 self.of_class.clear()
                 self.of_class.addItems(applied.classes)
-            if self.message.text().startswith("apply"):
+            if self.message.text() == _NO_LABELS:
                 self.message.tell(_READY_TO_COUNT.format(applied.out.name))

@@ -9,6 +9,7 @@ from typing import Any
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
+from napari_distillfss import _format as fmt
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Distilled, iter_training
 from napari_distillfss._threads import Job
@@ -17,7 +18,7 @@ from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
 _REFINING = 5  # as a warm start in the core: refining takes a fifth of the steps
-_HINT = "annotate some slices, then press Distill"
+_HINT = "Annotate some slices, then press Train"
 
 
 class DistillWidget(QWidget):
@@ -28,20 +29,20 @@ class DistillWidget(QWidget):
         self._session = session
         self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
         self.settings = PresetPicker()
-        self.distill = button("Distill", "Train a student on the annotated slices", self.start)
+        self.distill = button("Train", "Distill a student, a small model, from the annotated slices", self.start)
         self.refine = button(
             "Refine",
-            "Continue the training of the present student on the present slices (a fifth of the steps)",
+            "Continue the training of the present model (the student) on the present slices, in a fifth of the steps",
             self.start_refining,
         )
-        self.job = Job(session, "distilling", self)
+        self.job = Job(session, "training", self)
         self.plot = TrainingPlot()
         self.message = Message(_HINT)
         column(
             self,
             self.settings,
             row(self.distill, self.refine),
-            JobBar(self.job, cancel="Stop the training and keep the best student so far"),
+            JobBar(self.job, cancel="Stop the training and keep the best model so far"),
             self.plot,
             self.message,
         )
@@ -61,7 +62,7 @@ class DistillWidget(QWidget):
     def start_refining(self) -> None:
         """Refine the present student."""
         if self._session.model is None:
-            self.message.warn("there is no student to refine yet; press Distill first")
+            self.message.warn("there is no model to refine yet; press Train first")
             return
         self._start(self._session.model)
 
@@ -98,15 +99,15 @@ class DistillWidget(QWidget):
         settings, start, preset = self._started
         self._session.take_student(distilled.model, distilled.path, settings, start, distilled.support, preset)
         card = distilled.model.training
-        line = f"{'stopped' if distilled.stopped else 'done'}: {card['steps']} steps in {card['seconds']:.0f} s"
+        line = f"{'Stopped' if distilled.stopped else 'Done'}: {card['steps']} steps in {fmt.duration(card['seconds'])}"
         if card.get("validation_iou") is not None:
             line += f", IoU {card['validation_iou']:.3f} on the validation slice"
         if distilled.stopped:
-            line += f"; the best student so far (step {card['best_step']}) is kept"
+            line += f"; the best model so far (step {card['best_step']}) is kept"
         if distilled.error:
             self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({distilled.error})")
             return
-        self.message.tell(line + ". Scroll to preview it, paint where it is wrong, and Refine.")
+        self.message.tell(line + ". Scroll to see its preview, paint where it is wrong, then press Refine")
 
     def _on_slices_changed(self) -> None:
         if self.message.warns:  # what was wrong with the slices may be no longer

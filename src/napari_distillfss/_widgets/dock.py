@@ -27,7 +27,7 @@ _WIDTH = 380  # so that half of a small screen is left for the image
 
 
 class DistillDock(QScrollArea):
-    """Sections: Volume, Support, Distill, Preview, Apply, Objects, Model.
+    """Sections: Volume, Training slices, Train, Preview, Apply, Objects, Model.
 
     Parameters
     ----------
@@ -49,12 +49,17 @@ class DistillDock(QScrollArea):
         self.model = ModelWidget(session)
         sections = [
             Section("1  Volume", self.volume, tooltip="What to segment"),
-            Section("2  Support", self.support, tooltip="Slices that you annotate"),
-            Section("3  Distill", self.distill, tooltip="Training of a student on your slices"),
-            Section("4  Preview", self.preview, tooltip="Output of the student for the plane on screen"),
+            Section("2  Training slices", self.support, tooltip="Slices that you annotate: the support"),
+            Section("3  Train", self.distill, tooltip="Distillation of a student, a small model, from your slices"),
+            Section("4  Preview", self.preview, tooltip="Output of the model for the plane on screen"),
             Section("5  Apply", self.apply, tooltip="The whole volume into OME-Zarr", unfolded=False),
             Section("6  Objects", self.objects, tooltip="Count and measure what was segmented", unfolded=False),
-            Section("7  Model", self.model, tooltip="File of the student; script of the session", unfolded=False),
+            Section(
+                "7  Model",
+                self.model,
+                tooltip="The model as a file, earlier models, and the session as a script",
+                unfolded=False,
+            ),
         ]
         self.sections = {section.content: section for section in sections}
         content = QWidget()
@@ -84,7 +89,7 @@ class DistillDock(QScrollArea):
         return QSize(_WIDTH, 700)
 
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
-        with suppress(core.OutputError, core.InputFileError):  # Support says it; all else goes on
+        with suppress(core.OutputError, core.InputFileError):  # the training slices say it; all else goes on
             self.session.choose_volume(chosen)
 
     def _on_model_changed(self) -> None:
@@ -110,5 +115,5 @@ class ApplyDock(DistillDock):
             section = self.sections[widget]
             layout.removeWidget(section)
             layout.insertWidget(row, section)
-            section.heading.setText(f"{row + 1}  {section.heading.text().split()[-1]}")
+            section.heading.setText(f"{row + 1}  {section.heading.text().split(maxsplit=1)[1]}")
             section.heading.setChecked(widget is not self.objects)

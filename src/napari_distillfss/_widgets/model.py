@@ -39,10 +39,10 @@ class ModelWidget(QWidget):
         self.card = QPlainTextEdit()
         self.card.setReadOnly(True)
         self.card.setMinimumHeight(120)
-        self.card.setToolTip("Model card of the student; it is part of the file")
+        self.card.setToolTip("Model card; it is part of the file of the student")
         self.history = StudentHistory(session)
-        self.job = Job(session, "loading a student", self)
-        self.message = Message("no student yet")
+        self.job = Job(session, "loading a model", self)
+        self.message = Message("No model yet")
         column(
             self,
             row(self.save, self.load),
@@ -101,7 +101,7 @@ class ModelWidget(QWidget):
             self.message.tell("stopped; nothing was loaded")
             return
         self._session.load_student(model, self._loading)
-        self.message.tell(f"loaded {self._loading}; switch the preview on, or apply it")
+        self.message.tell(f"loaded {self._loading}; preview or apply it")
 
     def _on_volume_changed(self) -> None:
         """Load the latest student of this volume where the session has none yet."""
@@ -116,10 +116,10 @@ class ModelWidget(QWidget):
         self.card.setVisible(model is not None)
         if model is not None:
             self.card.setPlainText(describe(model.card))
-            self.message.tell("a student is there; Save keeps it where you want it")
+            self.message.tell("A model is there; Save… writes it to a place of your choice")
 
     def _on_save_clicked(self) -> None:
-        path, _ = QFileDialog.getSaveFileName(self, "Save the student", f"student{SUFFIX}", f"Student (*{SUFFIX})")
+        path, _ = QFileDialog.getSaveFileName(self, "Save the model", f"student{SUFFIX}", f"Model (*{SUFFIX})")
         if path:
             self.save_to(Path(path) if path.endswith(SUFFIX) else Path(path + SUFFIX))
 
@@ -127,7 +127,7 @@ class ModelWidget(QWidget):
         students, volume = self._session.students(), self._session.volume
         beside = volume.volume.path if volume is not None else None
         start = students[0] if students else beside.parent if beside is not None else Path.home()
-        path, _ = QFileDialog.getOpenFileName(self, "Load a student", str(start), f"Student (*{SUFFIX})")
+        path, _ = QFileDialog.getOpenFileName(self, "Load a model", str(start), f"Model (*{SUFFIX})")
         if path:
             self.load_from(Path(path))
 

@@ -18,8 +18,9 @@ from napari_distillfss._widgets._common import JobBar, Message, attempt, button,
 from napari_distillfss._widgets.support import colors_of
 
 MARK = "distillfss_preview"
-SOURCES = {"student": None, "teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
+SOURCES = {"model": None, "instant (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
+_NO_MODEL = "Train a model first, or choose an untrained one"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
 
@@ -52,9 +53,10 @@ class PreviewWidget(QWidget):
         self._probabilities: np.ndarray | None = None
         self._layers: dict[str, Any] = {}
         self.on = QCheckBox("Preview the plane on screen")
-        self.on.setToolTip("Segment the visible part of each plane during scrolling")
+        self.on.setToolTip("Segment the visible part of each plane as you scroll")
         self.source = combo(
-            "student: the distilled model; teacher and prototypes: few-shot models on your slices, without training",
+            "model: the trained student; instant: the teacher before any training, on your slices; prototypes: as "
+            "instant, but by the mean of each class",
             tuple(SOURCES),
         )
         self.shown = {name: QCheckBox(name) for name in _NAMES}
@@ -71,8 +73,8 @@ class PreviewWidget(QWidget):
             "Copy the preview of this plane into its unpainted pixels. Then repaint the errors and press Refine",
             self._on_take_clicked,
         )
-        self.job = Job(session, "encoding slices for the teacher", self)
-        self.message = Message("distill a student first, or choose teacher or prototypes")
+        self.job = Job(session, "preparing the instant model", self)
+        self.message = Message(_NO_MODEL)
         self._latest = LatestJob(self)
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
@@ -84,7 +86,7 @@ class PreviewWidget(QWidget):
         column(
             self,
             self.on,
-            row("by", self.source, "class", self.of_class),
+            row("Using", self.source, "Class", self.of_class),
             row(*self.shown.values()),
             self.take,
             JobBar(self.job, cancel="Stop"),
@@ -233,7 +235,7 @@ class PreviewWidget(QWidget):
         if not self.on.isChecked() or chosen is None:
             return
         if model is None:
-            self.message.tell("distill a student first, or choose teacher or prototypes")
+            self.message.tell(_NO_MODEL)
             return
         dims = self._viewer.dims
         if dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
@@ -243,7 +245,7 @@ class PreviewWidget(QWidget):
         self._go_to(chosen, z, model)
         self._latest.cancel()
         painted, on_screen, volume = frozenset(self._painted_tiles), chosen.on_screen(), chosen.volume
-        self.message.tell(f"plane {z}: computing")
+        self.message.tell(f"Preview of plane {z}: computing")
         self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, painted, stop))
 
     def _on_part(self, part: PlanePart | Noticed) -> None:
@@ -267,9 +269,9 @@ class PreviewWidget(QWidget):
     def _on_idle(self) -> None:
         if self.on.isChecked() and self._painted_tiles:
             if self._notice:
-                self.message.warn(f"plane {self._plane}: done, but {self._notice}")
+                self.message.warn(f"Preview of plane {self._plane} is ready, but {self._notice}")
             else:
-                self.message.tell(f"plane {self._plane}: done. Paint where it is wrong, then Refine")
+                self.message.tell(f"Preview of plane {self._plane} is ready")
             self.settled.emit()
 
     def _on_shown_toggled(self) -> None:
@@ -284,7 +286,7 @@ class PreviewWidget(QWidget):
 
     def _on_take_clicked(self) -> None:
         if not self._painted_tiles:
-            self.message.warn("there is no preview of this plane yet; switch the preview on")
+            self.message.warn("there is no preview of this plane yet; tick the preview")
             return
         chosen = self._session.volume
         if chosen is None or chosen.plane_at(self._viewer.dims.point) != self._plane:
@@ -297,7 +299,9 @@ class PreviewWidget(QWidget):
         self.correct.emit(from_classes(annotation))
         self._corrected = self._plane
         self._show_layers()
-        self.message.tell(f"plane {self._plane}: copied to the annotations. Its preview is hidden while you correct it")
+        self.message.tell(
+            f"Plane {self._plane} is copied to the annotations. The preview is hidden while you correct it"
+        )
 
     def _on_layer_removed(self) -> None:
         self._layers = {name: layer for name, layer in self._layers.items() if layer in self._viewer.layers}

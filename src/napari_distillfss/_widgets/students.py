@@ -35,18 +35,18 @@ class StudentHistory(QWidget):
         self._compared: tuple[KeptStudent, KeptStudent] | None = None
         self.list = QListWidget()
         self.list.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
-        self.list.setToolTip("Students that were trained on this volume, the latest first; choose two to compare them")
+        self.list.setToolTip("Students trained on this volume, the latest first; choose two to compare them")
         self.list.setMinimumHeight(90)
         self.list.setMaximumHeight(160)
-        self.restore = button("Restore", "Take the chosen student as the present one", self._on_restore_clicked)
+        self.restore = button("Restore", "Use the chosen model again, with its settings", self._on_restore_clicked)
         self.compare = button(
-            "Compare", "Show what changed between two chosen students, and their IoU on the annotated slices",
+            "Compare", "Show what changed between two chosen models, and their IoU on the annotated slices",
             self._on_compare_clicked,
         )  # fmt: skip
         self.discard = button(
-            "Remove…", "Move the chosen students, with the slices they learned from, to the trash", self._on_discard
+            "Remove…", "Move the chosen models, with the slices they learned from, to the trash", self._on_discard
         )
-        self.job = Job(session, "comparing students", self)
+        self.job = Job(session, "comparing models", self)
         self.message = Message()
         self._reading = LatestJob(self)
         column(
@@ -164,11 +164,11 @@ class StudentHistory(QWidget):
         size = fmt.size(sum(student.path.stat().st_size for student in chosen if student.path.is_file()))
         names = ", ".join(student.name for student in chosen)
         question = (
-            f"Move {fmt.count(len(chosen), 'student')} ({names}; {size}) to the trash, with the slices they learned "
+            f"Move {fmt.count(len(chosen), 'model')} ({names}; {size}) to the trash, with the slices they learned "
             "from? The annotations stay."
         )
         yes = QMessageBox.StandardButton.Yes
-        if QMessageBox.question(self, "Remove students", question) != yes:
+        if QMessageBox.question(self, "Remove models", question) != yes:
             return
         for student in chosen:
             if not attempt(self.message, lambda path=student.path: move_to_trash(path)):  # type: ignore[misc]

@@ -44,6 +44,8 @@ MARK = "distillfss_annotations"
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
+KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
+
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 
 
@@ -69,14 +71,14 @@ class SupportWidget(QWidget):
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that represent all others best in brightness, texture and position; evenly: both "
-            "ends, then midpoints; least sure: planes with the largest uncertainty of the student (after Distill)",
+            "ends, then midpoints; least sure: planes with the largest uncertainty of the model",
             (DIFFERENT, EVENLY, LEAST_SURE),
         )
         self.suggest = button("Suggest slices", "Suggest slices to paint", self.suggest_slices)
         self.classes = ClassList()
         self.paint = button("Paint", "Show the annotation layer and take the brush", self._on_paint_clicked)
         self.rest = button(
-            "Rest is background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
+            "Fill rest as background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
             self.fill_rest,
         )  # fmt: skip
         self.list = QListWidget()
@@ -87,16 +89,16 @@ class SupportWidget(QWidget):
             "Remove slice", "Remove all labels of the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
         )
         self.kind = combo(
-            "What numbers of a label file mean. masks: 0 background, others the first class; classes: 0 background, "
-            "1.. classes; scribbles: 0 not labeled, 1 background, 2.. classes",
-            KINDS,
+            "What numbers of a label file mean. binary mask: 0 background, others the first class; class numbers: 0 "
+            "background, 1.. classes; scribbles: 0 not labeled, 1 background, 2.. classes",
+            tuple(KIND_NAMES),
         )
         self.import_file = button("Import…", "Import labels of a file", self._on_import_clicked)
         self.anew = button(
             "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
         )
         self.restore = button("Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked)
-        self.message = Message("choose a volume first")
+        self.message = Message("Choose a volume first")
         self.job = Job(session, "looking at slices", self)
         self.selecting = Job(name="looking for slices that differ", parent=self)
         self._question: _Question | None = None
@@ -113,8 +115,8 @@ class SupportWidget(QWidget):
             row(self.paint, self.rest),
             self.list,
             row(self.remove, self.anew, self.restore),
-            row(self.import_file, self.kind),
-            JobBar(self.selecting, cancel="Stop looking; take them evenly", starting="looking for slices that differ"),
+            row(self.import_file, "as", self.kind),
+            JobBar(self.selecting, cancel="Stop looking; take them evenly", starting="Looking for slices that differ"),
             JobBar(self.job, cancel="Stop looking"),
             self.message,
         )
@@ -158,7 +160,7 @@ class SupportWidget(QWidget):
             return
         model = self._session.model
         if model is None:
-            self.message.warn("there is no student yet that could doubt; distill first, or choose evenly")
+            self.message.warn("there is no model yet; train one first, or choose evenly")
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
@@ -241,7 +243,9 @@ class SupportWidget(QWidget):
         elif count:
             self.message.tell(f"{count} slice{'s' if count > 1 else ''} of this volume, painted earlier, are back")
         else:
-            self.message.tell("suggest slices, then paint some background and objects in each; it is saved as you go")
+            self.message.tell(
+                "Suggest slices, then paint some background and objects in each. Strokes are saved at once"
+            )
 
     def _on_classes_changed(self) -> None:
         annotations = self._session.annotations
@@ -283,11 +287,11 @@ class SupportWidget(QWidget):
             self.list.addItem(item)
         for z in self.suggested:
             if z not in painted:
-                item = QListWidgetItem(f"plane {z}: suggested, nothing painted yet")
+                item = QListWidgetItem(f"plane {z}: suggested, not painted yet")
                 item.setData(Qt.ItemDataRole.UserRole, z)
                 self.list.addItem(item)
-        if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("paint in"):
-            self.message.tell("every suggested slice has labels: press Distill, or label more of them")
+        if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("Paint in"):
+            self.message.tell("Every suggested slice has labels. Press Train, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
         self.list.blockSignals(False)
         missing = [z for z in painted if z not in self._pictures]
@@ -336,7 +340,7 @@ class SupportWidget(QWidget):
             self.message.tell("there are no annotations yet")
             return
         question = (
-            f"Start with no annotations? Those of {fmt.count(count, 'slice')} and the student stay on disk beside\n"
+            f"Start with no annotations? Those of {fmt.count(count, 'slice')} and the models stay on disk beside\n"
             f"{annotations.folder}\nRestore… takes them up again."
         )
         yes = QMessageBox.StandardButton.Yes
@@ -363,7 +367,7 @@ class SupportWidget(QWidget):
     def _on_import_clicked(self) -> None:
         path, _ = QFileDialog.getOpenFileName(self, "Import labels")
         if path:
-            self.import_labels(Path(path), self.kind.currentText())
+            self.import_labels(Path(path), KIND_NAMES[self.kind.currentText()])
 
     def _on_job_done(self, result: Any) -> None:
         annotations, show = self._then
@@ -421,7 +425,7 @@ class SupportWidget(QWidget):
         self._show_layer()
         numbers = ", ".join(map(str, planes))
         self.message.tell(
-            f"paint in planes {numbers}: some background and every class, in scribbles or whole; click a slice in the "
+            f"Paint in planes {numbers}: some background and every class, in scribbles or whole. Click a slice in the "
             "list to go there"
         )
         self._on_slices_changed()

@@ -44,8 +44,8 @@ class VolumePicker(QWidget):
         )
         self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in LEAD_NAMES.items()}
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
-        self._lead_labels = {letter: QLabel(name) for letter, name in LEAD_NAMES.items()}
-        self._level_label = QLabel("level")
+        self._lead_labels = {letter: QLabel(name.capitalize()) for letter, name in LEAD_NAMES.items()}
+        self._level_label = QLabel("Level")
         for box in self.lead.values():
             box.valueChanged.connect(self._on_lead_edited)
         self.level.valueChanged.connect(self._on_choice_changed)
@@ -124,7 +124,7 @@ class VolumePicker(QWidget):
         self.layers.blockSignals(False)
         if current is not None and current not in images:
             self._take(None)
-            self.message.tell(f"layer {current.name!r} was removed; what was painted and distilled is kept")
+            self.message.tell(f"layer {current.name!r} was removed; what was painted and trained is kept")
         if current is None and images:
             self.layers.setCurrentIndex(0)
             self._on_choice_changed()
