@@ -27,7 +27,7 @@ import distillfss_core as core
 
 UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLORS)
-BACKGROUND_COLOR = "#3c5488"
+BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
 _CHUNK = 512
 _Stamp = tuple[tuple[int, int, int], ...]

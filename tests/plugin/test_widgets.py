@@ -128,3 +128,17 @@ def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
     assert chosen.args == [1, (0, 5, 10)]
     table.select(2)
     assert table.view.selectionModel().selectedRows()[0].data() == "2"
+
+
+@pytest.mark.parametrize("name", ["nucleus", " Nucleus ", "background"])
+def test_a_class_keeps_its_name_where_another_has_the_new_one(name, qtbot):
+    classes = ClassList()
+    qtbot.addWidget(classes)
+    classes.setValue((Class("nucleus", "#112233"), Class("debris", "#445566")))
+    with qtbot.waitSignal(classes.refused) as refused:
+        classes.list.item(3).setText(name)
+    assert refused.args == [f"there is a class {name.strip()!r} already; give another name"]
+    assert [c.name for c in classes.value()] == ["nucleus", "debris"]
+    assert classes.list.item(3).text() == "debris"
+    classes.list.item(3).setText("Debris")  # its own name in other letters
+    assert [c.name for c in classes.value()] == ["nucleus", "Debris"]

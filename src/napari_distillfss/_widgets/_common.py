@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import bisect
+import re
 from collections.abc import Callable
 from typing import Any
 
-from qtpy.QtCore import QEvent, QObject, Qt
+from qtpy.QtCore import QEvent, QObject, QRect, QSize, Qt
+from qtpy.QtGui import QAction, QResizeEvent
 from qtpy.QtWidgets import (
     QAbstractSpinBox,
+    QApplication,
     QComboBox,
     QHBoxLayout,
     QLabel,
+    QListWidget,
     QProgressBar,
     QPushButton,
     QSizePolicy,
@@ -24,31 +29,112 @@ import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
+from napari_distillfss._widgets._colors import ERROR
 
-ERROR_COLOR = "#e0524d"  # readable on napari's light and dark
+_LINES = 3  # of text that a message has room for
+_ANY_HEIGHT = 100_000  # pixels
+_PLAIN = "padding: 0px; margin: 0px;"  # so that the text has the whole widget
 
 
 class Message(QLabel):
-    """A line of text that shows the state; errors are red. It begins with a capital letter."""
+    """Text that shows the state; errors are red. It begins with a capital letter.
 
-    def __init__(self, text: str = "", parent: QWidget | None = None) -> None:
-        super().__init__(fmt.sentence(text), parent)
+    Its height is that of ``lines`` lines whatever it shows, so that it moves nothing. Longer texts are elided and have
+    the whole in the tooltip. The context menu copies the whole.
+
+    Parameters
+    ----------
+    lines : int, optional
+        None makes it as high as its text.
+    """
+
+    def __init__(self, text: str = "", parent: QWidget | None = None, *, lines: int | None = _LINES) -> None:
+        super().__init__(parent)
+        self._lines, self._text, self._is_warning = lines, "", False
         self.setWordWrap(True)
-        self.setTextInteractionFlags(Qt.TextInteractionFlag.TextSelectableByMouse)
-        self.setSizePolicy(QSizePolicy.Policy.Ignored, QSizePolicy.Policy.Minimum)
+        self.setTextFormat(Qt.TextFormat.PlainText)
+        self.setAlignment(Qt.AlignmentFlag.AlignTop | Qt.AlignmentFlag.AlignLeft)
+        vertical = QSizePolicy.Policy.Minimum if lines is None else QSizePolicy.Policy.Fixed
+        self.setSizePolicy(QSizePolicy.Policy.Ignored, vertical)
+        copy = QAction("Copy text", self)
+        copy.triggered.connect(self._on_copy_triggered)
+        self.addAction(copy)
+        self.setContextMenuPolicy(Qt.ContextMenuPolicy.ActionsContextMenu)
+        self.tell(text)
 
     @property
     def warns(self) -> bool:
         """Whether an error is shown."""
-        return bool(self.styleSheet())
+        return self._is_warning
+
+    def text(self) -> str:
+        """The whole text, also where it is elided."""
+        return self._text
 
     def tell(self, text: str) -> None:
-        self.setStyleSheet("")
-        self.setText(fmt.sentence(text))
+        self._set(text, is_warning=False)
 
     def warn(self, text: str) -> None:
-        self.setStyleSheet(f"color: {ERROR_COLOR};")
-        self.setText(fmt.sentence(text))
+        self._set(text, is_warning=True)
+
+    def hasHeightForWidth(self) -> bool:
+        return self._lines is None and super().hasHeightForWidth()
+
+    def sizeHint(self) -> QSize:
+        return super().sizeHint() if self._lines is None else QSize(0, self._height())
+
+    def minimumSizeHint(self) -> QSize:
+        return super().minimumSizeHint() if self._lines is None else QSize(0, self._height())
+
+    def resizeEvent(self, event: QResizeEvent | None) -> None:
+        super().resizeEvent(event)
+        self._elide()
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        super().changeEvent(event)
+        kinds = (QEvent.Type.StyleChange, QEvent.Type.PaletteChange, QEvent.Type.FontChange)
+        if event is not None and event.type() in kinds:
+            self._color()
+            self._elide()
+
+    def _set(self, text: str, *, is_warning: bool) -> None:
+        self._text, self._is_warning = fmt.sentence(text), is_warning
+        self._color()
+        self._elide()
+
+    def _color(self) -> None:
+        color = ERROR.on(self.palette().window().color()).name()
+        wanted = f"{_PLAIN} color: {color};" if self._is_warning else _PLAIN
+        if wanted != self.styleSheet():  # setting it changes the style again
+            self.setStyleSheet(wanted)
+
+    def _elide(self) -> None:
+        shown = self._text
+        if self._lines is not None and not self._fits(shown):
+            fitting = bisect.bisect_left(range(len(shown)), True, key=lambda n: not self._fits(shown[: n + 1] + "…"))
+            shown = shown[:fitting].rstrip() + "…"
+        super().setText(_breakable(shown))
+        self.setToolTip("" if shown == self._text else self._text)
+
+    def _fits(self, text: str) -> bool:
+        return self._height_of(_breakable(text)) <= self._height()
+
+    def _height(self) -> int:
+        return self._height_of("\n".join("X" * (self._lines or 1)))
+
+    def _height_of(self, text: str) -> int:
+        box = QRect(0, 0, max(1, self.width()), _ANY_HEIGHT)
+        return self.fontMetrics().boundingRect(box, int(Qt.TextFlag.TextWordWrap), text).height()
+
+    def _on_copy_triggered(self) -> None:
+        clipboard = QApplication.clipboard()
+        assert clipboard is not None  # while there is an application
+        clipboard.setText(self._text)
+
+
+def _breakable(text: str) -> str:
+    """The text with places in paths where a line may end."""
+    return re.sub(r"([/\\_])", "\\1\u200b", text)
 
 
 class Section(QWidget):
@@ -75,36 +161,66 @@ class Section(QWidget):
 
 
 class JobBar(QWidget):
-    """Progress of a job as text and bar, with a button that cancels it; hidden while no job runs."""
+    """Progress of a job as text and bar, with a button that cancels it; hidden while no job runs.
+
+    Parameters
+    ----------
+    instead_of : QWidget, optional
+        In the place of this widget, so that nothing is moved.
+    is_low : bool
+        One line, with the text in the bar.
+    """
 
     def __init__(
-        self, job: Job, *, cancel: str, starting: str = "Starting (the first time takes some seconds)"
+        self,
+        job: Job,
+        *,
+        cancel: str,
+        starting: str = "Starting (the first time takes some seconds)",
+        instead_of: QWidget | None = None,
+        is_low: bool = False,
     ) -> None:
         super().__init__()
         self._job, self._pace, self._starting = job, fmt.Pace(), starting
+        self._instead_of, self._is_low = instead_of, is_low
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
-        self.text = Message()
+        self.bar.setAccessibleName("Progress")
+        self.text = Message(lines=1)
         self.cancel = button("Cancel", cancel, self._on_cancel_clicked)
-        column(self, row(self.bar, self.cancel), self.text, margin=0)
+        column(self, row(self.bar, self.cancel, first=3), self.text, margin=0)
+        self.text.setVisible(not is_low)
         job.started.connect(self._on_job_started)
         job.stepped.connect(self._on_job_stepped)
-        job.ended.connect(self.hide)
+        job.ended.connect(self._on_job_ended)
         self.hide()
+
+    def _tell(self, text: str) -> None:
+        self.text.tell(text)
+        if self._is_low:
+            self.bar.setFormat(self.text.text())
 
     def _on_job_started(self) -> None:
         self._pace = fmt.Pace()
         self.bar.setRange(0, 0)
-        self.text.tell(self._starting)
+        self._tell(self._starting)
         self.cancel.setEnabled(True)
+        if self._instead_of is not None:
+            self.setFixedHeight(max(self._instead_of.sizeHint().height(), self.sizeHint().height()))
+            self._instead_of.hide()
         self.show()
+
+    def _on_job_ended(self) -> None:
+        self.hide()
+        if self._instead_of is not None:
+            self._instead_of.show()
 
     def _on_job_stepped(self, step: Any) -> None:
         if self._job.stopping:
             return  # the text goes on to say so
         if isinstance(step, Doing):
             self.bar.setRange(0, 0)
-            self.text.tell(step.text)
+            self._tell(step.text)
         if not hasattr(step, "total"):
             return
         if self.bar.maximum() != step.total:
@@ -114,11 +230,11 @@ class JobBar(QWidget):
         eta = getattr(step, "eta", None)
         left = self._pace.left(step.index, step.total) if eta is None else eta
         stage = getattr(step, "stage", "")
-        self.text.tell(f"{fmt.stage(stage) + ', ' if stage else ''}about {fmt.duration(left)} left")
+        self._tell(f"{fmt.stage(stage) + ', ' if stage else ''}about {fmt.duration(left)} left")
 
     def _on_cancel_clicked(self) -> None:
         self.cancel.setEnabled(False)
-        self.text.tell("Stopping…")
+        self._tell("Stopping…")
         self.bar.setRange(0, 0)
         self._job.cancel()
 
@@ -143,6 +259,12 @@ class WheelGuard(QObject):
         return True
 
 
+def fit_rows(items: QListWidget, most: float) -> None:
+    """Make a list as high as its rows, and as ``most`` rows at most."""
+    height = max(items.sizeHintForRow(0), items.iconSize().height())
+    items.setFixedHeight(round(height * min(items.count(), most)) + 2 * items.frameWidth() + 2)
+
+
 def button(text: str, tooltip: str, clicked: Callable[[], object]) -> QPushButton:
     made = QPushButton(text)
     made.setToolTip(tooltip)
@@ -165,20 +287,30 @@ def spin(low: int, high: int, value: int, tooltip: str) -> QSpinBox:
     made.setRange(low, high)
     made.setValue(value)
     made.setToolTip(tooltip)
+    made.setAccessibleName(tooltip)
     return made
 
 
 def row(*parts: QWidget | str, first: int = 1) -> QWidget:
-    """Lay out widgets side by side (texts become labels); the first is ``first`` times as wide as the others."""
+    """Lay out widgets side by side; the first is ``first`` times as wide as the others.
+
+    A text becomes the label of the widget that follows, and its accessible name.
+    """
     holder = QWidget()
     layout = QHBoxLayout(holder)
     layout.setContentsMargins(0, 0, 0, 0)
     layout.setSpacing(4)
+    label: QLabel | None = None
     for part in parts:
         if isinstance(part, str):
-            layout.addWidget(QLabel(part))
-        else:
-            layout.addWidget(part, 1)
+            label = QLabel(part)
+            layout.addWidget(label)
+            continue
+        if label is not None:
+            label.setBuddy(part)
+            part.setAccessibleName(label.text())
+        layout.addWidget(part, 1)
+        label = None
     layout.setStretch(0, first if isinstance(parts[0], QWidget) else 0)
     return holder
 

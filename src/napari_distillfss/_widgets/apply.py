@@ -59,6 +59,7 @@ class ApplyWidget(QWidget):
         self.out.setPlaceholderText("NAME.ome.zarr")
         self.browse = button("…", "Choose where to write", self._on_browse_clicked)
         self.browse.setMaximumWidth(32)
+        self.browse.setAccessibleName("Choose where to write")
         self.replace = QCheckBox("Replace existing labels")
         self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.apply = button(
@@ -73,7 +74,11 @@ class ApplyWidget(QWidget):
             row("Save to", self.out, self.browse),
             self.replace,
             self.apply,
-            JobBar(self.job, cancel="Stop; what is written is kept, and Apply goes on from there"),
+            JobBar(
+                self.job,
+                cancel="Stop; what is written is kept, and Apply goes on from there",
+                instead_of=self.message,
+            ),
             self.message,
         )
         self._soon = QTimer(self)  # looking again takes the window a moment: not after every piece
@@ -85,6 +90,7 @@ class ApplyWidget(QWidget):
         self.job.failed.connect(self._on_job_failed)
         self.job.ended.connect(self._on_job_ended)
         session.volume_changed.connect(self._on_volume_changed)
+        session.volume_changed.connect(self._on_state_changed)
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
         self._on_state_changed()
@@ -224,7 +230,9 @@ class ApplyWidget(QWidget):
             self.out.setText(path if ".zarr" in Path(path).suffixes else f"{path}.ome.zarr")
 
     def _on_state_changed(self) -> None:
-        self.apply.setEnabled(not self._session.busy and self._session.model is not None)
+        has_both = self._session.model is not None and self._session.volume is not None
+        self.apply.setEnabled(not self._session.busy and has_both)
+        self.on_screen.setEnabled(self._session.volume is not None)
         if self._session.model is not None and self.message.text() == _NO_MODEL:
             self.message.tell(_READY)
 
@@ -253,6 +261,7 @@ class ObjectsWidget(QWidget):
             "are narrow",
             ("connected", "watershed"),
         )
+        self.method.setAccessibleName("Method")
         self.of_class = combo("Class of the objects")
         self.radius = QDoubleSpinBox()
         self.radius.setDecimals(4)
@@ -269,9 +278,9 @@ class ObjectsWidget(QWidget):
             row(self.method, "Radius", self.radius),
             row("Class", self.of_class, "Min. size (voxels)", self.smallest),
             self.count,
-            JobBar(self.job, cancel="Stop; Count objects goes on from there"),
-            self.table,
+            JobBar(self.job, cancel="Stop; Count objects begins again", instead_of=self.message),
             self.message,
+            self.table,
         )
         self.table.hide()
         self.radius.setEnabled(False)

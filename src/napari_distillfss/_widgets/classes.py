@@ -9,16 +9,22 @@ from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import QColorDialog, QListWidget, QListWidgetItem, QWidget
 
 from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOR, COLORS, FIRST_CLASS, Class
-from napari_distillfss._widgets._common import button, column, row
+from napari_distillfss._widgets._common import button, column, fit_rows, row
 
+_MOST_ROWS = 5
+_BACKGROUND = "background"
 _UNLABELED = ("eraser (not labeled)", "#00000000")
 
 
 class ClassList(QWidget):
-    """Edits the classes. `brushChanged` emits the label of the brush: 0 not labeled, 1 background, 2.. classes."""
+    """Edits the classes. `brushChanged` emits the label of the brush: 0 not labeled, 1 background, 2.. classes.
+
+    ``refused`` emits why a name was not taken.
+    """
 
     valueChanged = Signal(tuple)
     brushChanged = Signal(int)
+    refused = Signal(str)
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -26,12 +32,13 @@ class ClassList(QWidget):
         self.list = QListWidget()
         self.list.setToolTip("Click to paint with it; double-click a class to rename it")
         self.list.setIconSize(QSize(14, 14))
-        self.list.setMaximumHeight(110)
+        self.list.setAccessibleName("Classes")
         self.add = button("Add class", "Add a class of objects", self._on_add_clicked)
         self.remove = button("Remove class", "Remove the last class; its painted pixels are kept", self._on_remove)
         self.color = button("Color…", "Choose another color for the class", self._on_color_clicked)
         column(self, self.list, row(self.add, self.remove, self.color), margin=0)
         self.list.currentRowChanged.connect(self.brushChanged.emit)
+        self.list.currentRowChanged.connect(self._on_row_changed)
         self.list.itemChanged.connect(self._on_item_changed)
         self.setValue((Class("object", COLORS[0]),))
 
@@ -45,7 +52,7 @@ class ClassList(QWidget):
         self._value = tuple(value)
         self.list.blockSignals(True)
         self.list.clear()
-        fixed = (_UNLABELED, ("background", BACKGROUND_COLOR))
+        fixed = (_UNLABELED, (_BACKGROUND, BACKGROUND_COLOR))
         for number, (name, color) in enumerate([*fixed, *((c.name, c.color) for c in self._value)]):
             item = QListWidgetItem(_swatch(color), name)
             if number >= FIRST_CLASS:
@@ -54,6 +61,8 @@ class ClassList(QWidget):
         self.remove.setEnabled(len(self._value) > 1)
         self.list.setCurrentRow(min(brush, self.list.count() - 1))
         self.list.blockSignals(False)
+        fit_rows(self.list, _MOST_ROWS)
+        self._on_row_changed()
         self.valueChanged.emit(self._value)
         if self.brush() != brush:  # its class was removed
             self.brushChanged.emit(self.brush())
@@ -74,8 +83,11 @@ class ClassList(QWidget):
     def _on_remove(self) -> None:
         self.setValue(self._value[:-1])
 
+    def _on_row_changed(self) -> None:
+        self.color.setEnabled(self.brush() >= FIRST_CLASS)  # background and eraser have their colors
+
     def _on_color_clicked(self) -> None:
-        row = max(0, self.brush() - FIRST_CLASS)
+        row = self.brush() - FIRST_CLASS
         color = QColorDialog.getColor(QColor(self._value[row].color), self)
         if color.isValid():
             value = list(self._value)
@@ -84,8 +96,12 @@ class ClassList(QWidget):
 
     def _on_item_changed(self, item: QListWidgetItem) -> None:
         position = self.list.row(item) - FIRST_CLASS
-        value = list(self._value)
-        value[position] = Class(item.text().strip() or value[position].name, value[position].color)
+        value, name = list(self._value), item.text().strip()
+        others = [_BACKGROUND, *(c.name for c in value[:position] + value[position + 1 :])]
+        if name.casefold() in (other.casefold() for other in others):
+            self.refused.emit(f"there is a class {name!r} already; give another name")
+            name = ""
+        value[position] = Class(name or value[position].name, value[position].color)
         self._value = ()
         self.setValue(value)
 

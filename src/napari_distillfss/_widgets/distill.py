@@ -42,9 +42,9 @@ class DistillWidget(QWidget):
             self,
             self.settings,
             row(self.distill, self.refine),
-            JobBar(self.job, cancel="Stop the training and keep the best model so far"),
-            self.plot,
+            JobBar(self.job, cancel="Stop the training and keep the best model so far", instead_of=self.message),
             self.message,
+            self.plot,
         )
         self.plot.hide()
         self.job.stepped.connect(self._on_job_stepped)
@@ -112,7 +112,10 @@ class DistillWidget(QWidget):
     def _on_slices_changed(self) -> None:
         if self.message.warns:  # what was wrong with the slices may be no longer
             self.message.tell(_HINT)
+        self._on_state_changed()
 
     def _on_state_changed(self) -> None:
-        self.distill.setEnabled(not self._session.busy)
-        self.refine.setEnabled(not self._session.busy and self._session.model is not None)
+        annotations = self._session.annotations
+        is_ready = not self._session.busy and annotations is not None and bool(annotations.planes())
+        self.distill.setEnabled(is_ready)
+        self.refine.setEnabled(is_ready and self._session.model is not None)

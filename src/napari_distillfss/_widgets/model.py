@@ -39,6 +39,7 @@ class ModelWidget(QWidget):
         self.card = QPlainTextEdit()
         self.card.setReadOnly(True)
         self.card.setMinimumHeight(120)
+        self.card.setAccessibleName("Model card")
         self.card.setToolTip("Model card; it is part of the file of the student")
         self.history = StudentHistory(session)
         self.job = Job(session, "loading a model", self)
@@ -47,7 +48,7 @@ class ModelWidget(QWidget):
             self,
             row(self.save, self.load),
             row(self.command, self.python),
-            JobBar(self.job, cancel="Stop"),
+            JobBar(self.job, cancel="Stop", instead_of=self.message),
             self.message,
             self.history,
             self.card,

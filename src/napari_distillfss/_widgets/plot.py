@@ -7,7 +7,8 @@ from qtpy.QtCore import QPointF, QRectF, QSize, Qt
 from qtpy.QtGui import QColor, QPainter, QPaintEvent, QPen, QPolygonF
 from qtpy.QtWidgets import QSizePolicy, QWidget
 
-LOSS_COLOR, IOU_COLOR = QColor("#4dbbd5"), QColor("#f39b7f")
+from napari_distillfss._widgets._colors import IOU, LOSS
+
 _MOST_POINTS = 400
 
 
@@ -46,18 +47,19 @@ class TrainingPlot(QWidget):
         painter = QPainter(self)
         painter.setRenderHint(QPainter.RenderHint.Antialiasing)
         frame = QRectF(4, 18, self.width() - 8, self.height() - 22)
-        ink = self.palette().text().color()
+        ink, background = self.palette().text().color(), self.palette().window().color()
+        loss_color, iou_color = LOSS.on(background), IOU.on(background)
         ink.setAlpha(90)
         painter.setPen(QPen(ink, 1))
         painter.drawRect(frame)
         if self.losses:
             values = [v for _, v in self.losses]
-            self._draw(painter, frame, self.losses, min(values), max(values), LOSS_COLOR)
-            self._write(painter, f"loss {values[-1]:.3f}", LOSS_COLOR, Qt.AlignmentFlag.AlignLeft)
+            self._draw(painter, frame, self.losses, min(values), max(values), loss_color)
+            self._write(painter, f"loss {values[-1]:.3f}", loss_color, Qt.AlignmentFlag.AlignLeft)
         if self.scores:
-            self._draw(painter, frame, self.scores, 0.0, 1.0, IOU_COLOR)
+            self._draw(painter, frame, self.scores, 0.0, 1.0, iou_color)
             text = f"validation IoU {self.scores[-1][1]:.3f}"
-            self._write(painter, text, IOU_COLOR, Qt.AlignmentFlag.AlignRight)
+            self._write(painter, text, iou_color, Qt.AlignmentFlag.AlignRight)
         painter.end()
 
     def _draw(

@@ -73,6 +73,7 @@ class PreviewWidget(QWidget):
             "Copy the preview of this plane into its unpainted pixels. Then repaint the errors and press Refine",
             self._on_take_clicked,
         )
+        self.take.setEnabled(False)
         self.job = Job(session, "preparing the instant model", self)
         self.message = Message(_NO_MODEL)
         self._latest = LatestJob(self)
@@ -86,10 +87,11 @@ class PreviewWidget(QWidget):
         column(
             self,
             self.on,
-            row("Using", self.source, "Class", self.of_class),
+            row("Using", self.source),
             row(*self.shown.values()),
+            row("Probability of", self.of_class),
             self.take,
-            JobBar(self.job, cancel="Stop"),
+            JobBar(self.job, cancel="Stop", instead_of=self.message),
             self.message,
         )
         self._connect(session, viewer)
@@ -260,6 +262,7 @@ class PreviewWidget(QWidget):
         self._probabilities[(slice(None), *part.where)] = part.probabilities
         self._arrays["probability"][where] = part.probabilities[self.of_class.currentIndex() + 1]
         self._painted_tiles[part.where[0].start, part.where[1].start] = part.where
+        self.take.setEnabled(True)
         self._show_layers()
 
     def _on_failed(self, message: str) -> None:
@@ -313,6 +316,7 @@ class PreviewWidget(QWidget):
         if z == self._plane:
             return
         self._plane, self._corrected, self._painted_tiles = z, -1, {}
+        self.take.setEnabled(False)
         shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
         names = list(model.class_names)
         if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
@@ -359,6 +363,7 @@ class PreviewWidget(QWidget):
     def _clear(self) -> None:
         self._latest.cancel()
         self._plane, self._corrected, self._painted_tiles = -1, -1, {}
+        self.take.setEnabled(False)
 
     def _hide_layers(self) -> None:
         self._clear()

@@ -22,6 +22,7 @@ class RegionEdit(QWidget):
             "later",
             ("whole volume", "a region"),
         )
+        self.which.setAccessibleName("Region to segment")
         self.ends = [
             (
                 spin(0, 0, 0, f"First voxel along {axis}"),

@@ -98,6 +98,13 @@ class PresetPicker(QWidget):
 
 
 def _box(setting: Any) -> ValueWidget[Any]:
+    """A magicgui widget for one declared setting, named for assistive technology."""
+    box = _editor(setting)
+    box.native.setAccessibleName(setting.metadata["label"])
+    return box
+
+
+def _editor(setting: Any) -> ValueWidget[Any]:
     """A magicgui widget for one declared setting; values such as auto or 1/2 are edited as text."""
     details, kind, default = setting.metadata, str(setting.type), core.DistillSettings().to_text()[setting.name]
     help_and_default = f"<p>{details['help']}</p><p>Default: {default}</p>"

@@ -36,6 +36,7 @@ class StudentHistory(QWidget):
         self.list = QListWidget()
         self.list.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
         self.list.setToolTip("Students trained on this volume, the latest first; choose two to compare them")
+        self.list.setAccessibleName("Models of this volume")
         self.list.setMinimumHeight(90)
         self.list.setMaximumHeight(160)
         self.restore = button("Restore", "Use the chosen model again, with its settings", self._on_restore_clicked)
@@ -47,13 +48,14 @@ class StudentHistory(QWidget):
             "Remove…", "Move the chosen models, with the slices they learned from, to the trash", self._on_discard
         )
         self.job = Job(session, "comparing models", self)
-        self.message = Message()
+        self.message = Message(lines=None)
         self._reading = LatestJob(self)
+        buttons = row(self.restore, self.compare, self.discard)
         column(
             self,
             self.list,
-            row(self.restore, self.compare, self.discard),
-            JobBar(self.job, cancel="Stop the comparison"),
+            JobBar(self.job, cancel="Stop the comparison", instead_of=buttons, is_low=True),
+            buttons,
             self.message,
             margin=0,
         )

@@ -36,7 +36,7 @@ from napari_distillfss._tasks import (
     pick,
 )
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, fit_rows, row, spin
 from napari_distillfss._widgets.classes import ClassList
 
 MARK = "distillfss_annotations"
@@ -46,6 +46,7 @@ DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
 KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
 
+_MOST_ROWS = 2.5  # of slices that are shown at a time
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 
 
@@ -84,7 +85,10 @@ class SupportWidget(QWidget):
         self.list = QListWidget()
         self.list.setToolTip("Click to go there; untick to leave a slice out of the training")
         self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
-        self.list.setMinimumHeight(150)
+        self.list.setAccessibleName("Annotated slices")
+        self.way.setAccessibleName("Way of choosing slices")
+        self.count.setAccessibleName("Number of slices")
+        self.list.hide()
         self.remove = button(
             "Remove slice", "Remove all labels of the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
         )
@@ -108,6 +112,7 @@ class SupportWidget(QWidget):
         self._soon = QTimer(self)
         self._soon.setSingleShot(True)
         self._soon.setInterval(300)
+        importing = row(self.import_file, "as", self.kind)
         column(
             self,
             row(self.suggest, self.count, self.way),
@@ -115,9 +120,15 @@ class SupportWidget(QWidget):
             row(self.paint, self.rest),
             self.list,
             row(self.remove, self.anew, self.restore),
-            row(self.import_file, "as", self.kind),
-            JobBar(self.selecting, cancel="Stop looking; take them evenly", starting="Looking for slices that differ"),
-            JobBar(self.job, cancel="Stop looking"),
+            JobBar(
+                self.selecting,
+                cancel="Stop looking; take them evenly",
+                starting="Looking for slices that differ",
+                instead_of=importing,
+                is_low=True,
+            ),
+            importing,
+            JobBar(self.job, cancel="Stop looking", instead_of=self.message),
             self.message,
         )
         self._connect(session, viewer)
@@ -132,8 +143,10 @@ class SupportWidget(QWidget):
         self._thumbnails.answered.connect(self._on_picture)
         self.classes.valueChanged.connect(self._on_classes_edited)
         self.classes.brushChanged.connect(self._on_brush_changed)
+        self.classes.refused.connect(self.message.warn)
         self.list.itemClicked.connect(lambda item: self.go_to(item.data(Qt.ItemDataRole.UserRole)))
         self.list.itemChanged.connect(self._on_item_changed)
+        self.list.currentRowChanged.connect(self._on_state_changed)
         session.volume_changed.connect(self._on_volume_changed)
         session.classes_changed.connect(self._on_classes_changed)
         session.slices_changed.connect(self._on_slices_changed)
@@ -294,10 +307,20 @@ class SupportWidget(QWidget):
             self.message.tell("Every suggested slice has labels. Press Train, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
         self.list.blockSignals(False)
+        self.list.setVisible(bool(self.list.count()))
+        fit_rows(self.list, _MOST_ROWS)
+        self._on_state_changed()
         missing = [z for z in painted if z not in self._pictures]
         if missing and self._session.volume is not None:
             volume = self._session.volume.volume
             self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
+
+    def _on_state_changed(self) -> None:
+        has_volume, annotations = self._session.volume is not None, self._session.annotations
+        for part in (self.suggest, self.paint, self.rest, self.import_file):
+            part.setEnabled(has_volume)
+        self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
+        self.remove.setEnabled(self.list.currentItem() is not None)
 
     def _on_restorable_changed(self) -> None:
         self.restore.setEnabled(bool(self._session.restorable()))

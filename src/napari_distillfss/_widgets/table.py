@@ -25,6 +25,7 @@ class ObjectTable(QWidget):
         self._sorted.setSortRole(Qt.ItemDataRole.UserRole)
         self.view = QTableView()
         self.view.setToolTip("Click a row to see the object; click a heading to sort")
+        self.view.setAccessibleName("Objects")
         self.view.setSortingEnabled(True)
         self.view.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         self.view.setMinimumHeight(160)

@@ -46,6 +46,11 @@ class VolumePicker(QWidget):
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
         self._lead_labels = {letter: QLabel(name.capitalize()) for letter, name in LEAD_NAMES.items()}
         self._level_label = QLabel("Level")
+        for label, box in zip((*self._lead_labels.values(), self._level_label), (*self.lead.values(), self.level),
+                              strict=True):  # fmt: skip
+            label.setBuddy(box)
+            box.setAccessibleName(label.text())
+        self.layers.setAccessibleName("Image layer")
         for box in self.lead.values():
             box.valueChanged.connect(self._on_lead_edited)
         self.level.valueChanged.connect(self._on_choice_changed)
@@ -53,8 +58,8 @@ class VolumePicker(QWidget):
         self._soon.setSingleShot(True)
         self._soon.setInterval(_WAIT)
         self._soon.timeout.connect(self._on_slider_settled)
-        self.message = Message("no image layer yet: open one, or try File > Open Sample > DistillFSS")
-        self.device = Message()
+        self.message = Message("No image layer yet. Open one, or try File > Open Sample > DistillFSS", lines=4)
+        self.device = Message(lines=1)
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
         column(
             self,
