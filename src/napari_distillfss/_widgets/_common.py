@@ -37,7 +37,7 @@ _PLAIN = "padding: 0px; margin: 0px;"  # so that the text has the whole widget
 
 
 class Message(QLabel):
-    """Text that shows the state; errors are red. It begins with a capital letter.
+    """Text that shows the state, with a capital letter; errors are red, in the words of the command line.
 
     Its height is that of ``lines`` lines whatever it shows, so that it moves nothing. Longer texts are elided and have
     the whole in the tooltip. The context menu copies the whole.
@@ -72,7 +72,7 @@ class Message(QLabel):
         return self._text
 
     def tell(self, text: str) -> None:
-        self._set(text, is_warning=False)
+        self._set(fmt.sentence(text), is_warning=False)
 
     def warn(self, text: str) -> None:
         self._set(text, is_warning=True)
@@ -98,7 +98,7 @@ class Message(QLabel):
             self._elide()
 
     def _set(self, text: str, *, is_warning: bool) -> None:
-        self._text, self._is_warning = fmt.sentence(text), is_warning
+        self._text, self._is_warning = text, is_warning
         self._color()
         self._elide()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QTimer, Signal
+from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QCheckBox, QWidget
+from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
@@ -77,12 +78,8 @@ class PreviewWidget(QWidget):
         self.job = Job(session, "preparing the instant model", self)
         self.message = Message(_NO_MODEL)
         self._latest = LatestJob(self)
-        self._soon = QTimer(self)
-        self._soon.setSingleShot(True)
-        self._soon.setInterval(_WAIT)
-        self._after_strokes = QTimer(self)
-        self._after_strokes.setSingleShot(True)
-        self._after_strokes.setInterval(_AFTER_STROKES)
+        self._soon = qdebounced(self._ask, timeout=_WAIT)
+        self._after_strokes = qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES)
         self.shown["labels"].setChecked(True)
         column(
             self,
@@ -97,8 +94,6 @@ class PreviewWidget(QWidget):
         self._connect(session, viewer)
 
     def _connect(self, session: Session, viewer: Any) -> None:
-        self._soon.timeout.connect(self._ask)
-        self._after_strokes.timeout.connect(self._on_strokes_settled)
         session.slices_changed.connect(self._on_slices_changed)
         session.classes_changed.connect(self._on_classes_changed)
         self._latest.answered.connect(self._on_part)
@@ -173,12 +168,12 @@ class PreviewWidget(QWidget):
 
     def _on_slices_changed(self) -> None:
         if self.on.isChecked() and self._wanted()[0] is not None:
-            self._after_strokes.start()
+            self._after_strokes()
 
     def _on_strokes_settled(self) -> None:
         """Make the teacher again from the slices as they are; the earlier one is used until it is there."""
         if self._session.busy and not self.job.running:
-            self._after_strokes.start()  # after that job
+            self._after_strokes()  # after that job
         elif self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
             self._make_teacher()
 
@@ -229,7 +224,7 @@ class PreviewWidget(QWidget):
 
     def _on_view_moved(self) -> None:
         if self.on.isChecked():
-            self._soon.start()
+            self._soon()
 
     def _ask(self) -> None:
         """Request the tiles on screen that are not computed yet."""
@@ -372,8 +367,8 @@ class PreviewWidget(QWidget):
 
     def _forget_viewer(self) -> None:
         self._latest.cancel()
-        self._soon.stop()
-        self._after_strokes.stop()
+        self._soon.cancel()
+        self._after_strokes.cancel()
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)

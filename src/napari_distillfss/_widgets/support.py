@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QSize, Qt, QTimer
+from qtpy.QtCore import QSize, Qt
 from qtpy.QtGui import QIcon, QImage, QPixmap
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QListWidget, QListWidgetItem, QMessageBox, QWidget
+from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
@@ -109,9 +110,7 @@ class SupportWidget(QWidget):
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
         self._answered_question: _Question | None = None
         self._thumbnails = LatestJob(self)
-        self._soon = QTimer(self)
-        self._soon.setSingleShot(True)
-        self._soon.setInterval(300)
+        self._soon = qdebounced(self._on_painted, timeout=300)
         importing = row(self.import_file, "as", self.kind)
         column(
             self,
@@ -134,7 +133,6 @@ class SupportWidget(QWidget):
         self._connect(session, viewer)
 
     def _connect(self, session: Session, viewer: Any) -> None:
-        self._soon.timeout.connect(self._on_painted)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
         self.selecting.done.connect(self._on_selected)
@@ -279,7 +277,7 @@ class SupportWidget(QWidget):
         self.classes.setBrush(min(int(self._kept.selected_label), len(self.classes.value()) + BACKGROUND))
 
     def _on_stroke(self) -> None:
-        self._soon.start()
+        self._soon()
 
     def _on_painted(self) -> None:
         self._session.painted()

@@ -6,8 +6,9 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from qtpy.QtCore import QTimer, Signal
+from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
+from superqt.utils import qdebounced
 
 from napari_distillfss import _format as fmt
 from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_axes, layer_of_file, lead_axes
@@ -54,10 +55,7 @@ class VolumePicker(QWidget):
         for box in self.lead.values():
             box.valueChanged.connect(self._on_lead_edited)
         self.level.valueChanged.connect(self._on_choice_changed)
-        self._soon = QTimer(self)
-        self._soon.setSingleShot(True)
-        self._soon.setInterval(_WAIT)
-        self._soon.timeout.connect(self._on_slider_settled)
+        self._soon = qdebounced(self._on_slider_settled, timeout=_WAIT)
         self.message = Message("No image layer yet. Open one, or try File > Open Sample > DistillFSS", lines=4)
         self.device = Message(lines=1)
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
@@ -161,7 +159,7 @@ class VolumePicker(QWidget):
 
     def _on_slider_moved(self) -> None:
         if self._value is not None and self._value.lead:
-            self._soon.start()
+            self._soon()
 
     def _on_slider_settled(self) -> None:
         chosen = self._value
@@ -230,7 +228,7 @@ class VolumePicker(QWidget):
         self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
         self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
         self._viewer.dims.events.current_step.disconnect(self._on_slider_moved)
-        self._soon.stop()
+        self._soon.cancel()
 
 
 def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
