@@ -38,7 +38,7 @@ import distillfss_core.training  # noqa: F401  (imported once, before the proces
 from distillfss_core import AnnotatedSlice, DistillSettings, SupportSet, distill, read_stack
 from distillfss_core.cli.main import main as run_command
 
-SECONDS = 60
+SECONDS = 20
 ERRORS = "stderr.txt"
 MODEL = "m.safetensors"
 FILES_OF_PLANES = ("pngs", "tiffs", "dicom")
