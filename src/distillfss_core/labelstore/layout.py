@@ -15,7 +15,7 @@ _SIDE = 1024  # of a shard in y and x, about; a larger tile makes a larger shard
 _CHUNK = 512  # side of a chunk at most
 _DEEPEST = 8  # levels at most
 _SMALLEST = 512  # the coarsest level fits into such a square
-_MOST_VOXELS = 1 << 43  # of a run: a million shards
+_MOST_VOXELS, _MOST_SHARDS = 1 << 43, 1 << 20  # of a run; the plan of a million shards takes 1 GB
 
 Index = tuple[int, int, int]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -50,6 +50,10 @@ class Layout:
     def shards(self, level: int, region: Box) -> Iterator[Index]:
         """Shards of a level that touch a region (in voxels of that level), plane by plane."""
         yield from product(*(range(a // n, -(-b // n)) for (a, b), n in zip(region, self.shard, strict=True)))
+
+    def count(self, level: int, region: Box) -> int:
+        """How many shards of a level touch a region."""
+        return math.prod(-(-b // n) - a // n for (a, b), n in zip(region, self.shard, strict=True))
 
     def box(self, level: int, index: Index) -> Box:
         """The voxels that a shard holds."""
@@ -189,6 +193,22 @@ def check_size(box: Box, shape: Sequence[int], name: str) -> None:
         raise SettingsError(
             f"{name}: {voxels} voxels of shape {tuple(shape)} are wanted, at most {_MOST_VOXELS} are possible in one "
             "run; check its metadata, or take a part of it"
+        )
+
+
+def check_shards(layout: Layout, region: Box, name: str) -> None:
+    """Refuse a run whose plan does not fit into memory: that of a long volume of small planes, as metadata may state.
+
+    Raises
+    ------
+    SettingsError
+        If more than 2^20 shards touch the region.
+    """
+    count = layout.count(0, region)
+    if count > _MOST_SHARDS:
+        raise SettingsError(
+            f"{name}: has the shape {layout.shapes[0]}, and {count} shards {layout.shard} of it are wanted; at most "
+            f"{_MOST_SHARDS} are possible in one run; check its metadata, or take a part of it"
         )
 
 

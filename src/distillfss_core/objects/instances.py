@@ -31,7 +31,16 @@ from distillfss_core import __version__
 from distillfss_core.errors import ImageError, SettingsError, printable
 from distillfss_core.io.label_checks import check_lossless
 from distillfss_core.io.writing import atomic_path
-from distillfss_core.labelstore.layout import Box, Index, Layout, box_within, check_size, plan_blocks, slices
+from distillfss_core.labelstore.layout import (
+    Box,
+    Index,
+    Layout,
+    box_within,
+    check_shards,
+    check_size,
+    plan_blocks,
+    slices,
+)
 from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_finished, remove_labels
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
@@ -184,6 +193,7 @@ def iter_instances(
     _check_places(labels, image, out, table, overwrite=overwrite, resume=resume)
     settings = {**splitter.settings(), "min_voxels": min_voxels}
     description, layout = _plan(labels, image, out, block, settings)
+    check_shards(layout, layout.whole(0), labels.name)
     if overwrite:
         remove_labels(out)
         if table is not None:  # stopped and resumed, the run writes it anew

@@ -30,7 +30,7 @@ import torch
 
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError, printable
-from distillfss_core.labelstore.layout import Box, Index, Part, box_within, check_size, overlap
+from distillfss_core.labelstore.layout import Box, Index, Part, box_within, check_shards, check_size, overlap
 from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
 from distillfss_core.models.engines import describe_engine
@@ -189,6 +189,7 @@ def iter_segment(
     wanted = check_region(volume, region)
     check_size(wanted, volume.shape, volume.name)
     mode_labels = make_mode(mode, volume, model, tile)
+    check_shards(mode_labels.layout(None), wanted, volume.name)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
     with ExitStack() as stack:

@@ -274,3 +274,10 @@ def test_labels_that_state_an_absurd_size_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"102399999998976 voxels .* at most 8796093022208 are possible in one run"):
         label_instances(open_volume(tmp_path / "a.zarr"), tmp_path / "o.ome.zarr")
     assert not (tmp_path / "o.ome.zarr").exists()
+
+
+def test_labels_that_state_too_many_small_planes_are_refused(tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", shape=(2**31, 40, 48), chunks=(1, 16, 16), dtype="u1")
+    with pytest.raises(SettingsError, match=r"33554432 shards .* at most 1048576 are possible in one run"):
+        label_instances(open_volume(tmp_path / "a.zarr"), tmp_path / "o.ome.zarr")
+    assert not (tmp_path / "o.ome.zarr").exists()

@@ -334,6 +334,14 @@ def test_killed_at_any_moment_the_result_is_that_of_a_run_never_stopped(saved_mo
     assert files_of(out) == files_of(tmp_path / "once" / "out.zarr")
 
 
+def test_a_volume_that_states_too_many_small_planes_is_refused(plain_student, tmp_path):
+    zarr.create_array(tmp_path / "a.zarr", shape=(2**31, 40, 48), chunks=(1, 16, 16), dtype="u1")
+    volume = open_volume(tmp_path / "a.zarr")
+    with pytest.raises(SettingsError, match=r"shards .* at most 1048576 are possible in one run"):
+        segment_to_zarr(volume, plain_student, tmp_path / "o.ome.zarr")
+    assert not (tmp_path / "o.ome.zarr").exists()
+
+
 def test_a_volume_that_states_an_absurd_size_is_refused(plain_student, tmp_path):
     array = zarr.create_array(tmp_path / "a.zarr", shape=(4, 99_999_999_999, 256), chunks=(1, 128, 128), dtype="u1")
     assert array.ndim == 3
