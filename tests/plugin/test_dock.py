@@ -1084,7 +1084,7 @@ def test_cancel_is_acknowledged_while_a_training_starts(dock, qtbot, painted_tru
     paint(dock, painted_truth, [2])
     dock.distill.start()
     (bar,) = dock.distill.findChildren(JobBar)
-    qtbot.waitUntil(lambda: "reading" in bar.text.text())
+    qtbot.waitUntil(lambda: "Reading" in bar.text.text())
     (cancel,) = [b for b in bar.findChildren(QPushButton) if b.text() == "Cancel"]
     cancel.click()
     shown = []

@@ -276,7 +276,8 @@ class ObjectsWidget(QWidget):
         column(
             self,
             row(self.method, "Radius", self.radius),
-            row("Class", self.of_class, "Min. size (voxels)", self.smallest),
+            row("Class", self.of_class),
+            row("Min. size (voxels)", self.smallest),
             self.count,
             JobBar(self.job, cancel="Stop; Count objects begins again", instead_of=self.message),
             self.message,
