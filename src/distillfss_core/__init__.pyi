@@ -18,7 +18,7 @@ from .export.bioimageio import export_bioimageio
 from .export.onnx import export_onnx
 from .io.images import read_image, read_stack
 from .io.labels import labels_from_image, read_labels
-from .io.writing import write_labels
+from .io.writing import write_label_stack, write_labels
 from .metrics import Measures, Scores, evaluate
 from .models.card import Thumbnails, read_card, read_thumbnails
 from .models.fewshot import FewShotModel
@@ -117,5 +117,6 @@ __all__ = [
     "suggest_diverse_planes",
     "suggest_planes",
     "unrefined_teacher",
+    "write_label_stack",
     "write_labels",
 ]

@@ -16,7 +16,7 @@ import pint
 import distillfss_core as core
 
 if TYPE_CHECKING:
-    from napari.layers import Image
+    from napari.layers import Image, Labels
 
 _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an array are compared
 
@@ -47,7 +47,7 @@ class ChosenVolume:
         What `core.open_volume` was told beside the source: level, time, channel, axes.
     """
 
-    layer: Image
+    layer: Image | Labels
     volume: Any
     lead: Mapping[str, int] = field(default_factory=dict)
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0)
@@ -140,7 +140,7 @@ class ChosenVolume:
         return [numbers[a] for a in self.axes]
 
 
-def layer_axes(layer: Image) -> str:
+def layer_axes(layer: Image | Labels) -> str:
     """Letters of the axes of a layer in its order, without colors: as the layer's labels or its file state them.
 
     Where neither does, the axes before z y x are time, or time and channels. Time points of a plane are its planes.
@@ -150,12 +150,12 @@ def layer_axes(layer: Image) -> str:
     core.ImageError
         If the layer is none that can be segmented, in one sentence.
     """
-    if type(layer).__name__ != "Image":
+    if type(layer).__name__ not in ("Image", "Labels"):
         raise core.ImageError(f"layer {layer.name!r} is no image; choose an image layer")
-    extra = layer.ndim - 3
-    if layer.ndim < 2 or extra > (1 if layer.rgb else 2):
+    extra, is_rgb = layer.ndim - 3, _is_rgb(layer)
+    if layer.ndim < 2 or extra > (1 if is_rgb else 2):
         raise core.ImageError(
-            f"layer {layer.name!r} has {layer.ndim} dimensions{' and colors' if layer.rgb else ''}; planes and "
+            f"layer {layer.name!r} has {layer.ndim} dimensions{' and colors' if is_rgb else ''}; planes and "
             "stacks, with time and channels at most, can be segmented"
         )
     letters = _labeled_axes(layer) or _axes_in_file(layer)
@@ -166,9 +166,13 @@ def layer_axes(layer: Image) -> str:
         )
     if letters:
         return letters if "z" in letters else letters.replace("t", "z")
-    if extra == 1 and not layer.rgb and str(layer.axis_labels[0]).lower() in ("c", "channel"):
+    if extra == 1 and not is_rgb and str(layer.axis_labels[0]).lower() in ("c", "channel"):
         return "czyx"
     return "tc"[: max(0, extra)] + "zyx"[-min(layer.ndim, 3) :]
+
+
+def _is_rgb(layer: Any) -> bool:
+    return bool(getattr(layer, "rgb", False))  # a Labels layer has none
 
 
 def lead_axes(layer: Image) -> str:
@@ -176,14 +180,14 @@ def lead_axes(layer: Image) -> str:
     return "".join(a for a in layer_axes(layer) if a in LEAD_NAMES)
 
 
-def _labeled_axes(layer: Image) -> str:
+def _labeled_axes(layer: Image | Labels) -> str:
     """The letters that the layer's axis labels are; "" where they are others."""
     words = {name: letter for letter, name in LEAD_NAMES.items()}
     letters = [words.get(str(label).lower(), str(label).lower()) for label in layer.axis_labels]
     return "".join(letters) if _are_axes(letters) else ""
 
 
-def _axes_in_file(layer: Image) -> str:
+def _axes_in_file(layer: Image | Labels) -> str:
     """The axes that the file of a layer states for an array of this shape; "" where it states none."""
     path = layer.source.path
     if path is None or not Path(path).exists() or layer.ndim < 3:
@@ -195,7 +199,7 @@ def _axes_in_file(layer: Image) -> str:
         return ""
     longer = {a: n for a, n in sizes.items() if n > 1}
     stated = next((s for s in (sizes, longer) if tuple(s.values()) == shape), {})
-    letters = "".join(a for a in stated if not (layer.rgb and a == "c"))
+    letters = "".join(a for a in stated if not (_is_rgb(layer) and a == "c"))
     return letters if len(letters) == layer.ndim and _are_axes(letters) else ""
 
 
@@ -236,12 +240,40 @@ def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: 
     ratio = {a: fine / coarse for a, fine, coarse in zip(axes, levels[0].shape, levels[level].shape, strict=False)}
     factors = (ratio.get("z", 1.0), ratio["y"], ratio["x"])
     volume, opening = _open(layer, levels[level], axes, chosen, level)
-    scale, unit = _scale(layer, axes, factors)
+    _, unit = _scale(layer, axes, factors)
     result = ChosenVolume(layer, volume, chosen, factors, opening, axes)
-    if unit or volume.unit is None:  # a file that knows better than the layer keeps its scale
-        origin = _origin(result) if any(scale) else (0.0, 0.0, 0.0)
-        volume = replace(volume, name=str(layer.name), scale=scale, unit=unit, origin=origin)
-    return replace(result, volume=volume)
+    return _placed(result) if unit or volume.unit is None else result  # a file may know its scale better than the layer
+
+
+def choose_labels(layer: Labels, point: Sequence[float]) -> ChosenVolume:
+    """Open the labels that a layer shows, as they are in napari now; nothing is read.
+
+    Parameters
+    ----------
+    layer : napari Labels layer
+        2-D to 5-D, also multiscale, dask, zarr.
+    point : sequence of float
+        Of napari's world: the time point and channel there are chosen.
+
+    Raises
+    ------
+    core.DistillFSSError
+        If it has axes that cannot be used.
+    """
+    axes = layer_axes(layer)
+    array = layer.data[0] if layer.multiscale else layer.data
+    voxel = dict(zip(axes, layer.world_to_data(point[-layer.ndim :]), strict=True))
+    sizes = dict(zip(axes, array.shape, strict=True))
+    chosen = {a: int(np.clip(round(float(voxel[a])), 0, sizes[a] - 1)) for a in axes if a in LEAD_NAMES}
+    volume = core.open_volume(array, axes=axes, time=chosen.get("t"), channel=chosen.get("c"))
+    return _placed(ChosenVolume(layer, volume, chosen, axes=axes))
+
+
+def _placed(chosen: ChosenVolume) -> ChosenVolume:
+    """The volume with name, scale and place of its layer."""
+    scale, unit = _scale(chosen.layer, chosen.axes, chosen.factors)
+    origin = _origin(chosen) if any(scale) else (0.0, 0.0, 0.0)
+    return replace(chosen, volume=replace(chosen.volume, name=chosen.name, scale=scale, unit=unit, origin=origin))
 
 
 def _open(layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level: int) -> tuple[Any, Mapping[str, Any]]:
@@ -271,7 +303,7 @@ def _alike(a: Any, b: Any) -> bool:
     return all(np.array_equal(a[z, y, x], b[z, y, x], equal_nan=True) for z in {0, last // 2, last})
 
 
-def _scale(layer: Image, axes: str, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
+def _scale(layer: Image | Labels, axes: str, factors: Sequence[float]) -> tuple[tuple[float | None, ...], str | None]:
     """Size of a voxel (z, y, x), in micrometers where the layer's units are lengths; None where nothing is known."""
     spatial = [a for a in "zyx" if a in axes]
     step = {a: abs(float(layer.scale[axes.index(a)])) for a in spatial}

@@ -186,13 +186,44 @@ def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: An
         yield step
 
 
-def iter_counting(labels: Path, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
-    """Number and measure the objects of labels on disk. `Written` comes last."""
+def iter_counting(labels: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
+    """Number and measure the objects of labels, a path or a `core.Volume`. `Written` comes last."""
     yield Doing("looking for objects")
     report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **options), stop)
     if report is not None:
         yield Written(open_levels(out))
     return report
+
+
+class _StoppedError(Exception):
+    """Writing was stopped."""
+
+
+def iter_exporting(labels: Any, path: Path, stop: Event) -> Generator[Any, None, Path | None]:
+    """Write labels, a path or a `core.Volume` (z, y, x), as TIFF. Returns None if it was stopped; nothing is left then.
+
+    Raises
+    ------
+    core.DistillFSSError
+        If they cannot be written.
+    """
+    yield Doing(f"writing {path.name}")
+    with core.open_volume(labels, labels=True) as volume:
+        depth, height, width = volume.shape[:3]
+
+        def planes() -> Iterator[npt.NDArray[Any]]:
+            for z in range(depth):
+                if stop.is_set():
+                    raise _StoppedError
+                yield volume.plane(z)
+
+        try:
+            core.write_label_stack(
+                path, planes(), (depth, height, width), volume.dtype, scale=volume.scale, unit=volume.unit
+            )
+        except _StoppedError:
+            return None
+    return path
 
 
 def open_levels(path: Path) -> list[Any]:

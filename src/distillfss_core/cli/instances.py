@@ -41,9 +41,10 @@ def add_instances(commands: Any) -> None:
     )
     parser.add_argument(
         "--method",
-        choices=("components", "watershed"),
+        choices=("components", "watershed", "numbered"),
         default="components",
-        help="components: connected voxels are an object (default); watershed: touching objects are cut apart",
+        help="components: connected voxels are an object (default); watershed: touching objects are cut apart; "
+        "numbered: every number in the labels is an object already",
     )
     parser.add_argument(
         "--radius",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tifffile
@@ -55,6 +57,69 @@ def write_labels(path: PathLike, array: Array) -> None:
         raise OutputError(f"{path.name}: a PNG holds one plane, these are {len(array)}; end the name in .tif")
     else:
         raise OutputError(f"{path.name}: cannot write {suffix or 'a file without suffix'!r}; end it in .tif or .png")
+
+
+def write_label_stack(
+    path: PathLike,
+    planes: Iterable[Array],
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    *,
+    scale: Sequence[float | None] = (None, None, None),
+    unit: str | None = None,
+) -> None:
+    """Write labels of any number of planes as an OME-TIFF (zlib), plane by plane; whole or not at all.
+
+    Parameters
+    ----------
+    path : path
+        Ending in .tif or .tiff. A file that is there is replaced.
+    planes : iterable of integer arrays (y, x)
+        As many as ``shape`` has. Read one at a time, so an array of any size can be given piece by piece.
+    shape : (z, y, x)
+    dtype : integer dtype
+        Numbers of 64 bits are written in 32.
+    scale, unit
+        Size of a voxel (z, y, x), as of a `Volume`; written where the unit is known.
+
+    Raises
+    ------
+    ImageError
+        If a plane is no label image, or holds a number outside 0..4294967295.
+    OutputError
+        If the suffix is another or the file cannot be written; an older file stays as it was.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in TIFF_SUFFIXES:
+        raise OutputError(f"{path.name}: labels of a volume are written as TIFF; end the name in .tif")
+    if dtype.kind not in "bui":
+        raise ImageError(f"{path.name}: labels are integers, these are {dtype}")
+    bits = np.uint8 if dtype.itemsize == 1 else np.uint16 if dtype.itemsize == 2 else np.uint32
+
+    def checked() -> Iterator[Array]:
+        for plane in planes:
+            low, high = int(plane.min()), int(plane.max())
+            if low < 0 or high > np.iinfo(bits).max:
+                raise ImageError(
+                    f"{path.name}: holds the label {low if low < 0 else high}; labels must be within "
+                    f"0..{np.iinfo(bits).max}"
+                )
+            yield np.ascontiguousarray(plane, bits)
+
+    sizes = {f"PhysicalSize{a}": s for a, s in zip("ZYX", scale, strict=True) if unit and s}
+    units = {f"{name}Unit": {"micrometer": "µm"}.get(unit or "", unit) for name in sizes}
+    with atomic_path(path) as temporary:
+        tifffile.imwrite(
+            temporary,
+            checked(),
+            shape=shape,
+            dtype=bits,
+            ome=True,
+            photometric="minisblack",
+            compression="zlib",
+            metadata={"axes": "ZYX", **sizes, **units},
+            bigtiff=math.prod(shape) * np.dtype(bits).itemsize > 2**31,
+        )
 
 
 def write_float_tiff(path: PathLike, array: Array, axes: str | None = None) -> None:

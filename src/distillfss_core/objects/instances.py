@@ -49,7 +49,7 @@ from distillfss_core.volumes.volume import Volume
 
 log: logging.Logger = logging.getLogger(__name__)
 
-METHODS = ("components", "watershed")
+METHODS = ("components", "watershed", "numbered")
 CONNECTIVITIES = (6, 18, 26)
 BLOCK = (64, 256, 256)
 _CHUNK = (32, 128, 128)
@@ -146,9 +146,10 @@ def iter_instances(
         Of the same size, one channel: its mean over each object is measured, too.
     class_id : int, optional
         The class whose objects are wanted; by default whatever is not 0 is one class.
-    method : {"components", "watershed"}
+    method : {"components", "watershed", "numbered"}
         Whatever is connected is one object; or objects that touch are cut apart where they are narrow (Euclidean
-        distance, smoothed, its maxima as seeds).
+        distance, smoothed, its maxima as seeds); or every number in the labels is an object already, and only gaps
+        between the numbers are closed.
     connectivity : {6, 18, 26}
         With how many neighbors a voxel is connected (components only).
     radius : float
@@ -285,6 +286,8 @@ class _Splitter:
             check_lossless(labels.path)
         if self.binary_threshold is not None and self.class_id is not None:
             raise SettingsError("a binary threshold makes one class; leave the number of the class out")
+        if self.method == "numbered" and (self.class_id is not None or self.binary_threshold is not None):
+            raise SettingsError("numbered labels have no classes; leave the number of the class and the threshold out")
         if image is not None and image.shape != labels.shape:
             raise ImageError(
                 f"{image.name}: is {image.shape} but the labels are {labels.shape}; give the level and the channel "
@@ -319,7 +322,7 @@ class _Splitter:
     @property
     def halo(self) -> tuple[int, ...]:
         """Voxels around a block that are looked at, too."""
-        if self.method == "components":
+        if self.method != "watershed":
             return (0, 0, 0)
         return tuple(math.ceil(4 * (self.radius or 0) / s) for s in self.step)
 
@@ -333,6 +336,8 @@ class _Splitter:
         shape = self.labels.shape
         looked = [(max(0, a - h), min(n, b + h)) for (a, b), h, n in zip(box, self.halo, shape, strict=True)]
         part = self.labels.read(*(slice(*span) for span in looked))
+        if self.method == "numbered":
+            return self._numbered(part, box)
         if self.binary_threshold is not None:
             mask = part >= self.binary_threshold
         else:
@@ -343,6 +348,15 @@ class _Splitter:
         local = np.ascontiguousarray(local[tuple(slice(a - o, b - o) for (a, b), o in zip(box, origin, strict=True))])
         image = self.image.read(*slices(box)) if self.image else None
         return ids[local], measure_pieces(local, ids, [a for a, _ in box], image)
+
+    def _numbered(self, part: Array, box: Box) -> tuple[npt.NDArray[np.uint64], Array]:
+        """Each number is the id of its object."""
+        if part.min() < 0:
+            raise ImageError(f"{self.labels.name}: holds the label {part.min()}; numbers of objects are 0 or more")
+        ids, local = np.unique(np.append(part.reshape(-1), part.dtype.type(0)), return_inverse=True)
+        local, ids = local[:-1].reshape(part.shape), ids.astype(np.uint64)
+        image = self.image.read(*slices(box)) if self.image else None
+        return part.astype(np.uint64), measure_pieces(local, ids, [a for a, _ in box], image)
 
     def _components(self, mask: Array) -> tuple[Array, Array]:
         import cc3d

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from qtpy.QtCore import QEvent, QObject, QRect, QSize, Qt
@@ -13,9 +14,11 @@ from qtpy.QtWidgets import (
     QAbstractSpinBox,
     QApplication,
     QComboBox,
+    QFileDialog,
     QHBoxLayout,
     QLabel,
     QListWidget,
+    QMessageBox,
     QProgressBar,
     QPushButton,
     QSizePolicy,
@@ -322,6 +325,26 @@ def column(holder: QWidget, *parts: QWidget, margin: int = 4) -> None:
     layout.setSpacing(4)
     for part in parts:
         layout.addWidget(part)
+
+
+def choose_output(parent: QWidget, title: str, start: Path, suffixes: tuple[str, ...]) -> Path | None:
+    """Ask where to write a file, and before another one is replaced. The first suffix is added to a name without any.
+
+    Returns
+    -------
+    path or None
+        None if nothing was chosen.
+    """
+    name, _ = QFileDialog.getSaveFileName(parent, title, str(start), " ".join(f"*{s}" for s in suffixes))
+    if not name:
+        return None
+    if name.lower().endswith(suffixes):
+        return Path(name)  # the dialog has asked
+    path = Path(name + suffixes[0])
+    yes = QMessageBox.StandardButton.Yes
+    if path.exists() and QMessageBox.question(parent, title, f"{path} is already there. Replace it?") != yes:
+        return None
+    return path
 
 
 def attempt(message: Message, action: Callable[[], object]) -> bool:

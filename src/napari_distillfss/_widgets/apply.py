@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,26 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import FIRST_CLASS
-from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
+from napari_distillfss._layers import Box, ChosenVolume, camera_of, choose_labels, move_layer
+from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
-from napari_distillfss._tasks import Written, iter_applying, iter_counting, open_levels
+from napari_distillfss._tasks import Written, iter_applying, iter_counting, iter_exporting, open_levels
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, spin
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, choose_output, column, combo, row, spin
+from napari_distillfss._widgets.mark import ObjectMark
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colors_of
 from napari_distillfss._widgets.table import ObjectTable
 
+MARK = "distillfss_labels"
+"""Key of the metadata of the layer that shows written labels."""
+
 MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
-_NO_LABELS = "Apply a model first"
+_NO_LABELS = "Apply a model first, or open a labels layer"
+NUMBERED = "numbered"
+METHODS = ("connected", "watershed", NUMBERED)
+_LABELS_OF_LAYER = ("any label", "selected label")
 _READY_TO_COUNT = "Ready to count the objects of {}"
 _NO_MODEL = "Train or load a model first"
 _READY = "Ready. You can stop and resume at any time"
@@ -192,6 +202,7 @@ class ApplyWidget(QWidget):
             name="segmentation",
             multiscale=True,
             opacity=0.5,
+            metadata={MARK: True},
             **chosen.place(),
         )
 
@@ -245,21 +256,34 @@ def object_radius(planes: Sequence[np.ndarray], default: float = 8.0) -> float:
     return float(np.sqrt(np.median(areas) / np.pi)) if areas else default
 
 
+@dataclass(frozen=True)
+class _Count:
+    """Objects being counted: the labels, what is written, and whether *Apply* has written the labels."""
+
+    chosen: ChosenVolume
+    counted: Counted
+    is_of_applied: bool
+
+
 class ObjectsWidget(QWidget):
-    """Numbers the objects of the written labels and shows their measures."""
+    """Numbers the objects of labels, written ones or those of any Labels layer, and shows their measures."""
 
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
-        self._running: tuple[ChosenVolume, Counted] | None = None
-        self._suited: Applied | None = None  # labels that the radius was chosen for
+        self._running: _Count | None = None
+        self._suited: Any = None  # labels that the radius was chosen for
         self._levels: list[Any] = []
+        self._listed: Applied | None = None  # the written labels in the list
+        self._own: dict[Path, Path] = {}  # objects written in this session, the only ones that are replaced
         self._shown: Path | None = None  # whose objects the layer shows
         self.layer: Any = None
+        self.mark = ObjectMark(viewer)
+        self.labels = combo("Labels whose objects are counted: those that Apply has written, or any labels layer")
         self.method = combo(
             "connected: each connected piece is one object; watershed: touching objects are separated where they "
-            "are narrow",
-            ("connected", "watershed"),
+            "are narrow; numbered: each number is an object already",
+            METHODS,
         )
         self.method.setAccessibleName("Method")
         self.of_class = combo("Class of the objects")
@@ -272,55 +296,145 @@ class ObjectsWidget(QWidget):
         self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
         self.job = Job(session, "counting", self)
         self.table = ObjectTable()
+        self.save_labels = button(
+            "Labels as TIFF…", "Write the labels chosen above; counted objects are among them", self._on_save_labels
+        )
+        self.save_table = button("Table as CSV…", "Write the measures of the counted objects", self._on_save_table)
+        self.exporting = Job(session, "writing labels", self)
         self.message = Message(_NO_LABELS)
         column(
             self,
+            row("Labels", self.labels),
             row(self.method, "Radius", self.radius),
             row("Class", self.of_class),
             row("Min. size (voxels)", self.smallest),
             self.count,
             JobBar(self.job, cancel="Stop; Count objects begins again", instead_of=self.message),
+            row(self.save_labels, self.save_table),
+            JobBar(self.exporting, cancel="Stop; nothing is written", starting="Writing labels"),
             self.message,
             self.table,
         )
         self.table.hide()
         self.radius.setEnabled(False)
-        self.method.currentIndexChanged.connect(self.radius.setEnabled)
+        self._connect(session, viewer)
+        self._on_layers_changed()
+
+    def _connect(self, session: Session, viewer: Any) -> None:
+        self.labels.currentIndexChanged.connect(self._on_state_changed)
+        self.method.currentIndexChanged.connect(self._on_state_changed)
         self.table.chosen.connect(self._on_object_chosen)
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
+        self.exporting.done.connect(self._on_exported)
+        self.exporting.failed.connect(self.message.warn)
         session.labels_changed.connect(self._on_labels_changed)
         session.volume_changed.connect(self._on_volume_changed)
         session.busy_changed.connect(self._on_state_changed)
-        self._on_state_changed()
+        session.closed.connect(self._forget_viewer)
+        events = viewer.layers.events
+        for event in (events.inserted, events.removed, events.renamed):
+            event.connect(self._on_layers_changed)
 
     def start(self) -> None:
         """Number and measure the objects."""
 
         def start() -> None:
-            applied = self._session.applied
-            if applied is None:
-                raise core.SettingsError("there are no labels yet; apply a model first")
-            chosen = applied.volume
-            out = applied.out.with_name(f"{applied.out.name.partition('.')[0]}-objects.ome.zarr")
-            options: dict[str, Any] = {
-                "class_id": self.of_class.currentIndex() + 1,
-                "min_voxels": self.smallest.value(),
-            }
-            if self.method.currentIndex() == 1:
-                options |= {"method": "watershed", "radius": self.radius.value()}
-            image = {"image": chosen.volume} if chosen.volume.ndim == 3 else {}
-            table = out.with_name(f"{out.name.partition('.')[0]}.csv")
+            self.job.check_free()
+            source = self._source()
+            is_of_applied = isinstance(source, Applied)
+            chosen, labels = self._open(source)
+            first = self._first_output(source)
+            out = self._own.get(first) or _free_output(first)
+            table = _table_of(out)
+            options = self._options(source)
+            image = self._image_on(chosen) if not is_of_applied else chosen.volume
+            measured = {"image": image} if image is not None and image.ndim == 3 else {}
+            overwrite = first in self._own
             self.job.start(
-                lambda stop: iter_counting(
-                    applied.out, out, stop, table=table, overwrite=out.exists(), **image, **options
-                )
+                lambda stop: iter_counting(labels, out, stop, table=table, overwrite=overwrite, **measured, **options)
             )
-            self._running = (chosen, Counted(out, table, options))
+            self._own[first] = out
+            self._running = _Count(chosen, Counted(out, table, options), is_of_applied)
             self.message.tell("")
 
         attempt(self.message, start)
+
+    def export_labels(self, path: Path) -> None:
+        """Write the chosen labels as TIFF; a file that is there is replaced."""
+
+        def start() -> None:
+            _, labels = self._open(self._source())
+            self.exporting.start(lambda stop: iter_exporting(labels, path, stop))
+
+        attempt(self.message, start)
+
+    def export_table(self, path: Path) -> None:
+        """Write the table of the counted objects as CSV; a file that is there is replaced."""
+        if self._running is None or self.table.isHidden():
+            self.message.warn("nothing is counted yet; press Count objects first")
+            return
+        table = self._running.counted.table
+        try:
+            with suppress(shutil.SameFileError):
+                temporary = shutil.copyfile(table, path.with_name(f"{path.name}.partial"))
+                temporary.replace(path)
+        except OSError as error:
+            self.message.warn(f"cannot write {path}: {error.strerror or error}; choose another place")
+            return
+        self.message.tell(f"The table is in {path}")
+
+    def _source(self) -> Any:
+        """The chosen labels: an `Applied` or a Labels layer.
+
+        Raises
+        ------
+        core.SettingsError
+            If there are none.
+        """
+        source = self.labels.currentData()
+        if source is None:
+            raise core.SettingsError("there are no labels yet; apply a model, or open a labels layer")
+        return source
+
+    def _open(self, source: Any) -> tuple[ChosenVolume, Any]:
+        """Where the labels lie in napari, and what the core opens: a path or a volume."""
+        if isinstance(source, Applied):
+            return source.volume, source.out
+        chosen = choose_labels(source, self._viewer.dims.point)
+        return chosen, chosen.volume
+
+    def _first_output(self, source: Any) -> Path:
+        """Where the numbered objects of labels are written unless something is there."""
+        if isinstance(source, Applied):
+            folder, stem = source.out.parent, source.out.name.partition(".")[0]
+        else:
+            folder, stem = self._session.folder / "objects", "".join(c if c.isalnum() else "_" for c in source.name)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise core.OutputError(f"cannot make {folder}: {error.strerror}") from error
+        return folder / f"{stem}-objects.ome.zarr"
+
+    def _options(self, source: Any) -> dict[str, Any]:
+        options: dict[str, Any] = {"min_voxels": self.smallest.value()}
+        method = self.method.currentText()
+        if method == NUMBERED:
+            return {**options, "method": "numbered"}
+        if isinstance(source, Applied):
+            options = {"class_id": self.of_class.currentIndex() + 1, **options}
+        elif self.of_class.currentIndex() == 1:
+            options = {"class_id": int(source.selected_label), **options}
+        return {**options, "method": "watershed", "radius": self.radius.value()} if method == "watershed" else options
+
+    def _image_on(self, chosen: ChosenVolume) -> Any:
+        """Volume of the image, if it lies on the grid of these labels."""
+        image = self._session.volume
+        if image is None or image.volume.shape != chosen.volume.shape:
+            return None
+        same = np.allclose(image.point_of(0, 0, 0)[-2:], chosen.point_of(0, 0, 0)[-2:])
+        return image.volume if same and np.allclose(image.layer.scale[-2:], chosen.layer.scale[-2:]) else None
 
     def _suit_radius(self, chosen: ChosenVolume) -> None:
         """Set the radius to that of the annotated objects, within what the watershed takes."""
@@ -339,14 +453,19 @@ class ObjectsWidget(QWidget):
         if report is None or self._running is None:
             self.message.tell("Stopped; Count objects begins again")
             return
-        chosen, counted = self._running
-        self._session.counted = counted
-        self._show(chosen, counted.out)
+        chosen, counted = self._running.chosen, self._running.counted
+        if self._running.is_of_applied:
+            self._session.counted = counted
+        self.mark.hide()
         self.table.read(counted.table)
+        self._show(chosen, counted.out)
+        self.layer.features = self.table.features()
         self.table.show()
+        self._on_state_changed()
         small = f", {report.too_small} smaller ones left out" if report.too_small else ""
         self.message.tell(
-            f"{fmt.count(report.objects, 'object')}{small}; measures in {counted.table.name}, beside the labels"
+            f"{fmt.count(report.objects, 'object')}{small}; measures in "
+            + (f"{counted.table.name}, beside the labels" if self._running.is_of_applied else str(counted.table))
         )
 
     def _show(self, chosen: ChosenVolume, out: Path) -> None:
@@ -362,46 +481,118 @@ class ObjectsWidget(QWidget):
         self.layer.events.selected_label.connect(self._on_label_selected)
         self._shown = out
 
-    def _on_object_chosen(self, label: int, box: tuple[float, float, float]) -> None:
-        """Move to an object: ``box`` is its middle (z, y, x) in voxels."""
+    def _on_object_chosen(self, label: int, box: Box) -> None:
+        """Move to an object and mark it."""
         if self._running is None or self.layer not in self._viewer.layers:
             return
-        chosen = self._running[0]
-        place = chosen.point_of(*box)
+        chosen = self._running.chosen
+        place = chosen.point_of(*((a + b - 1) / 2 for a, b in box))
         dims = self._viewer.dims
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
         camera_of(self._viewer).center = (0, *place[-2:])
         self.layer.selected_label = label
+        self.mark.show(chosen, box)
 
     def _on_label_selected(self) -> None:
         self.table.select(int(self.layer.selected_label))
 
     def _on_labels_changed(self) -> None:
-        self._forget_table()
-        self._on_state_changed()
+        if self._running is not None and self._running.is_of_applied:
+            self._forget_table()
+        self._on_layers_changed()
 
     def _on_volume_changed(self) -> None:
-        chosen = self._session.volume
-        if chosen is not None and self._running is not None and chosen.volume is not self._running[0].volume:
-            self._forget_table()
+        chosen, running = self._session.volume, self._running
+        if chosen is not None and running is not None and chosen.volume is not running.chosen.volume:
+            if running.is_of_applied:
+                self._forget_table()
+            self.mark.hide()
 
     def _forget_table(self) -> None:
         """Hide the table of other labels; its file stays."""
         if not self.job.running and not self.table.isHidden():
             self.table.hide()
+            self.mark.hide()
             applied = self._session.applied
             self.message.tell(_READY_TO_COUNT.format(applied.out.name) if applied is not None else _NO_LABELS)
 
+    def _on_layers_changed(self) -> None:
+        """List the labels: written ones first, then the layers."""
+        applied, before = self._session.applied, self.labels.currentData()
+        sources: list[tuple[str, Any]] = [] if applied is None else [(f"applied: {applied.out.name}", applied)]
+        sources += [(layer.name, layer) for layer in self._viewer.layers if _is_of_user(layer)]
+        self.labels.blockSignals(True)
+        self.labels.clear()
+        for name, source in sources:
+            self.labels.addItem(name, source)
+        kept = [k for k, (_, source) in enumerate(sources) if source is before and not isinstance(source, Applied)]
+        is_new = applied is not self._listed and applied is not None  # labels that were just written are the ones meant
+        self._listed = applied
+        self.labels.setCurrentIndex(kept[0] if kept and not is_new else 0 if sources else -1)
+        self.labels.blockSignals(False)
+        self._on_state_changed()
+
     def _on_state_changed(self) -> None:
-        applied = self._session.applied
-        if applied is not None and applied is not self._suited:
-            self._suited = applied
-            self._suit_radius(applied.volume)
-        self.count.setEnabled(applied is not None and not self._session.busy)
-        if applied is not None:
-            if [self.of_class.itemText(i) for i in range(self.of_class.count())] != list(applied.classes):
+        source, method = self.labels.currentData(), self.method.currentText()
+        if source is not None and source is not self._suited:
+            self._suited = source
+            with suppress(core.DistillFSSError):  # said when it is counted
+                self._suit_radius(self._open(source)[0])
+        is_free = source is not None and not self._session.busy
+        self.count.setEnabled(is_free)
+        self.save_labels.setEnabled(is_free)
+        self.save_table.setEnabled(not self.table.isHidden())
+        self.radius.setEnabled(method == "watershed")
+        self.of_class.setEnabled(method != NUMBERED)
+        if source is not None:
+            names = source.classes if isinstance(source, Applied) else _LABELS_OF_LAYER
+            if [self.of_class.itemText(i) for i in range(self.of_class.count())] != list(names):
                 self.of_class.clear()
-                self.of_class.addItems(applied.classes)
+                self.of_class.addItems(names)
             if self.message.text() == _NO_LABELS:
-                self.message.tell(_READY_TO_COUNT.format(applied.out.name))
+                name = source.out.name if isinstance(source, Applied) else source.name
+                self.message.tell(_READY_TO_COUNT.format(name))
+        elif self.message.text().startswith(_READY_TO_COUNT.partition("{")[0]):
+            self.message.tell(_NO_LABELS)
+
+    def _on_save_labels(self) -> None:
+        path = choose_output(self, "Write labels", self._beside("labels.tif"), (".tif", ".tiff"))
+        if path is not None:
+            self.export_labels(path)
+
+    def _on_save_table(self) -> None:
+        path = choose_output(self, "Write the table", self._beside("objects.csv"), (".csv",))
+        if path is not None:
+            self.export_table(path)
+
+    def _beside(self, name: str) -> Path:
+        volume = self._session.volume
+        path = volume.volume.path if volume is not None else None
+        return (path.parent if path is not None else Path.home()) / name
+
+    def _on_exported(self, path: Path | None) -> None:
+        self.message.tell(f"The labels are in {path}" if path is not None else "Stopped; nothing was written")
+
+    def _forget_viewer(self) -> None:
+        events = self._viewer.layers.events
+        for event in (events.inserted, events.removed, events.renamed):
+            event.disconnect(self._on_layers_changed)
+
+
+def _is_of_user(layer: Any) -> bool:
+    """Whether objects of a layer may be counted: labels but those that the dock shows for other ends."""
+    marks = ("distillfss_annotations", "distillfss_preview", MARK)
+    return type(layer).__name__ == "Labels" and not any(layer.metadata.get(mark) for mark in marks)
+
+
+def _free_output(out: Path) -> Path:
+    """The path, or one beside it where neither objects nor a table are."""
+    free = free_name(out)
+    while _table_of(free).exists():
+        free = free_name(free.with_name(f"{free.name.partition('.')[0]}-again.ome.zarr"))
+    return free
+
+
+def _table_of(out: Path) -> Path:
+    return out.with_name(f"{out.name.partition('.')[0]}.csv")

@@ -13,7 +13,7 @@ from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import iter_loading
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, choose_output, column, row
 from napari_distillfss._widgets.students import StudentHistory
 
 SUFFIX = ".safetensors"
@@ -120,9 +120,9 @@ class ModelWidget(QWidget):
             self.message.tell("A model is there; Save… writes it to a place of your choice")
 
     def _on_save_clicked(self) -> None:
-        path, _ = QFileDialog.getSaveFileName(self, "Save the model", f"student{SUFFIX}", f"Model (*{SUFFIX})")
-        if path:
-            self.save_to(Path(path) if path.endswith(SUFFIX) else Path(path + SUFFIX))
+        path = choose_output(self, "Save the model", Path(f"student{SUFFIX}"), (SUFFIX,))
+        if path is not None:
+            self.save_to(path)
 
     def _on_load_clicked(self) -> None:
         students, volume = self._session.students(), self._session.volume

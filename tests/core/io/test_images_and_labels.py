@@ -15,7 +15,7 @@ from distillfss_core.errors import ImageError, InputFileError, OutputError, Sett
 from distillfss_core.io import images, writing
 from distillfss_core.io.images import read_image, read_stack
 from distillfss_core.io.labels import labels_from_image, load_support_arrays, pair_files, read_label_stack, read_labels
-from distillfss_core.io.writing import atomic_path, write_float_tiff, write_labels, write_stack
+from distillfss_core.io.writing import atomic_path, write_float_tiff, write_label_stack, write_labels, write_stack
 from distillfss_core.types import IGNORE
 from distillfss_core.volumes.volume import open_volume
 
@@ -520,3 +520,32 @@ def test_a_stack_is_written_in_its_own_type(tmp_path):
     found = tifffile.imread(tmp_path / "ct.tif")
     assert found.dtype == np.int16
     np.testing.assert_array_equal(found, stack)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "written"), [(bool, "uint8"), ("int16", "uint16"), ("uint32", "uint32"), ("int64", "uint32")]
+)
+def test_labels_of_a_volume_are_written_plane_by_plane_with_their_voxel_size(tmp_path, dtype, written):
+    labels = (np.arange(3 * 40 * 50).reshape(3, 40, 50) % 300).astype(dtype)
+    path = tmp_path / "labels.ome.tif"
+    write_label_stack(path, iter(labels), labels.shape, labels.dtype, scale=(0.5, 0.1, 0.2), unit="micrometer")
+    assert tifffile.imread(path).dtype == written
+    np.testing.assert_array_equal(tifffile.imread(path), labels)
+    volume = open_volume(path)
+    assert (volume.scale, volume.unit) == ((0.5, 0.1, 0.2), "micrometer")
+
+
+def test_labels_that_a_tiff_cannot_hold_leave_the_earlier_file(tmp_path):
+    path = tmp_path / "labels.tif"
+    path.write_bytes(b"mine")
+    planes = np.zeros((2, 8, 8), np.int64)
+    for wrong in (-1, 2**32):
+        planes[1, 2, 3] = wrong
+        with pytest.raises(ImageError, match=f"holds the label {wrong}"):
+            write_label_stack(path, planes, planes.shape, planes.dtype)
+    with pytest.raises(ImageError, match="integers"):
+        write_label_stack(path, planes.astype(float), planes.shape, np.dtype(float))
+    with pytest.raises(OutputError, match=r"\.tif"):
+        write_label_stack(tmp_path / "labels.png", planes, planes.shape, planes.dtype)
+    assert path.read_bytes() == b"mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["labels.tif"]

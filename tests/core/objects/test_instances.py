@@ -281,3 +281,26 @@ def test_labels_that_state_too_many_small_planes_are_refused(tmp_path):
     with pytest.raises(SettingsError, match=r"33554432 shards .* at most 1048576 are possible in one run"):
         label_instances(open_volume(tmp_path / "a.zarr"), tmp_path / "o.ome.zarr")
     assert not (tmp_path / "o.ome.zarr").exists()
+
+
+def test_numbers_that_are_there_stay_objects_where_they_touch(tmp_path):
+    labels = np.zeros((6, 20, 20), np.int32)
+    labels[1:5, 2:10, 2:10] = 4
+    labels[1:5, 2:10, 10:18] = 9  # touches the other
+    labels[0, 19, 19] = 70_000
+    volume = open_volume(labels)
+    made = label_instances(
+        volume, tmp_path / "o.ome.zarr", table=tmp_path / "o.csv", method="numbered", block=(4, 8, 8)
+    )
+    assert made.objects == 3
+    expected = np.select([labels == 4, labels == 9, labels == 70_000], [1, 2, 3])
+    np.testing.assert_array_equal(numbered(tmp_path / "o.ome.zarr"), expected)
+    assert [row["voxels"] for row in rows_of(tmp_path / "o.csv")] == [256, 256, 1]
+
+
+def test_numbered_labels_have_no_class_and_no_negative_number(tmp_path):
+    labels = np.full((2, 8, 8), -1, np.int16)
+    with pytest.raises(ImageError, match="holds the label -1"):
+        label_instances(open_volume(labels), tmp_path / "o.ome.zarr", method="numbered")
+    with pytest.raises(SettingsError, match="no classes"):
+        label_instances(open_volume(labels), tmp_path / "o.ome.zarr", method="numbered", class_id=1)

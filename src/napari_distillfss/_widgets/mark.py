@@ -1,0 +1,59 @@
+"""A ring around the chosen object."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from napari_distillfss._layers import Box, ChosenVolume, move_layer
+
+MARK = "distillfss_mark"
+"""Key of the metadata of the layer that marks an object."""
+
+_COLOR = "#ffe119"
+_MARGIN = 1.2  # of the ring's diameter over that of the object's box
+_SMALLEST = 8  # voxels, so that a ring around a single voxel is seen
+
+
+class ObjectMark:
+    """Marks one object by a ring in a Points layer, which is moved and hidden but never removed."""
+
+    def __init__(self, viewer: Any) -> None:
+        self._viewer = viewer
+        self.layer: Any = None
+
+    def show(self, chosen: ChosenVolume, box: Box) -> None:
+        """Put the ring around a box of voxels."""
+        middle = [(a + b - 1) / 2 for a, b in box]
+        point = np.array([[{**dict(zip("zyx", middle, strict=True)), "t": 0, "c": 0}[a] for a in chosen.axes]], float)
+        height, width = (b - a for a, b in box[1:])
+        size = max(_SMALLEST, _MARGIN * math.hypot(height, width))
+        if self.layer not in self._viewer.layers or self.layer.ndim != len(chosen.axes):
+            self.hide()
+            self.layer = self._add(point)
+        move_layer(self.layer, point, chosen.place())
+        self.layer.selected_data = set()
+        self.layer.size = size
+        self.layer.visible = True
+
+    def hide(self) -> None:
+        if self.layer in self._viewer.layers:
+            self.layer.visible = False
+
+    def _add(self, point: np.ndarray) -> Any:
+        active = self._viewer.layers.selection.active
+        layer = self._viewer.add_points(
+            point,
+            name="chosen object",
+            face_color="transparent",
+            border_color=_COLOR,
+            border_width=0.06,
+            out_of_slice_display=True,
+            metadata={MARK: True},
+        )
+        layer.editable = False
+        if active is not None:
+            self._viewer.layers.selection.active = active
+        return layer
