@@ -28,7 +28,7 @@ from .nn.backbones import SPECS, Backbone, BackboneSpec, load_backbone
 from .nn.device import Device, choose_device, leave_a_core_free
 from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
 from .samples import Sample, generate_sample
-from .segmentation.batch import BatchStep, iter_batch, plan_batch
+from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
 from .segmentation.lazy import compare_intensities, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
@@ -48,6 +48,7 @@ __all__ = [
     "AnnotatedSlice",
     "Backbone",
     "BackboneSpec",
+    "BatchJob",
     "BatchStep",
     "Connection",
     "Device",

@@ -269,6 +269,32 @@ def choose_labels(layer: Labels, point: Sequence[float]) -> ChosenVolume:
     return _placed(ChosenVolume(layer, volume, chosen, axes=axes))
 
 
+def volumes_over_time(layer: Image, point: Sequence[float], *, all_times: bool) -> list[tuple[int | None, Any]]:
+    """The volumes of an image layer with their time points; None where it has no axis of time.
+
+    Parameters
+    ----------
+    layer : napari Image layer
+    point : sequence of float
+        Of napari's world: the channel there is chosen, and the time point unless all are wanted.
+    all_times : bool
+
+    Raises
+    ------
+    core.DistillFSSError
+        As `choose_layer`.
+    """
+    axes = layer_axes(layer)
+    voxel = dict(zip(axes, layer.world_to_data(point[-layer.ndim :]), strict=False))
+    shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
+    sizes = dict(zip(axes, shape, strict=False))
+    lead = {a: int(np.clip(round(float(voxel[a])), 0, sizes[a] - 1)) for a in axes if a in LEAD_NAMES}
+    if "t" not in lead:
+        return [(None, choose_layer(layer, lead=lead).volume)]
+    times = range(sizes["t"]) if all_times else [lead["t"]]
+    return [(t, choose_layer(layer, lead={**lead, "t": t}).volume) for t in times]
+
+
 def _placed(chosen: ChosenVolume) -> ChosenVolume:
     """The volume with name, scale and place of its layer."""
     scale, unit = _scale(chosen.layer, chosen.axes, chosen.factors)

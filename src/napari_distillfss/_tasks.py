@@ -19,6 +19,7 @@ import zarr
 
 import distillfss_core as core
 from napari_distillfss._annotations import Annotations, from_classes, painted_from, write_planes
+from napari_distillfss._layers import volumes_over_time
 from napari_distillfss._students import Compared, KeptStudent, plane_of, read_student
 
 THUMBNAIL = 48
@@ -54,6 +55,16 @@ class Written:
     """Labels on disk that can be shown from now on: zarr arrays (z, y, x), finest first."""
 
     levels: list[Any]
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A step of a batch: ``index`` of ``total`` volumes are over; ``row`` is the report's on the latest of them."""
+
+    index: int
+    total: int
+    stage: str
+    row: Any = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,6 +204,44 @@ def iter_counting(labels: Any, out: Path, stop: Event, **options: Any) -> Genera
     if report is not None:
         yield Written(open_levels(out))
     return report
+
+
+def iter_batching(
+    plan: Callable[[], list[core.BatchJob]], model: Any, report: Path, stop: Event, **options: Any
+) -> Generator[Any, None, list[dict[str, Any]] | None]:
+    """Segment many volumes. Returns the rows of the report, or None if it was stopped; finished labels are kept."""
+    yield Doing("listing the volumes")
+    load_torch()
+    run = iter_until(core.iter_batch(plan(), model, report, **options), stop)
+    while True:
+        try:
+            step = next(run)
+        except StopIteration as end:
+            rows: list[dict[str, Any]] | None = end.value
+            return rows
+        part = "" if step.shard is None else f", piece {step.shard.index} of {step.shard.total}"
+        yield Batched(step.index - (step.row is None), step.total, f"{step.job.source.name}{part}", step.row)
+
+
+def jobs_of_layers(layers: Sequence[Any], point: Sequence[float], out: Path, *, all_times: bool) -> list[core.BatchJob]:
+    """A job for each image layer, and for each of its time points; what cannot be segmented is a job with an error."""
+    jobs: list[core.BatchJob] = []
+    for layer in layers:
+        stem = "".join(c if c.isalnum() or c in "-_ " else "_" for c in layer.name.partition(".")[0]).strip() or "layer"
+        try:
+            volumes = volumes_over_time(layer, point, all_times=all_times)
+        except core.DistillFSSError as error:
+            jobs.append(core.BatchJob(Path(layer.name), out / f"{stem}.ome.zarr", error=str(error)))
+            continue
+        for time, volume in volumes:
+            end = "" if time is None else f"_t{time:0{len(str(len(volumes) - 1))}}"
+            notes = {} if time is None else {"time": str(time)}
+            taken, free, number = {job.output for job in jobs}, out / f"{stem}{end}.ome.zarr", 1
+            while free in taken:
+                number += 1
+                free = out / f"{stem}-{number}{end}.ome.zarr"
+            jobs.append(core.BatchJob(Path(layer.name), free, notes=notes, opened=volume))
+    return jobs
 
 
 class _StoppedError(Exception):

@@ -11,6 +11,7 @@ from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, add_common, pr
 from distillfss_core.cli.options import add_model_options, add_opening, given_opening, load_model, opening_options
 from distillfss_core.cli.segment import show_shard
 from distillfss_core.cli.stopping import check_stopped, hold_signals
+from distillfss_core.errors import SettingsError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -30,6 +31,9 @@ def add_batch(commands: Any) -> None:
     parser.add_argument("input", type=Path, metavar="INPUT", help="a folder of volumes, or a CSV file")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="made if it is not there")
     parser.add_argument("--report", type=Path, metavar="FILE", help=".csv or .json (default: FOLDER/report.csv)")
+    parser.add_argument(
+        "--all-times", action="store_true", help="segment each time point of a volume, to NAME_t0.ome.zarr and so on"
+    )
     add_common(parser, _batch)
     add_model_options(parser)
     add_opening(parser)
@@ -41,7 +45,10 @@ def _batch(args: argparse.Namespace) -> int:
     from distillfss_core.types import finish
 
     reads = [args.model]
-    jobs = plan_jobs(args.input, args.output, given_opening(args), args.region, reads=reads)
+    opening = given_opening(args)
+    if args.all_times and "time" in opening:
+        raise SettingsError("--time chooses one time point; leave it or --all-times out")
+    jobs = plan_jobs(args.input, args.output, opening, args.region, all_times=args.all_times, reads=reads)
     report = args.report or args.output / "report.csv"
     check_folder_name(args.output)
     check_replaceable([report], [*reads, *([args.input] if args.input.is_file() else [])], overwrite=True)

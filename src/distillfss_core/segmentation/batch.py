@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_s
 from distillfss_core.types import as_run
 from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of, volumes_in
 from distillfss_core.volumes.remote import address_of
-from distillfss_core.volumes.volume import open_volume
+from distillfss_core.volumes.volume import Volume, count_choices, open_volume
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ _REPORTED = ("volume", "output", "status")  # columns by which a report is recog
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """A volume to segment.
 
     Parameters
@@ -49,6 +49,8 @@ class Job:
         Further columns of the table it came from; they are repeated in the report.
     error : str
         Why it cannot be segmented, where that is known before; it becomes the error of its row.
+    opened : Volume, optional
+        The volume, where it is open already; ``source`` is its name in the report then. It is not closed.
     """
 
     source: Path
@@ -57,19 +59,26 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     notes: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
+    opened: Volume | None = None
 
 
 @dataclass(frozen=True)
 class BatchStep:
-    """A step of the work: a shard of volume number ``index`` (from 1) of ``total``; None when that volume is over."""
+    """A step of the work: a shard of volume number ``index`` (from 1) of ``total``.
+
+    When that volume is over, ``shard`` is None and ``row`` is its row of the report.
+    """
 
     index: int
     total: int
-    job: Job
+    job: BatchJob
     shard: ShardDone | None
+    row: Mapping[str, Any] | None = None
 
 
-def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None) -> list[Job]:
+def plan_batch(
+    source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None, *, all_times: bool = False
+) -> list[BatchJob]:
     """The volumes of a folder or a table; what is wrong with one of them is the error of its job.
 
     Parameters
@@ -85,26 +94,34 @@ def plan_batch(source: Path, out: Path, options: Mapping[str, Any], region: Part
         Options of `open_volume` for all; a table's columns go before them.
     region : optional
         For all, likewise.
+    all_times : bool
+        Each time point of a volume is segmented to NAME_t0.ome.zarr, NAME_t1.ome.zarr, ... unless one is chosen for it.
 
     Raises
     ------
     InputFileError
         If it holds no volume or is no such table, or none of the volumes can be segmented.
     """
-    jobs = plan_jobs(source, out, options, region)
+    jobs = plan_jobs(source, out, options, region, all_times=all_times)
     if all(job.error for job in jobs):
         raise InputFileError(jobs[0].error)
     return jobs
 
 
 def plan_jobs(
-    source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None, *, reads: Sequence[Path] = ()
-) -> list[Job]:
+    source: Path,
+    out: Path,
+    options: Mapping[str, Any],
+    region: Part | None = None,
+    *,
+    all_times: bool = False,
+    reads: Sequence[Path] = (),
+) -> list[BatchJob]:
     """As `plan_batch`, also where none of the volumes can be segmented.
 
     Parameters
     ----------
-    source, out, options, region
+    source, out, options, region, all_times
         As for `plan_batch`.
     reads : paths
         Files that are read as well, beside the volumes and the table; no labels are written over them.
@@ -121,12 +138,13 @@ def plan_jobs(
     else:
         rows = read_table(source, "volume", _COLUMNS)
         jobs = [job for row in rows for job in _jobs_of(row, source, out, options, region)]
+    jobs = [each for job in jobs for each in _each_time(job)] if all_times else jobs
     return _apart(_of_one_output(jobs, source), [source, *reads] if source.is_file() else reads)
 
 
 @as_run
 def iter_batch(
-    jobs: Sequence[Job],
+    jobs: Sequence[BatchJob],
     model: StudentModel,
     report: Path,
     *,
@@ -192,7 +210,7 @@ def iter_batch(
         except OutputError as error:
             log.warning("%s (%d of %d volumes; the others go on)", error, index, len(jobs))
             unwritten = error
-        yield BatchStep(index, len(jobs), job, None)
+        yield BatchStep(index, len(jobs), job, None, rows[-1])
     if unwritten is not None:
         raise unwritten
     return rows
@@ -214,7 +232,7 @@ def write_report(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _is_report_of(path: Path, jobs: Sequence[Job]) -> bool:
+def _is_report_of(path: Path, jobs: Sequence[BatchJob]) -> bool:
     """Whether a file is a report of these jobs, of a run that can go on."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -229,7 +247,7 @@ def _is_report_of(path: Path, jobs: Sequence[Job]) -> bool:
         return False
 
 
-def _reason(error: Exception, job: Job) -> str:
+def _reason(error: Exception, job: BatchJob) -> str:
     """What the report says of a volume that failed."""
     if isinstance(error, DistillFSSError):
         return str(error)
@@ -238,7 +256,7 @@ def _reason(error: Exception, job: Job) -> str:
 
 
 def _segment_job(
-    job: Job,
+    job: BatchJob,
     model: StudentModel,
     *,
     resume: bool,
@@ -249,7 +267,7 @@ def _segment_job(
 ) -> Generator[ShardDone, None, dict[str, Any]]:
     if job.error:
         raise InputFileError(job.error)
-    with open_volume(job.source, **job.options) as volume:
+    with open_volume(job.source, **job.options) if job.opened is None else nullcontext(job.opened) as volume:
         if not job.output.parent.is_dir():
             raise OutputError(f"cannot make {job.output}: there is no folder {job.output.parent}; make it first")
         done = yield from iter_segment(
@@ -287,7 +305,7 @@ def _volumes_of(path: Path, options: Mapping[str, Any]) -> list[tuple[Path, str]
         return single
 
 
-def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
+def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[BatchJob]:
     jobs, others = [], []
     is_single = address_of(folder) or is_one_volume(folder)
     for path in [folder] if is_single else first_of_sets(sorted(folder.iterdir())):
@@ -302,14 +320,14 @@ def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part |
         except OSError as refused:
             error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
             volumes = [(path, stem_of(path))]
-        jobs += [Job(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
+        jobs += [BatchJob(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
     if others and jobs:
         names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         log.warning("%d file(s) or folder(s) in %s are no volumes and are left out: %s", len(others), folder, names)
     return jobs
 
 
-def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[Job]:
+def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[BatchJob]:
     """The jobs of a row; several for a plate or a collection of images."""
     cells, where = row.cells, f"{table} line {row.line}:"
     notes = {name: text for name, text in cells.items() if name not in _COLUMNS}
@@ -317,26 +335,26 @@ def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], 
     try:
         source = source if address_of(cells.get("volume", "")) is None else Path(cells["volume"])
     except SettingsError as unknown:
-        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, f"{where} {unknown}")]
+        return [BatchJob(source, out / f"line_{row.line}.ome.zarr", region, options, notes, f"{where} {unknown}")]
     if row.error or "volume" not in cells:
         error = f"{where} {row.error or 'names no volume; fill it in, or remove the line'}"
-        return [Job(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]
+        return [BatchJob(source, out / f"line_{row.line}.ome.zarr", region, options, notes, error)]
     output = table.parent / cells["output"] if "output" in cells else out / f"{stem_of(source)}.ome.zarr"
     try:
         part = parse_region(cells["region"]) if "region" in cells else region
         own = {**options, **{name: _option(name, cells[name]) for name in _OPTIONS if name in cells}}
     except ValueError as error:
-        return [Job(source, output, region, options, notes, f"{where} {error}")]
+        return [BatchJob(source, output, region, options, notes, f"{where} {error}")]
     volumes = _volumes_of(source, own)
     if "output" not in cells:
-        return [Job(volume, out / f"{name}.ome.zarr", part, own, notes) for volume, name in volumes]
+        return [BatchJob(volume, out / f"{name}.ome.zarr", part, own, notes) for volume, name in volumes]
     several = f"{where} {source} holds {len(volumes)} images; leave its output out" if len(volumes) > 1 else ""
-    return [Job(source if several else volumes[0][0], output, part, own, notes, several)]
+    return [BatchJob(source if several else volumes[0][0], output, part, own, notes, several)]
 
 
-def _of_one_output(jobs: Sequence[Job], source: Path) -> list[Job]:
+def _of_one_output(jobs: Sequence[BatchJob], source: Path) -> list[BatchJob]:
     """The jobs, with an error for each whose labels would be written where those of another one are."""
-    places: dict[Path, list[Job]] = {}
+    places: dict[Path, list[BatchJob]] = {}
     for job in jobs:
         places.setdefault(job.output.resolve(), []).append(job)
     checked = []
@@ -352,12 +370,37 @@ def _of_one_output(jobs: Sequence[Job], source: Path) -> list[Job]:
     return checked
 
 
-def _sources(jobs: Sequence[Job]) -> list[Path]:
-    """The volumes that are read."""
-    return [job.source for job in jobs if not job.error]
+def _sources(jobs: Sequence[BatchJob]) -> list[Path]:
+    """The files of the volumes that are read."""
+    sources = (job.source if job.opened is None else job.opened.path for job in jobs if not job.error)
+    return [source for source in sources if source is not None]
 
 
-def _apart(jobs: Sequence[Job], reads: Sequence[Path]) -> list[Job]:
+def _each_time(job: BatchJob) -> list[BatchJob]:
+    """A job for each time point of a volume that has several."""
+    if job.error or "time" in job.options:
+        return [job]
+    of_file = {name: job.options[name] for name in ("axes", "series") if name in job.options}
+    try:
+        points = count_choices(job.source, **of_file).get("t", 1)
+    except (DistillFSSError, OSError, ValueError):  # reported as the error of this volume, when its turn comes
+        return [job]
+    if points == 1:
+        return [job]
+    end = next(suffix for suffix in (".ome.zarr", ".zarr", "") if job.output.name.endswith(suffix))
+    stem, digits = job.output.name.removesuffix(end), len(str(points - 1))
+    return [
+        replace(
+            job,
+            output=job.output.with_name(f"{stem}_t{time:0{digits}}{end}"),
+            options={**job.options, "time": time},
+            notes={**job.notes, "time": str(time)},
+        )
+        for time in range(points)
+    ]
+
+
+def _apart(jobs: Sequence[BatchJob], reads: Sequence[Path]) -> list[BatchJob]:
     """The jobs, with an error for each whose labels would be written where anything is read."""
     inputs = {path.resolve(): path for path in (*_sources(jobs), *reads)}
     above = {parent: path for resolved, path in inputs.items() for parent in resolved.parents}

@@ -22,7 +22,19 @@ from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting, iter_exporting, open_levels
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, choose_output, column, combo, row, spin
+from napari_distillfss._widgets._common import (
+    JobBar,
+    Message,
+    Section,
+    attempt,
+    button,
+    choose_output,
+    column,
+    combo,
+    row,
+    spin,
+)
+from napari_distillfss._widgets.batch import BatchWidget
 from napari_distillfss._widgets.mark import ObjectMark
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colors_of
@@ -77,6 +89,7 @@ class ApplyWidget(QWidget):
         )
         self.job = Job(session, "segmenting", self)
         self.message = Message(_NO_MODEL)
+        self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
         column(
             self,
             row(self.region, self.on_screen),
@@ -90,6 +103,7 @@ class ApplyWidget(QWidget):
                 instead_of=self.message,
             ),
             self.message,
+            Section("Many volumes", self.batch, tooltip="Folders of files, open layers, time points", unfolded=False),
         )
         self._soon = QTimer(self)  # looking again takes the window a moment: not after every piece
         self._soon.setSingleShot(True)

@@ -16,7 +16,7 @@ import pytest
 import tifffile
 import zarr
 
-from distillfss_core import StudentModel
+from distillfss_core import StudentModel, open_volume
 from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.errors import InputFileError
@@ -256,3 +256,39 @@ def test_labels_without_metadata_are_named_when_folders_are_compared(here, capsy
     (here / "predicted" / "b.zarr" / "zarr.json").unlink()
     assert main(["evaluate", "predicted", "truth"]) == ERROR
     assert "predicted/b.zarr: has no zarr metadata" in capsys.readouterr().err
+
+
+def test_all_time_points_of_the_files_that_have_several_are_segmented(here):
+    """A folder holds a time series beside a stack and a file that cannot be read."""
+    folder = here / "volumes"
+    folder.mkdir()
+    shutil.copy("s.tif", folder)
+    (folder / "x.tif").write_bytes(b"no image")
+    series = np.stack([STACK[:2], STACK[1:]])
+    tifffile.imwrite(folder / "a.b.tif", series, photometric="minisblack", metadata={"axes": "TZYX"})
+    assert run_batch("volumes", "--all-times") == ERROR
+    student = StudentModel.load("m.safetensors", device="cpu")
+    for time in range(2):
+        expected = np.stack([student.predict_labels(plane) for plane in series[time]])
+        assert np.array_equal(zarr.open_array(f"out/a.b_t{time}.ome.zarr/0", mode="r")[...], expected)
+    with open("out/report.csv", newline="", encoding="utf-8") as file:
+        rows = [(Path(row["volume"]).name, row["time"], row["status"]) for row in csv.DictReader(file)]
+    assert rows == [("a.b.tif", "0", "done"), ("a.b.tif", "1", "done"), ("s.tif", "", "done"), ("x.tif", "", "failed")]
+
+
+def test_one_time_point_and_all_of_them_exclude_each_other(here, capsys):
+    """A command names a time point and all of them."""
+    assert run_batch("s.tif", "--all-times", "--time", "0") == ERROR
+    assert "--time chooses one time point" in capsys.readouterr().err
+
+
+def test_an_open_volume_is_segmented_and_stays_open(here, plain_student):
+    """A script segments arrays beside files, with one report."""
+    volume = open_volume(STACK)
+    jobs = [batch.BatchJob(Path("mine"), here / "mine.ome.zarr", opened=volume)]
+    steps = list(iter_batch(jobs, plain_student, here / "report.csv"))
+    assert steps[-1].row["status"] == "done"
+    assert steps[-1].row["volume"] == "mine"
+    expected = np.stack([plain_student.predict_labels(plane) for plane in STACK])
+    assert np.array_equal(zarr.open_array("mine.ome.zarr/0", mode="r")[...], expected)
+    assert np.array_equal(volume.plane(1), STACK[1])
