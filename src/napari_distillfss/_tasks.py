@@ -18,12 +18,16 @@ import numpy.typing as npt
 import zarr
 
 import distillfss_core as core
-from napari_distillfss._annotations import Annotations, from_classes, painted_from, write_planes
+from napari_distillfss._annotations import BACKGROUND, Annotations, from_classes, painted_from, write_planes
 from napari_distillfss._layers import volumes_over_time
+from napari_distillfss._shapes import Outline
 from napari_distillfss._students import Compared, KeptStudent, plane_of, read_student
 
 THUMBNAIL = 48
 Span = tuple[int, int]
+Replaced = tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
+"""A plane whose labels were replaced, with its labels "y x" before and after."""
+
 Work = Callable[[Event], Generator[Any, None, Any]]
 """Given the event that asks it to stop, yields its progress and returns what came of it."""
 
@@ -426,13 +430,20 @@ def _cut(lengths: Sequence[int]) -> Iterator[slice]:
 
 
 def iter_import(
-    annotations: Annotations, path: Path, shape: tuple[int, int, int], z: int, kind: str, stop: Event
-) -> Generator[core.TrainStep, None, list[tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]]]:
-    """Import planes of a label file in place of the painted labels; planes without a label are not changed.
+    annotations: Annotations,
+    source: Any,
+    shape: tuple[int, int, int],
+    z: int,
+    kind: str,
+    stop: Event,
+) -> Generator[core.TrainStep, None, list[Replaced]]:
+    """Import planes of labels in place of the painted labels; planes without a label are not changed.
+
+    Where one of the planes does not fit, no plane is changed.
 
     Parameters
     ----------
-    path : path
+    source : path or core.Volume
         Labels of the whole volume, or of one plane, which is then plane ``z``.
     shape : (z, y, x)
         Of the volume.
@@ -451,27 +462,63 @@ def iter_import(
     core.DistillFSSError
         If sizes or numbers do not fit.
     """
-    with core.open_volume(path) as labels:
+    taken: list[Replaced] = []
+    with core.open_volume(source) as labels:
+        name = source.name
         is_single = labels.shape[0] == 1
         if labels.ndim != 3 or labels.shape[1:] != shape[1:] or not (is_single or labels.shape[0] == shape[0]):
             raise core.ImageError(
-                f"{path.name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of one "
+                f"{name}: is {labels.shape}, the volume {shape} (z y x); give labels of the same size, or of one "
                 "of its planes"
             )
-        taken, nothing = [], np.zeros((1, 1), np.uint8)
-        for row in range(labels.shape[0]):
-            numbers = labels.plane(row)
-            if numbers.any():
-                painted = painted_from(numbers, kind, len(annotations.classes), f"{path.name} plane {row}")
-                to = z if is_single else row
-                before = annotations.plane(to)
-                annotations.put(to, painted)
-                taken.append((to, before, painted) if before.any() else (to, nothing, nothing))
-            if stop.is_set():
-                break
-            yield core.TrainStep(row + 1, labels.shape[0], stage="importing")
+        try:
+            for row in range(labels.shape[0]):
+                numbers = labels.plane(row)
+                if numbers.any():
+                    painted = painted_from(numbers, kind, len(annotations.classes), f"{name} plane {row}")
+                    taken.append(_replace(annotations, z if is_single else row, painted))
+                if stop.is_set():
+                    break
+                yield core.TrainStep(row + 1, labels.shape[0], stage="importing")
+        except core.DistillFSSError:
+            for plane, before, _ in taken:
+                annotations.put(plane, np.broadcast_to(before, shape[1:]))
+            raise
     if not taken:
-        raise core.SupportSetError(f"{path.name}: holds no label; nothing was taken over")
+        raise core.SupportSetError(f"{name}: holds no label; nothing was taken over")
+    return taken
+
+
+def _replace(annotations: Annotations, z: int, painted: npt.NDArray[np.uint8]) -> Replaced:
+    before, nothing = annotations.plane(z), np.zeros((1, 1), np.uint8)
+    annotations.put(z, painted)
+    return (z, before, painted) if before.any() else (z, nothing, nothing)
+
+
+def iter_drawing(
+    annotations: Annotations, outlines: Sequence[Outline], kind: str, stop: Event
+) -> Generator[core.TrainStep, None, list[Replaced]]:
+    """Import shapes; see `iter_import` for the result.
+
+    Parameters
+    ----------
+    outlines : sequence of Outline
+        The later are drawn over the earlier.
+    kind : {"masks", "classes", "scribbles"}
+        Where no shape is, planes with a shape are background; or, for scribbles, stay as they are painted.
+    """
+    planes = sorted({outline.plane for outline in outlines})
+    taken = []
+    for index, z in enumerate(planes, 1):
+        before = annotations.plane(z)
+        painted = before.copy() if kind == "scribbles" else np.full_like(before, BACKGROUND)
+        for outline in outlines:
+            if outline.plane == z:
+                painted[outline.pixels(before.shape)] = outline.label
+        taken.append(_replace(annotations, z, painted))
+        if stop.is_set():
+            break
+        yield core.TrainStep(index, len(planes), stage="importing")
     return taken
 
 

@@ -25,12 +25,14 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._layers import ChosenVolume, move_layer
+from napari_distillfss._layers import ChosenVolume, choose_labels, move_layer
 from napari_distillfss._session import Session
+from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
     THUMBNAIL,
     Work,
     iter_different,
+    iter_drawing,
     iter_import,
     iter_least_sure,
     iter_thumbnails,
@@ -99,6 +101,12 @@ class SupportWidget(QWidget):
             tuple(KIND_NAMES),
         )
         self.import_file = button("Import…", "Import labels of a file", self._on_import_clicked)
+        self.import_layer = button(
+            "From layer…",
+            "Import a layer of labels, or of shapes: shapes get the class of the brush, or that of their feature "
+            "“class”; for scribbles the rest of their planes stays, else it is background",
+            self._on_import_layer_clicked,
+        )
         self.anew = button(
             "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
         )
@@ -111,7 +119,7 @@ class SupportWidget(QWidget):
         self._answered_question: _Question | None = None
         self._thumbnails = LatestJob(self)
         self._soon = qdebounced(self._on_painted, timeout=300)
-        importing = row(self.import_file, "as", self.kind)
+        importing = row(self.import_file, self.import_layer, "as", self.kind)
         column(
             self,
             row(self.suggest, self.count, self.way),
@@ -226,6 +234,28 @@ class SupportWidget(QWidget):
             return
         z, shape = self.plane(), tuple(chosen.volume.shape[:3])
         self._start(lambda stop: iter_import(annotations, path, shape, z, kind, stop), self._show_imported)
+
+    def import_from(self, layer: Any, kind: str = "masks") -> None:
+        """Import the labels or shapes of a layer."""
+        chosen, annotations = self._session.volume, self._session.annotations
+        if chosen is None or annotations is None:
+            self.message.warn(self._session.no_annotations)
+            return
+        z, shape, point = self.plane(), tuple(chosen.volume.shape[:3]), self._viewer.dims.point
+
+        def start() -> None:
+            if type(layer).__name__ == "Labels":
+                labels = choose_labels(layer, point).volume
+                work: Work = lambda stop: iter_import(annotations, labels, shape, z, kind, stop)  # noqa: E731
+            else:
+                label = self.classes.brush()
+                if label == UNLABELED:
+                    raise core.SettingsError("the eraser is chosen; choose the class of the shapes")
+                outlines = outlines_of(layer, chosen, point, annotations.class_names, label)
+                work = lambda stop: iter_drawing(annotations, outlines, kind, stop)  # noqa: E731
+            self._start(work, self._show_imported)
+
+        attempt(self.message, start)
 
     # what happens
 
@@ -389,6 +419,20 @@ class SupportWidget(QWidget):
         path, _ = QFileDialog.getOpenFileName(self, "Import labels")
         if path:
             self.import_labels(Path(path), KIND_NAMES[self.kind.currentText()])
+
+    def _on_import_layer_clicked(self) -> None:
+        marks = (MARK, "distillfss_preview")
+        layers = {
+            layer.name: layer
+            for layer in self._viewer.layers
+            if type(layer).__name__ in ("Labels", "Shapes") and not any(layer.metadata.get(m) for m in marks)
+        }
+        if not layers:
+            self.message.warn("there is no layer of labels or shapes; open or draw one")
+            return
+        name, is_chosen = QInputDialog.getItem(self, "Import", "Labels or shapes", list(layers), 0, False)
+        if is_chosen:
+            self.import_from(layers[name], KIND_NAMES[self.kind.currentText()])
 
     def _on_job_done(self, result: Any) -> None:
         annotations, show = self._then
