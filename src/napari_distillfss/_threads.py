@@ -49,8 +49,14 @@ class Job(QObject):
         super().__init__(parent)
         self._session, self._name = session, name
         self._stop: Event | None = None
+        self.was_stopped = False  # whether the latest work was asked to stop
         if session is not None:
             session.closed.connect(self.cancel)
+
+    @property
+    def name(self) -> str:
+        """What is going on while it runs."""
+        return self._name
 
     @property
     def running(self) -> bool:
@@ -100,7 +106,7 @@ class Job(QObject):
         self.stepped.emit(step)
 
     def _on_end(self, outcome: object) -> None:
-        self._stop = None
+        self.was_stopped, self._stop = self.stopping, None
         if self._session is not None:
             self._session.busy = ""
         if isinstance(outcome, core.DistillFSSError):

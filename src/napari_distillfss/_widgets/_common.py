@@ -5,9 +5,12 @@ from __future__ import annotations
 import bisect
 import re
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from napari.utils import progress
+from napari.utils.notifications import show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, QRect, QSize, Qt
 from qtpy.QtGui import QAction, QResizeEvent
 from qtpy.QtWidgets import (
@@ -163,6 +166,35 @@ class Section(QWidget):
         self.content.setVisible(on)
 
 
+class Activity(QObject):
+    """Progress of a job in napari's activity dock."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._job, self._progress = job, None
+        job.started.connect(self._on_started)
+        job.stepped.connect(self._on_stepped)
+        job.ended.connect(self._on_ended)
+
+    _progress: progress | None
+
+    def _on_started(self) -> None:
+        self._progress = progress(desc=f"DistillFSS: {self._job.name}", total=0, file=StringIO())
+
+    def _on_stepped(self, step: Any) -> None:
+        shown = self._progress
+        if shown is None or not hasattr(step, "total"):
+            return
+        if shown.total != step.total or step.index < shown.n:
+            shown.reset(step.total)
+        shown.update(step.index - shown.n)
+
+    def _on_ended(self) -> None:
+        shown, self._progress = self._progress, None
+        if shown is not None:
+            shown.close()
+
+
 class JobBar(QWidget):
     """Progress of a job as text and bar, with a button that cancels it; hidden while no job runs.
 
@@ -193,8 +225,11 @@ class JobBar(QWidget):
         self.cancel = button("Cancel", cancel, self._on_cancel_clicked)
         column(self, row(self.bar, self.cancel, first=3), self.text, margin=0)
         self.text.setVisible(not is_low)
+        self.activity = Activity(job)
         job.started.connect(self._on_job_started)
         job.stepped.connect(self._on_job_stepped)
+        job.done.connect(self._on_job_done)
+        job.failed.connect(self._on_job_failed)
         job.ended.connect(self._on_job_ended)
         self.hide()
 
@@ -234,6 +269,18 @@ class JobBar(QWidget):
         left = self._pace.left(step.index, step.total) if eta is None else eta
         stage = getattr(step, "stage", "")
         self._tell(f"{fmt.stage(stage) + ', ' if stage else ''}about {fmt.duration(left)} left")
+
+    def _on_job_done(self) -> None:
+        if not self._job.was_stopped and self._is_out_of_sight():
+            show_info(f"DistillFSS: {self._job.name} is finished")
+
+    def _on_job_failed(self, message: str) -> None:
+        if self._is_out_of_sight():
+            show_warning(f"DistillFSS: {self._job.name} has failed: {message}")
+
+    def _is_out_of_sight(self) -> bool:
+        """Whether the end of a job cannot be seen here: the dock is hidden, in a tab behind another, or folded."""
+        return not self.isVisible() or self.visibleRegion().isEmpty()
 
     def _on_cancel_clicked(self) -> None:
         self.cancel.setEnabled(False)

@@ -18,6 +18,9 @@ from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
 from napari_distillfss._widgets.support import colors_of
 
+STYLES = {"filled": (0.45, 0), "outlines": (0.9, 2), "dim": (0.2, 0)}
+"""Opacity and width of the contour (0: filled) of the layer of labels."""
+
 MARK = "distillfss_preview"
 SOURCES = {"model": None, "instant (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
@@ -68,6 +71,8 @@ class PreviewWidget(QWidget):
         }.items():
             self.shown[name].setToolTip(help_)
             self.shown[name].toggled.connect(self._on_shown_toggled)
+        self.drawn_as = combo("How labels are drawn over the image", tuple(STYLES))
+        self.drawn_as.currentTextChanged.connect(self._on_style_changed)
         self.of_class = combo("The class whose probability is shown")
         self.take = button(
             "Correct this plane",
@@ -87,6 +92,7 @@ class PreviewWidget(QWidget):
             row("Using", self.source),
             row(*self.shown.values()),
             row("Probability of", self.of_class),
+            row("Labels as", self.drawn_as),
             self.take,
             JobBar(self.job, cancel="Stop", instead_of=self.message),
             self.message,
@@ -277,6 +283,11 @@ class PreviewWidget(QWidget):
         if self._painted_tiles:
             self._show_layers()
 
+    def _on_style_changed(self) -> None:
+        if "labels" in self._layers:
+            opacity, self._layers["labels"].contour = STYLES[self.drawn_as.currentText()]
+            self._layers["labels"].opacity = opacity
+
     def _on_class_activated(self, index: int) -> None:
         if self._probabilities is not None:
             self._arrays["probability"][...] = self._probabilities[index + 1]
@@ -345,7 +356,9 @@ class PreviewWidget(QWidget):
         active = self._viewer.layers.selection.active
         options = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
         if name == "labels":
-            layer = self._viewer.add_labels(array, opacity=0.45, colormap=self._colors(), **options)
+            opacity, contour = STYLES[self.drawn_as.currentText()]
+            layer = self._viewer.add_labels(array, opacity=opacity, colormap=self._colors(), **options)
+            layer.contour = contour
         else:
             colors = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(

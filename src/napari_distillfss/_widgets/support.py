@@ -221,6 +221,15 @@ class SupportWidget(QWidget):
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
 
+    def go_to_next(self) -> None:
+        """Move to the next suggested plane that has no label."""
+        painted = set(self._session.annotations.planes()) if self._session.annotations else set()
+        left = sorted(z for z in self.suggested if z not in painted)
+        if left:
+            self.go_to(next((z for z in left if z > self.plane()), left[0]))
+        else:
+            self.message.tell("No suggested slice is left; suggest slices first")
+
     def plane(self) -> int:
         """The plane on screen."""
         chosen = self._session.volume

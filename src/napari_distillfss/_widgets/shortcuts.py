@@ -1,0 +1,49 @@
+"""Keys of the dock in its viewer.
+
+napari 0.9 takes no key bindings from a manifest (`napari.plugins._npe2` drops them), so they are bound to the viewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from napari_distillfss._annotations import FIRST_CLASS
+
+if TYPE_CHECKING:
+    from napari_distillfss._widgets.dock import DistillDock
+
+NEXT_SLICE, PREVIEW, TRAIN = "Alt-N", "Alt-P", "Alt-T"
+
+
+def bind_shortcuts(dock: DistillDock, viewer: Any) -> Callable[[], None]:
+    """Bind Alt with 1 to 9 (classes), N (next suggested slice), P (preview) and T (train). Returns what undoes it."""
+    actions: dict[str, Callable[[], object]] = {
+        NEXT_SLICE: dock.support.go_to_next,
+        PREVIEW: dock.preview.on.toggle,
+        TRAIN: dock.distill.start,
+    }
+    actions |= {f"Alt-{n}": _brush(dock, FIRST_CLASS + n - 1) for n in range(1, 10)}
+    bound = [_bind(viewer, key, action) for key, action in actions.items()]
+
+    def release() -> None:
+        for key in [key for key, function in viewer.keymap.items() if function in bound]:
+            del viewer.keymap[key]
+
+    return release
+
+
+def _bind(viewer: Any, key: str, action: Callable[[], object]) -> Callable[[Any], None]:
+    def pressed(_: Any) -> None:
+        action()
+
+    viewer.bind_key(key, pressed, overwrite=True)
+    return pressed
+
+
+def _brush(dock: DistillDock, label: int) -> Callable[[], None]:
+    def choose() -> None:
+        if label < FIRST_CLASS + len(dock.support.classes.value()):
+            dock.support.classes.setBrush(label)
+
+    return choose

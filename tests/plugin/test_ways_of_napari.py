@@ -1,0 +1,128 @@
+"""Progress in the activity dock, notifications, keys and styles, as napari has them."""
+
+from threading import Event
+
+import numpy as np
+import pytest
+from app_model.types import KeyBinding
+from napari.utils import progress
+from napari.utils.notifications import notification_manager
+
+from distillfss_core import ImageError, TrainStep
+from napari_distillfss._threads import Job
+from napari_distillfss._widgets._common import JobBar
+
+
+@pytest.fixture
+def dock(viewer, nuclei, open_dock, few):
+    opened = open_dock(viewer)
+    opened.distill.settings.setValue(few)
+    return opened
+
+
+@pytest.fixture
+def told():
+    notification_manager.records.clear()
+    return lambda: [record.message for record in notification_manager.records]
+
+
+@pytest.fixture
+def bar(qtbot):
+    made = JobBar(Job(name="counting"), cancel="Stop")
+    qtbot.addWidget(made)
+    return made
+
+
+def press(viewer, key):
+    for function in [f for k, f in viewer.keymap.items() if k == KeyBinding.from_str(key)]:
+        function(viewer)
+
+
+def test_progress_is_in_the_activity_dock_while_a_job_runs(bar, qtbot):
+    job, seen, go_on = bar._job, [], Event()
+
+    def work(stop):
+        for index in (1, 2):
+            yield TrainStep(index, 4)
+        go_on.wait(10)
+        yield TrainStep(1, 3)
+
+    job.stepped.connect(lambda _: seen.append([(p.desc, p.n, p.total) for p in progress._all_instances]))
+    job.start(work)
+    assert [p.desc for p in progress._all_instances] == ["DistillFSS: counting"]
+    qtbot.waitUntil(lambda: len(seen) == 2)
+    go_on.set()
+    qtbot.waitUntil(lambda: not job.running)
+    assert [step[0][1:] for step in seen] == [(1, 4), (2, 4), (1, 3)]
+    assert not progress._all_instances
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_end_of_a_job_is_notified_where_it_cannot_be_seen(bar, qtbot, told, is_shown, fails):
+    def work(stop):
+        yield TrainStep(1, 2)
+        if fails:
+            raise ImageError("no image")
+        return 1
+
+    holder = bar.parentWidget() or bar
+    bar._job.started.connect(lambda: holder.setVisible(is_shown))
+    bar._job.start(work)
+    qtbot.waitUntil(lambda: not bar._job.running)
+    ended = "DistillFSS: counting has failed: no image" if fails else "DistillFSS: counting is finished"
+    assert told() == ([] if is_shown else [ended])
+    assert not progress._all_instances
+
+
+def test_a_job_that_was_stopped_is_not_notified(bar, qtbot, told):
+    def work(stop):
+        yield TrainStep(1, 2)
+        stop.wait(10)
+        return 1
+
+    bar._job.started.connect(bar.hide)
+    bar._job.start(work)
+    bar._job.cancel()
+    qtbot.waitUntil(lambda: not bar._job.running)
+    assert told() == []
+
+
+def test_keys_choose_classes_slices_preview_and_training(dock, viewer, monkeypatch):
+    from napari_distillfss._annotations import Class
+
+    dock.support.classes.setValue((Class("a", "#111111"), Class("b", "#222222")))
+    for key, brush in (("Alt+2", 3), ("Alt+1", 2), ("Alt+9", 2)):
+        press(viewer, key)
+        assert dock.support.classes.brush() == brush
+    dock.support.suggested = [1, 4, 6]
+    dock.session.annotations.put(4, np.ones((96, 96), np.uint8))
+    dock.support.go_to(2)
+    visited = []
+    for _ in range(3):
+        press(viewer, "Alt+N")
+        visited.append(dock.support.plane())
+    assert visited == [6, 1, 6]
+    press(viewer, "Alt+P")
+    assert dock.preview.on.isChecked()
+    press(viewer, "Alt+P")
+    assert not dock.preview.on.isChecked()
+    dock.session.annotations.remove(4)
+    press(viewer, "Alt+T")
+    assert "no slice is annotated" in dock.distill.message.text()
+    dock.session.close()
+    assert not any(str(key).startswith("Alt") for key in viewer.keymap)
+
+
+def test_the_preview_is_filled_outlined_or_dim(dock, viewer, qtbot, student):
+    dock.preview.drawn_as.setCurrentText("outlines")
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    layer = dock.preview.layers["labels"]
+    assert layer.contour == 2
+    filled = 0.45
+    dock.preview.drawn_as.setCurrentText("filled")
+    assert (layer.contour, layer.opacity) == (0, filled)
+    dock.preview.drawn_as.setCurrentText("dim")
+    assert layer.contour == 0
+    assert layer.opacity < filled
