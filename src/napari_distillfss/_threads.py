@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable, Generator
+from io import StringIO
 from threading import Event, Lock, Thread
 from typing import Any
 
-from qtpy.QtCore import QObject, Signal
+from napari.utils import progress
+from qtpy.QtCore import QCoreApplication, QEventLoop, QObject, QThread, Signal
 
 import distillfss_core as core
 from napari_distillfss._session import Session
@@ -118,6 +121,34 @@ class Job(QObject):
         self.ended.emit()
         if isinstance(outcome, BaseException) and not isinstance(outcome, (core.DistillFSSError, MemoryError)):
             raise outcome  # a bug: seen as every other in napari
+
+
+def wait_for(function: Callable[[], Any], text: str) -> Any:
+    """Run a function in another thread and return its result, while the window is drawn and shows progress.
+
+    Clicks and keys wait until it has ended. Without a window, or in another thread, the function is simply called.
+    """
+    application = QCoreApplication.instance()
+    if application is None or QThread.currentThread() is not application.thread():
+        return function()
+    job, loop = Job(name=text), QEventLoop()
+    results: list[Any] = []
+    errors: list[Exception] = []
+
+    def work(_: Event) -> Generator[None, None, None]:
+        yield
+        try:
+            results.append(function())
+        except Exception as error:  # noqa: BLE001  (raised again in the window's thread)
+            errors.append(error)
+
+    job.ended.connect(loop.quit)
+    with progress(desc=text, total=0, file=StringIO()):
+        job.start(work)
+        loop.exec(QEventLoop.ProcessEventsFlag.ExcludeUserInputEvents)
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 class LatestJob(QObject):

@@ -2,12 +2,14 @@
 
 import gc
 import sys
+import threading
 
 import pytest
+from qtpy.QtCore import QTimer
 
 from distillfss_core import DistillFSSError
 from napari_distillfss._session import Session
-from napari_distillfss._threads import Job, LatestJob
+from napari_distillfss._threads import Job, LatestJob, wait_for
 
 
 def counting(stop, limit=10**9):
@@ -121,3 +123,38 @@ def test_a_setting_of_the_process_that_somebody_else_changes_during_a_job_is_lef
     finally:
         sys.setswitchinterval(interval)
         gc.set_threshold(*collections)
+
+
+def test_the_window_is_drawn_while_it_waits_for_a_function(qtbot):
+    from napari.utils import progress
+
+    begun, ticks, shown = threading.Event(), [], []
+
+    def tick():
+        ticks.append(None)
+        shown.append([p.desc for p in progress._all_instances])
+        if len(ticks) == 3:
+            begun.set()
+
+    timer = QTimer()
+    timer.timeout.connect(tick)
+    timer.start(1)
+    threads = []
+
+    def function():
+        threads.append(threading.current_thread())
+        return begun.wait(10)  # true only if the timer has ticked meanwhile
+
+    assert wait_for(function, "generating") is True
+    timer.stop()
+    assert threads != [threading.main_thread()]
+    assert shown[0] == ["generating"]
+    assert not progress._all_instances
+
+
+def test_an_error_of_a_function_that_is_waited_for_is_raised(qtbot):
+    def fails():
+        raise DistillFSSError("no stack")
+
+    with pytest.raises(DistillFSSError, match="no stack"):
+        wait_for(fails, "generating")
