@@ -99,7 +99,8 @@ class BatchWidget(QWidget):
             except OSError as error:
                 raise core.OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from error
             report = free_name(out / "report.csv")
-            options = {"mode": self._mode(), "overwrite": self.replace.isChecked()}
+            replaces = self.replace.isChecked()
+            options = {"mode": self._mode(), "overwrite": replaces, "resume": not replaces}
             self.job.start(lambda stop: iter_batching(plan, model, report, stop, **options))
             self._report, self._failed = report, 0
             self.rows.setRowCount(0)
