@@ -19,6 +19,7 @@ from .export.onnx import export_onnx
 from .io.images import read_image, read_stack
 from .io.labels import labels_from_image, read_labels
 from .io.writing import write_label_stack, write_labels
+from .labelstore.store import check_finished
 from .metrics import Measures, Scores, evaluate
 from .models.card import Thumbnails, read_card, read_thumbnails
 from .models.fewshot import FewShotModel
@@ -84,6 +85,7 @@ __all__ = [
     "VolumeReport",
     "WeightsUnavailableError",
     "axis_sizes",
+    "check_finished",
     "choose_device",
     "compare_intensities",
     "connect",

@@ -255,6 +255,8 @@ class _StoppedError(Exception):
 def iter_exporting(labels: Any, path: Path, stop: Event) -> Generator[Any, None, Path | None]:
     """Write labels, a path or a `core.Volume` (z, y, x), as TIFF. Returns None if it was stopped; nothing is left then.
 
+    Of labels whose segmentation is not finished, the rest is background; a warning states it.
+
     Raises
     ------
     core.DistillFSSError
@@ -263,6 +265,7 @@ def iter_exporting(labels: Any, path: Path, stop: Event) -> Generator[Any, None,
     yield Doing(f"writing {path.name}")
     with core.open_volume(labels, labels=True) as volume:
         depth, height, width = volume.shape[:3]
+        core.check_finished(volume.path, volume.name, (depth, height, width))
 
         def planes() -> Iterator[npt.NDArray[Any]]:
             for z in range(depth):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from napari.utils.notifications import notification_manager
 
 from napari_distillfss._annotations import Class
 
@@ -49,6 +50,18 @@ def test_labels_of_a_plane_go_to_the_plane_on_screen_and_undo_takes_them_back(do
     np.testing.assert_array_equal(painted(dock, 4), (plane > 0) + 1)
     dock.support.layer.undo()
     np.testing.assert_array_equal(painted(dock, 4), before)
+
+
+@pytest.mark.parametrize(("place", "count"), [({}, 0), ({"translate": (0, 20)}, 1), ({"scale": (2, 2)}, 1)])
+def test_labels_that_lie_elsewhere_are_taken_with_a_warning(dock, viewer, qtbot, place, count):
+    plane = np.zeros((96, 96), np.int32)
+    plane[5:9, 5:9] = 7
+    notification_manager.records.clear()
+    dock.support.import_from(viewer.add_labels(plane, name="plane", **place))
+    finish(qtbot, dock)
+    messages = [record.message for record in notification_manager.records]
+    assert sum("layer 'plane' does not lie on 'nuclei'" in message for message in messages) == count
+    np.testing.assert_array_equal(painted(dock, dock.support.plane()), (plane > 0) + 1)
 
 
 def test_labels_that_do_not_fit_change_nothing_and_are_one_sentence(dock, viewer, qtbot):

@@ -1,6 +1,7 @@
 """Objects of any labels layer are counted, found again in the table and exported."""
 
 import csv
+from threading import Event
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import tifffile
 import zarr
 from qtpy.QtWidgets import QFileDialog, QMessageBox
 
+import distillfss_core as core
+from napari_distillfss._tasks import iter_exporting
 from napari_distillfss._widgets.apply import NUMBERED
 
 
@@ -164,3 +167,14 @@ def test_an_export_that_fails_is_one_sentence_and_leaves_nothing(dock, qtbot, tm
     dock.objects.export_table(tmp_path / "t.csv")
     assert "nothing is counted" in dock.objects.message.text()
     assert list(tmp_path.glob("*.csv")) == []
+
+
+def test_a_tiff_of_labels_that_are_not_finished_warns(sample, student, tmp_path, caplog):
+    """An Apply was stopped, and its labels are exported after the image was opened again."""
+    out, file = tmp_path / "labels.ome.zarr", tmp_path / "labels.tif"
+    with core.open_volume(sample.image) as volume:
+        core.segment_to_zarr(volume, core.StudentModel.load(student), out, region=((0, 2), (0, 96), (0, 96)))
+    for _ in iter_exporting(out, file, Event()):
+        pass
+    assert "labels.ome.zarr: only z 0:2, y 0:96, x 0:96 is finished (25% of the voxels)" in caplog.text
+    assert tifffile.imread(file).shape == sample.image.shape

@@ -1,5 +1,6 @@
 """Progress in the activity dock, notifications, keys and styles, as napari has them."""
 
+import logging
 from threading import Event
 
 import numpy as np
@@ -36,6 +37,21 @@ def bar(qtbot):
 def press(viewer, key):
     for function in [f for k, f in viewer.keymap.items() if k == KeyBinding.from_str(key)]:
         function(viewer)
+
+
+def test_warnings_of_the_core_are_notifications_once_each_while_a_dock_is_open(viewer, open_dock, told):
+    """Labels of a volume without scale are made by consensus: the core takes its voxels for cubes."""
+    log = logging.getLogger("distillfss_core.segmentation.modes")
+    docks = [open_dock(viewer), open_dock(viewer)]
+    for _ in range(2):
+        log.warning("%s: its scale is not known", "stack")
+    log.info("nothing to see")
+    assert told() == ["DistillFSS: stack: its scale is not known"]
+    for dock in docks:
+        dock.session.close()
+        dock.session.close()
+    log.warning("stack: another thing")
+    assert len(told()) == 1
 
 
 def test_progress_is_in_the_activity_dock_while_a_job_runs(bar, qtbot):

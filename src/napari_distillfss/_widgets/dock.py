@@ -16,6 +16,7 @@ from napari_distillfss._widgets._common import Section, WheelGuard
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
+from napari_distillfss._widgets.notices import show_notices
 from napari_distillfss._widgets.preview import PreviewWidget
 from napari_distillfss._widgets.shortcuts import bind_shortcuts
 from napari_distillfss._widgets.support import SupportWidget
@@ -81,6 +82,7 @@ class DistillDock(QScrollArea):
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)
         session.closed.connect(bind_shortcuts(self, napari_viewer))
+        session.closed.connect(show_notices())
         self.destroyed.connect(session.close)
         application = QApplication.instance()
         assert application is not None  # no widget is made without one

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from napari.utils.notifications import show_warning
 from qtpy.QtCore import QSize, Qt
 from qtpy.QtGui import QIcon, QImage, QPixmap
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QListWidget, QListWidgetItem, QMessageBox, QWidget
@@ -255,6 +256,11 @@ class SupportWidget(QWidget):
         def start() -> None:
             if type(layer).__name__ == "Labels":
                 labels = choose_labels(layer, point).volume
+                if not _lie_on_each_other(layer, chosen.layer):
+                    show_warning(
+                        f"DistillFSS: layer {layer.name!r} does not lie on {chosen.name!r}; its rows and columns are "
+                        "taken over as they are"
+                    )
                 work: Work = lambda stop: iter_import(annotations, labels, shape, z, kind, stop)  # noqa: E731
             else:
                 label = self.classes.brush()
@@ -585,3 +591,9 @@ def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
     if first > BACKGROUND:
         colors[BACKGROUND] = BACKGROUND_COLOR
     return DirectLabelColormap(color_dict=colors | {None: "#ff00ff", 0: "transparent"})
+
+
+def _lie_on_each_other(layer: Any, other: Any) -> bool:
+    """Whether the planes of two layers have one place in the world, to half a pixel."""
+    corners, others = layer.extent.world[:, -2:], other.extent.world[:, -2:]
+    return bool((np.abs(corners - others) <= np.abs(other.scale[-2:]) / 2).all())
