@@ -42,6 +42,7 @@ TALL = 16  # times that the truth is repeated in z, so that objects lie in sever
 COMMAND = f"""
 import signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where this program runs under nohup
+signal.signal(signal.SIGINT, signal.default_int_handler)  # and in the background of a shell
 from distillfss_core.labelstore import layout
 layout._SIDE, layout._SHARD = {SIDE}, 2 * {SIDE} ** 2
 from distillfss_core.cli.main import main
