@@ -12,6 +12,7 @@ from qtpy.QtWidgets import QFileDialog, QMessageBox
 import distillfss_core as core
 from napari_distillfss._tasks import iter_exporting
 from napari_distillfss._widgets.apply import NUMBERED
+from napari_distillfss._widgets.mark import middle_plane
 
 
 def finish(qtbot, dock):
@@ -88,10 +89,16 @@ def test_a_row_selects_shows_and_marks_its_object(dock, viewer, qtbot):
     view.setCurrentIndex(view.model().index(0, 0))
     assert dock.objects.mark.layer is ring
     np.testing.assert_allclose(ring.data_to_world(ring.data[0]), (5, 14.5, 19.5))
+    assert ring.units == dock.objects.layer.units  # napari warns of layers with other units
     before = viewer.dims.point
     dock.objects.layer.selected_label = 2  # picked in the layer: its row, without a move
     assert view.currentIndex().row() == 1
     assert viewer.dims.point == before
+
+
+def test_the_ring_lies_in_a_plane_that_is_shown():
+    """The middle of four planes is between two."""
+    assert [middle_plane(((start, stop), (0, 1), (0, 1))) for start, stop in ((2, 6), (2, 5), (4, 5))] == [3, 3, 4]
 
 
 def test_of_a_series_the_time_point_on_screen_is_counted(viewer, nuclei, open_dock, qtbot, blocks):

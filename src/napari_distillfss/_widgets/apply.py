@@ -35,7 +35,7 @@ from napari_distillfss._widgets._common import (
     spin,
 )
 from napari_distillfss._widgets.batch import BatchWidget
-from napari_distillfss._widgets.mark import ObjectMark
+from napari_distillfss._widgets.mark import ObjectMark, middle_plane
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colors_of
 from napari_distillfss._widgets.table import ObjectTable
@@ -500,7 +500,7 @@ class ObjectsWidget(QWidget):
         if self._running is None or self.layer not in self._viewer.layers:
             return
         chosen = self._running.chosen
-        place = chosen.point_of(*((a + b - 1) / 2 for a, b in box))
+        place = chosen.point_of(middle_plane(box), *((a + b - 1) / 2 for a, b in box[1:]))
         dims = self._viewer.dims
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ _MARGIN = 1.2  # of the ring's diameter over that of the object's box
 _SMALLEST = 8  # voxels, so that a ring around a single voxel is seen
 
 
+def middle_plane(box: Box) -> int:
+    """The plane in the middle of a box of voxels; of two, the first."""
+    start, stop = box[0]
+    return (start + stop - 1) // 2
+
+
 class ObjectMark:
     """Marks one object by a ring in a Points layer, which is moved and hidden but never removed."""
 
@@ -25,14 +32,14 @@ class ObjectMark:
         self.layer: Any = None
 
     def show(self, chosen: ChosenVolume, box: Box) -> None:
-        """Put the ring around a box of voxels."""
-        middle = [(a + b - 1) / 2 for a, b in box]
+        """Put the ring around a box of voxels, in its middle plane."""
+        middle = [middle_plane(box), *((a + b - 1) / 2 for a, b in box[1:])]
         point = np.array([[{**dict(zip("zyx", middle, strict=True)), "t": 0, "c": 0}[a] for a in chosen.axes]], float)
         height, width = (b - a for a, b in box[1:])
         size = max(_SMALLEST, _MARGIN * math.hypot(height, width))
         if self.layer not in self._viewer.layers or self.layer.ndim != len(chosen.axes):
             self.hide()
-            self.layer = self._add(point)
+            self.layer = self._add(point, chosen.place())
         move_layer(self.layer, point, chosen.place())
         self.layer.selected_data = set()
         self.layer.size = size
@@ -42,7 +49,7 @@ class ObjectMark:
         if self.layer in self._viewer.layers:
             self.layer.visible = False
 
-    def _add(self, point: np.ndarray) -> Any:
+    def _add(self, point: np.ndarray, place: Mapping[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
         layer = self._viewer.add_points(
             point,
@@ -50,8 +57,8 @@ class ObjectMark:
             face_color="transparent",
             border_color=_COLOR,
             border_width=0.06,
-            out_of_slice_display=True,
             metadata={MARK: True},
+            **place,
         )
         layer.editable = False
         if active is not None:
