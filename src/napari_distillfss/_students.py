@@ -90,15 +90,15 @@ class KeptStudent:
         return tuple(self.record.get("support", ()))
 
     def describe(self) -> str:
-        """One or two lines: time, preset, IoU, slices and steps."""
+        """One or two lines: time, preset, slices, steps and IoU on the validation slice."""
         if self.error:
             return f"{self.name}: cannot be read"
-        iou = f", IoU {self.validation_iou:.3f} (validation slice)" if self.validation_iou is not None else ""
+        iou = f", IoU {self.validation_iou:.3f}" if self.validation_iou is not None else ""
         start = self.training.start if self.training is not None else None
         origin = f"refined from {start.stem}, " if start is not None else ""
         return (
-            f"{self.time}, {self.preset}{iou}\n"
-            f"{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {self.record.get('steps', 0)} steps"
+            f"{self.time}, {self.preset}\n"
+            f"{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {self.record.get('steps', 0)} steps{iou}"
         )
 
 

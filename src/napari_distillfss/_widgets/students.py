@@ -109,7 +109,7 @@ class StudentHistory(QWidget):
         for student in self.students():
             present = "in use: " if self._session.is_present(student) else ""
             item = QListWidgetItem(present + student.describe())
-            item.setToolTip(student.error or str(student.path))
+            item.setToolTip(student.error or f"{student.path}\nIoU: on the validation slice")
             item.setData(Qt.ItemDataRole.UserRole, student.path)
             self.list.addItem(item)
         self.choose(*chosen)
