@@ -198,8 +198,9 @@ class Session:
 
     def save_film(self) -> None:
         """Write the frames as an animation; all have one palette, so that only changes are stored."""
-        first = self.frames[-1][0].quantize(96)
-        frames = [frame.quantize(palette=first, dither=Image.Dither.NONE) for frame, _ in self.frames]
+        some = [np.asarray(frame) for frame, _ in self.frames[:: max(1, len(self.frames) // 12)]]
+        palette = Image.fromarray(np.concatenate(some)).quantize(128)
+        frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame, _ in self.frames]
         durations = [round(1000 * seconds) for _, seconds in self.frames]
         frames[0].save(self.folder / "session.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 

@@ -151,7 +151,7 @@ def layer_axes(layer: Image | Labels) -> str:
         If the layer is none that can be segmented, in one sentence.
     """
     if type(layer).__name__ not in ("Image", "Labels"):
-        raise core.ImageError(f"layer {layer.name!r} is no image; choose an image layer")
+        raise core.ImageError(f"layer {layer.name!r} has neither an image nor labels; choose one that has")
     extra, is_rgb = layer.ndim - 3, _is_rgb(layer)
     if layer.ndim < 2 or extra > (1 if is_rgb else 2):
         raise core.ImageError(
@@ -232,6 +232,8 @@ def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: 
     core.DistillFSSError
         If it cannot be segmented, in one sentence.
     """
+    if type(layer).__name__ != "Image":
+        raise core.ImageError(f"layer {layer.name!r} is no image; choose an image layer")
     axes = layer_axes(layer)
     chosen = {a: (lead or {}).get(a, 0) for a in axes if a in LEAD_NAMES}
     levels = list(layer.data) if layer.multiscale else [layer.data]

@@ -21,7 +21,7 @@ from qtpy.QtWidgets import (
 )
 
 from napari_distillfss._widgets._colors import ERROR, IOU, LOSS, contrast
-from napari_distillfss._widgets._common import JobBar, Message
+from napari_distillfss._widgets._common import JobBar, Message, Section
 
 THEMES = ("dark", "light")
 LONG = "no such file: " + "/a/folder_with_a_name/that is long" * 20 + "; choose another one"
@@ -112,7 +112,7 @@ def test_the_main_button_is_in_sight_with_and_without_slices(drawn, qtbot):
 
 def test_messages_and_progress_move_nothing(drawn, qtbot):
     _, dock = drawn
-    for section in dock.sections.values():
+    for section in dock.findChildren(Section):
         section.heading.setChecked(True)
     dock.model.history.show()
     qtbot.wait(100)

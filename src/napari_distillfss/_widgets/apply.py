@@ -325,7 +325,12 @@ class ObjectsWidget(QWidget):
             self.count,
             JobBar(self.job, cancel="Stop; Count objects begins again", instead_of=self.message),
             row(self.save_labels, self.save_table),
-            JobBar(self.exporting, cancel="Stop; nothing is written", starting="Writing labels"),
+            JobBar(
+                self.exporting,
+                cancel="Stop; nothing is written",
+                starting="Writing labels",
+                instead_of=self.message,
+            ),
             self.message,
             self.table,
         )

@@ -59,6 +59,14 @@ class BatchWidget(QWidget):
         self.rows.setHorizontalHeaderLabels(_COLUMNS)
         self.rows.setToolTip("The report; click a row to read its note")
         self.rows.setMinimumHeight(110)
+        for widget, name in (
+            (self.what, "Volumes to segment"),
+            (self.folder, "Folder of volumes"),
+            (self.browse_folder, "Choose the folder of volumes"),
+            (self.browse_out, "Choose the folder of labels"),
+            (self.rows, "Report"),
+        ):
+            widget.setAccessibleName(name)
         self.rows.hide()
         self.message = Message()
         column(
@@ -70,9 +78,13 @@ class BatchWidget(QWidget):
             self.all_times,
             self.replace,
             self.run,
-            JobBar(self.job, cancel="Stop; what is written is kept, and Segment all goes on from there"),
-            self.rows,
+            JobBar(
+                self.job,
+                cancel="Stop; what is written is kept, and Segment all goes on from there",
+                instead_of=self.message,
+            ),
             self.message,
+            self.rows,
         )
         self.what.currentTextChanged.connect(self._on_state_changed)
         self.rows.currentCellChanged.connect(self._on_row_chosen)

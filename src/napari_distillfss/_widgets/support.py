@@ -120,7 +120,8 @@ class SupportWidget(QWidget):
         self._answered_question: _Question | None = None
         self._thumbnails = LatestJob(self)
         self._soon = qdebounced(self._on_painted, timeout=300)
-        importing = row(self.import_file, self.import_layer, "as", self.kind)
+        importing = QWidget()
+        column(importing, row(self.import_file, self.import_layer), row("Import as", self.kind), margin=0)
         column(
             self,
             row(self.suggest, self.count, self.way),
@@ -360,7 +361,7 @@ class SupportWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         has_volume, annotations = self._session.volume is not None, self._session.annotations
-        for part in (self.suggest, self.paint, self.rest, self.import_file):
+        for part in (self.suggest, self.paint, self.rest, self.import_file, self.import_layer):
             part.setEnabled(has_volume)
         self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
         self.remove.setEnabled(self.list.currentItem() is not None)
