@@ -8,10 +8,18 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+if sys.platform == "linux":
+    import resource
+
 # The same examples in every run; --hypothesis-profile=random draws others.
 settings.register_profile("random")
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")
+
+# A test that takes ever more memory fails; otherwise the system ends its process, without a trace.
+_MOST_MEMORY = 12 << 30  # bytes; drivers of GPUs reserve more
+if sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
+    resource.setrlimit(resource.RLIMIT_DATA, (_MOST_MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 # One core is left free: on a machine that is busy elsewhere, a thread on every core is many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) - 1)))

@@ -125,7 +125,7 @@ def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
     assert table.view.model().index(0, 0).data() == "2"
     with qtbot.waitSignal(table.chosen) as chosen:
         table.choose(0)
-    assert chosen.args == [1, (0, 5, 10)]
+    assert chosen.args == [1, ((0, 1), (0, 11), (0, 21))]
     table.select(2)
     assert table.view.selectionModel().selectedRows()[0].data() == "2"
 
