@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_handlecrashitem(crashitem: str) -> None:
     """Print the test in which a process ended, at once: a run that is stopped from outside prints no summary."""
     print(f"\nthe process ended in {crashitem}", file=sys.stderr, flush=True)
+
+
+class _SignalStack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+_NO_STACK = _SignalStack(None, 2, 0)  # SS_DISABLE
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Let handlers of signals run on the usual stack.
+
+    Native libraries (wasmtime, which ngff-zarr runs) give the thread a stack for handlers. Once that is unmapped, any
+    signal with a handler ends the process silently, and faulthandler cannot print either.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).sigaltstack(ctypes.byref(_NO_STACK), None)
 
 
 TRAIN_OR_DRAW = {"tiny", "student", "plain_student", "saved_model", "viewer", "open_dock", "workers", "data"}
