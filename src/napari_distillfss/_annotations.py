@@ -189,9 +189,14 @@ class Annotations:
 
     def _write_notes(self) -> None:
         notes = {"classes": [asdict(c) for c in self._classes], "disabled": sorted(self._disabled)}
-        temporary = self._notes_path.with_suffix(".partial")
-        temporary.write_text(json.dumps(notes))
-        temporary.replace(self._notes_path)
+        write_json(self._notes_path, notes)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file whole or not at all; errors are those of the system."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value), encoding="utf-8")
+    temporary.replace(path)
 
 
 def make_support(

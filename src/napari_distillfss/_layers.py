@@ -28,6 +28,11 @@ LEAD_NAMES = {"t": "time", "c": "channel"}
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
+ANNOTATIONS, LABELS = "distillfss_annotations", "distillfss_labels"
+PREVIEW, OBJECT = "distillfss_preview", "distillfss_mark"
+"""Keys of the metadata of the layers that the dock adds: painted, written, previewed, and around an object."""
+
+
 @dataclass(frozen=True, eq=False)
 class ChosenVolume:
     """A volume and the grid of its voxels in napari's world.
@@ -171,13 +176,34 @@ def layer_axes(layer: Image | Labels) -> str:
     return "tc"[: max(0, extra)] + "zyx"[-min(layer.ndim, 3) :]
 
 
+def has_mark(layer: Any, *marks: str) -> bool:
+    """Whether the dock has added the layer, with one of these keys."""
+    return any(layer.metadata.get(mark) for mark in marks)
+
+
+def is_image(layer: Any) -> bool:
+    """Whether a layer is an image of the user."""
+    return type(layer).__name__ == "Image" and not has_mark(layer, PREVIEW)
+
+
 def _is_rgb(layer: Any) -> bool:
     return bool(getattr(layer, "rgb", False))  # a Labels layer has none
 
 
-def lead_axes(layer: Image) -> str:
+def lead_axes(layer: Image | Labels) -> str:
     """Letters of the axes of which one position is chosen: "", "t", "c", "tc" or "ct"; errors are `layer_axes`'s."""
     return "".join(a for a in layer_axes(layer) if a in LEAD_NAMES)
+
+
+def lead_at(layer: Image | Labels, point: Sequence[float]) -> dict[str, int]:
+    """Positions at a point of napari's world along the axes of `lead_axes`, the nearest that the layer has."""
+    places = zip(layer_axes(layer), layer.world_to_data(point[-layer.ndim :]), finest_shape(layer), strict=False)
+    return {a: int(np.clip(round(float(place)), 0, n - 1)) for a, place, n in places if a in LEAD_NAMES}
+
+
+def finest_shape(layer: Image | Labels) -> tuple[int, ...]:
+    """Shape of the array of a layer, of the finest if there are several, with colors."""
+    return tuple(layer.level_shapes[0] if layer.multiscale else layer.data.shape)
 
 
 def _labeled_axes(layer: Image | Labels) -> str:
@@ -262,11 +288,8 @@ def choose_labels(layer: Labels, point: Sequence[float]) -> ChosenVolume:
     core.DistillFSSError
         If it has axes that cannot be used.
     """
-    axes = layer_axes(layer)
+    axes, chosen = layer_axes(layer), lead_at(layer, point)
     array = layer.data[0] if layer.multiscale else layer.data
-    voxel = dict(zip(axes, layer.world_to_data(point[-layer.ndim :]), strict=True))
-    sizes = dict(zip(axes, array.shape, strict=True))
-    chosen = {a: int(np.clip(round(float(voxel[a])), 0, sizes[a] - 1)) for a in axes if a in LEAD_NAMES}
     volume = core.open_volume(array, axes=axes, time=chosen.get("t"), channel=chosen.get("c"))
     return _placed(ChosenVolume(layer, volume, chosen, axes=axes))
 
@@ -286,14 +309,10 @@ def volumes_over_time(layer: Image, point: Sequence[float], *, all_times: bool) 
     core.DistillFSSError
         As `choose_layer`.
     """
-    axes = layer_axes(layer)
-    voxel = dict(zip(axes, layer.world_to_data(point[-layer.ndim :]), strict=False))
-    shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
-    sizes = dict(zip(axes, shape, strict=False))
-    lead = {a: int(np.clip(round(float(voxel[a])), 0, sizes[a] - 1)) for a in axes if a in LEAD_NAMES}
+    lead = lead_at(layer, point)
     if "t" not in lead:
         return [(None, choose_layer(layer, lead=lead).volume)]
-    times = range(sizes["t"]) if all_times else [lead["t"]]
+    times = range(finest_shape(layer)[layer_axes(layer).index("t")]) if all_times else [lead["t"]]
     return [(t, choose_layer(layer, lead={**lead, "t": t}).volume) for t in times]
 
 

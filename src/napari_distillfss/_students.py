@@ -14,6 +14,7 @@ import tifffile
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
+from napari_distillfss._annotations import write_json
 from napari_distillfss._presets import OWN, preset_of
 
 _RECORD = "training.json"
@@ -145,10 +146,8 @@ def write_record(training: Training) -> None:
         "start": None if start is None else start.name if start.parent == folder.parent else str(start),
     }
     path = folder / _RECORD
-    temporary = path.with_suffix(".partial")
     try:
-        temporary.write_text(json.dumps(record), encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, record)
     except OSError as error:
         raise core.OutputError(f"cannot write {path}: {error.strerror or error}") from error
 

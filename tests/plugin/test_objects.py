@@ -12,7 +12,7 @@ from qtpy.QtWidgets import QFileDialog, QMessageBox
 import distillfss_core as core
 from napari_distillfss._tasks import iter_exporting
 from napari_distillfss._widgets.apply import NUMBERED
-from napari_distillfss._widgets.mark import middle_plane
+from napari_distillfss._widgets.mark import middle_of
 
 
 def finish(qtbot, dock):
@@ -98,7 +98,7 @@ def test_a_row_selects_shows_and_marks_its_object(dock, viewer, qtbot):
 
 def test_the_ring_lies_in_a_plane_that_is_shown():
     """The middle of four planes is between two."""
-    assert [middle_plane(((start, stop), (0, 1), (0, 1))) for start, stop in ((2, 6), (2, 5), (4, 5))] == [3, 3, 4]
+    assert [middle_of(((start, stop), (0, 1), (0, 1)))[0] for start, stop in ((2, 6), (2, 5), (4, 5))] == [3, 3, 4]
 
 
 def test_of_a_series_the_time_point_on_screen_is_counted(viewer, nuclei, open_dock, qtbot, blocks):

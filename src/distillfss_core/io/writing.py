@@ -43,9 +43,7 @@ def write_labels(path: PathLike, array: Array) -> None:
     path = Path(path)
     if array.ndim not in (2, 3) or array.dtype.kind not in "bui" or array.size == 0:
         raise ImageError(f"{path.name}: labels are integers y x or z y x, this is {array.dtype} {array.shape}")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ImageError(f"{path.name}: holds the label {low if low < 0 else high}; labels must be within 0..65535")
+    high = _highest_label(array, 65535, path)
     array = np.ascontiguousarray(array, np.uint8 if high <= 255 else np.uint16)
     suffix = path.suffix.lower()
     if suffix in TIFF_SUFFIXES:
@@ -98,12 +96,7 @@ def write_label_stack(
 
     def checked() -> Iterator[Array]:
         for plane in planes:
-            low, high = int(plane.min()), int(plane.max())
-            if low < 0 or high > np.iinfo(bits).max:
-                raise ImageError(
-                    f"{path.name}: holds the label {low if low < 0 else high}; labels must be within "
-                    f"0..{np.iinfo(bits).max}"
-                )
+            _highest_label(plane, np.iinfo(bits).max, path)
             yield np.ascontiguousarray(plane, bits)
 
     sizes = {f"PhysicalSize{a}": s for a, s in zip("ZYX", scale, strict=True) if unit and s}
@@ -120,6 +113,14 @@ def write_label_stack(
             metadata={"axes": "ZYX", **sizes, **units},
             bigtiff=math.prod(shape) * np.dtype(bits).itemsize > 2**31,
         )
+
+
+def _highest_label(array: Array, most: int, path: Path) -> int:
+    """The highest label, which is within 0..most, as all others are."""
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > most:
+        raise ImageError(f"{path.name}: holds the label {low if low < 0 else high}; labels must be within 0..{most}")
+    return high
 
 
 def write_float_tiff(path: PathLike, array: Array, axes: str | None = None) -> None:

@@ -17,7 +17,17 @@ from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QW
 import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import FIRST_CLASS
-from napari_distillfss._layers import Box, ChosenVolume, camera_of, choose_labels, move_layer
+from napari_distillfss._layers import (
+    ANNOTATIONS,
+    LABELS,
+    PREVIEW,
+    Box,
+    ChosenVolume,
+    camera_of,
+    choose_labels,
+    has_mark,
+    move_layer,
+)
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting, iter_exporting, open_levels
@@ -35,13 +45,10 @@ from napari_distillfss._widgets._common import (
     spin,
 )
 from napari_distillfss._widgets.batch import BatchWidget
-from napari_distillfss._widgets.mark import ObjectMark, middle_plane
+from napari_distillfss._widgets.mark import ObjectMark, middle_of
 from napari_distillfss._widgets.region import RegionEdit
 from napari_distillfss._widgets.support import colors_of
 from napari_distillfss._widgets.table import ObjectTable
-
-MARK = "distillfss_labels"
-"""Key of the metadata of the layer that shows written labels."""
 
 MODES = {"planewise": "planewise", "smoothed along z": "smoothed", "consensus of 3 directions": "consensus"}
 _LOOK_AGAIN = 500  # milliseconds
@@ -216,7 +223,7 @@ class ApplyWidget(QWidget):
             name="segmentation",
             multiscale=True,
             opacity=0.5,
-            metadata={MARK: True},
+            metadata={LABELS: True},
             **chosen.place(),
         )
 
@@ -505,7 +512,7 @@ class ObjectsWidget(QWidget):
         if self._running is None or self.layer not in self._viewer.layers:
             return
         chosen = self._running.chosen
-        place = chosen.point_of(middle_plane(box), *((a + b - 1) / 2 for a, b in box[1:]))
+        place = chosen.point_of(*middle_of(box))
         dims = self._viewer.dims
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
@@ -601,8 +608,7 @@ class ObjectsWidget(QWidget):
 
 def _is_of_user(layer: Any) -> bool:
     """Whether objects of a layer may be counted: labels but those that the dock shows for other ends."""
-    marks = ("distillfss_annotations", "distillfss_preview", MARK)
-    return type(layer).__name__ == "Labels" and not any(layer.metadata.get(mark) for mark in marks)
+    return type(layer).__name__ == "Labels" and not has_mark(layer, ANNOTATIONS, LABELS, PREVIEW)
 
 
 def _free_output(out: Path) -> Path:

@@ -10,6 +10,7 @@ from qtpy.QtWidgets import QCheckBox, QFileDialog, QLineEdit, QTableWidget, QTab
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
+from napari_distillfss._layers import is_image
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Batched, iter_batching, jobs_of_layers
@@ -139,10 +140,7 @@ class BatchWidget(QWidget):
     def _layers(self) -> list[Any]:
         layers = self._viewer.layers
         chosen = [layer for layer in layers if self.what.currentText() == LAYERS or layer in layers.selection]
-        images = [
-            layer for layer in chosen
-            if type(layer).__name__ == "Image" and not layer.metadata.get("distillfss_preview")
-        ]  # fmt: skip
+        images = [layer for layer in chosen if is_image(layer)]
         if not images:
             raise core.SettingsError("there is no such image layer; open or select the images to segment")
         return images

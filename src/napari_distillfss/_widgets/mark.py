@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from napari_distillfss._layers import Box, ChosenVolume, move_layer
-
-MARK = "distillfss_mark"
-"""Key of the metadata of the layer that marks an object."""
+from napari_distillfss._layers import OBJECT, Box, ChosenVolume, move_layer
 
 _COLOR = "#ffe119"
 _MARGIN = 1.2  # of the ring's diameter over that of the object's box
 _SMALLEST = 8  # voxels, so that a ring around a single voxel is seen
 
 
-def middle_plane(box: Box) -> int:
-    """The plane in the middle of a box of voxels; of two, the first."""
-    start, stop = box[0]
-    return (start + stop - 1) // 2
+def middle_of(box: Box) -> tuple[int, float, float]:
+    """The middle (z, y, x) of a box of voxels, in a plane; of two planes in the middle, the first."""
+    z, y, x = ((start + stop - 1) / 2 for start, stop in box)
+    return int(z), y, x
 
 
 class ObjectMark:
@@ -33,14 +30,15 @@ class ObjectMark:
 
     def show(self, chosen: ChosenVolume, box: Box) -> None:
         """Put the ring around a box of voxels, in its middle plane."""
-        middle = [middle_plane(box), *((a + b - 1) / 2 for a, b in box[1:])]
-        point = np.array([[{**dict(zip("zyx", middle, strict=True)), "t": 0, "c": 0}[a] for a in chosen.axes]], float)
+        middle = dict(zip("zyx", middle_of(box), strict=True))
+        point = np.array([[middle.get(a, 0) for a in chosen.axes]], float)
         height, width = (b - a for a, b in box[1:])
         size = max(_SMALLEST, _MARGIN * math.hypot(height, width))
         if self.layer not in self._viewer.layers or self.layer.ndim != len(chosen.axes):
             self.hide()
             self.layer = self._add(point, chosen.place())
-        move_layer(self.layer, point, chosen.place())
+        else:
+            move_layer(self.layer, point, chosen.place())
         self.layer.selected_data = set()
         self.layer.size = size
         self.layer.visible = True
@@ -57,7 +55,7 @@ class ObjectMark:
             face_color="transparent",
             border_color=_COLOR,
             border_width=0.06,
-            metadata={MARK: True},
+            metadata={OBJECT: True},
             **place,
         )
         layer.editable = False

@@ -11,7 +11,7 @@ from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
-from napari_distillfss._layers import ChosenVolume, camera_of, move_layer
+from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
 from napari_distillfss._threads import Job, LatestJob
@@ -21,7 +21,6 @@ from napari_distillfss._widgets.support import colors_of
 STYLES = {"filled": (0.45, 0), "outlines": (0.9, 2), "dim": (0.2, 0)}
 """Opacity and width of the contour (0: filled) of the layer of labels."""
 
-MARK = "distillfss_preview"
 SOURCES = {"model": None, "instant (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
 _NO_MODEL = "Train a model first, or choose an untrained one"
@@ -354,7 +353,7 @@ class PreviewWidget(QWidget):
 
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
-        options = {"name": _NAMES[name], "metadata": {MARK: True}, **place}
+        options = {"name": _NAMES[name], "metadata": {PREVIEW: True}, **place}
         if name == "labels":
             opacity, contour = STYLES[self.drawn_as.currentText()]
             layer = self._viewer.add_labels(array, opacity=opacity, colormap=self._colors(), **options)

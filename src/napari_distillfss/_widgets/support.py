@@ -26,7 +26,7 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._layers import ChosenVolume, choose_labels, move_layer
+from napari_distillfss._layers import ANNOTATIONS, PREVIEW, ChosenVolume, choose_labels, has_mark, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
@@ -42,9 +42,6 @@ from napari_distillfss._tasks import (
 from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, fit_rows, row, spin
 from napari_distillfss._widgets.classes import ClassList
-
-MARK = "distillfss_annotations"
-"""Key of the metadata of the layer that is painted."""
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
@@ -437,11 +434,10 @@ class SupportWidget(QWidget):
             self.import_labels(Path(path), KIND_NAMES[self.kind.currentText()])
 
     def _on_import_layer_clicked(self) -> None:
-        marks = (MARK, "distillfss_preview")
         layers = {
             layer.name: layer
             for layer in self._viewer.layers
-            if type(layer).__name__ in ("Labels", "Shapes") and not any(layer.metadata.get(m) for m in marks)
+            if type(layer).__name__ in ("Labels", "Shapes") and not has_mark(layer, ANNOTATIONS, PREVIEW)
         }
         if not layers:
             self.message.warn("there is no layer of labels or shapes; open or draw one")
@@ -540,7 +536,7 @@ class SupportWidget(QWidget):
             array,
             name=name,
             colormap=colors_of(self.classes.value()),
-            metadata={MARK: True},
+            metadata={ANNOTATIONS: True},
             opacity=0.5,  # so that the image is seen where all of a slice is labeled
             **place,
         )

@@ -11,7 +11,17 @@ from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
 from superqt.utils import qdebounced
 
 from napari_distillfss import _format as fmt
-from napari_distillfss._layers import LEAD_NAMES, ChosenVolume, choose_layer, layer_axes, layer_of_file, lead_axes
+from napari_distillfss._layers import (
+    LEAD_NAMES,
+    ChosenVolume,
+    choose_layer,
+    finest_shape,
+    is_image,
+    layer_axes,
+    layer_of_file,
+    lead_at,
+    lead_axes,
+)
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
@@ -114,8 +124,7 @@ class VolumePicker(QWidget):
         self._on_choice_changed()
 
     def _images(self) -> list[Any]:
-        return [layer for layer in self._viewer.layers if type(layer).__name__ == "Image"
-                and not layer.metadata.get("distillfss_preview")]  # fmt: skip
+        return [layer for layer in self._viewer.layers if is_image(layer)]
 
     def _on_layers_changed(self) -> None:
         images = self._images()
@@ -168,17 +177,16 @@ class VolumePicker(QWidget):
 
     def _follow_sliders(self, layer: Any) -> bool:
         """Show the time and channel of napari's sliders. Returns whether one of them is another than before."""
-        voxel = dict(zip(layer_axes(layer), layer.world_to_data(self._viewer.dims.point), strict=False))
-        boxes = {letter: box for letter, box in self.lead.items() if letter in voxel}
-        before = [box.value() for box in boxes.values()]
-        for letter, box in boxes.items():
-            _set(box, round(float(voxel[letter])))
-        return before != [box.value() for box in boxes.values()]
+        lead = lead_at(layer, self._viewer.dims.point)
+        before = [self.lead[letter].value() for letter in lead]
+        for letter, place in lead.items():
+            _set(self.lead[letter], place)
+        return before != [self.lead[letter].value() for letter in lead]
 
     def _fit_boxes(self, layer: Any) -> None:
         """Show the levels, times and channels of a layer."""
         letters = layer_axes(layer)
-        shape = layer.level_shapes[0] if layer.multiscale else layer.data.shape
+        shape = finest_shape(layer)
         for letter, box in self.lead.items():
             self._lead_labels[letter].setVisible(letter in letters)
             box.setVisible(letter in letters)
