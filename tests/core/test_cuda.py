@@ -208,7 +208,7 @@ def test_a_volume_written_in_parts_has_the_bytes_of_one_run(device, file, stack,
     labels = zarr.open_array(tmp_path / "once.ome.zarr" / "0", mode="r")[...]
     assert (labels == expected).mean() >= 0.999
     for steps in (1, 3):  # cancelled twice
-        run = iter_segment(volume, model, tmp_path / "parts.ome.zarr", tile=TILE)
+        run = iter_segment(volume, model, tmp_path / "parts.ome.zarr", resume=True, tile=TILE)
         for _ in range(steps):
             next(run)
         run.close()

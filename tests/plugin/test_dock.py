@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from napari.utils import progress
 from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
-from napari_distillfss._widgets.support import MARK
+from napari_distillfss._layers import ANNOTATIONS
 
 
 def finish(qtbot, dock, timeout=60_000):
@@ -192,6 +193,7 @@ def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path,
 
     qtbot.waitUntil(lambda: not any("training" in t.name for t in threading.enumerate()), timeout=60_000)
     assert session.volume is None
+    assert not progress._all_instances  # the activity dock shows nothing
     viewer.dims.set_point(0, 5)  # nothing listens any more
 
 
@@ -242,7 +244,7 @@ def test_strokes_are_kept_and_found_again_after_a_crash(viewer, nuclei, open_doc
     other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     second = open_dock(other)
     assert "1 slice of this volume, painted earlier, are back" in second.support.message.text()
-    assert second.support.layer.metadata[MARK]
+    assert second.support.layer.metadata[ANNOTATIONS]
     assert second.session.annotations.planes() == [3]
 
 

@@ -175,6 +175,7 @@ class Activity(QObject):
         job.started.connect(self._on_started)
         job.stepped.connect(self._on_stepped)
         job.ended.connect(self._on_ended)
+        job.destroyed.connect(self._on_ended)  # its dock is gone, and no end will come
 
     _progress: progress | None
 
