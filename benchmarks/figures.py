@@ -41,7 +41,7 @@ from PIL import Image
 
 from distillfss_core.bench.datasets import SETS, Item
 from distillfss_core.bench.judge import at_side
-from distillfss_core.bench.peers import PixelClassifier
+from distillfss_core.bench.peers import RandomForest
 from distillfss_core.io.images import read_image
 from distillfss_core.io.labels import pair_files, read_labels
 from distillfss_core.metrics import Tally
@@ -69,7 +69,7 @@ WORST_COLUMNS = 5
 TISSUE_HUE = 8  # mean difference of red and blue from which on an image counts as stained tissue
 
 
-Model = Segmenter | PixelClassifier
+Model = Segmenter | RandomForest
 
 
 @dataclass(frozen=True)
@@ -277,8 +277,8 @@ def models(task: Task, wanted: set[str], head: str) -> Iterator[tuple[str, Calla
         "teacher on foreign masks": lambda: unrefined_teacher(with_foreign_masks(task.support), settings),
         "prototype": lambda: unrefined_teacher(task.support, settings, kind="prototype"),
         "student on a random backbone": lambda: student(weights="random", head="none"),
-        "random forest": lambda: PixelClassifier.fit("forest", task.support),
-        "logistic regression": lambda: PixelClassifier.fit("regression", task.support),
+        "random forest": lambda: RandomForest(task.support),
+        "probe": lambda: student(method="probe"),
     }
     for name, make in makers.items():
         if name in wanted and (name not in OF_THE_STUDENT or "student distilled" in wanted):
@@ -299,7 +299,7 @@ MODELS = (
     "prototype",
     "student on a random backbone",
     "random forest",
-    "logistic regression",
+    "probe",
 )
 
 

@@ -40,7 +40,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import AnnotatedSlice, Array, evenly
 
 SHOTS, TESTS = 5, 10
-DEFAULT_MODELS = ("student distilled", "teacher as is", "prototype", "random forest", "logistic regression")
+DEFAULT_MODELS = ("student distilled", "teacher as is", "prototype", "random forest", "probe")
 
 Stack = tuple[Array, Array]
 """Image and labels, both (z, y, x)."""

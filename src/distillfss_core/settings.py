@@ -142,8 +142,8 @@ class DistillSettings:
         "joint",
         "Method",
         "joint: teacher and student learn together (DistillFSS); two-stage: refine the teacher, then distill it; "
-        "direct: the student alone, without a teacher.",
-        choices=("joint", "two-stage", "direct"),
+        "direct: the student alone, without a teacher; probe: a linear classifier of pixels, in seconds.",
+        choices=("joint", "two-stage", "direct", "probe"),
     )
     student: str = _setting(
         "default",

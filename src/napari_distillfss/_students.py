@@ -97,10 +97,8 @@ class KeptStudent:
         iou = f", IoU {self.validation_iou:.3f}" if self.validation_iou is not None else ""
         start = self.training.start if self.training is not None else None
         origin = f"refined from {start.stem}, " if start is not None else ""
-        return (
-            f"{self.time}, {self.preset}\n"
-            f"{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {self.record.get('steps', 0)} steps{iou}"
-        )
+        made = fmt.count(self.record.get("steps", 0), "step") if self.record.get("method") != "probe" else "probe"
+        return f"{self.time}, {self.preset}\n{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {made}{iou}"
 
 
 @dataclass(frozen=True, eq=False)

@@ -36,6 +36,7 @@ _AFTER = {
     "load": "choosing the zoom",
     "zoom": "choosing the zoom",
     "encode": "preparing augmented crops",
+    "probe": "fitting the probe",
 }
 """Text for the work that follows a step of the preparation."""
 

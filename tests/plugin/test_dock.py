@@ -12,7 +12,9 @@ from napari.utils import progress
 from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
+from distillfss_core.models.card import read_card
 from napari_distillfss._layers import ANNOTATIONS
+from napari_distillfss._students import KeptStudent
 
 
 def finish(qtbot, dock, timeout=60_000):
@@ -1038,6 +1040,24 @@ def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(vi
     finish(qtbot, dock)
     assert "object" in dock.objects.message.text()
     assert not dock.objects.message.warns
+
+
+def test_a_probe_is_trained_previewed_and_refined(dock, qtbot, painted_truth, sample):
+    paint(dock, painted_truth, [2])
+    dock.distill.settings.setPreset("probe")
+    dock.show()
+    for start, planes in ((dock.distill.start, [2]), (dock.distill.start_refining, [2, 5])):
+        paint(dock, painted_truth, planes)
+        start()
+        finish(qtbot, dock)
+        assert dock.distill.message.text().startswith("Done: probe in ")
+        assert not dock.distill.plot.isVisible()
+        model = dock.session.model
+        assert model.training["support"] == [f"plane {z}" for z in planes]
+        found, truth = model.predict_labels(sample.image[6]) > 0, sample.labels[6] > 0
+        assert (found & truth).sum() > 0.6 * (found | truth).sum()
+    kept = [KeptStudent(path, read_card(path)) for path in dock.session.students()]
+    assert [student.describe().rpartition(", ")[2] for student in kept] == ["probe", "probe"]
 
 
 @pytest.mark.parametrize(("preset", "steps"), [("quick", 16), ("thorough", 240), ("default", 0), ("own settings", 9)])

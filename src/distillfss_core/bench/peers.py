@@ -9,8 +9,8 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distillfss_core.errors import DistillFSSError
 from distillfss_core.models.engines import import_openvino
-from distillfss_core.models.preprocess import Preprocess, fit_preprocess, resize
-from distillfss_core.nn.backbones import SPECS, load_backbone
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess
+from distillfss_core.nn.backbones import SPECS
 from distillfss_core.nn.backbones.trunks import create_net
 from distillfss_core.nn.backbones.weights import packaged_tensors
 from distillfss_core.nn.device import Device, choose_device, seeded
@@ -31,7 +31,6 @@ from distillfss_core.training import distill, refine, unrefined_teacher
 from distillfss_core.training.crops import CropSampler
 from distillfss_core.training.distillation import auto_steps
 from distillfss_core.training.preparation import augmentation
-from distillfss_core.training.zoom import point_features
 from distillfss_core.types import IGNORE, Array
 
 POINTS = 60_000
@@ -88,78 +87,53 @@ class Peer:
         return None
 
 
-# -- classifiers of pixels -------------------------------------------------------------------------------
+# -- a classifier of pixels -------------------------------------------------------------------------------
 
 
-@dataclass
-class PixelClassifier:
-    """A classifier of pixels by their features.
+class RandomForest:
+    """A random forest of 100 trees on multiscale intensity, edges and texture: the usual tool of interactive
+    segmentation.
 
-    ``kind`` is "forest" (multiscale intensity, edges and texture, 100 trees: the usual tool of interactive
-    segmentation) or "regression" (logistic regression on the backbone's features at zoom 1).
+    Parameters
+    ----------
+    support : SupportSet
+    seed : int
+        Draws at most `POINTS` annotated pixels over all slices, and the trees.
     """
 
-    kind: str
-    preprocess: Preprocess
-    model: Any = None
-
-    @classmethod
-    def fit(cls, kind: str, support: SupportSet, seed: int = 0) -> PixelClassifier:
-        """Train on annotated pixels of the support.
-
-        Parameters
-        ----------
-        kind : {"forest", "regression"}
-        support : SupportSet
-        seed : int
-            Draws at most `POINTS` pixels over all slices, and the trees of a forest.
-        """
+    def __init__(self, support: SupportSet, seed: int = 0) -> None:
         from sklearn.ensemble import RandomForestClassifier
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
 
-        classifier = cls(kind, _preprocess(support))
+        self.preprocess: Preprocess = _preprocess(support)
         x, y = [], []
         for labeled, points in zip(support.slices, _points(support, seed), strict=True):
-            x.append(classifier._features(labeled.image)(points))
+            x.append(self._features(labeled.image)[points[:, 0], points[:, 1]])
             y.append(labeled.labels[points[:, 0], points[:, 1]])
-        if kind == "forest":
-            threads = torch.get_num_threads()
-            classifier.model = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
-        else:
-            classifier.model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, C=0.1))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            classifier.model.fit(np.concatenate(x), np.concatenate(y))
-        return classifier
+        threads = torch.get_num_threads()
+        self._trees = RandomForestClassifier(100, min_samples_leaf=2, n_jobs=threads, random_state=seed)
+        self._trees.fit(np.concatenate(x), np.concatenate(y))
 
     def predict_labels(self, image: Array) -> Array:
         """Labels uint8 "y x" of an image "y x" or "y x c"."""
         features = self._features(image)
-        points = np.argwhere(np.ones(image.shape[:2], bool))
-        parts = [self.model.predict(features(points[i : i + _BAND])) for i in range(0, len(points), _BAND)]
+        rows = features.reshape(-1, features.shape[-1])
+        parts = [self._trees.predict(rows[i : i + _BAND]) for i in range(0, len(rows), _BAND)]
         return np.concatenate(parts).reshape(image.shape[:2]).astype(np.uint8)
 
-    def _features(self, image: Array) -> Callable[[Array], Array]:
-        """A function from pixels (n y x) to their features (n f)."""
-        pre = self.preprocess
-        x = _normalized(pre, image)
-        if self.kind == "forest":
-            from skimage.feature import multiscale_basic_features
+    def _features(self, image: Array) -> Array:
+        """Features "y x f"."""
+        from skimage.feature import multiscale_basic_features
 
-            gray_or_color = x.movedim(0, -1).numpy() if pre.channels > 1 else x[0].numpy()
-            axis = -1 if pre.channels > 1 else None
-            maps = multiscale_basic_features(gray_or_color, sigma_min=1, sigma_max=16, channel_axis=axis)
-            return lambda points: np.asarray(maps[points[:, 0], points[:, 1]])
-        if not hasattr(self, "_backbone"):
-            self._backbone = load_backbone()
-        h, w = x.shape[-2:]
-        size = (max(h, 32), max(w, 32))
-        pyramid = self._backbone(resize(x[None], size))
-        scale = torch.tensor([size[0] / h, size[1] / w])
-        return lambda points: np.asarray(point_features(pyramid, torch.from_numpy(points) * scale).numpy())
+        x = _normalized(self.preprocess, image)
+        is_color = self.preprocess.channels > 1
+        return np.asarray(
+            multiscale_basic_features(
+                x.movedim(0, -1).numpy() if is_color else x[0].numpy(),
+                sigma_min=1,
+                sigma_max=16,
+                channel_axis=-1 if is_color else None,
+            )
+        )
 
 
 class Convpaint:
@@ -290,28 +264,23 @@ def _normalized(preprocess: Preprocess, image: Array) -> Tensor:
 
 
 _SKLEARN = (("sklearn", "scikit-learn"), ("skimage", "scikit-image"))
-_CLASSIFIERS = ("sklearn.ensemble", "sklearn.linear_model", "sklearn.pipeline", "sklearn.preprocessing")
 _CONVPAINT = (("napari_convpaint", "napari-convpaint"),), ("napari_convpaint.convpaint_model", "catboost")
+_OURS = ("timm", "onnx", "onnxruntime", "openvino")
 _SMP = (("segmentation_models_pytorch", "segmentation-models-pytorch"),), ("segmentation_models_pytorch", "timm")
 
 PEERS = {
     "forest": Peer(
         "random forest",
-        lambda s, o: PixelClassifier.fit("forest", s, o.seed),
+        lambda s, o: RandomForest(s, o.seed),
         _SKLEARN,
-        (*_CLASSIFIERS, "skimage.feature"),
-    ),
-    "regression": Peer(
-        "logistic regression, our features",
-        lambda s, o: PixelClassifier.fit("regression", s, o.seed),
-        _SKLEARN,
-        (*_CLASSIFIERS, "timm"),
+        ("sklearn.ensemble", "skimage.feature"),
     ),
     "convpaint-gaussian": Peer("convpaint, gaussian", lambda s, o: Convpaint("gaussian", s, o.seed), *_CONVPAINT),
     "convpaint-vgg16": Peer("convpaint, VGG16", lambda s, o: Convpaint("vgg", s, o.seed), *_CONVPAINT),
     "unet": Peer("U-Net on EfficientNet-Lite0", UNet, *_SMP),
+    "probe": Peer("probe (linear, our features)", lambda s, o: distill(s, replace(o, method="probe")), imports=_OURS),
     "teacher": Peer("teacher as it comes", unrefined_teacher, imports=("timm",)),
     "transferfss": Peer("TransferFSS (refined teacher)", refine, imports=("timm",)),
-    "distillfss": Peer("DistillFSS (student)", distill, imports=("timm", "onnx", "onnxruntime", "openvino")),
+    "distillfss": Peer("DistillFSS (student)", distill, imports=_OURS),
 }
-"""By the names of ``--baselines``; the last three are ours."""
+"""By the names of ``--baselines``; the last four are ours."""

@@ -185,7 +185,8 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
         return
     record = model.training
     print(f"{args.output}: {format_mb(size)}, {list_classes(model.class_names)}, zoom {model.preprocess.zoom}")
-    line = f"{record['steps']} steps in {record['seconds']:.0f} s on {record['device']}"
+    made = f"{record['steps']} steps" if record["steps"] else record["method"]
+    line = f"{made} in {record['seconds']:.0f} s on {record['device']}"
     if record.get("validation_iou") is not None:
         line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
     print(line)

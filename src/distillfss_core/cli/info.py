@@ -56,7 +56,8 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     if "intensities" in prepared:
         lines.append(("intensities", Intensities.from_json(prepared["intensities"]).range_text))
     if training:
-        text = f"{training['method']}, {training['steps']} steps, best {training['best_step']}"
+        steps = f", {training['steps']} steps, best {training['best_step']}" if training["steps"] else ""
+        text = f"{training['method']}{steps}"
         lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))
         if training.get("validation_iou") is not None:
             lines.append(("validation", f"slice {training['validation_slice']}, IoU {training['validation_iou']:.3f}"))

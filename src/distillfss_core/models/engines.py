@@ -25,6 +25,7 @@ from distillfss_core.models.quantization import quantized
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, multiplies_bfloat16, out_of_memory, sums_bytes_exactly
 from distillfss_core.nn.head import FewShotHead
+from distillfss_core.nn.probe import Probe
 from distillfss_core.types import Array
 
 ENGINES = ("auto", "torch", "torch-compiled", "onnxruntime", "openvino")
@@ -43,22 +44,24 @@ class StudentNetwork(nn.Module):
 
     Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit
     of each class exceeds the background's, on the decoder's own grid (for the default one, that of the finest
-    features).
+    features). With a probe, that alone answers, on the grid of the finest features.
     """
 
-    def __init__(self, backbone: Backbone, head: FewShotHead) -> None:
+    def __init__(self, backbone: Backbone, head: FewShotHead, probe: Probe | None = None) -> None:
         super().__init__()
         self.backbone: Backbone = backbone
         self.head: FewShotHead = head
+        self.probe: Probe | None = probe
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Margins of a batch of images, as the class describes."""
-        return self.head.student_margins(self.backbone(image))
+        features = self.backbone(image)
+        return self.head.student_margins(features) if self.probe is None else self.probe(features, image)
 
     @property
     def local(self) -> bool:
         """Whether the output at a pixel depends on a bounded neighborhood only."""
-        return self.head.decoder.local and self.backbone.spec.local
+        return self.backbone.spec.local and (self.probe is not None or self.head.decoder.local)
 
 
 def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import can_be_found_again, find_backbone
+from distillfss_core.nn.probe import Probe
 from distillfss_core.settings import ZOOMS
 from distillfss_core.types import Array
 
@@ -35,6 +36,8 @@ KEEP_BACKBONE = (
 
 class StudentModel(Segmenter):
     """A segmenter in one file: backbone, ConvDist, decoder, preprocessing and a card.
+
+    A student of method "probe" answers by its probe, and keeps the head for a training that goes on from it.
 
     It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
     """
@@ -47,6 +50,7 @@ class StudentModel(Segmenter):
         class_names: Sequence[str],
         *,
         device: Device,
+        probe: Probe | None = None,
         engine: str = "auto",
         halo: int = HALO,
         pixel_size: tuple[float, float] | None = None,
@@ -58,12 +62,13 @@ class StudentModel(Segmenter):
         super().__init__(backbone, preprocess, class_names, device=device, halo=halo)
         head = head.eval().requires_grad_(False)
         self.head: FewShotHead = head.to(memory_format=torch.channels_last)  # as the features are
+        self.probe: Probe | None = probe
         self.pixel_size: tuple[float, float] | None = pixel_size
         self.training: dict[str, Any] = training or {}
         self.thumbnails: Thumbnails | None = thumbnails
         self.samples: UInt8[Array, "n 3 s s"] | None = samples
         self.created: str = created or datetime.now(UTC).isoformat(timespec="seconds")
-        self.network: StudentNetwork = StudentNetwork(self.backbone, self.head)
+        self.network: StudentNetwork = StudentNetwork(self.backbone, self.head, probe)
         self._run = self._runner(engine, device)
 
     @property
@@ -91,7 +96,11 @@ class StudentModel(Segmenter):
         return self._run(image)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(sorted(self.head.state_dict().items()))
+        return iter(sorted(self._head_and_probe().items()))
+
+    def _head_and_probe(self) -> dict[str, Tensor]:
+        parts = {"head": self.head, "probe": self.probe}
+        return {f"{n}.{key}": value for n, part in parts.items() if part for key, value in part.state_dict().items()}
 
     def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
         """Move to another device, precision or engine, as for `load`; returns self."""
@@ -103,6 +112,8 @@ class StudentModel(Segmenter):
         self._room, self._batch = math.inf, PIXELS
         self.backbone.to(chosen.torch)
         self.head.to(chosen.torch)
+        if self.probe is not None:
+            self.probe.to(chosen.torch)
         return self
 
     def with_engine(self, engine: str) -> StudentModel:
@@ -154,6 +165,7 @@ class StudentModel(Segmenter):
                 "digest": self.backbone.digest(),
             },
             "head": self.head.form.to_json(),
+            "probe": {"inputs": self.probe.inputs} if self.probe is not None else None,
             "preprocess": self.preprocess.to_json(),
             "halo": self.halo,
             "training": self.training,
@@ -175,7 +187,7 @@ class StudentModel(Segmenter):
         OutputError
             If it cannot be written; a file that was there before stays as it was.
         """
-        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        tensors = self._head_and_probe()
         if not with_backbone and not can_be_found_again(self.backbone):
             raise SettingsError(KEEP_BACKBONE)
         if with_backbone:
@@ -226,7 +238,7 @@ class StudentModel(Segmenter):
         try:
             card = upgrade_card(card)
             chosen = choose_device(device, precision)
-            own = {n.removeprefix("backbone."): t for n, t in tensors.items() if n.startswith("backbone.")}
+            own = _part(tensors, "backbone")
             backbone_card = card["backbone"]
             backbone = (
                 backbone_from_state(backbone_card["name"], own, backbone_card["weights"])
@@ -234,7 +246,11 @@ class StudentModel(Segmenter):
                 else find_backbone(backbone_card["name"], backbone_card["digest"], weights, str(path))
             )
             head = FewShotHead(backbone.spec, len(card["classes"]), HeadForm(**card["head"]))
-            head.load_state_dict({n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")})
+            head.load_state_dict(_part(tensors, "head"))
+            probe = None
+            if card["probe"]:
+                probe = Probe(backbone.spec, len(card["classes"]), int(card["probe"]["inputs"])).eval()
+                probe.requires_grad_(False).load_state_dict(_part(tensors, "probe"))
             thumbs = (
                 Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())
                 if "thumbnails.images" in tensors
@@ -247,6 +263,7 @@ class StudentModel(Segmenter):
                 Preprocess.from_json(card["preprocess"]),
                 tuple(card["classes"]),
                 device=chosen,
+                probe=probe,
                 halo=int(card["halo"]),
                 pixel_size=(float(pixel[0]), float(pixel[1])) if pixel else None,
                 training=card["training"],
@@ -260,3 +277,8 @@ class StudentModel(Segmenter):
             reason = str(error).splitlines()[0]
             raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
         return model.to(chosen.name, precision, engine)
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Of the tensors in a file, those of one part by the names that they have in it."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

@@ -258,21 +258,22 @@ class SlimDecoder(Decoder):
         k = coarse.deep.shape[1]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
         x = F.relu(self.deep(deep - NEUTRAL))
-        x = F.relu(self.join_mid(_resize(x, mid) + self.mid(mid - NEUTRAL)))
-        x = F.relu(self.join_fine(_resize(x, fine) + self.fine(fine - NEUTRAL)))
+        x = F.relu(self.join_mid(resize_like(x, mid) + self.mid(mid - NEUTRAL)))
+        x = F.relu(self.join_fine(resize_like(x, fine) + self.fine(fine - NEUTRAL)))
         skips = query.skips
         for level in reversed(range(len(skips))):
             from_query = self.skips[level](skips[level])
-            x = _resize(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
+            x = resize_like(self.mixers[level](x), skips[level])  # the cheap order: narrow first, then enlarge
             x = F.relu_(x + from_query if k == 1 else (_split(x, k) + from_query[:, None]).flatten(0, 1))
             if level > 0:
                 x = F.relu_(x + self.refine[level - 1](x))
-        means = (_resize((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
-        evidence = _resize(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
+        means = (resize_like((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
+        evidence = resize_like(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
         return _split(self.out(x) + torch.cat([-evidence, evidence], 1), k)
 
 
-def _resize(x: Tensor, like: Tensor) -> Tensor:
+def resize_like(x: Tensor, like: Tensor) -> Tensor:
+    """Maps "b c h w" brought to the height and width of others, bilinearly."""
     size = like.shape[-2:]
     if x.shape[-2:] == size:
         return x

@@ -1,6 +1,6 @@
 """Distillation of a support set into a student (DistillFSS), and refinement of a teacher (TransferFSS) [1]_.
 
-A student is distilled jointly with its teacher, in two stages, or directly from the labels.
+A student is distilled jointly with its teacher, in two stages, or directly from the labels; or it is a probe.
 
 References
 ----------
@@ -29,12 +29,14 @@ from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import EncodedSupport, cat_pyramids
 from distillfss_core.nn.head import FewShotHead
+from distillfss_core.nn.probe import Probe
 from distillfss_core.nn.teachers import PrototypeTeacher, Teacher, VotingTeacher
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
+from distillfss_core.training.probe import iter_probe
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
@@ -87,7 +89,8 @@ class DistillRun(Iterator[TrainStep]):
         self._best: Best | None = None
         self._refined: FewShotHead | None = None
         self._stage_began, self._steps_done, self._finished = 0, 0, False
-        self._has_student = not teacher_only and settings.method != "two-stage"
+        self._has_student = not teacher_only and settings.method not in ("two-stage", "probe")
+        self._probe: Probe | None = None
         self._generator = self._run()
 
     def __iter__(self) -> DistillRun:
@@ -121,6 +124,12 @@ class DistillRun(Iterator[TrainStep]):
         settings, init_from = self.settings, self._init_from
         ready = self._ready = yield from iter_prepare(self.support, settings, self.device, init_from)
         self._best = Best(ready.head)
+        if settings.method == "probe" and not self._teacher_only:
+            self._probe = yield from iter_probe(
+                self.support, ready.preprocess, ready.cache, settings.crop_size, settings.seed
+            )
+            self._has_student = self._finished = True
+            return
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
         few = is_trained and not self.support.planes_of_one_volume
         steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
@@ -175,11 +184,14 @@ class DistillRun(Iterator[TrainStep]):
         Raises
         ------
         NoStudentYetError
-            While the teacher is still being refined (two-stage), or if the run trains only a teacher.
+            While the teacher is still being refined (two-stage) or the probe fitted, or if the run trains only a
+            teacher.
         """
         if not self._has_student:
+            is_probe = self.settings.method == "probe" and not self._teacher_only
+            reason = "the probe is not fitted yet" if is_probe else "until now only the teacher was refined"
             raise NoStudentYetError(
-                f"there is no student after {self._steps_done} steps: until now only the teacher was refined; "
+                f"there is no student after {self._steps_done} steps: {reason}; "
                 "let it go on, or use method joint, which has a student from the first step"
             )
         ready, best = self._prepared()
@@ -207,6 +219,7 @@ class DistillRun(Iterator[TrainStep]):
             thumbnails=thumbnails(self.support),
             samples=_samples(ready.sampler, len(self.support)),
             device=self.device,
+            probe=self._probe,
         )
         if self._finished and measure_halo:
             model.fit_halo(_busiest_part(self.support, model.halo_side))
@@ -314,7 +327,14 @@ def _samples(sampler: CropSampler, slices: int) -> UInt8[Array, "n 3 s s"]:
 
 def _validation_index(settings: DistillSettings, support: SupportSet) -> int | None:
     """The validation slice; of its own accord none that alone shows a class, or the background."""
-    if settings.validation_slice is None or (settings.validation_slice == "auto" and len(support) < AUTO_VALIDATION):
+    if settings.method == "probe" and isinstance(settings.validation_slice, int):
+        raise SettingsError(
+            f"validation_slice is {settings.validation_slice}, but it chooses the best step, and method probe has no "
+            "steps; leave it out, or choose another method"
+        )
+    if settings.method == "probe" or settings.validation_slice is None:
+        return None
+    if settings.validation_slice == "auto" and len(support) < AUTO_VALIDATION:
         return None
     alone = support.shown_once()
     if settings.validation_slice == "auto":

@@ -83,7 +83,7 @@ def iter_prepare(
     if init_from is not None:
         preprocess, scores = init_from.preprocess, dict[str, float]()
     else:
-        judge = head.teacher if weights else None
+        judge = head.teacher if weights and settings.method != "probe" else None
         preprocess, scores = yield from _iter_preprocess(support, settings, cache, judge)
     sampler = CropSampler(support, preprocess, settings.crop_size, augmentation(settings, support))
     return Prepared(backbone, weights, head, preprocess, scores, cache, sampler)

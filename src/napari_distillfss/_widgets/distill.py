@@ -99,7 +99,10 @@ class DistillWidget(QWidget):
         settings, start, preset = self._started
         self._session.take_student(distilled.model, distilled.path, settings, start, distilled.support, preset)
         card = distilled.model.training
-        line = f"{'Stopped' if distilled.stopped else 'Done'}: {card['steps']} steps in {fmt.duration(card['seconds'])}"
+        made = f"{card['steps']} steps" if card["steps"] else card["method"]
+        line = f"{'Stopped' if distilled.stopped else 'Done'}: {made} in {fmt.duration(card['seconds'])}"
+        if not card["steps"]:
+            self.plot.hide()
         if card.get("validation_iou") is not None:
             line += f", IoU {card['validation_iou']:.3f} on the validation slice"
         if distilled.stopped:

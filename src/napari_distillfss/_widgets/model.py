@@ -145,7 +145,7 @@ def describe(card: dict[str, Any]) -> str:
     ]
     if training:
         lines.append(
-            f"trained: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
+            f"method: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
             f"on {training['device']}, {len(training['support'])} slices"
         )
         if training.get("validation_iou") is not None:

@@ -12,14 +12,12 @@ from children import crash, imported_while_learning, in_the_child
 from distillfss_core.bench import jobs
 from distillfss_core.bench.apart import call_apart
 from distillfss_core.bench.jobs import Job, Outcome, iter_jobs, run_job
-from distillfss_core.bench.peers import PEERS, Peer, PixelClassifier
+from distillfss_core.bench.peers import PEERS, Peer
 from distillfss_core.bench.rows import Machine, Rows
 from distillfss_core.bench.tables import accuracy_table, peers_tables, spread
 from distillfss_core.errors import DistillFSSError, InputFileError
 from distillfss_core.models.segmenter import Segmenter
-from distillfss_core.support.support_set import SupportSet
 from layouts import save, write_pairs
-from pictures import blobs
 
 MACHINE = Machine("some cpu", 2, 1, "cpu", "2")
 FEW = {"steps": 2, "zoom": "1", "crop_size": 64, "queries": 2, "shots": 2, "crops": 4, "device": "cpu"}
@@ -50,17 +48,9 @@ def test_a_forest_learns_squares_and_is_judged(pictures, annotation):
 
 def test_ours_are_asked_in_the_same_way(pictures, monkeypatch):
     monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: None)  # takes longer than such a small training
-    rows = [run_job(job(pictures, peer)) for peer in ("distillfss", "regression")]
+    rows = [run_job(job(pictures, peer)) for peer in ("distillfss", "probe")]
     assert rows[0]["support"] == rows[1]["support"]
     assert all(0 <= row["pooled"] <= 1 for row in rows)
-
-
-def test_logistic_regression_knows_what_it_was_told():
-    support = SupportSet(tuple(blobs(i) for i in range(2)), ("blob",))
-    found = PixelClassifier.fit("regression", support).predict_labels(support.slices[0].image)
-    truth = support.slices[0].labels
-    assert found.dtype == np.uint8
-    assert (found & truth).sum() / (found | truth).sum() > 0.8
 
 
 @pytest.mark.parametrize("peer", ["unet", "convpaint-gaussian"])
@@ -71,7 +61,7 @@ def test_a_tool_from_elsewhere_answers(pictures, peer):
 
 
 def test_imports_are_no_part_of_the_seconds_to_learn():
-    peers = ["distillfss", "regression", "forest"]  # what each imports the next finds there
+    peers = ["distillfss", "probe", "forest"]  # what each imports the next finds there
     peers += [name for name, peer in PEERS.items() if name not in (*peers, "convpaint-vgg16") and not peer.missing()]
     late = call_apart(imported_while_learning, {"peers": peers, "settings": FEW}, 1)
     heavy = {"timm", "onnx", "onnxruntime", "sklearn", "skimage", "scipy", "segmentation_models_pytorch", "catboost"}

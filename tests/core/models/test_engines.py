@@ -24,6 +24,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import Device, choose_device, multiplies_bfloat16
 from distillfss_core.nn.head import FewShotHead, HeadForm
+from distillfss_core.nn.probe import Probe
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
@@ -51,7 +52,9 @@ def other(request) -> str:
     return request.param
 
 
-def network(backbone: str, classes: int, student: str = "default", decoder: str = "default") -> StudentNetwork:
+def network(
+    backbone: str, classes: int, student: str = "default", decoder: str = "default", *, probe: bool = False
+) -> StudentNetwork:
     """One with random weights everywhere."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that random weights mean nothing
@@ -60,15 +63,20 @@ def network(backbone: str, classes: int, student: str = "default", decoder: str 
     noise = torch.Generator().manual_seed(1)
     for parameter in head.decoder.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
-    return StudentNetwork(trunk, head)
+    linear = Probe(trunk.spec, classes, 3).eval().requires_grad_(False)
+    linear.knots.uniform_(generator=noise)
+    for parameter in linear.parameters():
+        parameter.normal_(std=0.05, generator=noise)
+    return StudentNetwork(trunk, head, linear if probe else None)
 
 
+@pytest.mark.parametrize("probe", [False, True])
 @pytest.mark.parametrize(
     ("backbone", "classes", "student"),
     [("efficientnet_lite0", 3, "default"), ("mobilenetv4_conv_small", 1, "default"), ("resnet18", 2, "published")],
 )
-def test_an_engine_gives_the_margins_of_torch_at_any_size_and_batch(other, backbone, classes, student):
-    net = network(backbone, classes, student)
+def test_an_engine_gives_the_margins_of_torch_at_any_size_and_batch(other, backbone, classes, student, probe):
+    net = network(backbone, classes, student, probe=probe)
     run = Runner(net, choose_engine(other, CPU, net), CPU)
     noise = torch.Generator().manual_seed(0)
     for size in ((1, 3, 64, 96), (2, 3, 160, 64)):

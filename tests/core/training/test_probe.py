@@ -1,0 +1,177 @@
+"""The probe: a student in seconds, which reads gray values that the features do not carry."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from distillfss_core.cli.main import main
+from distillfss_core.errors import ModelFileError, NoStudentYetError, SettingsError
+from distillfss_core.io.writing import write_labels
+from distillfss_core.metrics import evaluate
+from distillfss_core.models import card
+from distillfss_core.models.student import StudentModel
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training import distill, iter_distill
+from distillfss_core.training.probe import _regress
+from distillfss_core.types import IGNORE, AnnotatedSlice
+from pictures import blobs
+
+
+@pytest.fixture(scope="session")
+def settings(tiny) -> DistillSettings:
+    return replace(tiny, method="probe", crop_size=96)
+
+
+@pytest.fixture(scope="session")
+def probe(support, settings) -> StudentModel:
+    return distill(support, settings)
+
+
+def phases(seed: int, size: int = 192, *, color: bool = False) -> AnnotatedSlice:
+    """Three flat phases of about 100 pixels that differ by their gray value, or their hue, alone."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:size, :size]
+    centers = rng.uniform(0, size, (9, 2))
+    nearest = ((y[..., None] - centers[:, 0]) ** 2 + (x[..., None] - centers[:, 1]) ** 2).argmin(-1)
+    labels = (nearest % 3).astype(np.uint8)
+    values = np.array([[60, 160, 90], [160, 60, 90], [60, 90, 160]]) if color else np.array([80, 120, 160])
+    image = values[labels] + rng.normal(0, 4, (*labels.shape, 3)[: 2 + color])
+    return AnnotatedSlice(image.clip(0, 255).astype(np.uint8), labels, f"phases {seed}")
+
+
+def iou(model: StudentModel, slices: list[AnnotatedSlice]) -> float:
+    pairs = [(model.predict_labels(s.image), s.labels) for s in slices]
+    return float(np.mean(evaluate(pairs, len(model.class_names)).pooled.iou))
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_a_probe_segments_what_it_never_saw(settings, classes):
+    support = SupportSet(tuple(blobs(i, classes=classes) for i in range(3)), ("bright", "dark")[:classes])
+    model = distill(support, settings)
+    assert iou(model, [blobs(seed, classes=classes) for seed in (10, 11)]) > 0.75
+
+
+@pytest.mark.parametrize("color", [False, True])
+def test_a_probe_tells_flat_phases_apart_that_differ_by_value_alone(settings, color):
+    support = SupportSet(
+        tuple(phases(i, color=color) for i in range(3)), ("middle", "bright"), planes_of_one_volume=True
+    )
+    model = distill(support, settings)
+    assert model.card["probe"] == {"inputs": 3 if color else 1}
+    assert iou(model, [phases(seed, color=color) for seed in (10, 11)]) > 0.93
+
+
+def test_a_probe_learns_from_scribbles(settings):
+    def scribbled(seed: int) -> AnnotatedSlice:
+        whole = blobs(seed)
+        labels = np.full_like(whole.labels, IGNORE)
+        labels[::7] = whole.labels[::7]
+        return replace(whole, labels=labels)
+
+    model = distill(SupportSet(tuple(scribbled(i) for i in range(3)), ("blob",)), settings)
+    assert iou(model, [blobs(10), blobs(11)]) > 0.7
+
+
+def test_its_regression_is_that_of_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="needs scikit-learn")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 6))
+    y = (x @ rng.normal(size=6) + rng.normal(size=400) > 0.8).astype(int)
+    shares, penalty = np.array([0.9, 0.1]), 0.02
+    weights, bias = _regress(
+        torch.from_numpy(x).float(),
+        torch.from_numpy(y),
+        torch.from_numpy(shares).float(),
+        torch.full((6,), penalty),
+    )
+    theirs = linear_model.LogisticRegression(C=1 / (2 * penalty), tol=1e-8, max_iter=1000)
+    theirs.fit(x, y, sample_weight=(shares / np.bincount(y))[y])
+    np.testing.assert_allclose(weights.numpy(), theirs.coef_, atol=2e-3)
+    np.testing.assert_allclose(bias.numpy(), theirs.intercept_, atol=2e-3)
+
+
+def test_a_probe_comes_back_from_its_file(probe, tmp_path):
+    path = tmp_path / "probe.safetensors"
+    probe.save(path)
+    again = StudentModel.load(path, device="cpu")
+    assert again.card == probe.card
+    image = blobs(10).image
+    assert np.array_equal(again.predict(image).probabilities, probe.predict(image).probabilities)
+    assert again.digest() == probe.digest()
+
+
+def test_a_program_that_knows_no_probes_refuses_its_file(probe, tmp_path, monkeypatch):
+    """It would take the head, which has learned nothing, for the student."""
+    path = tmp_path / "probe.safetensors"
+    probe.save(path)
+    older = replace(card.STUDENT_FILE, version=1)
+    monkeypatch.setattr("distillfss_core.models.student.STUDENT_FILE", older)
+    with pytest.raises(ModelFileError, match="version 2 is newer than this program reads"):
+        StudentModel.load(path)
+
+
+def test_a_student_of_before_the_probe_is_read(student, tmp_path, monkeypatch):
+    older = replace(card.STUDENT_FILE, version=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("distillfss_core.models.student.STUDENT_FILE", older)
+        without = {name: value for name, value in student.card.items() if name != "probe"}
+        patch.setattr(StudentModel, "card", without)
+        student.save(tmp_path / "old.safetensors")
+    with safe_open(tmp_path / "old.safetensors", "pt") as file:
+        assert "probe" not in json.dumps(file.metadata())
+    again = StudentModel.load(tmp_path / "old.safetensors", device="cpu")
+    assert again.probe is None
+    image = blobs(10).image
+    assert np.array_equal(again.predict_labels(image), student.predict_labels(image))
+
+
+def test_tiles_of_a_probe_agree(probe):
+    plane = blobs(5, 320).image
+    whole, tiled = (probe.predict(plane, tile=side) for side in (512, 128))
+    assert (whole.labels == tiled.labels).mean() > 0.999
+    assert np.abs(whole.probabilities - tiled.probabilities).mean() < 1e-3
+
+
+def test_training_goes_on_from_a_probe_without_it(probe, support, tiny):
+    model = distill(support, replace(tiny, steps=30), init_from=probe)
+    assert model.probe is None
+    assert iou(model, [blobs(10)]) > 0.3
+
+
+def test_a_probe_has_no_steps_to_choose_from(support, settings):
+    with pytest.raises(SettingsError, match="validation_slice is 1, but it chooses the best step, and method probe"):
+        iter_distill(support, replace(settings, validation_slice=1))
+    run = iter_distill(SupportSet(tuple(blobs(i) for i in range(9)), ("blob",)), settings)
+    stages = [(step.stage, step.index) for step in run]
+    assert stages == [("load", 1), *[("probe", i) for i in range(1, 10)]]
+    assert run.result().training["validation_slice"] is None
+
+
+def test_a_probe_that_is_stopped_is_no_student(support, settings):
+    run = iter_distill(support, settings)
+    while next(run).stage != "probe":
+        pass
+    run.close()
+    with pytest.raises(NoStudentYetError, match="the probe is not fitted yet"):
+        run.result()
+
+
+def test_the_command_line_makes_a_probe(support, tmp_path, capsys):
+    for number, labeled in enumerate(support.slices):
+        for kind, array in (("images", labeled.image), ("labels", labeled.labels)):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            write_labels(tmp_path / kind / f"{number}.tif", array)
+    out = tmp_path / "m.safetensors"
+    assert (
+        main(["distill", *map(str, (tmp_path / "images", tmp_path / "labels")), "-o", str(out), "--method=probe"]) == 0
+    )
+    assert "probe in " in capsys.readouterr().out
+    assert main(["info", str(out)]) == 0
+    assert "probe, " in capsys.readouterr().out
