@@ -195,6 +195,13 @@ class DistillSettings:
         "stack.",
         choices=("auto", "per-image", "per-volume"),
     )
+    orientation: str = _setting(
+        "auto",
+        "Orientation",
+        "any: training crops are turned and mirrored; fixed: they are not, for classes that differ by direction, such "
+        "as left and right; auto: fixed where a classifier confuses several classes in turned crops.",
+        choices=("auto", "any", "fixed"),
+    )
     invert_prob: float | Auto = _setting(
         "auto",
         "Inversion probability",

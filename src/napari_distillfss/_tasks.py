@@ -35,6 +35,7 @@ Work = Callable[[Event], Generator[Any, None, Any]]
 _AFTER = {
     "load": "choosing the zoom",
     "zoom": "choosing the zoom",
+    "orientation": "choosing the orientation",
     "encode": "preparing augmented crops",
     "probe": "fitting the probe",
 }

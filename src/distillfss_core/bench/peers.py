@@ -219,7 +219,7 @@ class UNet:
         self._train(support, settings)
 
     def _train(self, support: SupportSet, settings: DistillSettings) -> None:
-        sampler = CropSampler(support, self.preprocess, settings.crop_size, augmentation(settings, support))
+        sampler = CropSampler(support, self.preprocess, settings.crop_size, augmentation(settings, support, "any"))
         rng = np.random.default_rng(settings.seed)
         steps = settings.steps or auto_steps(len(support))
         parameters = self._net.parameters()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -52,8 +53,9 @@ SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher a
 class DistillRun(Iterator[TrainStep]):
     """A training that runs step by step; `result` returns the best student so far.
 
-    The first steps prepare the training (stages "load", "zoom", "encode"). Nothing is loaded or computed before them.
-    Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
+    The first steps prepare the training (stages "load", "zoom", "orientation", "encode"). Nothing is loaded or computed
+    before them. Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step
+    so far.
 
     Parameters
     ----------
@@ -114,7 +116,7 @@ class DistillRun(Iterator[TrainStep]):
         return self._prepared()[0].preprocess
 
     def _prepared(self) -> tuple[Prepared, Best]:
-        """Iterate to the end of the stages "load" and "zoom"."""
+        """Iterate to the end of the stages "load", "zoom" and "orientation"."""
         while self._ready is None or self._best is None:
             if next(self._generator, None) is None:
                 raise NoStudentYetError("the run was closed before its backbone was loaded; start another run")
@@ -203,6 +205,8 @@ class DistillRun(Iterator[TrainStep]):
             "validation_slice": self._validation_index,
             "validation_iou": best.score,
             "zoom_scores": ready.zoom_scores,
+            "orientation": ready.orientation,
+            "orientation_scores": ready.orientation_scores,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
             "settings": self.settings.to_json(),
@@ -288,7 +292,7 @@ def unrefined_teacher(
     """
     settings = settings or DistillSettings()
     device = choose_device(settings.device, settings.precision)
-    ready = finish(GeneratorRun(iter_prepare(support, settings, device)))
+    ready = finish(GeneratorRun(iter_prepare(support, replace(settings, orientation="any"), device)))
     teacher: Teacher = ready.head.teacher.eval() if kind == "dcama" else PrototypeTeacher()
     if voting:
         teacher = VotingTeacher(teacher)

@@ -1,4 +1,4 @@
-"""Prepare a training: load the backbone and the head, fit the intensity limits, choose the zoom."""
+"""Prepare a training: load the backbone and the head, fit the intensity limits, choose zoom and orientation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from distillfss_core.nn.teachers import Teacher
 from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
+from distillfss_core.training.orientation import iter_orientation
 from distillfss_core.training.zoom import iter_zoom
 from distillfss_core.types import IGNORE, TrainStep
 
@@ -41,6 +42,10 @@ class Prepared:
     preprocess : Preprocess
     zoom_scores : dict
         Mean IoU of each zoom that was tried; empty where the settings fix the zoom.
+    orientation : {"any", "fixed"}
+        Whether crops are turned and mirrored.
+    orientation_scores : dict
+        Mean IoU in upright and turned crops; empty where nothing was to be chosen.
     cache : FeatureCache
         Empty.
     sampler : CropSampler
@@ -51,6 +56,8 @@ class Prepared:
     head: FewShotHead
     preprocess: Preprocess
     zoom_scores: dict[str, float]
+    orientation: str
+    orientation_scores: dict[str, float]
     cache: FeatureCache
     sampler: CropSampler
 
@@ -58,7 +65,7 @@ class Prepared:
 def iter_prepare(
     support: SupportSet, settings: DistillSettings, device: Device, init_from: StudentModel | None = None
 ) -> Generator[TrainStep, None, Prepared]:
-    """Prepare a training; yields the steps of the stages "load" and "zoom".
+    """Prepare a training; yields the steps of the stages "load", "zoom" and "orientation".
 
     Parameters
     ----------
@@ -85,8 +92,13 @@ def iter_prepare(
     else:
         judge = head.teacher if weights and settings.method != "probe" else None
         preprocess, scores = yield from _iter_preprocess(support, settings, cache, judge)
-    sampler = CropSampler(support, preprocess, settings.crop_size, augmentation(settings, support))
-    return Prepared(backbone, weights, head, preprocess, scores, cache, sampler)
+    orientation, turned = settings.orientation, dict[str, float]()
+    if init_from is not None and orientation == "auto":
+        orientation = init_from.training.get("orientation", orientation)
+    if orientation == "auto" and settings.method != "probe":  # a probe learns from plain crops
+        orientation, turned = yield from iter_orientation(support, preprocess, cache, settings.seed)
+    sampler = CropSampler(support, preprocess, settings.crop_size, augmentation(settings, support, orientation))
+    return Prepared(backbone, weights, head, preprocess, scores, orientation, turned, cache, sampler)
 
 
 def match_start(
@@ -182,9 +194,10 @@ def _iter_preprocess(
     return replace(preprocess, zoom=str(zoom)), scores
 
 
-def augmentation(settings: DistillSettings, support: SupportSet) -> Augmentation:
+def augmentation(settings: DistillSettings, support: SupportSet, orientation: str) -> Augmentation:
     """How crops of a support set are varied where the settings leave it open."""
-    if settings.invert_prob != "auto":
-        return Augmentation(polarity=settings.invert_prob)
-    one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
-    return Augmentation(polarity=0.0 if one_kind else AUTO_POLARITY)
+    polarity = settings.invert_prob
+    if polarity == "auto":
+        one_kind = support.planes_of_one_volume or support.classes > 1  # classes may differ by being bright or dark
+        polarity = 0.0 if one_kind else AUTO_POLARITY
+    return Augmentation(polarity=polarity, turn=orientation == "any")

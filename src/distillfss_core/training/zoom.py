@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -59,9 +59,7 @@ def iter_zoom(
         size = int(_SIDE * zoom)
         sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), size, PLAIN)
         rng = np.random.default_rng(seed)
-        order = [int(i) for i in rng.permutation(len(support))]
-        crops = [sampler.cut(order[i % len(order)], rng) for i in range(max(_CROPS, min(len(order), 2 * _CROPS)))]
-        crops = [crop for crop in crops if bool((crop.labels != IGNORE).any())]
+        crops = draw_crops(sampler, len(support), rng)
         scores[str(zoom)] = _probe(crops, cache, support.classes, rng, teacher)
         yield TrainStep(index, len(CANDIDATES), stage="zoom")
     best = max(scores.values())
@@ -72,38 +70,82 @@ def iter_zoom(
     return next(zoom for zoom in candidates if scores[str(zoom)] > best - WORTH), scores
 
 
+def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> list[Crop]:
+    """A dozen crops, or up to twice as many for many slices, of the slices in turn; each holds an annotated pixel."""
+    order = [int(i) for i in rng.permutation(slices)]
+    crops = [sampler.cut(order[i % slices], rng) for i in range(max(_CROPS, min(slices, 2 * _CROPS)))]
+    return [crop for crop in crops if bool((crop.labels != IGNORE).any())]
+
+
 @torch.no_grad()
 def _probe(
     crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teacher: Teacher | None
 ) -> float:
     """Mean IoU over the classes at points of the crops, each fold predicted from the others."""
+    if teacher is None:
+        seen = see_points(crops, cache, rng)
+        return held_out_iou(seen, seen, classes)
     features = [cache.encode([crop]) for crop in crops]
     points = [_draw_points(crop, rng) for crop in crops]
-    y = torch.stack(
-        [v.labels[points_at[:, 0], points_at[:, 1]].long() for v, points_at in zip(crops, points, strict=True)]
+    return _fold_iou(
+        _folds([crop.slice for crop in crops]),
+        _labels_at(crops, points),
+        classes,
+        _by_teacher(teacher, features, points, crops, cache, classes),
     )
-    several = len({v.slice for v in crops}) > 1
-    folds = torch.tensor([(v.slice if several else number) % _FOLDS for number, v in enumerate(crops)])
-    if len(folds.unique()) < 2:
-        folds = torch.arange(len(crops)) % 2
-    if teacher is None:
-        predict = _by_ridge(features, points, y, classes)
-    else:
-        predict = _by_teacher(teacher, features, points, crops, cache, classes)
-    confusion = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class SeenPoints:
+    """Points of crops: the features under them, their labels, and the slice of each crop."""
+
+    x: Float[Tensor, "v n f"]
+    y: Int[Tensor, "v n"]
+    slices: list[int]
+
+
+@torch.no_grad()
+def see_points(crops: list[Crop], cache: FeatureCache, rng: np.random.Generator) -> SeenPoints:
+    """Draw annotated points of crops, and look at the features there."""
+    points = [_draw_points(crop, rng) for crop in crops]
+    x = [point_features(cache.encode([v]).map(Tensor.cpu), places) for v, places in zip(crops, points, strict=True)]
+    return SeenPoints(torch.stack(x), _labels_at(crops, points), [crop.slice for crop in crops])
+
+
+def held_out_iou(seen: SeenPoints, asked: SeenPoints, classes: int) -> float:
+    """Mean IoU over the classes, by ridge regression: every fold of ``asked`` from the other folds of ``seen``.
+
+    Both are of the same crops, which may look different in each.
+    """
+    center, scale = seen.x.mean((0, 1)), seen.x.std((0, 1)) + 1e-6
+    known, query = (
+        torch.cat([(part.x - center) / scale, torch.ones(*part.x.shape[:2], 1)], 2).double() for part in (seen, asked)
+    )
+
+    def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
+        return _ridge(known[~held_out].flatten(0, 1), seen.y[~held_out].flatten(), classes, query[held_out])
+
+    return _fold_iou(_folds(asked.slices), asked.y, classes, predict)
+
+
+def _folds(slices: list[int]) -> Int[Tensor, " v"]:
+    """The fold of each crop: a fifth of the slices, or of the crops of a single slice; two folds at least."""
+    several = len(set(slices)) > 1
+    folds = torch.tensor([(index if several else number) % _FOLDS for number, index in enumerate(slices)])
+    return folds if len(folds.unique()) > 1 else torch.arange(len(slices)) % 2
+
+
+def _fold_iou(folds: Int[Tensor, " v"], y: Int[Tensor, "v n"], classes: int, predict: Predictor) -> float:
+    shares = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     for fold in folds.unique():
-        confusion[folds == fold] = predict(folds == fold).double()
-    confusion, y = confusion.flatten(0, 1), y.flatten()
-    ious = [_best_iou(confusion[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
+        shares[folds == fold] = predict(folds == fold).double()
+    shares, y = shares.flatten(0, 1), y.flatten()
+    ious = [_best_iou(shares[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
     return float(np.mean(ious)) if ious else 0.0
 
 
-def _by_ridge(features: list[FeaturePyramid], points: list[Tensor], y: Int[Tensor, "v n"], classes: int) -> Predictor:
-    """Ridge regression on the features under the points."""
-    x = torch.stack([point_features(f.map(Tensor.cpu), place) for f, place in zip(features, points, strict=True)])
-    x = (x - x.mean((0, 1))) / (x.std((0, 1)) + 1e-6)
-    x = torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double()
-    return lambda held_out: _ridge(x[~held_out].flatten(0, 1), y[~held_out].flatten(), classes, x[held_out])
+def _labels_at(crops: list[Crop], points: list[Tensor]) -> Int[Tensor, "v n"]:
+    return torch.stack([v.labels[place[:, 0], place[:, 1]].long() for v, place in zip(crops, points, strict=True)])
 
 
 def _by_teacher(
