@@ -96,11 +96,11 @@ class StudentModel(Segmenter):
         return self._run(image)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(sorted(self._head_and_probe().items()))
+        yield from sorted(self.head.state_dict().items())
+        yield from sorted(self._probe_tensors().items())
 
-    def _head_and_probe(self) -> dict[str, Tensor]:
-        parts = {"head": self.head, "probe": self.probe}
-        return {f"{n}.{key}": value for n, part in parts.items() if part for key, value in part.state_dict().items()}
+    def _probe_tensors(self) -> dict[str, Tensor]:
+        return {} if self.probe is None else {f"probe.{n}": value for n, value in self.probe.state_dict().items()}
 
     def to(self, device: str, precision: str = "auto", engine: str = "auto") -> StudentModel:
         """Move to another device, precision or engine, as for `load`; returns self."""
@@ -187,7 +187,7 @@ class StudentModel(Segmenter):
         OutputError
             If it cannot be written; a file that was there before stays as it was.
         """
-        tensors = self._head_and_probe()
+        tensors = {f"head.{name}": value for name, value in self.head.state_dict().items()} | self._probe_tensors()
         if not with_backbone and not can_be_found_again(self.backbone):
             raise SettingsError(KEEP_BACKBONE)
         if with_backbone:

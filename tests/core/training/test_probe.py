@@ -105,6 +105,8 @@ def test_a_probe_comes_back_from_its_file(probe, tmp_path):
     image = blobs(10).image
     assert np.array_equal(again.predict(image).probabilities, probe.predict(image).probabilities)
     assert again.digest() == probe.digest()
+    again.probe.intensities.bias += 1
+    assert again.digest() != probe.digest()
 
 
 def test_a_program_that_knows_no_probes_refuses_its_file(probe, tmp_path, monkeypatch):
