@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def run_example(root, name: str, folder, *before: str) -> str:
     done = subprocess.run(

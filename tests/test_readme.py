@@ -58,6 +58,7 @@ def own_data(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys, monkeypatch):
     from distillfss_core.cli.main import main
     from distillfss_core.models.segmenter import Segmenter
@@ -72,6 +73,7 @@ def test_every_command_of_the_readme_runs_in_its_order(readme, own_data, capsys,
         assert (own_data / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_the_python_of_the_readme_runs(readme, own_data, monkeypatch):
     import distillfss_core
     from distillfss_core import DistillSettings, distill

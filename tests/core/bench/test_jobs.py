@@ -60,6 +60,7 @@ def test_a_tool_from_elsewhere_answers(pictures, peer):
     assert 0 <= run_job(job(pictures, peer))["pooled"] <= 1
 
 
+@pytest.mark.slow
 def test_imports_are_no_part_of_the_seconds_to_learn():
     peers = ["distillfss", "probe", "forest"]  # what each imports the next finds there
     peers += [name for name, peer in PEERS.items() if name not in (*peers, "convpaint-vgg16") and not peer.missing()]

@@ -46,6 +46,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_commands_call_nobody_and_leave_a_home_empty(here, root):
     """Data that must not leave the hospital are segmented with every engine, in a fresh home."""
     commands = [["distill", "s.tif", "l.tif", "-o", "m.safetensors", *FEW]]

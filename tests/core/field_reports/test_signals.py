@@ -164,6 +164,7 @@ def test_handlers_are_put_back_and_a_lost_exception_is_raised_again(monkeypatch)
         assert stop_code() == INTERRUPTED
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_ends_a_training_with_its_model(here, root):
     """The window of the terminal is closed: SIGHUP, and nothing can be printed any more."""
     master, slave = pty.openpty()
@@ -244,6 +245,7 @@ def test_kills_lose_nothing(root, tmp_path):
     assert counts["lost"] == counts["broken"] == counts["wrong_codes"] == counts["left_by_others"] == 0
 
 
+@pytest.mark.slow
 def test_a_cluster_on_slurm_takes_no_handler(tmp_path):
     """Ctrl-C in a run on SLURM: dask-jobqueue has handlers of its own, set when it is imported."""
     pytest.importorskip("dask_jobqueue", reason="needs dask-jobqueue: pip install dask-jobqueue")

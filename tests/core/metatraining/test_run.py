@@ -28,6 +28,8 @@ from distillfss_core.types import IGNORE
 from layouts import write_pairs
 from pictures import blobs
 
+pytestmark = pytest.mark.slow
+
 TINY = PretrainSettings(
     steps=4,
     size=64,

@@ -12,6 +12,8 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.training import distill
 from pictures import blobs
 
+pytestmark = pytest.mark.slow
+
 PLANE = blobs(3, 300).image
 
 

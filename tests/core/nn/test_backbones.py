@@ -220,6 +220,7 @@ def test_features_of_vits_are_the_normalized_patch_tokens(name: str) -> None:
         assert_close(stage, list(islice(theirs, len(stage))))
 
 
+@pytest.mark.slow
 def test_features_of_swin_at_its_own_size_are_those_of_the_strict_model() -> None:
     backbone = backbone_from_state("swin_base_384", shaken(random_backbone("swin_base_384").state()))
     image = noise(1, 3, 384, 384)

@@ -18,6 +18,8 @@ from distillfss_core.training.preparation import augmentation
 from distillfss_core.types import AnnotatedSlice, GeneratorRun, finish
 from pictures import blobs
 
+pytestmark = pytest.mark.slow
+
 
 def halves(seed: int, size: int = 192) -> AnnotatedSlice:
     """Bright discs, whose left half is class 1 and whose right half is class 2."""

@@ -18,6 +18,8 @@ from distillfss_core.training import unrefined_teacher, zoom
 from distillfss_core.training.crops import FeatureCache
 from distillfss_core.types import AnnotatedSlice, GeneratorRun, finish
 
+pytestmark = pytest.mark.slow
+
 Choose = Callable[..., tuple[Fraction, dict[str, float]]]
 
 
