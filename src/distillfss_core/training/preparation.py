@@ -42,8 +42,8 @@ class Prepared:
     preprocess : Preprocess
     zoom_scores : dict
         Mean IoU of each zoom that was tried; empty where the settings fix the zoom.
-    orientation : {"any", "fixed"}
-        Whether crops are turned and mirrored.
+    orientation : {"any", "fixed", "auto"}
+        Whether crops are turned and mirrored; "auto" for a probe, which has no such crops.
     orientation_scores : dict
         Mean IoU in upright and turned crops; empty where nothing was to be chosen.
     cache : FeatureCache

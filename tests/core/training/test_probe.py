@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from distillfss_core.cli.main import main
 from distillfss_core.errors import ModelFileError, NoStudentYetError, SettingsError
+from distillfss_core.export.onnx import export_onnx
 from distillfss_core.io.writing import write_labels
 from distillfss_core.metrics import evaluate
 from distillfss_core.models import card
@@ -132,6 +133,16 @@ def test_a_student_of_before_the_probe_is_read(student, tmp_path, monkeypatch):
     assert again.probe is None
     image = blobs(10).image
     assert np.array_equal(again.predict_labels(image), student.predict_labels(image))
+
+
+def test_a_probe_is_exported(probe, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    pytest.importorskip("onnx", reason="needs onnx")
+    path = tmp_path / "probe.onnx"
+    export_onnx(probe, path)  # which compares the file with the student
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (probabilities,) = session.run(None, {"image": np.zeros((1, 1, 96, 64), np.float32)})
+    assert probabilities.shape == (1, 2, 96, 64)
 
 
 def test_tiles_of_a_probe_agree(probe):
