@@ -28,6 +28,7 @@ from .models.student import StudentModel
 from .nn.backbones import SPECS, Backbone, BackboneSpec, load_backbone
 from .nn.device import Device, choose_device, leave_a_core_free
 from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
+from .process import may_change_process
 from .samples import Sample, generate_sample
 from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
@@ -107,6 +108,7 @@ __all__ = [
     "leave_a_core_free",
     "load_backbone",
     "load_support",
+    "may_change_process",
     "open_volume",
     "plan_batch",
     "read_card",

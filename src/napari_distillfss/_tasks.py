@@ -95,16 +95,6 @@ class PlanePart:
     uncertainty: npt.NDArray[np.float32]
 
 
-def keep_triton_out() -> None:
-    """Disable triton where Mesa draws by LLVM (no GPU, remote desktops): two copies of LLVM crash the process.
-
-    Nothing here needs triton. What has loaded it before is left as it is.
-    """
-    maps = Path("/proc/self/maps")
-    if "triton" not in sys.modules and maps.is_file() and "libLLVM" in maps.read_text():
-        sys.modules["triton"] = None  # type: ignore[assignment]
-
-
 def load_torch() -> None:
     """Load torch without blocking the window, and leave one core to the window.
 

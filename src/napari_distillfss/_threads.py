@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import sys
 from collections.abc import Callable, Generator
 from io import StringIO
-from threading import Event, Lock, Thread
+from threading import Event, Thread
 from typing import Any
 
 from napari.utils import progress
 from qtpy.QtCore import QCoreApplication, QEventLoop, QObject, QThread, Signal
 
 import distillfss_core as core
+from napari_distillfss._process import considerate, keep_triton_out
 from napari_distillfss._session import Session
-from napari_distillfss._tasks import Work, keep_triton_out
-
-_SWITCH = 0.001  # seconds
-_RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
+from napari_distillfss._tasks import Work
 
 
 class _Out(QObject):
@@ -198,44 +194,9 @@ class LatestJob(QObject):
             self.idle.emit()
 
 
-class _Considerate:
-    """While a job runs, give the window's thread its turn at once and collect garbage rarely.
-
-    Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
-    A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
-    for several. Garbage that is new is collected as before. After the last job both settings are what they were, unless
-    somebody else has changed them meanwhile.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._working = Lock(), 0
-        self._before = self._during = sys.getswitchinterval(), gc.get_threshold()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._working += 1
-            if self._working == 1:
-                interval, (young, middle, old) = self._before = sys.getswitchinterval(), gc.get_threshold()
-                sys.setswitchinterval(min(_SWITCH, interval))
-                gc.set_threshold(young, middle, max(_RARELY, old))
-                self._during = sys.getswitchinterval(), gc.get_threshold()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._working -= 1
-            if self._working == 0:
-                if sys.getswitchinterval() == self._during[0]:
-                    sys.setswitchinterval(self._before[0])
-                if gc.get_threshold() == self._during[1]:
-                    gc.set_threshold(*self._before[1])
-
-
-_considerate = _Considerate()
-
-
 def _run(work: Work, stop: Event, out: _Out) -> None:
     """Run the work and send its result, or its error, to the window's thread."""
-    with _considerate:
+    with considerate:
         outcome = _outcome(work, stop, out)
     out.end.emit(outcome)
 

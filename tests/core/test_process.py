@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from distillfss_core.process import peak_mb, reset_peak, resident_mb
+from distillfss_core.nn.device import leave_a_core_free
+from distillfss_core.process import KEEP, may_change_process, peak_mb, reset_peak, resident_mb
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
@@ -17,3 +18,15 @@ def test_memory_is_in_megabytes_of_a_million_bytes():
     assert resident_mb() == pytest.approx(pages * resource.getpagesize() / 1e6, rel=0.02)
     assert peak_mb() >= resident_mb() - 1
     del block
+
+
+@pytest.mark.parametrize(("value", "may"), [(None, True), ("", True), ("0", True), ("1", False), ("yes", False)])
+def test_settings_of_the_process_are_left_where_the_user_wants_them_kept(monkeypatch, value, may):
+    monkeypatch.delenv(KEEP, raising=False)
+    if value is not None:
+        monkeypatch.setenv(KEEP, value)
+    calls: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", calls.append)
+    leave_a_core_free()
+    assert may_change_process() is may
+    assert bool(calls) is may

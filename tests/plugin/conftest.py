@@ -143,7 +143,7 @@ def student(tmp_path_factory, few):
     """A student that learned next to nothing, as a file."""
     from distillfss_core import AnnotatedSlice, SupportSet, distill
     from distillfss_core.samples import generate_sample
-    from napari_distillfss._tasks import keep_triton_out
+    from napari_distillfss._process import keep_triton_out
 
     keep_triton_out()
     sample = generate_sample(planes=2, size=96)

@@ -3,11 +3,13 @@
 import gc
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 from qtpy.QtCore import QTimer
 
 from distillfss_core import DistillFSSError
+from napari_distillfss import _process
 from napari_distillfss._session import Session
 from napari_distillfss._threads import Job, LatestJob, wait_for
 
@@ -107,6 +109,29 @@ def test_the_window_gets_its_turn_more_often_while_any_work_goes_on(qtbot):
             job.cancel()
     assert sys.getswitchinterval() == before
     assert gc.get_threshold() == collections
+
+
+def test_settings_of_the_process_stay_where_the_user_wants_them_kept(qtbot, monkeypatch):
+    monkeypatch.setenv("DISTILLFSS_KEEP_PROCESS", "1")
+    before, job = (sys.getswitchinterval(), gc.get_threshold()), Job()
+    with qtbot.waitSignal(job.stepped):
+        job.start(counting)
+    assert (sys.getswitchinterval(), gc.get_threshold()) == before
+    with qtbot.waitSignal(job.ended):
+        job.cancel()
+    assert (sys.getswitchinterval(), gc.get_threshold()) == before
+
+
+@pytest.mark.parametrize(
+    ("keep", "maps", "hidden"), [("0", "libLLVM", True), ("1", "libLLVM", False), ("0", "", False)]
+)
+def test_triton_is_hidden_where_mesa_draws_by_llvm(monkeypatch, keep, maps, hidden):
+    monkeypatch.setenv("DISTILLFSS_KEEP_PROCESS", keep)
+    monkeypatch.setitem(sys.modules, "triton", None)  # so that it is afterwards as before
+    del sys.modules["triton"]
+    monkeypatch.setattr(_process, "Path", lambda _: SimpleNamespace(is_file=lambda: True, read_text=lambda: maps))
+    _process.keep_triton_out()
+    assert ("triton" in sys.modules) is hidden
 
 
 def test_a_setting_of_the_process_that_somebody_else_changes_during_a_job_is_left(qtbot):

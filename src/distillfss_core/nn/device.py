@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distillfss_core.errors import SettingsError
+from distillfss_core.process import may_change_process
 
 PRECISIONS = ("auto", "float32", "bfloat16", "float16", "int8")
 Dtype = torch.dtype
@@ -139,8 +140,12 @@ def _processor_has(*any_of: str) -> bool:
 
 
 def leave_a_core_free() -> None:
-    """Compute on one core fewer than there are, or on as few as were chosen before: so a window stays alive."""
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
+    """Compute on one core fewer than there are, or on as few as were chosen before: so a window stays alive.
+
+    Nothing is done where settings of the process must not be changed (`may_change_process`).
+    """
+    if may_change_process():
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 2) - 1)))
 
 
 def _has_bfloat16(name: str) -> bool:

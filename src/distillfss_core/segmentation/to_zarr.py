@@ -11,11 +11,9 @@ journal does not list is computed again, so every shard that it lists is whole.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -37,6 +35,7 @@ from distillfss_core.models.engines import describe_engine
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
+from distillfss_core.process import return_large_buffers
 from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
 from distillfss_core.segmentation.modes import PlanewiseLabels, make_mode
 from distillfss_core.types import Array, as_run, finish
@@ -46,7 +45,6 @@ log: logging.Logger = logging.getLogger(__name__)
 
 READERS, WRITERS = 2, 1
 """Threads beside the one that computes: on a CPU no more, since they take its cores."""
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -185,7 +183,7 @@ def iter_segment(
         If the volume is damaged, has other channels than the model, or is not finite somewhere.
     """
     start = time.monotonic()
-    _return_memory()
+    return_large_buffers()
     wanted = check_region(volume, region)
     check_size(wanted, volume.shape, volume.name)
     mode_labels = make_mode(mode, volume, model, tile)
@@ -421,16 +419,6 @@ def _run_by(engine: str, model: StudentModel, store: LabelStore) -> StudentModel
         ) from error
     log.warning("going on with engine %s, as the run was begun with, not %s", engine, model.engine)
     return other
-
-
-def _return_memory() -> None:
-    """Large buffers go back to the system when they are freed, for the rest of the process.
-
-    glibc raises the size from which they do with every one that is freed, and each thread's heap then keeps the most
-    that it ever needed: 0.2 GB with readers, writer and an engine. Elsewhere nothing is done.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_MMAP_THRESHOLD, 1 << 23)
 
 
 @contextmanager
