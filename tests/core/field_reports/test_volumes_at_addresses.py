@@ -76,6 +76,7 @@ def test_a_dropped_connection_is_repeated(tmp_path, server, failure):
     assert not volume.missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", ["drop", "cut", 500])
 def test_a_connection_that_stays_down_is_an_error_with_the_address(tmp_path, server, failure):
     """A user loses the connection while a volume is read."""

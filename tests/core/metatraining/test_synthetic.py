@@ -11,6 +11,8 @@ from distillfss_core.metatraining.gallery import gallery
 from distillfss_core.metatraining.optics import MODES, Light, degrade, draw_light
 from distillfss_core.metatraining.synthetic import FAMILIES, SMALLEST_SHARE, synthetic_task
 
+pytestmark = pytest.mark.slow
+
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """Weights of red, green and blue in the brightness (ITU-R BT.601)."""
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,7 +73,16 @@ def assert_close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...] | list[Ten
         assert (a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1.0)
 
 
-@pytest.fixture(scope="module", params=SPECS)
+def slow(name: str) -> Any:
+    """A parameter whose tests are slow."""
+    return pytest.param(name, marks=pytest.mark.slow)
+
+
+EACH = [name if spec.light else slow(name) for name, spec in SPECS.items()]
+"""All backbones; the large ones are slow."""
+
+
+@pytest.fixture(scope="module", params=EACH)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return random_backbone(request.param)
 
@@ -183,7 +193,7 @@ def reference(backbone: Backbone, image: Float[Tensor, "b 3 h w"], **timm_args: 
                 yield output.permute(0, 3, 1, 2) if spec.family == "swin" else output
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "convnext_atto", "convnext_tiny"])
+@pytest.mark.parametrize("name", ["resnet18", slow("resnet50"), "convnext_atto", slow("convnext_tiny")])
 def test_features_of_resnet_and_convnext_are_those_of_timm(name: str) -> None:
     backbone = backbone_from_state(name, shaken(random_backbone(name).state()))
     image = noise(2, 3, 64, 96)
@@ -450,7 +460,7 @@ def test_a_file_in_the_hub_s_cache_is_used_offline(offline: Path) -> None:
     assert torch.equal(backbone.state()["stem.0.weight"], net.state_dict()["stem.0.weight"])
 
 
-@pytest.mark.parametrize("name", ["resnet18", TINY, "dinov3_small", "dinov2_small"])
+@pytest.mark.parametrize("name", ["resnet18", TINY, slow("dinov3_small"), slow("dinov2_small")])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 def test_a_local_file_is_read_back(tmp_path: Path, name: str, suffix: str) -> None:
     backbone = random_backbone(name, seed=7)

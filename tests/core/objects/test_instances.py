@@ -146,6 +146,7 @@ def test_a_watershed_keeps_what_has_no_seed_of_its_own(tmp_path):
     assert (numbered(tmp_path / "full.zarr") > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 20, 40, 55, 80])
 def test_stopped_anywhere_a_run_goes_on_to_the_same_bytes(worms, tmp_path, stop):
     out, once = tmp_path / "a" / "out.zarr", tmp_path / "b" / "out.zarr"

@@ -176,6 +176,7 @@ def test_a_probe_that_is_stopped_is_no_student(support, settings):
         run.result()
 
 
+@pytest.mark.slow
 def test_the_command_line_makes_a_probe(support, tmp_path, capsys):
     for number, labeled in enumerate(support.slices):
         for kind, array in (("images", labeled.image), ("labels", labeled.labels)):
