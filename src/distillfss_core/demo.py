@@ -76,7 +76,7 @@ class DemoReport:
     supports, queries : tuple of str
         Names of the slices learned from and judged on.
     scores : tuple of DemoScore
-        Prototype teacher, refined teacher (unless the method is "direct"), student.
+        Prototype teacher, refined teacher (unless the method is "direct" or "probe"), student.
     steps : int
         Steps of the training done.
     seconds : float
@@ -200,7 +200,7 @@ def iter_demo(
     models: list[tuple[str, Segmenter]] = [
         ("prototype teacher", unrefined_teacher(data.support, fixed, kind="prototype"))
     ]
-    if settings.method != "direct":
+    if settings.method not in ("direct", "probe"):
         models.append(("teacher", run.teacher()))
     models.append(("student", student))
     scores: list[DemoScore] = []

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 KEEP = "DISTILLFSS_KEEP_PROCESS"
-"""Environment variable: 1 leaves all settings of the process as they are, at the cost of speed and memory."""
+"""Environment variable: 1 leaves the settings of the process as they are, see docs/architecture.md for which."""
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
