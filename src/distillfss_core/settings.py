@@ -202,6 +202,13 @@ class DistillSettings:
         "as left and right; auto: fixed where a classifier confuses several classes in turned crops.",
         choices=("auto", "any", "fixed"),
     )
+    probe: str = _setting(
+        "auto",
+        "Probe as evidence",
+        "auto: the margins of a probe are added to those of the student, as far as it predicts held-out slices; none: "
+        "the student has its head alone.",
+        choices=("auto", "none"),
+    )
     invert_prob: float | Auto = _setting(
         "auto",
         "Inversion probability",
@@ -225,7 +232,9 @@ class DistillSettings:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillSettings:
-        """Student, decoder, teacher and loss in one form, "default" or "published"; other settings as given.
+        """Student, decoder, teacher and loss in one form, "default" or "published" (which has no probe).
+
+        Other settings are as given.
 
         Raises
         ------
@@ -239,7 +248,8 @@ class DistillSettings:
         """
         if name not in FORMS:
             raise SettingsError(f"preset is {name!r}; choose {', '.join(FORMS)}")
-        return cls(**dict.fromkeys(("student", "decoder", "teacher", "loss"), name) | changes)
+        form = dict.fromkeys(("student", "decoder", "teacher", "loss"), name)
+        return cls(**form | {"probe": "none" if name == "published" else "auto"} | changes)
 
     def to_json(self) -> dict[str, Any]:
         """The values, as model cards hold them; a zoom is a text such as "1/2"."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from distillfss_core.errors import SettingsError
 from distillfss_core.models.quantization import quantized
 from distillfss_core.nn.backbones import Backbone
+from distillfss_core.nn.decoder import resize_like
 from distillfss_core.nn.device import Device, multiplies_bfloat16, out_of_memory, sums_bytes_exactly
 from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.probe import Probe
@@ -44,7 +45,7 @@ class StudentNetwork(nn.Module):
 
     Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit
     of each class exceeds the background's, on the decoder's own grid (for the default one, that of the finest
-    features). With a probe, that alone answers, on the grid of the finest features.
+    features). The margins of a probe are added, or they alone are the answer, on the grid of the finest features.
     """
 
     def __init__(self, backbone: Backbone, head: FewShotHead, probe: Probe | None = None) -> None:
@@ -56,12 +57,18 @@ class StudentNetwork(nn.Module):
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Margins of a batch of images, as the class describes."""
         features = self.backbone(image)
-        return self.head.student_margins(features) if self.probe is None else self.probe(features, image)
+        if self.probe is None:
+            return self.head.student_margins(features)
+        evidence: Tensor = self.probe(features, image)
+        if self.probe.alone:
+            return evidence
+        margins = self.head.student_margins(features)
+        return margins + resize_like(evidence, margins)
 
     @property
     def local(self) -> bool:
         """Whether the output at a pixel depends on a bounded neighborhood only."""
-        return self.backbone.spec.local and (self.probe is not None or self.head.decoder.local)
+        return self.backbone.spec.local and (self.head.decoder.local or (self.probe is not None and self.probe.alone))
 
 
 def choose_engine(name: str, device: Device, network: StudentNetwork) -> str:

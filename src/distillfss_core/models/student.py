@@ -37,7 +37,8 @@ KEEP_BACKBONE = (
 class StudentModel(Segmenter):
     """A segmenter in one file: backbone, ConvDist, decoder, preprocessing and a card.
 
-    A student of method "probe" answers by its probe, and keeps the head for a training that goes on from it.
+    A student of method "probe" answers by its probe, and keeps the head for a training that goes on from it. That of
+    another student adds to what the head answers.
 
     It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
     """
@@ -165,7 +166,7 @@ class StudentModel(Segmenter):
                 "digest": self.backbone.digest(),
             },
             "head": self.head.form.to_json(),
-            "probe": {"inputs": self.probe.inputs} if self.probe is not None else None,
+            "probe": {"inputs": self.probe.inputs, "alone": self.probe.alone} if self.probe is not None else None,
             "preprocess": self.preprocess.to_json(),
             "halo": self.halo,
             "training": self.training,
@@ -249,7 +250,8 @@ class StudentModel(Segmenter):
             head.load_state_dict(_part(tensors, "head"))
             probe = None
             if card["probe"]:
-                probe = Probe(backbone.spec, len(card["classes"]), int(card["probe"]["inputs"])).eval()
+                inputs, alone = int(card["probe"]["inputs"]), bool(card["probe"].get("alone", True))
+                probe = Probe(backbone.spec, len(card["classes"]), inputs, alone=alone).eval()
                 probe.requires_grad_(False).load_state_dict(_part(tensors, "probe"))
             thumbs = (
                 Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())

@@ -38,12 +38,15 @@ class Probe(nn.Module):
         K, without background.
     inputs : {1, 3}
         Channels of the image that are read; 1 where all three are alike.
+    alone : bool
+        Whether it is a student of its own; otherwise its margins are added to those of a head.
     """
 
     knots: Tensor
 
-    def __init__(self, spec: BackboneSpec, classes: int, inputs: int) -> None:
+    def __init__(self, spec: BackboneSpec, classes: int, inputs: int, *, alone: bool = True) -> None:
         super().__init__()
+        self.alone: bool = alone
         self.stride: int = spec.strides[0]
         self.inputs: int = inputs
         self.stages: nn.ModuleList = nn.ModuleList(nn.Conv2d(c, classes, 1, bias=False) for c in spec.channels)
@@ -71,6 +74,29 @@ class Probe(nn.Module):
         ]
         return torch.cat([pixels, *means], 1), torch.cat(deviations, 1)
 
+    def _layers(self) -> list[nn.Conv2d]:
+        """Those of the stages, then that of the intensities."""
+        return [layer for layer in (*self.stages, self.intensities) if isinstance(layer, nn.Conv2d)]
+
+    def weights(self) -> tuple[Float[Tensor, "k f"], Float[Tensor, " k"]]:
+        """Weights of all layers side by side, and the bias."""
+        assert self.intensities.bias is not None
+        return torch.cat([layer.weight[:, :, 0, 0] for layer in self._layers()], 1), self.intensities.bias
+
+    @torch.no_grad()
+    def set_weights(self, weights: Float[Tensor, "k f"], bias: Float[Tensor, " k"]) -> None:
+        """Set what `weights` returns."""
+        sizes = [layer.in_channels for layer in self._layers()]
+        for layer, part in zip(self._layers(), weights.split(sizes, 1), strict=True):
+            layer.weight.copy_(part[:, :, None, None])
+        assert self.intensities.bias is not None
+        self.intensities.bias.copy_(bias)
+
+    def scale(self, gain: float, offsets: Float[Tensor, " k"]) -> None:
+        """Multiply the margins by a gain, then add an offset to those of each class."""
+        weights, bias = self.weights()
+        self.set_weights(gain * weights, gain * bias + offsets)
+
     def hinges(self, means: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m9 h w"]:
         """Each map, followed by its excess over each of its knots (0 below the knot)."""
         excess = F.relu(means[:, None] - self.knots.T[:, :, None, None])
@@ -78,4 +104,8 @@ class Probe(nn.Module):
 
 
 def _local_mean(maps: Tensor, window: int) -> Tensor:
-    return F.avg_pool2d(maps, window, 1, window // 2, count_include_pad=False)
+    """Mean over a square window, less what of it lies outside: along the rows, then along the columns."""
+    for kernel in ((1, window), (window, 1)):
+        padding = (kernel[0] // 2, kernel[1] // 2)
+        maps = F.avg_pool2d(maps, kernel, 1, padding, count_include_pad=False)
+    return maps

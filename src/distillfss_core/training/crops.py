@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,9 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import IGNORE, Array, TrainStep
 
 STEP = 32  # pixels that sides of crops are multiples of
+
+EvidenceOf = Callable[["Crop", FeaturePyramid], Tensor]
+"""From a crop and its features to margins "1 k hg wg"."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +63,20 @@ class Crop:
     """One augmented crop.
 
     ``image`` "3 s s" in [0, 1]; ``labels`` "s s" uint8 with IGNORE outside the slice; ``slice`` is the index in
-    the support set; ``box`` is where it was cut, (y0, x0, y1, x1) in pixels of the slice.
+    the support set; ``box`` is where it was cut, (y0, x0, y1, x1) in pixels of the slice; ``plain`` is the image
+    before its intensities were varied, and ``inverted`` whether they were inverted.
     """
 
     image: Float[Tensor, "3 s s"]
     labels: UInt8[Tensor, "s s"]
     slice: int
     box: tuple[int, int, int, int]
+    plain: Float[Tensor, "3 s s"]
+    inverted: bool = False
 
     def without_pixels(self) -> Crop:
         """Only where it came from."""
-        return Crop(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box)
+        return Crop(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box, self.plain[:, :0, :0])
 
 
 class CropSampler:
@@ -169,12 +175,13 @@ class CropSampler:
             x, target = torch.rot90(x, turns, (1, 2)), torch.rot90(target, turns, (0, 1))
             if mirror:
                 x, target = x.flip(2), target.flip(1)
-        return Crop(_recolor(x, augmentation, rng), target.contiguous(), index, box)
+        plain = x.contiguous()
+        inverted = bool(augmentation.polarity) and rng.random() < augmentation.polarity
+        varied = _recolor(1 - plain if inverted else plain, augmentation, rng)
+        return Crop(varied, target.contiguous(), index, box, plain, inverted)
 
 
 def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
-    if aug.polarity and rng.random() < aug.polarity:
-        x = 1 - x
     if aug.gamma:
         x = x.clamp_min(0) ** float(2 ** rng.uniform(-aug.gamma, aug.gamma))
     if aug.contrast or aug.brightness:
@@ -235,6 +242,12 @@ class FeatureCache:
         Bytes for stored features at most.
     limit : int
         Crops stored at most. At least two a slice are kept whatever the limit.
+
+    Attributes
+    ----------
+    evidence_of : callable, optional
+        Margins of a crop and its features, from elsewhere than the head, which are stored with it. Set it before the
+        first crop.
     """
 
     def __init__(self, backbone: Backbone, device: Device, *, memory: int, limit: int) -> None:
@@ -244,7 +257,9 @@ class FeatureCache:
         self.limit: int = limit
         self.crops: list[Crop] = []
         self.features: list[FeaturePyramid] = []
+        self.evidence_of: EvidenceOf | None = None
         self._labels: list[Tensor] = []
+        self._evidence: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.features)
@@ -272,15 +287,17 @@ class FeatureCache:
 
     def add(self, crop: Crop) -> None:
         """Encode and store a crop."""
-        self.features.append(self._stored(crop))
-        self._labels.append(crop.labels.to(self.device.torch))
-        self.crops.append(crop.without_pixels())
+        self.replace(len(self), crop)
 
     def replace(self, index: int, crop: Crop) -> None:
         """Put a crop in the place of a stored one."""
-        self.features[index] = self._stored(crop)
-        self._labels[index] = crop.labels.to(self.device.torch)
-        self.crops[index] = crop.without_pixels()
+        place = slice(index, index + 1)
+        features = self._stored(crop)
+        self.features[place] = [features]
+        self._labels[place] = [crop.labels.to(self.device.torch)]
+        self.crops[place] = [crop.without_pixels()]
+        if self.evidence_of is not None:
+            self._evidence[place] = [self.evidence_of(crop, features.map(_as_float)).half()]
 
     def _stored(self, crop: Crop) -> FeaturePyramid:
         return self.encode([crop]).map(lambda block: block.half())
@@ -292,6 +309,10 @@ class FeatureCache:
     def labels(self, indices: Sequence[int]) -> UInt8[Tensor, "b h w"]:
         """Labels of stored crops, on the device."""
         return torch.stack([self._labels[i] for i in indices])
+
+    def evidence(self, indices: Sequence[int]) -> Float[Tensor, "b k hg wg"] | None:
+        """Evidence of stored crops in single precision, if there is any."""
+        return torch.cat([self._evidence[i] for i in indices]).float() if self.evidence_of is not None else None
 
     def support(self, indices: Sequence[int], classes: int) -> EncodedSupport:
         """Stored crops as a support of ``classes`` classes."""

@@ -37,7 +37,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
-from distillfss_core.training.probe import iter_probe
+from distillfss_core.training.probe import WORTHLESS, iter_cross_fit, iter_probe
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
@@ -93,6 +93,7 @@ class DistillRun(Iterator[TrainStep]):
         self._stage_began, self._steps_done, self._finished = 0, 0, False
         self._has_student = not teacher_only and settings.method not in ("two-stage", "probe")
         self._probe: Probe | None = None
+        self._probe_card: dict[str, float | None] = {}
         self._generator = self._run()
 
     def __iter__(self) -> DistillRun:
@@ -135,8 +136,10 @@ class DistillRun(Iterator[TrainStep]):
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
         few = is_trained and not self.support.planes_of_one_volume
         steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
-        validation = self._validation_crops(ready)
         cache = ready.cache
+        if settings.probe == "auto" and not self._teacher_only:
+            yield from self._iter_evidence(ready)
+        validation = self._validation_crops(ready)
         cache.limit = min(settings.crops, steps * settings.queries)
         yield from cache.iter_fill(ready.sampler, self._slices, np.random.default_rng(settings.seed))
         if isinstance(ready.head.decoder, SlimDecoder) and init_from is None and ready.weights is None:
@@ -157,6 +160,16 @@ class DistillRun(Iterator[TrainStep]):
                 yield step
         self._finished = True
 
+    def _iter_evidence(self, ready: Prepared) -> Generator[TrainStep, None, None]:
+        """Fit the probe whose margins are evidence for the student, if held-out slices show that it is worth it."""
+        settings = self.settings
+        fit = yield from iter_cross_fit(
+            self.support, self._slices, ready.preprocess, ready.cache, settings.crop_size, settings.seed
+        )
+        self._probe_card = {"probe_gain": round(fit.gain, 3), "probe_iou": fit.iou}
+        if fit.gain >= WORTHLESS:
+            self._probe, ready.cache.evidence_of = fit.whole, fit.evidence
+
     def _stages(self) -> list[str]:
         if self._teacher_only:
             return ["refine"]
@@ -167,7 +180,11 @@ class DistillRun(Iterator[TrainStep]):
             return None
         crops = ready.sampler.grid(self._validation_index, 8)
         features = [ready.cache.encode([crop]) for crop in crops]
-        return ValidationCrops(features, [crop.labels[None].long().to(self.device.torch) for crop in crops])
+        labels = [crop.labels[None].long().to(self.device.torch) for crop in crops]
+        images = [self.device.upload(crop.image[None]) for crop in crops]
+        probe = self._probe  # which has not seen the slice
+        evidence = [probe(f, image) if probe else None for f, image in zip(features, images, strict=True)]
+        return ValidationCrops(features, labels, evidence)
 
     def _best_head(self) -> FewShotHead:
         _, best = self._prepared()
@@ -207,6 +224,7 @@ class DistillRun(Iterator[TrainStep]):
             "zoom_scores": ready.zoom_scores,
             "orientation": ready.orientation,
             "orientation_scores": ready.orientation_scores,
+            **self._probe_card,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
             "settings": self.settings.to_json(),

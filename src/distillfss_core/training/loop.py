@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from distillfss_core.nn.decoder import resize_like
 from distillfss_core.nn.device import seeded
 from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, merge_classes
 from distillfss_core.nn.head import FewShotHead
@@ -64,10 +65,11 @@ STAGES = {
 
 @dataclass(frozen=True, eq=False)
 class ValidationCrops:
-    """Plain crops of the validation slice: features and labels of each."""
+    """Plain crops of the validation slice: features, labels and evidence (if there is any) of each."""
 
     features: list[FeaturePyramid]
     labels: list[Int[Tensor, "b h w"]]
+    evidence: list[Float[Tensor, "b k hg wg"] | None]
 
 
 def iter_fit(
@@ -174,9 +176,18 @@ def episode_losses(
     if teacher_logits is not None:
         teacher_logits = merge_classes(hide_absent(teacher_logits, present)).float()
     if student_logits is not None:
-        student_logits = merge_classes(student_logits).float()
+        student_logits = _with_evidence(merge_classes(student_logits).float(), cache.evidence(episode.query))
     out = _Outputs(teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present)
     return (_published_terms if settings.loss == "published" else _balanced_terms)(roles, out)
+
+
+def _with_evidence(
+    logits: Float[Tensor, "b k1 h w"], evidence: Float[Tensor, "b k hg wg"] | None
+) -> Float[Tensor, "b k1 h w"]:
+    """Merged logits, with the evidence for each class added to its own."""
+    if evidence is None:
+        return logits
+    return torch.cat([logits[:, :1], logits[:, 1:] + resize_like(evidence, logits)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,9 +294,9 @@ def validation_iou(head: FewShotHead, validation: ValidationCrops, cache: Featur
     """Foreground IoU of the student, pooled over the validation crops, mean over the classes they hold."""
     k = head.classes
     overlap, union = torch.zeros(k), torch.zeros(k)
-    for features, labels in zip(validation.features, validation.labels, strict=True):
+    for features, labels, evidence in zip(validation.features, validation.labels, validation.evidence, strict=True):
         with cache.device.autocast():
-            labels_predicted = merge_classes(head.student_logits(features)).argmax(1)
+            labels_predicted = _with_evidence(merge_classes(head.student_logits(features)), evidence).argmax(1)
         annotated = labels != IGNORE
         for c in range(1, k + 1):
             a, b = (labels_predicted == c) & annotated, (labels == c) & annotated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
+from distillfss_core.training.crops import PLAIN, CropSampler, FeatureCache
 from distillfss_core.training.zoom import draw_crops, held_out_iou, see_points
 from distillfss_core.types import TrainStep
 
@@ -51,7 +52,7 @@ def iter_orientation(
     yield TrainStep(1, total, stage="orientation")
     turned = []
     for index, turn in enumerate(TURNS, 2):
-        asked = [Crop(turn(v.image).contiguous(), turn(v.labels).contiguous(), v.slice, v.box) for v in crops]
+        asked = [replace(v, image=turn(v.image).contiguous(), labels=turn(v.labels).contiguous()) for v in crops]
         turned.append(held_out_iou(upright, see_points(asked, cache, rng), support.classes))
         yield TrainStep(index, total, stage="orientation")
     scores["turned"] = float(np.mean(turned))

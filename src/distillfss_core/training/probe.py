@@ -1,20 +1,29 @@
-"""Fit the probe of a support set: logistic regression on drawn pixels, which takes seconds."""
+"""Fit the probe of a support set: logistic regression on drawn pixels, which takes seconds.
+
+A probe is a student of its own, or evidence for one: its margins are added to those of the head. For that it is
+cross-fitted, as stacking needs it [1]_: in training, the margins of a slice are those of a probe that has not seen it.
+
+References
+----------
+.. [1] Wolpert, "Stacked Generalization", Neural Networks 5(2), 1992.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.nn.probe import KNOTS, WINDOWS, Probe
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training.crops import PLAIN, CropSampler, FeatureCache
+from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.zoom import point_features
 from distillfss_core.types import Array, TrainStep
 
@@ -22,14 +31,82 @@ POINTS = 2_000  # pixels of each class and slice, at most
 ALL_POINTS = 60_000  # pixels of all, at most
 CROPS = 16  # of each slice, at most
 FEATURE_PENALTY, INTENSITY_PENALTY = 50.0, 0.5  # half the inverse of scikit-learn's C, for standardized columns
+FOLDS = 8  # probes that each leave some slices out, at most
+WORTHLESS = 0.05  # gain below which a probe is no evidence
+OFFSET_PENALTY = 1e-3
 _ITERATIONS = 120
 _RANGE = 0.05, 0.95  # quantiles of the intensities at which the first and the last knot lie
+
+
+@dataclass(frozen=True, eq=False)
+class ProbePoints:
+    """Drawn pixels: what a probe reads there (of the intensities, no hinges yet), their labels and slices.
+
+    Parameters
+    ----------
+    shares : Tensor
+        Of the annotated pixels, the share of each class (background first), which the drawn ones stand for.
+    """
+
+    columns: Float[Tensor, "n f"]
+    labels: Int[Tensor, " n"]
+    slices: Int[Tensor, " n"]
+    shares: Float[Tensor, " k1"]
+
+    def __getitem__(self, chosen: Bool[Tensor, " n"]) -> ProbePoints:
+        return ProbePoints(self.columns[chosen], self.labels[chosen], self.slices[chosen], self.shares)
+
+    @property
+    def weights(self) -> Float[Tensor, " n"]:
+        """Of each pixel, so that those of a class sum to its share."""
+        result: Tensor = (self.shares / torch.bincount(self.labels, minlength=len(self.shares)).clamp_min(1))[
+            self.labels
+        ]
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """A probe of all slices, and those that have not seen one.
+
+    The margins of all are brought to the gain and offsets under which held-out pixels have the least cross-entropy. So
+    a probe that fails on held-out slices stays quiet.
+
+    Parameters
+    ----------
+    whole : Probe
+    without : dict
+        By the index of a slice, a probe of others. Missing are slices without which a class is not shown.
+    gain : float
+        0 where nothing could be held out.
+    iou : float or None
+        Mean IoU over the classes, estimated on held-out pixels.
+    """
+
+    whole: Probe
+    without: dict[int, Probe]
+    gain: float
+    iou: float | None
+
+    @torch.no_grad()
+    def evidence(self, crop: Crop, features: FeaturePyramid) -> Float[Tensor, "1 k hg wg"]:
+        """Margins of a crop, by a probe that has not seen its slice.
+
+        Its features are those of the crop as the student sees it. Its intensities are those before augmentation, which
+        are what a probe reads later. Inverted crops, and slices that are missing in `without`, get zeros.
+        """
+        probe = self.without.get(crop.slice)
+        plain = crop.plain[None].to(features.stages[0][0].device)
+        if probe is None or crop.inverted:
+            return torch.zeros_like(self.whole(features, plain))
+        margins: Float[Tensor, "1 k hg wg"] = probe(features, plain)
+        return margins
 
 
 def iter_probe(
     support: SupportSet, preprocess: Preprocess, cache: FeatureCache, crop_size: int, seed: int
 ) -> Generator[TrainStep, None, Probe]:
-    """Fit a probe; yields a step of the stage "probe" after each slice.
+    """Fit a probe that answers alone; yields a step of the stage "probe" after each slice.
 
     From every slice, up to `POINTS` pixels of each class are drawn from plain crops. Their weights give each class the
     share that it has among the annotated pixels. The loss is the cross-entropy with an L2 penalty, which is smaller for
@@ -47,13 +124,68 @@ def iter_probe(
     Probe
         On the cache's device, in evaluation mode.
     """
+    points = yield from _iter_points(support, range(len(support)), preprocess, cache, crop_size, seed)
+    probe = _fit(_new_probe(support, preprocess, cache, alone=True), points)
+    return probe.to(cache.device.torch)
+
+
+def iter_cross_fit(
+    support: SupportSet,
+    slices: Sequence[int],
+    preprocess: Preprocess,
+    cache: FeatureCache,
+    crop_size: int,
+    seed: int,
+) -> Generator[TrainStep, None, CrossFit]:
+    """Fit a probe on some slices, and on these without each of at most `FOLDS` folds; yields as `iter_probe` does.
+
+    Parameters
+    ----------
+    slices : sequence of int
+        Indices of the slices to learn from.
+    """
+    points = yield from _iter_points(support, slices, preprocess, cache, crop_size, seed)
+    whole = _fit(_new_probe(support, preprocess, cache), points)
+    margins = torch.zeros(len(points.labels), support.classes)
+    judged = torch.zeros(len(points.labels), dtype=torch.bool)
+    without: dict[int, Probe] = {}
+    for fold in (slices[n::FOLDS] for n in range(min(FOLDS, len(slices)))):
+        inside = torch.isin(points.slices, torch.tensor(fold))
+        if len(points.labels[~inside].unique()) == len(points.labels.unique()):
+            probe = _fit(_new_probe(support, preprocess, cache), points[~inside])
+            margins[inside] = _margins(probe, points[inside].columns)
+            without |= dict.fromkeys(fold, probe)
+            judged |= inside
+    if not without:
+        return CrossFit(whole, {}, 0.0, None)
+    gain, offsets = _calibrate(margins[judged], points[judged])
+    for probe in {whole, *without.values()}:
+        probe.scale(gain, offsets)
+        probe.to(cache.device.torch)
+    return CrossFit(whole, without, gain, _iou(gain * margins[judged] + offsets, points[judged]))
+
+
+def _new_probe(support: SupportSet, preprocess: Preprocess, cache: FeatureCache, *, alone: bool = False) -> Probe:
+    return Probe(cache.backbone.spec, support.classes, 1 if preprocess.channels == 1 else 3, alone=alone)
+
+
+def _iter_points(
+    support: SupportSet,
+    slices: Sequence[int],
+    preprocess: Preprocess,
+    cache: FeatureCache,
+    crop_size: int,
+    seed: int,
+) -> Generator[TrainStep, None, ProbePoints]:
+    """Draw pixels of the slices; yields a step of the stage "probe" after each."""
     sampler = CropSampler(support, preprocess, crop_size, PLAIN)
-    probe = Probe(cache.backbone.spec, support.classes, 1 if preprocess.channels == 1 else 3)
+    probe = _new_probe(support, preprocess, cache)
     rng = np.random.default_rng(seed)
-    limit = min(POINTS, max(1, ALL_POINTS // (len(support) * (support.classes + 1))))
+    limit = min(POINTS, max(1, ALL_POINTS // (len(slices) * (support.classes + 1))))
     columns: list[Tensor] = []
     labels: list[Tensor] = []
-    for index in range(len(support)):
+    origins: list[Tensor] = []
+    for number, index in enumerate(slices, 1):
         crops = sampler.grid(index, CROPS)
         drawn = _draw([crop.labels.numpy() for crop in crops], support.classes, limit, rng)
         for crop, points in zip(crops, drawn, strict=True):
@@ -61,9 +193,10 @@ def iter_probe(
                 features = cache.encode([crop]).map(Tensor.cpu)
                 columns.append(_columns(probe, features, crop.image[None], points))
                 labels.append(crop.labels[points[:, 0], points[:, 1]].long())
-        yield TrainStep(index + 1, len(support), stage="probe")
-    _fit(probe, torch.cat(columns), torch.cat(labels), torch.from_numpy(support.shares()).float())
-    return probe.to(cache.device.torch).eval().requires_grad_(False)
+                origins.append(torch.full((len(points),), index))
+        yield TrainStep(number, len(slices), stage="probe")
+    shares = torch.from_numpy(support.shares()).float()
+    return ProbePoints(torch.cat(columns), torch.cat(labels), torch.cat(origins), shares)
 
 
 def _draw(labels: Sequence[Array], classes: int, limit: int, rng: np.random.Generator) -> list[Int[Tensor, "n 2"]]:
@@ -86,45 +219,93 @@ def _columns(
     return torch.cat([point_features(features, points), point_features(maps, points)], 1)
 
 
-def _fit(probe: Probe, columns: Float[Tensor, "n f"], labels: Int[Tensor, " n"], shares: Float[Tensor, " k1"]) -> None:
-    """Set the knots to quantiles of the intensities, and the weights to those of the regression."""
-    n_means = len(probe.knots)
-    n_features = columns.shape[1] - n_means - len(WINDOWS) * probe.inputs
-    features, means, deviations = columns.tensor_split([n_features, n_features + n_means], 1)
+def _inputs(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n f2"]:
+    """The columns with the hinges of the intensities, as the layers of a probe read them."""
+    n_means, n_deviations = len(probe.knots), len(WINDOWS) * probe.inputs
+    features, means, deviations = columns.split([columns.shape[1] - n_means - n_deviations, n_means, n_deviations], 1)
+    return torch.cat([features, probe.hinges(means.T[None, :, :, None])[0, :, :, 0].T, deviations], 1)
+
+
+def _fit(probe: Probe, points: ProbePoints) -> Probe:
+    """Set the knots to quantiles of the intensities, and the weights to those of the regression; returns the probe."""
+    n_means, n_deviations = len(probe.knots), len(WINDOWS) * probe.inputs
+    n_features = points.columns.shape[1] - n_means - n_deviations
+    means = points.columns[:, n_features:-n_deviations]
     probe.knots.copy_(torch.quantile(means, torch.linspace(*_RANGE, KNOTS), 0).T)
-    hinges = probe.hinges(means.T[None, :, :, None])[0, :, :, 0].T
-    x = torch.cat([features, hinges, deviations], 1)
+    x = _inputs(probe, points.columns)
     center, scale = x.mean(0), x.std(0) + 1e-5
     penalties = torch.full((x.shape[1],), INTENSITY_PENALTY)
     penalties[:n_features] = FEATURE_PENALTY
-    weights, bias = _regress((x - center) / scale, labels, shares, penalties / len(x))
+    weights, bias = _regress(
+        (x - center) / scale, points.labels, points.weights, penalties / len(x), len(points.shares) - 1
+    )
     weights = weights / scale
-    sizes = [layer.weight.shape[1] for layer in (*probe.stages, probe.intensities)]
-    with torch.no_grad():
-        for layer, part in zip((*probe.stages, probe.intensities), weights.split(sizes, 1), strict=True):
-            layer.weight.copy_(part[:, :, None, None])
-        assert probe.intensities.bias is not None
-        probe.intensities.bias.copy_(bias - weights @ center)
+    probe.set_weights(weights, bias - weights @ center)
+    return probe.eval().requires_grad_(False)
+
+
+def _margins(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n k"]:
+    weights, bias = probe.weights()
+    result: Tensor = _inputs(probe, columns) @ weights.T + bias
+    return result
 
 
 def _regress(
     x: Float[Tensor, "n f"],
     labels: Int[Tensor, " n"],
-    shares: Float[Tensor, " k1"],
+    rows: Float[Tensor, " n"],
     penalties: Float[Tensor, " f"],
+    classes: int,
 ) -> tuple[Float[Tensor, "k f"], Float[Tensor, " k"]]:
-    """Weights and biases of the margins of a logistic regression, by L-BFGS."""
-    weights = torch.zeros(len(shares) - 1, x.shape[1], requires_grad=True)
-    bias = torch.zeros(len(shares) - 1, requires_grad=True)
-    rows = (shares / torch.bincount(labels, minlength=len(shares)).clamp_min(1))[labels]
-    optimizer = torch.optim.LBFGS([weights, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+    """Weights and biases of the margins of a logistic regression."""
+    weights = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
 
     def loss() -> Tensor:
+        return _cross_entropy(x @ weights.T + bias, labels, rows) + (penalties * weights**2).sum()
+
+    _minimize(loss, [weights, bias])
+    return weights.detach(), bias.detach()
+
+
+def _calibrate(margins: Float[Tensor, "n k"], points: ProbePoints) -> tuple[float, Float[Tensor, " k"]]:
+    """Gain (not negative) and offsets of margins with the least cross-entropy."""
+    gain = torch.ones((), requires_grad=True)
+    offsets = torch.zeros(margins.shape[1], requires_grad=True)
+
+    def loss() -> Tensor:
+        return (
+            _cross_entropy(gain * margins + offsets, points.labels, points.weights)
+            + OFFSET_PENALTY * (offsets**2).sum()
+        )
+
+    _minimize(loss, [gain, offsets])
+    return max(0.0, float(gain.detach())), offsets.detach()
+
+
+def _cross_entropy(
+    margins: Float[Tensor, "n k"], labels: Int[Tensor, " n"], rows: Float[Tensor, " n"]
+) -> Float[Tensor, ""]:
+    return (rows * F.cross_entropy(F.pad(margins, (1, 0)), labels, reduction="none")).sum()
+
+
+def _minimize(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        logits = F.pad(x @ weights.T + bias, (1, 0))
-        total = (rows * F.cross_entropy(logits, labels, reduction="none")).sum() + (penalties * weights**2).sum()
+        total = loss()
         total.backward()
         return total
 
-    optimizer.step(loss)
-    return weights.detach(), bias.detach()
+    optimizer.step(closure)
+
+
+def _iou(margins: Float[Tensor, "n k"], points: ProbePoints) -> float:
+    """Mean over the classes, each pixel with its weight."""
+    called = F.pad(margins, (1, 0)).argmax(1)
+    scores = []
+    for value in points.labels.unique()[1:]:
+        a, b = called == value, points.labels == value
+        scores.append(float(points.weights[a & b].sum() / points.weights[a | b].sum()))
+    return float(np.mean(scores))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -16,12 +17,17 @@ from distillfss_core.export.onnx import export_onnx
 from distillfss_core.io.writing import write_labels
 from distillfss_core.metrics import evaluate
 from distillfss_core.models import card
+from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.nn.device import choose_device
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
-from distillfss_core.training.probe import _regress
-from distillfss_core.types import IGNORE, AnnotatedSlice
+from distillfss_core.training.crops import PLAIN, CropSampler
+from distillfss_core.training.preparation import iter_prepare
+from distillfss_core.training.probe import CrossFit, _regress, iter_cross_fit
+from distillfss_core.types import IGNORE, AnnotatedSlice, GeneratorRun, finish
 from pictures import blobs
 
 
@@ -35,14 +41,14 @@ def probe(support, settings) -> StudentModel:
     return distill(support, settings)
 
 
-def phases(seed: int, size: int = 192, *, color: bool = False) -> AnnotatedSlice:
+def phases(seed: int, size: int = 192, *, color: bool = False, step: int = 40) -> AnnotatedSlice:
     """Three flat phases of about 100 pixels that differ by their gray value, or their hue, alone."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:size, :size]
     centers = rng.uniform(0, size, (9, 2))
     nearest = ((y[..., None] - centers[:, 0]) ** 2 + (x[..., None] - centers[:, 1]) ** 2).argmin(-1)
     labels = (nearest % 3).astype(np.uint8)
-    values = np.array([[60, 160, 90], [160, 60, 90], [60, 90, 160]]) if color else np.array([80, 120, 160])
+    values = np.array([[60, 160, 90], [160, 60, 90], [60, 90, 160]]) if color else 80 + step * np.arange(3)
     image = values[labels] + rng.normal(0, 4, (*labels.shape, 3)[: 2 + color])
     return AnnotatedSlice(image.clip(0, 255).astype(np.uint8), labels, f"phases {seed}")
 
@@ -65,7 +71,7 @@ def test_a_probe_tells_flat_phases_apart_that_differ_by_value_alone(settings, co
         tuple(phases(i, color=color) for i in range(3)), ("middle", "bright"), planes_of_one_volume=True
     )
     model = distill(support, settings)
-    assert model.card["probe"] == {"inputs": 3 if color else 1}
+    assert model.card["probe"] == {"inputs": 3 if color else 1, "alone": True}
     assert iou(model, [phases(seed, color=color) for seed in (10, 11)]) > 0.93
 
 
@@ -89,8 +95,9 @@ def test_its_regression_is_that_of_scikit_learn():
     weights, bias = _regress(
         torch.from_numpy(x).float(),
         torch.from_numpy(y),
-        torch.from_numpy(shares).float(),
+        torch.from_numpy((shares / np.bincount(y))[y]).float(),
         torch.full((6,), penalty),
+        1,
     )
     theirs = linear_model.LogisticRegression(C=1 / (2 * penalty), tol=1e-8, max_iter=1000)
     theirs.fit(x, y, sample_weight=(shares / np.bincount(y))[y])
@@ -120,7 +127,8 @@ def test_a_program_that_knows_no_probes_refuses_its_file(probe, tmp_path, monkey
         StudentModel.load(path)
 
 
-def test_a_student_of_before_the_probe_is_read(student, tmp_path, monkeypatch):
+def test_a_student_of_before_the_probe_is_read(support, tiny, tmp_path, monkeypatch):
+    student = distill(support, replace(tiny, steps=2, probe="none"))
     older = replace(card.STUDENT_FILE, version=1)
     with monkeypatch.context() as patch:
         patch.setattr("distillfss_core.models.student.STUDENT_FILE", older)
@@ -128,7 +136,7 @@ def test_a_student_of_before_the_probe_is_read(student, tmp_path, monkeypatch):
         patch.setattr(StudentModel, "card", without)
         student.save(tmp_path / "old.safetensors")
     with safe_open(tmp_path / "old.safetensors", "pt") as file:
-        assert "probe" not in json.dumps(file.metadata())
+        assert "probe" not in json.loads(file.metadata()["card"])
     again = StudentModel.load(tmp_path / "old.safetensors", device="cpu")
     assert again.probe is None
     image = blobs(10).image
@@ -152,9 +160,11 @@ def test_tiles_of_a_probe_agree(probe):
     assert np.abs(whole.probabilities - tiled.probabilities).mean() < 1e-3
 
 
-def test_training_goes_on_from_a_probe_without_it(probe, support, tiny):
-    model = distill(support, replace(tiny, steps=30), init_from=probe)
-    assert model.probe is None
+@pytest.mark.parametrize("evidence", ["auto", "none"])
+def test_training_goes_on_from_a_probe_with_a_head(probe, support, tiny, evidence):
+    model = distill(support, replace(tiny, steps=30, probe=evidence), init_from=probe)
+    assert (model.probe is None) == (evidence == "none")
+    assert model.probe is None or not model.probe.alone
     assert iou(model, [blobs(10)]) > 0.3
 
 
@@ -174,6 +184,100 @@ def test_a_probe_that_is_stopped_is_no_student(support, settings):
     run.close()
     with pytest.raises(NoStudentYetError, match="the probe is not fitted yet"):
         run.result()
+
+
+def cross_fit(support: SupportSet, settings: DistillSettings, slices: range | None = None) -> CrossFit:
+    device = choose_device("cpu", "float32")
+    ready = finish(GeneratorRun(iter_prepare(support, replace(settings, zoom=Fraction(1)), device)))
+    run = iter_cross_fit(support, slices or range(len(support)), ready.preprocess, ready.cache, 96, 0)
+    fit: CrossFit = finish(GeneratorRun(run))
+    return fit
+
+
+def test_gray_values_reach_a_student_through_its_probe(tiny):
+    slices = tuple(phases(i, step=10) for i in range(3))
+    support = SupportSet(slices, ("middle", "bright"), planes_of_one_volume=True)
+    scores = {}
+    for evidence in ("auto", "none"):
+        model = distill(support, replace(tiny, steps=4, probe=evidence))
+        scores[evidence] = iou(model, [phases(seed, step=10) for seed in (10, 11)])
+    assert scores["auto"] > max(0.9, scores["none"] + 0.05)
+
+
+def test_the_margins_of_a_student_are_those_of_head_and_probe(student):
+    assert student.probe is not None
+    network = student.network
+    image = torch.rand(1, 3, 96, 64)
+    features = network.backbone(image)
+    expected = network.head.student_margins(features) + network.probe(features, image)
+    torch.testing.assert_close(network(image), expected)
+
+
+def test_evidence_of_a_slice_comes_from_the_others(support, settings, monkeypatch):
+    monkeypatch.setattr("distillfss_core.training.probe._calibrate", lambda margins, _: (1.0, margins.new_zeros(1)))
+    first = support.slices[0]
+    turned = replace(first, labels=np.ascontiguousarray(first.labels[::-1]))
+    other = SupportSet((turned, *support.slices[1:]), support.class_names)
+    one, two = (cross_fit(s, settings) for s in (support, other))
+    assert sorted(one.without) == list(range(len(support)))
+    image = torch.rand(1, 3, 96, 96)
+    features = load_backbone()(image)
+    for index in one.without:
+        a, b = (fit.without[index](features, image) for fit in (one, two))
+        assert torch.allclose(a, b, atol=0.05) == (index == 0)  # only the probe of slice 0 has not seen the change
+
+
+def test_a_probe_that_fails_on_held_out_slices_is_no_evidence(tiny):
+    rng = np.random.default_rng(0)
+
+    def noise(seed: int) -> AnnotatedSlice:
+        labels = np.kron(rng.integers(0, 2, (8, 8)), np.ones((16, 16))).astype(np.uint8)
+        return replace(blobs(seed, 128), labels=labels)
+
+    model = distill(SupportSet(tuple(noise(i) for i in range(4)), ("noise",)), replace(tiny, steps=2))
+    assert model.training["probe_gain"] < 0.05
+    assert model.probe is None
+
+
+def test_how_well_a_probe_does_is_known_from_held_out_slices(support, settings):
+    fit = cross_fit(support, settings)
+    assert 0.5 < fit.gain < 2
+    tested = iou(distill(support, settings), [blobs(seed) for seed in range(10, 14)])
+    assert fit.iou == pytest.approx(tested, abs=0.1)
+
+
+def test_a_single_slice_leaves_nothing_to_hold_out(support, tiny):
+    model = distill(SupportSet(support.slices[:1], support.class_names), replace(tiny, steps=2))
+    assert model.probe is None
+    assert (model.training["probe_gain"], model.training["probe_iou"]) == (0.0, None)
+
+
+def test_a_slice_that_alone_shows_a_class_has_no_evidence(settings):
+    slices = [blobs(i, classes=2) for i in range(3)]
+    slices[1:] = [replace(s, labels=np.where(s.labels == 2, 0, s.labels).astype(np.uint8)) for s in slices[1:]]
+    fit = cross_fit(SupportSet(tuple(slices), ("bright", "dark")), settings)
+    assert sorted(fit.without) == [1, 2]
+
+
+def test_inverted_crops_have_no_evidence(support, settings):
+    fit = cross_fit(support, settings)
+    sampler = CropSampler(support, fit_preprocess([support.slices[0].image]), 96, replace(PLAIN, polarity=0.5))
+    rng = np.random.default_rng(0)
+    backbone = load_backbone()
+    for _ in range(8):
+        crop = sampler.cut(0, rng)
+        torch.testing.assert_close(crop.image, 1 - crop.plain if crop.inverted else crop.plain)
+        assert bool(fit.evidence(crop, backbone(crop.image[None])).any()) == (not crop.inverted)
+
+
+def test_a_validation_slice_is_held_out_from_the_probe(support, tiny):
+    run = iter_distill(support, replace(tiny, steps=4, validation_slice=1))
+    assert [step.total for step in run if step.stage == "probe"] == [len(support) - 1] * (len(support) - 1)
+
+
+def test_published_students_have_no_probe():
+    assert DistillSettings.preset("published").probe == "none"
+    assert DistillSettings.preset("default").probe == "auto"
 
 
 @pytest.mark.slow
