@@ -21,7 +21,7 @@ from .io.labels import labels_from_image, read_labels
 from .io.writing import write_label_stack, write_labels
 from .labelstore.store import check_finished
 from .metrics import Measures, Scores, evaluate
-from .models.card import Thumbnails, read_card, read_thumbnails
+from .models.card import Thumbnails, describe_expectation, read_card, read_thumbnails
 from .models.fewshot import FewShotModel
 from .models.segmenter import Segmenter
 from .models.student import StudentModel
@@ -91,6 +91,7 @@ __all__ = [
     "compare_intensities",
     "connect",
     "count_choices",
+    "describe_expectation",
     "distill",
     "evaluate",
     "export_bioimageio",

@@ -179,6 +179,8 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
 
 
 def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
+    from distillfss_core.models.card import describe_expectation
+
     size = args.output.stat().st_size
     if args.json:
         print_json({"model": str(args.output), "bytes": size, **model.card})
@@ -189,4 +191,6 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     line = f"{made} in {record['seconds']:.0f} s on {record['device']}"
     if record.get("validation_iou") is not None:
         line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
+    if expectation := describe_expectation(record):
+        line += f"; {expectation}"
     print(line)

@@ -41,6 +41,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     """A model's card in words."""
+    from distillfss_core.models.card import describe_expectation
     from distillfss_core.models.intensities import Intensities
 
     head, prepared, training = card["head"], card["preprocess"], card["training"]
@@ -61,6 +62,8 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))
         if training.get("validation_iou") is not None:
             lines.append(("validation", f"slice {training['validation_slice']}, IoU {training['validation_iou']:.3f}"))
+        if expectation := describe_expectation(training):
+            lines.append(("quality", expectation))
         lines.append(("slices", ", ".join(training["support"])))
     return lines
 

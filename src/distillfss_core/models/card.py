@@ -18,6 +18,9 @@ from distillfss_core.types import evenly
 STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 2)
 THUMBNAIL = 96
 
+EXPECTED_ERROR = 0.07
+"""Root of the mean squared difference of expected and measured IoU, over the sets of ``benchmarks/validation.py``."""
+
 
 @dataclass(frozen=True, eq=False)
 class Thumbnails:
@@ -34,6 +37,23 @@ def upgrade_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The card of an older file in the words of today; that of a new one as it is."""
     training = {_OLDER_KEYS.get(name, name): value for name, value in card["training"].items()}
     return {"probe": None, **card, "head": HeadForm.from_json(card["head"]).to_json(), "training": training}
+
+
+def describe_expectation(training: Mapping[str, Any]) -> str | None:
+    """A phrase with the IoU to expect on new slices, such as "IoU 0.71 ± 0.07 expected on new slices".
+
+    Parameters
+    ----------
+    training : mapping
+        Of the card of a student.
+
+    Returns
+    -------
+    str or None
+        None where nothing is known: one slice, scribbles, a zoom that was given, a warm start, a probe, an older file.
+    """
+    value = training.get("expected_iou")
+    return None if value is None else f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices"
 
 
 def read_card(path: str | Path) -> dict[str, Any]:

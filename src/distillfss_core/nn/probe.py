@@ -14,19 +14,52 @@ from distillfss_core.nn.features import FeaturePyramid
 KNOTS = 8
 """Intensities of a map at which the slope of its part in the margin may change."""
 
-WINDOWS = (5, 17)
-"""Cells of the finest stage over which intensities are averaged, odd."""
+WINDOWS = (3, 9)
+"""Cells over which intensities are averaged, odd; a cell is two of the finest stage, which costs a quarter of one."""
+
+
+class PiecewiseLinear(nn.Conv2d):
+    """A 1x1 convolution of maps and of their excess over `KNOTS` knots (0 below the knot).
+
+    Parameters
+    ----------
+    maps, others : int
+        Input channels that have knots, and those after them that have none.
+    classes : int
+        Output channels.
+    """
+
+    knots: Tensor
+
+    def __init__(self, maps: int, others: int, classes: int, *, bias: bool) -> None:
+        super().__init__(maps * (1 + KNOTS) + others, classes, 1, bias=bias)
+        self.maps: int = maps
+        self.read: int = maps + others
+        self.register_buffer("knots", torch.zeros(maps, KNOTS))
+
+    def columns(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
+        """What the weights are for: the inputs, then the excess of each map over each of its knots."""
+        excess = F.relu(x[:, : self.maps, None] - self.knots)
+        return torch.cat([x, excess.flatten(1)], 1)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
+        """The same of maps; the excess is a convolution, which engines fuse."""
+        linear, bent = self.weight.split([self.read, self.maps * KNOTS], 1)
+        expand = torch.eye(self.maps, device=x.device).repeat_interleave(KNOTS, 0)[:, :, None, None]
+        excess = F.relu(F.conv2d(x[:, : self.maps], expand, -self.knots.flatten()))
+        return F.conv2d(x, linear, self.bias) + F.conv2d(excess, bent)
 
 
 class Probe(nn.Module):
     """Margins of each class over background, linear in the features and piecewise linear in the intensities.
 
     Features of a flat patch carry little of its gray value, which a threshold needs. So the probe reads the image too:
-    its intensities on the grid of the finest stage, their means over two windows, and the deviations in these::
+    its intensities on the grid of the finest stage, and on one twice as coarse their means over two windows and the
+    deviations in these::
 
-        last block of each stage ------------------1x1--up--+
-        intensities, two local means --hinges------1x1------+-- sum: margins on the grid of the finest stage
-        two local deviations ----------------------1x1------'
+        last block of each stage --------------1x1----------up--+
+        intensities ---------------------------hinges, 1x1------+-- sum: margins on the grid of the finest stage
+        two local means and deviations --------hinges, 1x1--up--'
 
     The output at a pixel depends on a bounded neighborhood only, if that of the backbone does. A new probe answers zero
     everywhere.
@@ -42,41 +75,47 @@ class Probe(nn.Module):
         Whether it is a student of its own; otherwise its margins are added to those of a head.
     """
 
-    knots: Tensor
-
     def __init__(self, spec: BackboneSpec, classes: int, inputs: int, *, alone: bool = True) -> None:
         super().__init__()
         self.alone: bool = alone
         self.stride: int = spec.strides[0]
         self.inputs: int = inputs
+        means = inputs * len(WINDOWS)
         self.stages: nn.ModuleList = nn.ModuleList(nn.Conv2d(c, classes, 1, bias=False) for c in spec.channels)
-        means, deviations = inputs * (1 + len(WINDOWS)), inputs * len(WINDOWS)
-        self.intensities: nn.Conv2d = nn.Conv2d(means * (1 + KNOTS) + deviations, classes, 1)
-        self.register_buffer("knots", torch.zeros(means, KNOTS))
+        self.intensities: PiecewiseLinear = PiecewiseLinear(inputs, 0, classes, bias=True)
+        self.surroundings: PiecewiseLinear = PiecewiseLinear(means, means, classes, bias=False)
         for parameter in self.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, features: FeaturePyramid, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Margins of a batch of images in [0, 1], on the grid of the finest stage."""
-        means, deviations = self.maps(image)
-        result: Float[Tensor, "b k hg wg"] = self.intensities(torch.cat([self.hinges(means), deviations], 1))
+        pixels, around = self.maps(image)
+        result: Float[Tensor, "b k hg wg"] = self.intensities(pixels)
+        result = result + resize_like(self.surroundings(around), result)
         for layer, stage in zip(self.stages, features.stages, strict=True):
             result = result + resize_like(layer(stage[-1]), result)
         return result
 
-    def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b m hg wg"], Float[Tensor, "b d hg wg"]]:
-        """Intensities and their means over `WINDOWS`, and the deviations from those means, on the finest grid."""
+    def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b i hg wg"], Float[Tensor, "b s h2 w2"]]:
+        """Intensities on the finest grid; their means over `WINDOWS` and the deviations from these, twice as coarse."""
         pixels = F.avg_pool2d(image[:, : self.inputs], self.stride)
-        means = [_local_mean(pixels, window) for window in WINDOWS]
+        cells = F.avg_pool2d(pixels, 2)
+        means = [_local_mean(cells, window) for window in WINDOWS]
         deviations = [
-            _local_mean((pixels - mean) ** 2, window).clamp_min(1e-8).sqrt()
+            _local_mean((cells - mean) ** 2, window).clamp_min(1e-8).sqrt()
             for mean, window in zip(means, WINDOWS, strict=True)
         ]
-        return torch.cat([pixels, *means], 1), torch.cat(deviations, 1)
+        return pixels, torch.cat([*means, *deviations], 1)
+
+    def columns(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
+        """What `weights` are for, from features and `maps` at points, side by side."""
+        pixels, around = self.intensities.read, self.surroundings.read
+        features, pixels_read, around_read = x.split([x.shape[1] - pixels - around, pixels, around], 1)
+        return torch.cat([features, self.intensities.columns(pixels_read), self.surroundings.columns(around_read)], 1)
 
     def _layers(self) -> list[nn.Conv2d]:
-        """Those of the stages, then that of the intensities."""
-        return [layer for layer in (*self.stages, self.intensities) if isinstance(layer, nn.Conv2d)]
+        layers = (*self.stages, self.intensities, self.surroundings)
+        return [layer for layer in layers if isinstance(layer, nn.Conv2d)]
 
     def weights(self) -> tuple[Float[Tensor, "k f"], Float[Tensor, " k"]]:
         """Weights of all layers side by side, and the bias."""
@@ -96,11 +135,6 @@ class Probe(nn.Module):
         """Multiply the margins by a gain, then add an offset to those of each class."""
         weights, bias = self.weights()
         self.set_weights(gain * weights, gain * bias + offsets)
-
-    def hinges(self, means: Float[Tensor, "b m h w"]) -> Float[Tensor, "b m9 h w"]:
-        """Each map, followed by its excess over each of its knots (0 below the knot)."""
-        excess = F.relu(means[:, None] - self.knots.T[:, :, None, None])
-        return torch.cat([means, excess.flatten(1, 2)], 1)
 
 
 def _local_mean(maps: Tensor, window: int) -> Tensor:

@@ -46,6 +46,7 @@ AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
 FEWER_STEPS = (150, 16)  # from a meta-trained head, where what will be segmented differs from the slices
 AGAIN = 5  # a warm start takes a fifth of the steps
 INIT_CROPS = 24  # stored crops that tell a student what its teacher attends to
+DENSE = 0.5  # share of annotated pixels from which on a slice is more than strokes
 SAMPLES, SAMPLE_SIDE = 8, 96  # parts of the support that a student keeps, and their side in pixels after zooming
 SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher answers
 
@@ -225,6 +226,7 @@ class DistillRun(Iterator[TrainStep]):
             "orientation": ready.orientation,
             "orientation_scores": ready.orientation_scores,
             **self._probe_card,
+            "expected_iou": self._expected_iou(),
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
             "settings": self.settings.to_json(),
@@ -246,6 +248,17 @@ class DistillRun(Iterator[TrainStep]):
         if self._finished and measure_halo:
             model.fit_halo(_busiest_part(self.support, model.halo_side))
         return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
+
+    def _expected_iou(self) -> float | None:
+        """Best IoU on held-out slices of what the student learns from: its teacher before the training, and its probe.
+
+        Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these.
+        """
+        ready, _ = self._prepared()
+        annotated = [float((s.labels != IGNORE).mean()) for s in self.support.slices]
+        if not ready.zoom_scores or len(annotated) == 1 or min(annotated) < DENSE or self.settings.method == "probe":
+            return None
+        return max(ready.zoom_scores[ready.preprocess.zoom], self._probe_card.get("probe_iou") or 0.0)
 
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, with the whole support set."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.nn.features import FeaturePyramid
-from distillfss_core.nn.probe import KNOTS, WINDOWS, Probe
+from distillfss_core.nn.probe import KNOTS, Probe
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.zoom import point_features
@@ -40,7 +40,7 @@ _RANGE = 0.05, 0.95  # quantiles of the intensities at which the first and the l
 
 @dataclass(frozen=True, eq=False)
 class ProbePoints:
-    """Drawn pixels: what a probe reads there (of the intensities, no hinges yet), their labels and slices.
+    """Drawn pixels: the features and `Probe.maps` there, their labels and slices.
 
     Parameters
     ----------
@@ -214,28 +214,22 @@ def _draw(labels: Sequence[Array], classes: int, limit: int, rng: np.random.Gene
 def _columns(
     probe: Probe, features: FeaturePyramid, image: Float[Tensor, "1 3 h w"], points: Int[Tensor, "n 2"]
 ) -> Float[Tensor, "n f"]:
-    """Features, means and deviations under the points of a crop; the hinges need knots, which are not known yet."""
+    """Features and `Probe.maps` under the points of a crop."""
     maps = FeaturePyramid(tuple((part,) for part in probe.maps(image)), features.size)
     return torch.cat([point_features(features, points), point_features(maps, points)], 1)
 
 
-def _inputs(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n f2"]:
-    """The columns with the hinges of the intensities, as the layers of a probe read them."""
-    n_means, n_deviations = len(probe.knots), len(WINDOWS) * probe.inputs
-    features, means, deviations = columns.split([columns.shape[1] - n_means - n_deviations, n_means, n_deviations], 1)
-    return torch.cat([features, probe.hinges(means.T[None, :, :, None])[0, :, :, 0].T, deviations], 1)
-
-
 def _fit(probe: Probe, points: ProbePoints) -> Probe:
     """Set the knots to quantiles of the intensities, and the weights to those of the regression; returns the probe."""
-    n_means, n_deviations = len(probe.knots), len(WINDOWS) * probe.inputs
-    n_features = points.columns.shape[1] - n_means - n_deviations
-    means = points.columns[:, n_features:-n_deviations]
-    probe.knots.copy_(torch.quantile(means, torch.linspace(*_RANGE, KNOTS), 0).T)
-    x = _inputs(probe, points.columns)
+    end = points.columns.shape[1]
+    for layer in (probe.surroundings, probe.intensities):
+        start, end = end - layer.read, end - layer.read
+        maps = points.columns[:, start : start + layer.maps]
+        layer.knots.copy_(torch.quantile(maps, torch.linspace(*_RANGE, KNOTS), 0).T)
+    x = probe.columns(points.columns)
     center, scale = x.mean(0), x.std(0) + 1e-5
     penalties = torch.full((x.shape[1],), INTENSITY_PENALTY)
-    penalties[:n_features] = FEATURE_PENALTY
+    penalties[:end] = FEATURE_PENALTY
     weights, bias = _regress(
         (x - center) / scale, points.labels, points.weights, penalties / len(x), len(points.shares) - 1
     )
@@ -246,7 +240,7 @@ def _fit(probe: Probe, points: ProbePoints) -> Probe:
 
 def _margins(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n k"]:
     weights, bias = probe.weights()
-    result: Tensor = _inputs(probe, columns) @ weights.T + bias
+    result: Tensor = probe.columns(columns) @ weights.T + bias
     return result
 
 

@@ -105,6 +105,8 @@ class DistillWidget(QWidget):
             self.plot.hide()
         if card.get("validation_iou") is not None:
             line += f", IoU {card['validation_iou']:.3f} on the validation slice"
+        if expectation := core.describe_expectation(card):
+            line += f"; {expectation}"
         if distilled.stopped:
             line += f"; the best model so far (step {card['best_step']}) is kept"
         if distilled.error:

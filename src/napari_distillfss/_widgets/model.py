@@ -8,6 +8,7 @@ from typing import Any
 
 from qtpy.QtWidgets import QApplication, QFileDialog, QPlainTextEdit, QWidget
 
+import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._session import Session
@@ -150,4 +151,6 @@ def describe(card: dict[str, Any]) -> str:
         )
         if training.get("validation_iou") is not None:
             lines.append(f"validation IoU: {training['validation_iou']:.3f}")
+        if expectation := core.describe_expectation(training):
+            lines.append(expectation)
     return "\n".join(lines)

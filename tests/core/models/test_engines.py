@@ -63,8 +63,9 @@ def network(
     noise = torch.Generator().manual_seed(1)
     for parameter in head.decoder.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
-    linear = Probe(trunk.spec, classes, 3).eval().requires_grad_(False)
-    linear.knots.uniform_(generator=noise)
+    linear = Probe(trunk.spec, classes, 3, alone=False).eval().requires_grad_(False)
+    linear.intensities.knots.uniform_(generator=noise)
+    linear.surroundings.knots.uniform_(generator=noise)
     for parameter in linear.parameters():
         parameter.normal_(std=0.05, generator=noise)
     return StudentNetwork(trunk, head, linear if probe else None)

@@ -17,10 +17,12 @@ from distillfss_core.export.onnx import export_onnx
 from distillfss_core.io.writing import write_labels
 from distillfss_core.metrics import evaluate
 from distillfss_core.models import card
+from distillfss_core.models.card import describe_expectation
 from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.models.student import StudentModel
-from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.nn.backbones import backbone_spec, load_backbone
 from distillfss_core.nn.device import choose_device
+from distillfss_core.nn.probe import Probe
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
@@ -84,6 +86,18 @@ def test_a_probe_learns_from_scribbles(settings):
 
     model = distill(SupportSet(tuple(scribbled(i) for i in range(3)), ("blob",)), settings)
     assert iou(model, [blobs(10), blobs(11)]) > 0.7
+
+
+def test_the_columns_of_a_probe_are_what_its_layers_multiply():
+    probe = Probe(backbone_spec("efficientnet_lite0"), 2, 3)
+    weights, bias = probe.weights()
+    probe.set_weights(torch.randn_like(weights), torch.randn_like(bias))
+    for layer in (probe.intensities, probe.surroundings):
+        layer.knots.copy_(torch.rand_like(layer.knots))
+        x = torch.rand(5, layer.read)
+        expected = layer(x[:, :, None, None])[:, :, 0, 0]
+        columns = layer.columns(x) @ layer.weight[:, :, 0, 0].T
+        torch.testing.assert_close(columns, expected if layer.bias is None else expected - layer.bias)
 
 
 def test_its_regression_is_that_of_scikit_learn():
@@ -250,6 +264,24 @@ def test_a_single_slice_leaves_nothing_to_hold_out(support, tiny):
     model = distill(SupportSet(support.slices[:1], support.class_names), replace(tiny, steps=2))
     assert model.probe is None
     assert (model.training["probe_gain"], model.training["probe_iou"]) == (0.0, None)
+
+
+@pytest.mark.parametrize("case", ["whole", "strokes", "one slice", "given zoom"])
+def test_the_iou_to_expect_comes_from_held_out_slices(support, tiny, case):
+    slices = support.slices[: 1 if case == "one slice" else None]
+    if case == "strokes":
+        slices = tuple(replace(s, labels=np.where(np.arange(s.labels.shape[1]) % 3, IGNORE, s.labels)) for s in slices)
+    zoom = Fraction(1) if case == "given zoom" else "auto"
+    model = distill(SupportSet(slices, support.class_names), replace(tiny, steps=2, zoom=zoom))
+    expected = model.training["expected_iou"]
+    if case != "whole":
+        assert expected is None
+        assert describe_expectation(model.training) is None
+        return
+    scores = model.training["zoom_scores"][model.preprocess.zoom], model.training["probe_iou"]
+    assert expected == max(scores)
+    assert describe_expectation(model.training) == f"IoU {expected:.2f} ± 0.07 expected on new slices"
+    assert expected == pytest.approx(iou(model, [blobs(seed) for seed in range(10, 14)]), abs=0.15)
 
 
 def test_a_slice_that_alone_shows_a_class_has_no_evidence(settings):
