@@ -312,7 +312,7 @@ class FeatureCache:
 
     def evidence(self, indices: Sequence[int]) -> Float[Tensor, "b k hg wg"] | None:
         """Evidence of stored crops in single precision, if there is any."""
-        return torch.cat([self._evidence[i] for i in indices]).float() if self.evidence_of is not None else None
+        return torch.cat([self._evidence[i].float() for i in indices]) if self.evidence_of is not None else None
 
     def support(self, indices: Sequence[int], classes: int) -> EncodedSupport:
         """Stored crops as a support of ``classes`` classes."""

@@ -210,7 +210,7 @@ def test_a_student_without_pixel_size_says_so(student) -> None:
 
 
 def test_the_published_form_is_blended_across_tiles(support, tiny) -> None:
-    forms = {"student": "published", "decoder": "published", "teacher": "published"}
+    forms = {"student": "published", "decoder": "published", "teacher": "published", "probe": "none"}
     model = distill(support, replace(tiny, steps=20, **forms))
     assert not model.local
     model.halo = 64
