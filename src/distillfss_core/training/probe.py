@@ -95,11 +95,10 @@ class CrossFit:
         Its features are those of the crop as the student sees it. Its intensities are those before augmentation, which
         are what a probe reads later. Inverted crops, and slices that are missing in `without`, get zeros.
         """
-        probe = self.without.get(crop.slice)
-        plain = crop.plain[None].to(features.stages[0][0].device)
+        probe, finest = self.without.get(crop.slice), features.stages[0][-1]
         if probe is None or crop.inverted:
-            return torch.zeros_like(self.whole(features, plain))
-        margins: Float[Tensor, "1 k hg wg"] = probe(features, plain)
+            return finest.new_zeros(1, self.whole.intensities.out_channels, *finest.shape[-2:])
+        margins: Float[Tensor, "1 k hg wg"] = probe(features, crop.plain[None].to(finest.device))
         return margins
 
 
@@ -266,12 +265,10 @@ def _calibrate(margins: Float[Tensor, "n k"], points: ProbePoints) -> tuple[floa
     """Gain (not negative) and offsets of margins with the least cross-entropy."""
     gain = torch.ones((), requires_grad=True)
     offsets = torch.zeros(margins.shape[1], requires_grad=True)
+    rows = points.weights
 
     def loss() -> Tensor:
-        return (
-            _cross_entropy(gain * margins + offsets, points.labels, points.weights)
-            + OFFSET_PENALTY * (offsets**2).sum()
-        )
+        return _cross_entropy(gain * margins + offsets, points.labels, rows) + OFFSET_PENALTY * (offsets**2).sum()
 
     _minimize(loss, [gain, offsets])
     return max(0.0, float(gain.detach())), offsets.detach()
@@ -297,9 +294,9 @@ def _minimize(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
 
 def _iou(margins: Float[Tensor, "n k"], points: ProbePoints) -> float:
     """Mean over the classes, each pixel with its weight."""
-    called = F.pad(margins, (1, 0)).argmax(1)
+    called, rows = F.pad(margins, (1, 0)).argmax(1), points.weights
     scores = []
     for value in points.labels.unique()[1:]:
         a, b = called == value, points.labels == value
-        scores.append(float(points.weights[a & b].sum() / points.weights[a | b].sum()))
+        scores.append(float(rows[a & b].sum() / rows[a | b].sum()))
     return float(np.mean(scores))

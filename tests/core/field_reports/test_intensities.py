@@ -374,7 +374,8 @@ def test_labels_do_not_depend_on_type_scale_layout_axes_and_container(
     labels = np.asarray(segment_lazy(volume, of_bytes).compute(scheduler="synchronous"))
     expected = _segment(of_bytes, SMALL)
     assert expected.mean() > 0.03
-    assert _iou(labels, expected) > (0.97 if gain == 1 else 0.98)
+    is_shifted = gain == 1 and offset > 3 and np.dtype(dtype).kind != "f"
+    assert _iou(labels, expected) > (0.97 if is_shifted else 0.98)
 
 
 @pytest.fixture(scope="module")
