@@ -37,7 +37,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
-from distillfss_core.training.probe import WORTHLESS, iter_cross_fit, iter_probe
+from distillfss_core.training.probe import WORTHLESS, ProbePoints, cross_fit, fit_probe, iter_points
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
@@ -129,9 +129,8 @@ class DistillRun(Iterator[TrainStep]):
         ready = self._ready = yield from iter_prepare(self.support, settings, self.device, init_from)
         self._best = Best(ready.head)
         if settings.method == "probe" and not self._teacher_only:
-            self._probe = yield from iter_probe(
-                self.support, ready.preprocess, ready.cache, settings.crop_size, settings.seed
-            )
+            points = yield from self._iter_points(ready)
+            self._probe = fit_probe(points, alone=True).to(self.device.torch)
             self._has_student = self._finished = True
             return
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
@@ -161,12 +160,13 @@ class DistillRun(Iterator[TrainStep]):
                 yield step
         self._finished = True
 
+    def _iter_points(self, ready: Prepared) -> Generator[TrainStep, None, ProbePoints]:
+        settings = self.settings
+        return iter_points(self.support, self._slices, ready.preprocess, ready.cache, settings.crop_size, settings.seed)
+
     def _iter_evidence(self, ready: Prepared) -> Generator[TrainStep, None, None]:
         """Fit the probe whose margins are evidence for the student, if held-out slices show that it is worth it."""
-        settings = self.settings
-        fit = yield from iter_cross_fit(
-            self.support, self._slices, ready.preprocess, ready.cache, settings.crop_size, settings.seed
-        )
+        fit = cross_fit((yield from self._iter_points(ready)), self.device)
         self._probe_card = {"probe_gain": round(fit.gain, 3), "probe_iou": fit.iou}
         if fit.gain >= WORTHLESS:
             self._probe, ready.cache.evidence_of = fit.whole, fit.evidence

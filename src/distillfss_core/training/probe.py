@@ -10,8 +10,9 @@ References
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distillfss_core.models.preprocess import Preprocess
+from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.nn.probe import KNOTS, Probe
 from distillfss_core.support.support_set import SupportSet
@@ -46,15 +48,19 @@ class ProbePoints:
     ----------
     shares : Tensor
         Of the annotated pixels, the share of each class (background first), which the drawn ones stand for.
+    new : Probe
+        One that has learned nothing, and reads what the columns hold.
     """
 
     columns: Float[Tensor, "n f"]
     labels: Int[Tensor, " n"]
     slices: Int[Tensor, " n"]
     shares: Float[Tensor, " k1"]
+    new: Probe
 
     def __getitem__(self, chosen: Bool[Tensor, " n"]) -> ProbePoints:
-        return ProbePoints(self.columns[chosen], self.labels[chosen], self.slices[chosen], self.shares)
+        part = {name: getattr(self, name)[chosen] for name in ("columns", "labels", "slices")}
+        return replace(self, **part)
 
     @property
     def weights(self) -> Float[Tensor, " n"]:
@@ -102,73 +108,7 @@ class CrossFit:
         return margins
 
 
-def iter_probe(
-    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, crop_size: int, seed: int
-) -> Generator[TrainStep, None, Probe]:
-    """Fit a probe that answers alone; yields a step of the stage "probe" after each slice.
-
-    From every slice, up to `POINTS` pixels of each class are drawn from plain crops. Their weights give each class the
-    share that it has among the annotated pixels. The loss is the cross-entropy with an L2 penalty, which is smaller for
-    the intensities than for the features: there are many more of these.
-
-    Parameters
-    ----------
-    cache : FeatureCache
-        Whose backbone encodes the crops; nothing is stored in it.
-    crop_size : int
-        Side of a crop in pixels after zooming.
-
-    Returns
-    -------
-    Probe
-        On the cache's device, in evaluation mode.
-    """
-    points = yield from _iter_points(support, range(len(support)), preprocess, cache, crop_size, seed)
-    probe = _fit(_new_probe(support, preprocess, cache, alone=True), points)
-    return probe.to(cache.device.torch)
-
-
-def iter_cross_fit(
-    support: SupportSet,
-    slices: Sequence[int],
-    preprocess: Preprocess,
-    cache: FeatureCache,
-    crop_size: int,
-    seed: int,
-) -> Generator[TrainStep, None, CrossFit]:
-    """Fit a probe on some slices, and on these without each of at most `FOLDS` folds; yields as `iter_probe` does.
-
-    Parameters
-    ----------
-    slices : sequence of int
-        Indices of the slices to learn from.
-    """
-    points = yield from _iter_points(support, slices, preprocess, cache, crop_size, seed)
-    whole = _fit(_new_probe(support, preprocess, cache), points)
-    margins = torch.zeros(len(points.labels), support.classes)
-    judged = torch.zeros(len(points.labels), dtype=torch.bool)
-    without: dict[int, Probe] = {}
-    for fold in (slices[n::FOLDS] for n in range(min(FOLDS, len(slices)))):
-        inside = torch.isin(points.slices, torch.tensor(fold))
-        if len(points.labels[~inside].unique()) == len(points.labels.unique()):
-            probe = _fit(_new_probe(support, preprocess, cache), points[~inside])
-            margins[inside] = _margins(probe, points[inside].columns)
-            without |= dict.fromkeys(fold, probe)
-            judged |= inside
-    if not without:
-        return CrossFit(whole, {}, 0.0, None)
-    gain, offsets = _calibrate(margins[judged], points[judged])
-    for probe in {whole, *without.values()}:
-        probe.scale(gain, offsets)
-        probe.to(cache.device.torch)
-    return CrossFit(whole, without, gain, _iou(gain * margins[judged] + offsets, points[judged]))
-
-
-def _new_probe(support: SupportSet, preprocess: Preprocess, cache: FeatureCache, *, alone: bool = False) -> Probe:
-    return Probe(cache.backbone.spec, support.classes, 1 if preprocess.channels == 1 else 3, alone=alone)
-
-
-def _iter_points(
+def iter_points(
     support: SupportSet,
     slices: Sequence[int],
     preprocess: Preprocess,
@@ -176,9 +116,21 @@ def _iter_points(
     crop_size: int,
     seed: int,
 ) -> Generator[TrainStep, None, ProbePoints]:
-    """Draw pixels of the slices; yields a step of the stage "probe" after each."""
+    """Draw the pixels from which a probe learns; yields a step of the stage "probe" after each slice.
+
+    From every slice, up to `POINTS` pixels of each class are drawn from plain crops.
+
+    Parameters
+    ----------
+    slices : sequence of int
+        Indices of the slices to learn from.
+    cache : FeatureCache
+        Whose backbone encodes the crops; nothing is stored in it.
+    crop_size : int
+        Side of a crop in pixels after zooming.
+    """
     sampler = CropSampler(support, preprocess, crop_size, PLAIN)
-    probe = _new_probe(support, preprocess, cache)
+    new = Probe(cache.backbone.spec, support.classes, 1 if preprocess.channels == 1 else 3, alone=False)
     rng = np.random.default_rng(seed)
     limit = min(POINTS, max(1, ALL_POINTS // (len(slices) * (support.classes + 1))))
     columns: list[Tensor] = []
@@ -190,12 +142,66 @@ def _iter_points(
         for crop, points in zip(crops, drawn, strict=True):
             if len(points):
                 features = cache.encode([crop]).map(Tensor.cpu)
-                columns.append(_columns(probe, features, crop.image[None], points))
+                columns.append(_columns(new, features, crop.image[None], points))
                 labels.append(crop.labels[points[:, 0], points[:, 1]].long())
                 origins.append(torch.full((len(points),), index))
         yield TrainStep(number, len(slices), stage="probe")
     shares = torch.from_numpy(support.shares()).float()
-    return ProbePoints(torch.cat(columns), torch.cat(labels), torch.cat(origins), shares)
+    return ProbePoints(torch.cat(columns), torch.cat(labels), torch.cat(origins), shares, new)
+
+
+def fit_probe(points: ProbePoints, *, alone: bool = False) -> Probe:
+    """Fit a probe, on the CPU and in evaluation mode.
+
+    The weights of the pixels give each class the share that it has among the annotated pixels. The loss is the
+    cross-entropy with an L2 penalty, which is smaller for the intensities than for the features: there are many more of
+    these.
+
+    Parameters
+    ----------
+    alone : bool
+        Whether the probe is a student of its own.
+    """
+    probe = copy.deepcopy(points.new)
+    probe.alone = alone
+    end = points.columns.shape[1]
+    for layer in (probe.surroundings, probe.intensities):
+        start, end = end - layer.read, end - layer.read
+        maps = points.columns[:, start : start + layer.maps]
+        layer.knots.copy_(torch.quantile(maps, torch.linspace(*_RANGE, KNOTS), 0).T)
+    x = probe.columns(points.columns)
+    center, scale = x.mean(0), x.std(0) + 1e-5
+    penalties = torch.full((x.shape[1],), INTENSITY_PENALTY)
+    penalties[:end] = FEATURE_PENALTY
+    weights, bias = _regress(
+        (x - center) / scale, points.labels, points.weights, penalties / len(x), len(points.shares) - 1
+    )
+    weights = weights / scale
+    probe.set_weights(weights, bias - weights @ center)
+    return probe.eval().requires_grad_(False)
+
+
+def cross_fit(points: ProbePoints, device: Device) -> CrossFit:
+    """Fit a probe on all slices, and on these without each of at most `FOLDS` folds; all are put on the device."""
+    whole = fit_probe(points)
+    slices = points.slices.unique()
+    margins = torch.zeros(len(points.labels), len(points.shares) - 1)
+    judged = torch.zeros(len(points.labels), dtype=torch.bool)
+    without: dict[int, Probe] = {}
+    for fold in (slices[n::FOLDS] for n in range(min(FOLDS, len(slices)))):
+        inside = torch.isin(points.slices, fold)
+        if len(points.labels[~inside].unique()) == len(points.labels.unique()):
+            probe = fit_probe(points[~inside])
+            margins[inside] = _margins(probe, points[inside].columns)
+            without |= dict.fromkeys(fold.tolist(), probe)
+            judged |= inside
+    if not without:
+        return CrossFit(whole, {}, 0.0, None)
+    gain, offsets = _calibrate(margins[judged], points[judged])
+    for probe in {whole, *without.values()}:
+        probe.scale(gain, offsets)
+        probe.to(device.torch)
+    return CrossFit(whole, without, gain, _iou(gain * margins[judged] + offsets, points[judged]))
 
 
 def _draw(labels: Sequence[Array], classes: int, limit: int, rng: np.random.Generator) -> list[Int[Tensor, "n 2"]]:
@@ -216,25 +222,6 @@ def _columns(
     """Features and `Probe.maps` under the points of a crop."""
     maps = FeaturePyramid(tuple((part,) for part in probe.maps(image)), features.size)
     return torch.cat([point_features(features, points), point_features(maps, points)], 1)
-
-
-def _fit(probe: Probe, points: ProbePoints) -> Probe:
-    """Set the knots to quantiles of the intensities, and the weights to those of the regression; returns the probe."""
-    end = points.columns.shape[1]
-    for layer in (probe.surroundings, probe.intensities):
-        start, end = end - layer.read, end - layer.read
-        maps = points.columns[:, start : start + layer.maps]
-        layer.knots.copy_(torch.quantile(maps, torch.linspace(*_RANGE, KNOTS), 0).T)
-    x = probe.columns(points.columns)
-    center, scale = x.mean(0), x.std(0) + 1e-5
-    penalties = torch.full((x.shape[1],), INTENSITY_PENALTY)
-    penalties[:end] = FEATURE_PENALTY
-    weights, bias = _regress(
-        (x - center) / scale, points.labels, points.weights, penalties / len(x), len(points.shares) - 1
-    )
-    weights = weights / scale
-    probe.set_weights(weights, bias - weights @ center)
-    return probe.eval().requires_grad_(False)
 
 
 def _margins(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n k"]:

@@ -28,7 +28,8 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
 from distillfss_core.training.crops import PLAIN, CropSampler
 from distillfss_core.training.preparation import iter_prepare
-from distillfss_core.training.probe import CrossFit, _regress, iter_cross_fit
+from distillfss_core.training.probe import CrossFit, _regress, iter_points
+from distillfss_core.training.probe import cross_fit as fit_across
 from distillfss_core.types import IGNORE, AnnotatedSlice, GeneratorRun, finish
 from pictures import blobs
 
@@ -203,9 +204,8 @@ def test_a_probe_that_is_stopped_is_no_student(support, settings):
 def cross_fit(support: SupportSet, settings: DistillSettings, slices: range | None = None) -> CrossFit:
     device = choose_device("cpu", "float32")
     ready = finish(GeneratorRun(iter_prepare(support, replace(settings, zoom=Fraction(1)), device)))
-    run = iter_cross_fit(support, slices or range(len(support)), ready.preprocess, ready.cache, 96, 0)
-    fit: CrossFit = finish(GeneratorRun(run))
-    return fit
+    run = iter_points(support, slices or range(len(support)), ready.preprocess, ready.cache, 96, 0)
+    return fit_across(finish(GeneratorRun(run)), device)
 
 
 def test_gray_values_reach_a_student_through_its_probe(tiny):
