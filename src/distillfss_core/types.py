@@ -31,7 +31,7 @@ CLASS_COLORS: tuple[Rgb, ...] = (
 )
 """Colors of the classes 1, 2, ...: those of Okabe and Ito, distinct with every common kind of color blindness."""
 
-PREPARATION = ("load", "zoom", "orientation", "probe", "encode")
+PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode")
 """Stages of a run before its first training step."""
 
 Array = npt.NDArray[Any]
@@ -161,7 +161,7 @@ class TrainStep:
     losses, metrics : mapping of str to float
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
-        Preparation: "load", "zoom", "orientation", "probe" (nothing follows it where the method is that) or "encode".
+        Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode".
         Training: "refine", "joint", "distill" or "direct".
     """
 

@@ -38,6 +38,7 @@ _AFTER = {
     "orientation": "choosing the orientation",
     "encode": "preparing augmented crops",
     "probe": "fitting the probe",
+    "fit": "fitting the probe",
 }
 """Text for the work that follows a step of the preparation."""
 

@@ -50,7 +50,8 @@ def describe_expectation(training: Mapping[str, Any]) -> str | None:
     Returns
     -------
     str or None
-        None where nothing is known: one slice, scribbles, a zoom that was given, a warm start, a probe, an older file.
+        None where nothing is known: one slice, scribbles, a zoom that was given, a warm start, a probe, a training that
+        was stopped, an older file.
     """
     value = training.get("expected_iou")
     return None if value is None else f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices"

@@ -37,7 +37,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
-from distillfss_core.training.probe import WORTHLESS, ProbePoints, cross_fit, fit_probe, iter_points
+from distillfss_core.training.probe import WORTHLESS, ProbePoints, fit_probe, iter_cross_fit, iter_points
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
@@ -54,9 +54,8 @@ SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher a
 class DistillRun(Iterator[TrainStep]):
     """A training that runs step by step; `result` returns the best student so far.
 
-    The first steps prepare the training (stages "load", "zoom", "orientation", "encode"). Nothing is loaded or computed
-    before them. Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step
-    so far.
+    The first steps prepare the training (their stages are in `PREPARATION`). Nothing is loaded or computed before them.
+    Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
 
     Parameters
     ----------
@@ -132,6 +131,7 @@ class DistillRun(Iterator[TrainStep]):
             points = yield from self._iter_points(ready)
             self._probe = fit_probe(points, alone=True).to(self.device.torch)
             self._has_student = self._finished = True
+            yield TrainStep(1, 1, stage="fit")
             return
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
         few = is_trained and not self.support.planes_of_one_volume
@@ -166,7 +166,8 @@ class DistillRun(Iterator[TrainStep]):
 
     def _iter_evidence(self, ready: Prepared) -> Generator[TrainStep, None, None]:
         """Fit the probe whose margins are evidence for the student, if held-out slices show that it is worth it."""
-        fit = cross_fit((yield from self._iter_points(ready)), self.device)
+        points = yield from self._iter_points(ready)
+        fit = yield from iter_cross_fit(points, self.device)
         self._probe_card = {"probe_gain": round(fit.gain, 3), "probe_iou": fit.iou}
         if fit.gain >= WORTHLESS:
             self._probe, ready.cache.evidence_of = fit.whole, fit.evidence
@@ -252,11 +253,13 @@ class DistillRun(Iterator[TrainStep]):
     def _expected_iou(self) -> float | None:
         """Best IoU on held-out slices of what the student learns from: its teacher before the training, and its probe.
 
-        Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these.
+        Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these,
+        nor from a training that has not ended.
         """
         ready, _ = self._prepared()
         annotated = [float((s.labels != IGNORE).mean()) for s in self.support.slices]
-        if not ready.zoom_scores or len(annotated) == 1 or min(annotated) < DENSE or self.settings.method == "probe":
+        is_comparable = self._finished and self.settings.method != "probe"
+        if not is_comparable or not ready.zoom_scores or len(annotated) == 1 or min(annotated) < DENSE:
             return None
         return max(ready.zoom_scores[ready.preprocess.zoom], self._probe_card.get("probe_iou") or 0.0)
 

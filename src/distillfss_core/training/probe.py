@@ -181,20 +181,29 @@ def fit_probe(points: ProbePoints, *, alone: bool = False) -> Probe:
     return probe.eval().requires_grad_(False)
 
 
-def cross_fit(points: ProbePoints, device: Device) -> CrossFit:
-    """Fit a probe on all slices, and on these without each of at most `FOLDS` folds; all are put on the device."""
+def count_fits(points: ProbePoints) -> int:
+    """Number of probes that `iter_cross_fit` fits."""
+    return 1 + len(_folds(points))
+
+
+def iter_cross_fit(points: ProbePoints, device: Device) -> Generator[TrainStep, None, CrossFit]:
+    """Fit a probe on all slices, and on these without each of at most `FOLDS` folds; all are put on the device.
+
+    Yields a step of the stage "fit" after each of the `count_fits` probes.
+    """
+    total = count_fits(points)
     whole = fit_probe(points)
-    slices = points.slices.unique()
+    yield TrainStep(1, total, stage="fit")
     margins = torch.zeros(len(points.labels), len(points.shares) - 1)
     judged = torch.zeros(len(points.labels), dtype=torch.bool)
     without: dict[int, Probe] = {}
-    for fold in (slices[n::FOLDS] for n in range(min(FOLDS, len(slices)))):
+    for number, fold in enumerate(_folds(points), 2):
         inside = torch.isin(points.slices, fold)
-        if len(points.labels[~inside].unique()) == len(points.labels.unique()):
-            probe = fit_probe(points[~inside])
-            margins[inside] = _margins(probe, points[inside].columns)
-            without |= dict.fromkeys(fold.tolist(), probe)
-            judged |= inside
+        probe = fit_probe(points[~inside])
+        margins[inside] = _margins(probe, points[inside].columns)
+        without |= dict.fromkeys(fold.tolist(), probe)
+        judged |= inside
+        yield TrainStep(number, total, stage="fit")
     if not without:
         return CrossFit(whole, {}, 0.0, None)
     gain, offsets = _calibrate(margins[judged], points[judged])
@@ -202,6 +211,13 @@ def cross_fit(points: ProbePoints, device: Device) -> CrossFit:
         probe.scale(gain, offsets)
         probe.to(device.torch)
     return CrossFit(whole, without, gain, _iou(gain * margins[judged] + offsets, points[judged]))
+
+
+def _folds(points: ProbePoints) -> list[Int[Tensor, " s"]]:
+    """Slices that are held out together; not those without which a class is not shown."""
+    slices, classes = points.slices.unique(), len(points.labels.unique())
+    folds = [slices[n::FOLDS] for n in range(min(FOLDS, len(slices)))]
+    return [fold for fold in folds if len(points.labels[~torch.isin(points.slices, fold)].unique()) == classes]
 
 
 def _draw(labels: Sequence[Array], classes: int, limit: int, rng: np.random.Generator) -> list[Int[Tensor, "n 2"]]:

@@ -26,10 +26,10 @@ from distillfss_core.nn.probe import Probe
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
+from distillfss_core.training import probe as fitting
 from distillfss_core.training.crops import PLAIN, CropSampler
 from distillfss_core.training.preparation import iter_prepare
-from distillfss_core.training.probe import CrossFit, _regress, iter_points
-from distillfss_core.training.probe import cross_fit as fit_across
+from distillfss_core.training.probe import CrossFit, ProbePoints, _regress, count_fits, iter_cross_fit, iter_points
 from distillfss_core.types import IGNORE, AnnotatedSlice, GeneratorRun, finish
 from pictures import blobs
 
@@ -188,7 +188,7 @@ def test_a_probe_has_no_steps_to_choose_from(support, settings):
         iter_distill(support, replace(settings, validation_slice=1))
     run = iter_distill(SupportSet(tuple(blobs(i) for i in range(9)), ("blob",)), settings)
     stages = [(step.stage, step.index) for step in run]
-    assert stages == [("load", 1), *[("probe", i) for i in range(1, 10)]]
+    assert stages == [("load", 1), *[("probe", i) for i in range(1, 10)], ("fit", 1)]
     assert run.result().training["validation_slice"] is None
 
 
@@ -201,11 +201,42 @@ def test_a_probe_that_is_stopped_is_no_student(support, settings):
         run.result()
 
 
-def cross_fit(support: SupportSet, settings: DistillSettings, slices: range | None = None) -> CrossFit:
+def draw_points(support: SupportSet, settings: DistillSettings) -> ProbePoints:
     device = choose_device("cpu", "float32")
     ready = finish(GeneratorRun(iter_prepare(support, replace(settings, zoom=Fraction(1)), device)))
-    run = iter_points(support, slices or range(len(support)), ready.preprocess, ready.cache, 96, 0)
-    return fit_across(finish(GeneratorRun(run)), device)
+    return finish(GeneratorRun(iter_points(support, range(len(support)), ready.preprocess, ready.cache, 96, 0)))
+
+
+def cross_fit(support: SupportSet, settings: DistillSettings) -> CrossFit:
+    points = draw_points(support, settings)
+    return finish(GeneratorRun(iter_cross_fit(points, choose_device("cpu", "float32"))))
+
+
+@pytest.mark.parametrize("case", ["each slice", "folds", "one slice", "a class alone"])
+def test_each_fit_is_a_step_and_their_number_is_known_before(settings, monkeypatch, case):
+    monkeypatch.setattr(fitting, "FOLDS", 2 if case == "folds" else 8)
+    slices = [blobs(i, classes=2) for i in range(1 if case == "one slice" else 3)]
+    if case == "a class alone":
+        slices[1:] = [replace(s, labels=np.where(s.labels == 2, 0, s.labels).astype(np.uint8)) for s in slices[1:]]
+    points = draw_points(SupportSet(tuple(slices), ("bright", "dark")), settings)
+    total = {"each slice": 4, "folds": 3, "one slice": 1, "a class alone": 3}[case]
+    assert count_fits(points) == total
+    steps = list(iter_cross_fit(points, choose_device("cpu", "float32")))
+    assert [(step.stage, step.index, step.total) for step in steps] == [("fit", n + 1, total) for n in range(total)]
+
+
+def test_a_run_that_is_closed_between_two_fits_fits_no_further_probe(support, tiny, monkeypatch):
+    fits: list[ProbePoints] = []
+    fit_probe = fitting.fit_probe
+    monkeypatch.setattr(fitting, "fit_probe", lambda points: fits.append(points) or fit_probe(points))
+    run = iter_distill(support, replace(tiny, steps=4))
+    while (step := next(run)).stage != "fit" or step.index < 2:
+        pass
+    assert step.total == 4
+    run.close()
+    assert list(run) == []
+    assert len(fits) == 2
+    assert run.result().probe is None
 
 
 def test_gray_values_reach_a_student_through_its_probe(tiny):
@@ -264,6 +295,20 @@ def test_a_single_slice_leaves_nothing_to_hold_out(support, tiny):
     model = distill(SupportSet(support.slices[:1], support.class_names), replace(tiny, steps=2))
     assert model.probe is None
     assert (model.training["probe_gain"], model.training["probe_iou"]) == (0.0, None)
+
+
+def test_a_training_that_was_stopped_states_no_iou_to_expect(support, tiny):
+    run = iter_distill(support, replace(tiny, steps=3, zoom="auto"))
+    while next(run).is_preparation:
+        pass
+    for _ in range(2):
+        assert run.result(measure_halo=False).training["expected_iou"] is None
+        next(run)
+    run.close()
+    assert run.result().training["expected_iou"] is None
+    whole = iter_distill(support, replace(tiny, steps=1, zoom="auto"))
+    assert [step.index for step in whole][-1] == 1
+    assert whole.result().training["expected_iou"] is not None
 
 
 @pytest.mark.parametrize("case", ["whole", "strokes", "one slice", "given zoom"])
