@@ -38,7 +38,7 @@ from .settings import DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
-from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, finish
+from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, describe_step, finish
 from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
 
 __version__: str
@@ -92,6 +92,7 @@ __all__ = [
     "connect",
     "count_choices",
     "describe_expectation",
+    "describe_step",
     "distill",
     "evaluate",
     "export_bioimageio",

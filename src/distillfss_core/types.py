@@ -34,6 +34,23 @@ CLASS_COLORS: tuple[Rgb, ...] = (
 PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode")
 """Stages of a run before its first training step."""
 
+_STAGES = {
+    "load": "loading the backbone",
+    "zoom": "choosing the zoom",
+    "orientation": "choosing the orientation",
+    "probe": "drawing pixels for the probe",
+    "fit": "fitting the probe",
+    "encode": "preparing augmented crops",
+    "refine": "training the teacher",
+    "joint": "training",
+    "direct": "training",
+    "distill": "distilling",
+    "pretrain": "meta-training",
+    "looking": "looking at planes",
+    "judge": "comparing with the truth",
+}
+_FOLLOWING = {"load": "zoom", "probe": "fit", "fit": "encode"}
+
 Array = npt.NDArray[Any]
 
 P = ParamSpec("P")
@@ -175,6 +192,31 @@ class TrainStep:
     def is_preparation(self) -> bool:
         """Whether the step precedes the training, so that no weights have changed yet."""
         return self.stage in PREPARATION
+
+
+def describe_step(step: TrainStep) -> str:
+    """A phrase for what a run is doing and how far it is, such as "training, 120 of 300, loss 0.21".
+
+    After the last step of a stage of the preparation, it is the name of the stage that follows, where that is certain.
+
+    Parameters
+    ----------
+    step : TrainStep
+        A stage without a text of its own is called by its name.
+
+    Examples
+    --------
+    >>> describe_step(TrainStep(2, 3, stage="zoom"))
+    'choosing the zoom, 2 of 3'
+    >>> describe_step(TrainStep(120, 300, {"student": 0.16, "teacher": 0.05}, stage="joint"))
+    'training, 120 of 300, loss 0.21'
+    >>> describe_step(TrainStep(8, 8, stage="probe"))
+    'fitting the probe'
+    """
+    if step.stage in _FOLLOWING and step.index == step.total:
+        return _STAGES[_FOLLOWING[step.stage]]
+    phrase = f"{_STAGES.get(step.stage, step.stage)}, {step.index} of {step.total}"
+    return f"{phrase}, loss {sum(step.losses.values()):.2g}" if step.losses else phrase
 
 
 def evenly(length: int, limit: int) -> list[int]:

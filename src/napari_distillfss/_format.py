@@ -15,21 +15,6 @@ _BLOCK = 1 << 23  # voxels that the engine works on at a time, about
 _FIXED = 900 << 20  # libraries and a backbone
 
 
-_STAGES = {
-    "joint": "training",
-    "direct": "training",
-    "refine": "training the teacher",
-    "distill": "distilling",
-    "looking": "looking at planes",
-}
-"""Text for stages of a training and of other work; others have their own name."""
-
-
-def stage(name: str) -> str:
-    """Text for a stage of some work."""
-    return _STAGES.get(name, name)
-
-
 def sentence(text: str) -> str:
     """The text with a capital letter, unless it begins with the name of a file, as in "stack.tif: ..."."""
     first = text.partition(" ")[0]

@@ -32,17 +32,6 @@ Work = Callable[[Event], Generator[Any, None, Any]]
 """Given the event that asks it to stop, yields its progress and returns what came of it."""
 
 
-_AFTER = {
-    "load": "choosing the zoom",
-    "zoom": "choosing the zoom",
-    "orientation": "choosing the orientation",
-    "encode": "preparing augmented crops",
-    "probe": "fitting the probe",
-    "fit": "fitting the probe",
-}
-"""Text for the work that follows a step of the preparation."""
-
-
 @dataclass(frozen=True)
 class Doing:
     """Text for work that has no steps to count."""
@@ -144,7 +133,7 @@ def iter_training(
             run.close()
             return None
         begun = not step.is_preparation
-        yield Doing(_AFTER[step.stage]) if step.is_preparation else step
+        yield step
         if stop.is_set():
             run.close()
             break

@@ -39,11 +39,6 @@ def test_a_line_begins_with_a_capital_letter_unless_with_a_file(text, sentence):
     assert fmt.sentence(text) == sentence
 
 
-def test_stages_are_named_in_words_of_users():
-    assert fmt.stage("joint") == "training"
-    assert fmt.stage("importing") == "importing"
-
-
 @pytest.mark.parametrize(("count", "digits", "text"), [(1_566_000_000, 2, "1.6 GB"), (1_566_000_000, 3, "1.57 GB")])
 def test_sizes_have_as_many_digits_as_needed(count, digits, text):
     assert fmt.size(count, digits) == text
@@ -56,15 +51,23 @@ def test_progress_of_a_training_names_what_goes_on(qtbot):
     from napari_distillfss._widgets._common import JobBar
 
     def work(stop):
-        yield Doing("choosing the zoom")
-        yield TrainStep(1, 10, stage="joint")
+        yield Doing("loading the backbone")
+        yield TrainStep(1, 4, stage="fit")
+        yield TrainStep(2, 4, stage="fit")
+        yield TrainStep(4, 4, stage="fit")
+        yield TrainStep(1, 10, {"student": 0.5}, stage="joint")
 
     job = Job()
     bar = JobBar(job, cancel="stop")
     qtbot.addWidget(bar)
-    texts = []
+    texts, ranges = [], []
     job.stepped.connect(lambda _: texts.append(bar.text.text()))
+    job.stepped.connect(lambda _: ranges.append((bar.bar.value(), bar.bar.maximum())))
     with qtbot.waitSignal(job.ended):
         job.start(work)
-    assert texts[0] == "Choosing the zoom"
-    assert texts[1].startswith("Training, about ")
+    assert texts[0] == "Loading the backbone"
+    assert texts[1].startswith("Fitting the probe, 1 of 4, about ")
+    assert texts[3] == "Preparing augmented crops"  # which is what follows
+    assert texts[4].startswith("Training, 1 of 10, loss 0.5, about ")
+    assert ranges[1:3] == [(1, 4), (2, 4)]
+    assert (ranges[0][1], ranges[3][1]) == (0, 0)  # without a number of steps

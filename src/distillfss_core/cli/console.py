@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.stopping import check_stopped
 from distillfss_core.errors import ImageError, IntensityWarning, printable
+from distillfss_core.types import describe_step
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 FINE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 130
+_BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"  # the steps are in the description
 
 
 def add_common(
@@ -180,7 +182,7 @@ def source_named(source: str) -> Iterator[None]:
 
 
 def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
-    """Move a bar to the present step of a training, under the name of its stage.
+    """Move a bar to the present step of a training, under a phrase for what it is doing.
 
     Raises
     ------
@@ -190,9 +192,10 @@ def show_step(bar: tqdm[NoReturn], step: TrainStep) -> None:
     check_stopped()
     if bar.disable:
         return
+    bar.bar_format = _BAR
+    bar.set_description(describe_step(step), refresh=False)
     if bar.total != step.total or step.index < bar.n:  # another stage
         bar.reset(step.total)
-    bar.set_description(step.stage, refresh=False)
     if "iou" in step.metrics:
         bar.set_postfix(iou=f"{step.metrics['iou']:.3f}", refresh=False)
     bar.update(step.index - bar.n)

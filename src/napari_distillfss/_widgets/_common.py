@@ -262,14 +262,18 @@ class JobBar(QWidget):
             self._tell(step.text)
         if not hasattr(step, "total"):
             return
-        if self.bar.maximum() != step.total:
+        what = core.describe_step(step) if isinstance(step, core.TrainStep) else getattr(step, "stage", "")
+        if step.index == step.total:  # of this stage; how long the next one takes is not known
+            self.bar.setRange(0, 0)
+            self._tell(what or "finishing")
+            return
+        if self.bar.maximum() != step.total or step.index < self.bar.value():  # another stage
             self._pace = fmt.Pace()
         self.bar.setRange(0, step.total)
         self.bar.setValue(step.index)
         eta = getattr(step, "eta", None)
         left = self._pace.left(step.index, step.total) if eta is None else eta
-        stage = getattr(step, "stage", "")
-        self._tell(f"{fmt.stage(stage) + ', ' if stage else ''}about {fmt.duration(left)} left")
+        self._tell(", ".join(filter(None, (what, f"about {fmt.duration(left)} left"))))
 
     def _on_job_done(self) -> None:
         if not self._job.was_stopped and self._is_out_of_sight():

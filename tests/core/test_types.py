@@ -1,0 +1,31 @@
+"""Values of all layers."""
+
+from __future__ import annotations
+
+import pytest
+
+from distillfss_core.types import PREPARATION, TrainStep, describe_step
+
+
+@pytest.mark.parametrize("stage", PREPARATION)
+def test_every_stage_of_the_preparation_has_a_phrase_and_counts_its_steps(stage):
+    phrase, comma, count = describe_step(TrainStep(2, 5, stage=stage)).partition(", ")
+    assert phrase not in (stage, "")
+    assert (comma, count) == (", ", "2 of 5")
+
+
+@pytest.mark.parametrize(
+    ("stage", "following"),
+    [("load", "choosing the zoom"), ("probe", "fitting the probe"), ("fit", "preparing augmented crops")],
+)
+def test_after_its_last_step_a_stage_is_called_by_what_follows(stage, following):
+    assert describe_step(TrainStep(5, 5, stage=stage)) == following
+
+
+def test_the_loss_of_a_training_step_is_the_sum_of_its_terms():
+    step = TrainStep(7, 300, {"student": 0.25, "teacher": 0.5}, stage="distill")
+    assert describe_step(step) == "distilling, 7 of 300, loss 0.75"
+
+
+def test_a_stage_without_a_text_is_called_by_its_name():
+    assert describe_step(TrainStep(1, 2, stage="importing")) == "importing, 1 of 2"
