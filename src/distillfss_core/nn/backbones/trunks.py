@@ -21,7 +21,11 @@ Stages = tuple[tuple[Tensor, ...], ...]
 """Fine to coarse; a tensor "b c h w" a block."""
 
 STEM = -1
-_TAPS: dict[Family, tuple[int, ...]] = {"efficientnet": (0, 1, 2, 4, 5), "mobilenetv4": (STEM, 0, 1, 2, 3)}
+_TAPS: dict[Family, tuple[int, ...]] = {
+    "efficientnet": (0, 1, 2, 4, 5),
+    "mobilenetv4": (STEM, 0, 1, 2, 3),
+    "lcnet": (0, 1, 2, 4, 5),
+}
 _TIMM_ARGS: dict[Family, dict[str, Any]] = {
     "swin": {"strict_img_size": False},
     "vit": {"dynamic_img_size": True, "num_classes": 0},
@@ -29,7 +33,7 @@ _TIMM_ARGS: dict[Family, dict[str, Any]] = {
 
 
 class EfficientNetTrunk(nn.Module):
-    """EfficientNet-Lite and MobileNetV4: the last blocks of some of timm's stages, or the stem."""
+    """EfficientNet-Lite, MobileNetV4 and LCNet: the last blocks of some of timm's stages, or the stem."""
 
     def __init__(self, net: Any, spec: BackboneSpec) -> None:
         super().__init__()
@@ -153,6 +157,7 @@ class VitTrunk(nn.Module):
 _TRUNKS: dict[Family, type[nn.Module]] = {
     "efficientnet": EfficientNetTrunk,
     "mobilenetv4": EfficientNetTrunk,
+    "lcnet": EfficientNetTrunk,
     "resnet": ResNetTrunk,
     "convnext": ConvNeXtTrunk,
     "swin": SwinTrunk,
