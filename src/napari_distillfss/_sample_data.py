@@ -33,7 +33,7 @@ def _generate(kind: str) -> Sample:
         from napari_distillfss._threads import wait_for
     except ImportError:  # without napari or Qt there is no window
         return generate_sample(kind)
-    sample: Sample = wait_for(lambda: generate_sample(kind), f"DistillFSS: generating {kind}")
+    sample: Sample = wait_for(lambda: generate_sample(kind), f"Generation of {kind}")
     return sample
 
 

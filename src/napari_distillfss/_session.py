@@ -75,7 +75,7 @@ class Session:
 
     @property
     def busy(self) -> str:
-        """Name of the running job; empty if there is none. One job runs at a time."""
+        """Noun for the running job; empty if there is none. One job runs at a time."""
         return self._busy
 
     @busy.setter

@@ -35,7 +35,7 @@ class Job(QObject):
     session : Session, optional
         Whose other jobs have to wait; without one this job minds no other.
     name : str
-        What is going on while it runs: "distilling".
+        A noun for the work, with a capital letter: "Training".
     """
 
     started = Signal()
@@ -44,7 +44,7 @@ class Job(QObject):
     failed = Signal(str)
     ended = Signal()
 
-    def __init__(self, session: Session | None = None, name: str = "busy", parent: QObject | None = None) -> None:
+    def __init__(self, session: Session | None = None, name: str = "Work", parent: QObject | None = None) -> None:
         super().__init__(parent)
         self._session, self._name = session, name
         self._stop: Event | None = None
@@ -54,7 +54,7 @@ class Job(QObject):
 
     @property
     def name(self) -> str:
-        """What is going on while it runs."""
+        """A noun for the work."""
         return self._name
 
     @property
@@ -75,10 +75,16 @@ class Job(QObject):
         """
         busy = self._session.busy if self._session else self._name if self.running else ""
         if busy:
-            raise core.DistillFSSError(f"already {busy}; cancel that, or wait until it has ended")
+            raise core.DistillFSSError(f"{busy} is running; cancel it, or wait until it has ended")
 
-    def start(self, work: Work) -> None:
+    def start(self, work: Work, name: str | None = None) -> None:
         """Start work in a thread.
+
+        Parameters
+        ----------
+        work : function
+        name : str, optional
+            A noun for this and later work, where a job does various.
 
         Raises
         ------
@@ -86,6 +92,7 @@ class Job(QObject):
             If some work is going on already.
         """
         self.check_free()
+        self._name = name or self._name
         stop, out = Event(), _Out()
         self._stop = stop
         out.step.connect(self._on_step)
@@ -119,15 +126,17 @@ class Job(QObject):
             raise outcome  # a bug: seen as every other in napari
 
 
-def wait_for(function: Callable[[], Any], text: str) -> Any:
+def wait_for(function: Callable[[], Any], name: str) -> Any:
     """Run a function in another thread and return its result, while the window is drawn and shows progress.
+
+    The activity dock has the noun ``name`` for it.
 
     Clicks and keys wait until it has ended. Without a window, or in another thread, the function is simply called.
     """
     application = QCoreApplication.instance()
     if application is None or QThread.currentThread() is not application.thread():
         return function()
-    job, loop = Job(name=text), QEventLoop()
+    job, loop = Job(name=name), QEventLoop()
     results: list[Any] = []
     errors: list[Exception] = []
 
@@ -139,7 +148,7 @@ def wait_for(function: Callable[[], Any], text: str) -> Any:
             errors.append(error)
 
     job.ended.connect(loop.quit)
-    with progress(desc=text, total=0, file=StringIO()):
+    with progress(desc=f"DistillFSS: {name}", total=0, file=StringIO()):
         job.start(work)
         loop.exec(QEventLoop.ProcessEventsFlag.ExcludeUserInputEvents)
     if errors:

@@ -149,7 +149,7 @@ def test_a_second_run_waits_for_the_first(dock, qtbot, painted_truth):
     dock.distill.start()
     assert not dock.distill.distill.isEnabled()
     dock.distill.start()
-    assert "already training" in dock.distill.message.text()
+    assert "Training is running; cancel it, or wait" in dock.distill.message.text()
     finish(qtbot, dock)
     assert dock.distill.distill.isEnabled()
 
@@ -222,6 +222,42 @@ def test_closing_while_a_gpu_is_looked_for_leaves_nothing_to_answer(viewer, nucl
     with qtbot.waitSignal(looking.ended):  # an error in between fails this test
         closed.set()
     qtbot.waitUntil(lambda: not any("distillfss" in t.name for t in enumerate()), timeout=60_000)
+
+
+def test_no_delayed_call_outlives_the_dock(viewer, nuclei, qtbot, tmp_path):
+    from superqt.utils import QSignalDebouncer
+
+    from napari_distillfss._widgets.dock import DistillDock
+
+    dock = DistillDock(viewer, tmp_path / "kept")
+    owners = [dock, *dock.findChildren(QWidget)]
+    kind = QSignalDebouncer.__base__
+    delayed = [later for owner in owners for later in vars(owner).values() if isinstance(later, kind)]
+    assert len(delayed) == 5  # of strokes, planes, teachers, sliders and pieces
+    called = []
+    for later in delayed:
+        later.setTimeout(20)
+        later.triggered.connect(lambda: called.append(None))
+        later()
+    dock.session.close()
+    delayed[0]()  # also one that comes late
+    with qtbot.waitSignal(dock.destroyed):
+        dock.deleteLater()
+    qtbot.wait(100)
+    assert not called
+
+
+def test_written_pieces_are_shown_now_and_then(dock, qtbot):
+    looks = []
+    dock.apply.layer = type("Layer", (), {"refresh": lambda self: looks.append(None)})()
+    step = type("Step", (), {"level": 0})()
+    dock.apply._soon.setTimeout(100)
+    for _ in range(3):
+        dock.apply._on_job_stepped(step)
+    assert not looks
+    qtbot.waitUntil(lambda: bool(looks))
+    qtbot.wait(150)
+    assert len(looks) == 1
 
 
 def test_two_viewers_on_one_image_do_not_share_annotations(dock, sample, open_dock, tmp_path):
@@ -667,7 +703,7 @@ def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtb
     assert not applying.apply.apply.isEnabled()
     for section, start in ((applying.apply, applying.apply.start), (applying.distill, applying.distill.start)):
         start()
-        assert "already segmenting" in section.message.text()
+        assert "Segmentation is running; cancel it, or wait" in section.message.text()
     assert applying.apply.layer is layer
     held.set()
     finish(qtbot, applying)

@@ -65,10 +65,10 @@ def test_a_bug_is_seen_in_the_windows_thread(qtbot):
 
 def test_a_second_job_of_a_session_waits(qtbot, tmp_path):
     session = Session(tmp_path)
-    first, second = Job(session, "distilling"), Job(session, "segmenting")
+    first, second = Job(session, "Training"), Job(session, "Segmentation")
     with qtbot.waitSignal(first.stepped):
         first.start(counting)
-    with pytest.raises(DistillFSSError, match="already distilling"):
+    with pytest.raises(DistillFSSError, match="Training is running; cancel it, or wait until it has ended"):
         second.start(counting)
     with qtbot.waitSignal(first.ended):
         session.close()
@@ -170,10 +170,10 @@ def test_the_window_is_drawn_while_it_waits_for_a_function(qtbot):
         threads.append(threading.current_thread())
         return begun.wait(10)  # true only if the timer has ticked meanwhile
 
-    assert wait_for(function, "generating") is True
+    assert wait_for(function, "Generation of nuclei") is True
     timer.stop()
     assert threads != [threading.main_thread()]
-    assert shown[0] == ["generating"]
+    assert shown[0] == ["DistillFSS: Generation of nuclei"]
     assert not progress._all_instances
 
 
@@ -182,4 +182,4 @@ def test_an_error_of_a_function_that_is_waited_for_is_raised(qtbot):
         raise DistillFSSError("no stack")
 
     with pytest.raises(DistillFSSError, match="no stack"):
-        wait_for(fails, "generating")
+        wait_for(fails, "Generation of nuclei")

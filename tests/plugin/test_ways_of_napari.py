@@ -10,6 +10,7 @@ from napari.utils import progress
 from napari.utils.notifications import notification_manager
 
 from distillfss_core import ImageError, TrainStep
+from napari_distillfss._session import Session
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import JobBar
 
@@ -29,7 +30,7 @@ def told():
 
 @pytest.fixture
 def bar(qtbot):
-    made = JobBar(Job(name="counting"), cancel="Stop")
+    made = JobBar(Job(name="Object count"), cancel="Stop")
     qtbot.addWidget(made)
     return made
 
@@ -65,7 +66,7 @@ def test_progress_is_in_the_activity_dock_while_a_job_runs(bar, qtbot):
 
     job.stepped.connect(lambda _: seen.append([(p.desc, p.n, p.total) for p in progress._all_instances]))
     job.start(work)
-    assert [p.desc for p in progress._all_instances] == ["DistillFSS: counting"]
+    assert [p.desc for p in progress._all_instances] == ["DistillFSS: Object count"]
     qtbot.waitUntil(lambda: len(seen) == 2)
     go_on.set()
     qtbot.waitUntil(lambda: not job.running)
@@ -86,9 +87,31 @@ def test_the_end_of_a_job_is_notified_where_it_cannot_be_seen(bar, qtbot, told, 
     bar._job.started.connect(lambda: holder.setVisible(is_shown))
     bar._job.start(work)
     qtbot.waitUntil(lambda: not bar._job.running)
-    ended = "DistillFSS: counting has failed: no image" if fails else "DistillFSS: counting is finished"
+    ended = "DistillFSS: Object count has failed: no image" if fails else "DistillFSS: Object count is finished"
     assert told() == ([] if is_shown else [ended])
     assert not progress._all_instances
+
+
+def test_every_job_of_the_dock_has_a_noun(dock):
+    names = {job.name for job in dock.findChildren(Job)} - {Job().name}
+    assert {"Training", "Segmentation", "Batch segmentation", "Object count", "Label export"} <= names
+    for name in names:
+        assert name[0].isupper()
+        assert not any(word.endswith("ing") for word in name.split() if word not in ("Training", "loading"))
+
+
+def test_a_job_that_does_various_work_has_the_noun_of_the_latest(qtbot, tmp_path):
+    session, seen = Session(tmp_path), []
+    job = Job(session, "Slice suggestion")
+    job.started.connect(lambda: seen.append((job.name, session.busy)))
+
+    def work(stop):
+        yield TrainStep(1, 2)
+
+    for name in (None, "Label import"):
+        with qtbot.waitSignal(job.ended):
+            job.start(work, name)
+    assert seen == [("Slice suggestion",) * 2, ("Label import",) * 2]
 
 
 def test_a_job_that_was_stopped_is_not_notified(bar, qtbot, told):

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from napari.utils import progress
 from napari.utils.notifications import show_info, show_warning
@@ -33,9 +33,12 @@ from qtpy.QtWidgets import (
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
+from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._colors import ERROR
+
+Later = TypeVar("Later", bound=QObject)
 
 _LINES = 3  # of text that a message has room for
 _ANY_HEIGHT = 100_000  # pixels
@@ -397,6 +400,15 @@ def choose_output(parent: QWidget, title: str, start: Path, suffixes: tuple[str,
     if path.exists() and QMessageBox.question(parent, title, f"{path} is already there. Replace it?") != yes:
         return None
     return path
+
+
+def until_closed(session: Session, later: Later) -> Later:
+    """A delayed call of superqt that is dropped, as all later ones are, once the session has ended.
+
+    So nothing runs on widgets that are gone.
+    """
+    session.closed.connect(lambda: later.blockSignals(True))
+    return later
 
 
 def attempt(message: Message, action: Callable[[], object]) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QWidget
+from superqt.utils import qthrottled
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
@@ -43,6 +43,7 @@ from napari_distillfss._widgets._common import (
     combo,
     row,
     spin,
+    until_closed,
 )
 from napari_distillfss._widgets.batch import BatchWidget
 from napari_distillfss._widgets.mark import ObjectMark, middle_of
@@ -94,7 +95,7 @@ class ApplyWidget(QWidget):
         self.apply = button(
             "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
-        self.job = Job(session, "segmenting", self)
+        self.job = Job(session, "Segmentation", self)
         self.message = Message(_NO_MODEL)
         self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
         column(
@@ -112,10 +113,7 @@ class ApplyWidget(QWidget):
             self.message,
             Section("Many volumes", self.batch, tooltip="Folders of files, open layers, time points", unfolded=False),
         )
-        self._soon = QTimer(self)  # looking again takes the window a moment: not after every piece
-        self._soon.setSingleShot(True)
-        self._soon.setInterval(_LOOK_AGAIN)
-        self._soon.timeout.connect(self._on_soon)
+        self._soon = until_closed(session, qthrottled(self._show_again, timeout=_LOOK_AGAIN, leading=False))
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self._on_job_failed)
@@ -154,15 +152,17 @@ class ApplyWidget(QWidget):
         if isinstance(step, Written):
             self._written = True
             self._show(step.levels)
-        elif getattr(step, "level", None) == 0 and not self._soon.isActive():
-            self._soon.start()
+        elif getattr(step, "level", None) == 0:
+            self._soon()
 
-    def _on_soon(self) -> None:
+    def _show_again(self) -> None:
+        """Read the labels on screen again, which takes the window a moment: not after every piece."""
         if self.layer is not None:
             self.layer.refresh()
 
     def _on_job_ended(self) -> None:
-        self._on_soon()
+        self._soon.cancel()
+        self._show_again()
         if not self._written:
             if self._shown is None and self.layer is not None:
                 self.layer.visible = False
@@ -315,13 +315,13 @@ class ObjectsWidget(QWidget):
         self.radius.setToolTip("Radius of a typical object, in the unit of the pixel size, for the watershed")
         self.smallest = spin(1, 10**9, 20, "Objects of fewer voxels are left out")
         self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
-        self.job = Job(session, "counting", self)
+        self.job = Job(session, "Object count", self)
         self.table = ObjectTable()
         self.save_labels = button(
             "Labels as TIFF…", "Write the labels chosen above; counted objects are among them", self._on_save_labels
         )
         self.save_table = button("Table as CSV…", "Write the measures of the counted objects", self._on_save_table)
-        self.exporting = Job(session, "writing labels", self)
+        self.exporting = Job(session, "Label export", self)
         self.message = Message(_NO_LABELS)
         column(
             self,

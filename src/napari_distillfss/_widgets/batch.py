@@ -55,7 +55,7 @@ class BatchWidget(QWidget):
         self.replace = QCheckBox("Replace labels that are there")
         self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.run = button("Segment all", "Segment one volume after another. After a cancel it continues", self.start)
-        self.job = Job(session, "segmenting many volumes", self)
+        self.job = Job(session, "Batch segmentation", self)
         self.rows = QTableWidget(0, len(_COLUMNS))
         self.rows.setHorizontalHeaderLabels(_COLUMNS)
         self.rows.setToolTip("The report; click a row to read its note")

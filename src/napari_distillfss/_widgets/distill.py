@@ -35,7 +35,7 @@ class DistillWidget(QWidget):
             "Continue the training of the present model (the student) on the present slices, in a fifth of the steps",
             self.start_refining,
         )
-        self.job = Job(session, "training", self)
+        self.job = Job(session, "Training", self)
         self.plot = TrainingPlot()
         self.message = Message(_HINT)
         column(

@@ -43,7 +43,7 @@ class ModelWidget(QWidget):
         self.card.setAccessibleName("Model card")
         self.card.setToolTip("Model card; it is part of the file of the student")
         self.history = StudentHistory(session)
-        self.job = Job(session, "loading a model", self)
+        self.job = Job(session, "Model loading", self)
         self.message = Message("No model yet")
         column(
             self,

@@ -15,7 +15,7 @@ from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_lay
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
+from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, until_closed
 from napari_distillfss._widgets.support import colors_of
 
 STYLES = {"filled": (0.45, 0), "outlines": (0.9, 2), "dim": (0.2, 0)}
@@ -79,11 +79,11 @@ class PreviewWidget(QWidget):
             self._on_take_clicked,
         )
         self.take.setEnabled(False)
-        self.job = Job(session, "preparing the instant model", self)
+        self.job = Job(session, "Preparation of the instant model", self)
         self.message = Message(_NO_MODEL)
         self._latest = LatestJob(self)
-        self._soon = qdebounced(self._ask, timeout=_WAIT)
-        self._after_strokes = qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES)
+        self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
+        self._after_strokes = until_closed(session, qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES))
         self.shown["labels"].setChecked(True)
         column(
             self,
@@ -379,8 +379,6 @@ class PreviewWidget(QWidget):
 
     def _forget_viewer(self) -> None:
         self._latest.cancel()
-        self._soon.cancel()
-        self._after_strokes.cancel()
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)

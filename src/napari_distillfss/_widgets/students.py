@@ -47,7 +47,7 @@ class StudentHistory(QWidget):
         self.discard = button(
             "Remove…", "Move the chosen models, with the slices they learned from, to the trash", self._on_discard
         )
-        self.job = Job(session, "comparing models", self)
+        self.job = Job(session, "Model comparison", self)
         self.message = Message(lines=None)
         self._reading = LatestJob(self)
         buttons = row(self.restore, self.compare, self.discard)

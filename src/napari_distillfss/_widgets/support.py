@@ -40,7 +40,18 @@ from napari_distillfss._tasks import (
     pick,
 )
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, fit_rows, row, spin
+from napari_distillfss._widgets._common import (
+    JobBar,
+    Message,
+    attempt,
+    button,
+    column,
+    combo,
+    fit_rows,
+    row,
+    spin,
+    until_closed,
+)
 from napari_distillfss._widgets.classes import ClassList
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
@@ -49,6 +60,8 @@ KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, stri
 
 _MOST_ROWS = 2.5  # of slices that are shown at a time
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
+_WAIT = 300  # milliseconds without a stroke before its plane is counted
+_SUGGESTION, _IMPORT = "Slice suggestion", "Label import"
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +123,13 @@ class SupportWidget(QWidget):
         )
         self.restore = button("Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked)
         self.message = Message("Choose a volume first")
-        self.job = Job(session, "looking at slices", self)
-        self.selecting = Job(name="looking for slices that differ", parent=self)
+        self.job = Job(session, _SUGGESTION, self)
+        self.selecting = Job(name=_SUGGESTION, parent=self)
         self._question: _Question | None = None
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
         self._answered_question: _Question | None = None
         self._thumbnails = LatestJob(self)
-        self._soon = qdebounced(self._on_painted, timeout=300)
+        self._soon = until_closed(session, qdebounced(self._on_painted, timeout=_WAIT))
         importing = QWidget()
         column(importing, row(self.import_file, self.import_layer), row("Import as", self.kind), margin=0)
         column(
@@ -182,7 +195,8 @@ class SupportWidget(QWidget):
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
-        self._start(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop), self._show_suggested)
+        work: Work = lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop)  # noqa: E731
+        self._start(_SUGGESTION, work, self._show_suggested)
 
     def fill_rest(self) -> None:
         """Label all unlabeled pixels of the current plane as background."""
@@ -241,7 +255,8 @@ class SupportWidget(QWidget):
             self.message.warn(self._session.no_annotations)
             return
         z, shape = self.plane(), tuple(chosen.volume.shape[:3])
-        self._start(lambda stop: iter_import(annotations, path, shape, z, kind, stop), self._show_imported)
+        work: Work = lambda stop: iter_import(annotations, path, shape, z, kind, stop)  # noqa: E731
+        self._start(_IMPORT, work, self._show_imported)
 
     def import_from(self, layer: Any, kind: str = "masks") -> None:
         """Import the labels or shapes of a layer."""
@@ -266,7 +281,7 @@ class SupportWidget(QWidget):
                     raise core.SettingsError("the eraser is chosen; choose the class of the shapes")
                 outlines = outlines_of(layer, chosen, point, annotations.class_names, label)
                 work = lambda stop: iter_drawing(annotations, outlines, kind, stop)  # noqa: E731
-            self._start(work, self._show_imported)
+            self._start(_IMPORT, work, self._show_imported)
 
         attempt(self.message, start)
 
@@ -481,11 +496,11 @@ class SupportWidget(QWidget):
                 lambda stop: iter_different(question.chosen.volume, question.count, question.painted, stop)
             )
 
-    def _start(self, work: Work, show: Callable[[Any], None]) -> None:
+    def _start(self, name: str, work: Work, show: Callable[[Any], None]) -> None:
         """Start work on these annotations; ``show`` gets its result."""
 
         def start() -> None:
-            self.job.start(work)
+            self.job.start(work, name)
             self._then = (self._session.annotations, show)
 
         attempt(self.message, start)

@@ -25,7 +25,7 @@ from napari_distillfss._layers import (
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin
+from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin, until_closed
 
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
 
@@ -65,7 +65,7 @@ class VolumePicker(QWidget):
         for box in self.lead.values():
             box.valueChanged.connect(self._on_lead_edited)
         self.level.valueChanged.connect(self._on_choice_changed)
-        self._soon = qdebounced(self._on_slider_settled, timeout=_WAIT)
+        self._soon = until_closed(session, qdebounced(self._on_slider_settled, timeout=_WAIT))
         self.message = Message("No image layer yet. Open one, or try File > Open Sample > DistillFSS", lines=4)
         self.device = Message(lines=1)
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
@@ -236,7 +236,6 @@ class VolumePicker(QWidget):
         self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
         self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
         self._viewer.dims.events.current_step.disconnect(self._on_slider_moved)
-        self._soon.cancel()
 
 
 def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
