@@ -28,6 +28,7 @@ from .models.student import StudentModel
 from .nn.backbones import SPECS, Backbone, BackboneSpec, load_backbone
 from .nn.device import Device, choose_device, leave_a_core_free
 from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
+from .objects.outline import Proposal, propose_object
 from .process import may_change_process
 from .samples import Sample, generate_sample
 from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
@@ -69,6 +70,7 @@ __all__ = [
     "OutOfMemoryError",
     "OutputError",
     "PretrainSettings",
+    "Proposal",
     "Run",
     "Sample",
     "Scores",
@@ -113,6 +115,7 @@ __all__ = [
     "may_change_process",
     "open_volume",
     "plan_batch",
+    "propose_object",
     "read_card",
     "read_image",
     "read_labels",
