@@ -29,6 +29,8 @@ _NEAR_PLANE = 0.45  # the same for planes of one volume
 _TOLERANCE = 0.03  # of a quantile that a linear map explains, in parts of the range
 _EXPLAINED = 0.75  # share of the quantiles that a linear map explains, where the ranges differ
 _SURELY = 0.85  # the same, where one range lies within the other
+_SAME_GAIN = 0.03  # difference from 1 up to which two scales differ by an offset alone
+_SHIFT = 0.035  # of all gray values, in parts of the range; planes of one volume differ by up to 0.033
 _STEPS = 8  # gray values between the limits at least
 _SWAPPED = 6  # channels at most whose order is compared
 
@@ -162,13 +164,12 @@ def match_intensities(
     names = (support.range_text, sample.dtype.newbyteorder("=").name)
     values = _thinned(sample).astype(np.float64)
     learned = np.array(support.quantiles)
-    near = _NEAR_PLANE if is_plane else _NEAR
     if scope == "volume":
-        match = _match(support, values, sample.dtype, together, near)
+        match = _match(support, values, sample.dtype, together, is_plane)
         is_explained = match.warning == "" or not (match.gain is None or match.is_identity)
         recorded = values if is_explained else _without_fill(values)
         if len(recorded) < len(values):
-            match = _match(support, recorded, sample.dtype, together, near)
+            match = _match(support, recorded, sample.dtype, together, is_plane)
     else:
         match = _match_contrast(learned, _quantiles(values, support))
     match = match if match.warning else replace(match, warning=_other_order(learned, _quantiles(values, support)))
@@ -201,8 +202,9 @@ _ORDER = (
 )
 
 
-def _match(support: Intensities, values: F64, dtype: np.dtype[Any], together: bool, near: float) -> Match:
+def _match(support: Intensities, values: F64, dtype: np.dtype[Any], together: bool, is_plane: bool) -> Match:
     """`match_intensities` of a volume; the warning has places for both ranges."""
+    near = _NEAR_PLANE if is_plane else _NEAR
     learned = np.array(support.quantiles)
     own = _quantiles(values, support)
     channels = len(learned)
@@ -229,6 +231,9 @@ def _match(support: Intensities, values: F64, dtype: np.dtype[Any], together: bo
         elif gain > 0 and explained >= (_SURELY if fits else _EXPLAINED) and (moved > near or not fits):
             gains[group], offsets[group] = gain, offset
             warning = warning or (_COARSE if gain * (high - low) < _STEPS * step else "")
+        elif fits and not is_plane and abs(gain - 1) <= _SAME_GAIN:
+            shift = _shift(learned[group][:, _FIT], own[group][:, _FIT], step)
+            offsets[group] = shift if abs(shift) >= _SHIFT * (high - low) else 0.0
         elif not fits and np.ptp(reference) and np.ptp(present):
             warning, is_stretched = warning or _STRETCHED, True
     if is_stretched and not support.absolute:
@@ -282,6 +287,14 @@ def _linear_map(reference: F64, present: F64, step: float) -> tuple[float, float
         weights = 1 / np.maximum(np.abs(y - gain * x - offset), floor)
     tolerance = _TOLERANCE * min(float(np.ptp(y)), abs(gain) * float(np.ptp(x))) + step / 2
     return gain, offset, float((np.abs(y - gain * x - offset) <= tolerance).mean())
+
+
+def _shift(reference: F64, present: F64, step: float) -> float:
+    """The offset that nearly all quantiles have in common, to a quarter of it; 0 where they have none."""
+    offsets = (present - reference).ravel()
+    middle = float(np.median(offsets))
+    shares_it = np.abs(offsets - middle) <= max(step, abs(middle) / 4)
+    return middle if shares_it.mean() >= _SURELY else 0.0
 
 
 def _mirrored(reference: F64, present: F64, step: float) -> float:

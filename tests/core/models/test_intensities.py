@@ -49,6 +49,31 @@ def test_limits_follow_a_linear_map(gain: float, offset: float, dtype: str) -> N
     assert matched.fitted.high[0] == pytest.approx(gain * VOLUME.fitted.high[0] + offset, abs=0.02 * span)
 
 
+@pytest.mark.parametrize(("offset", "dtype"), [(90, "u2"), (300, "u2"), (90, "f4"), (-90, "i4"), (-90.5, "f8")])
+def test_limits_follow_a_small_offset_of_all_gray_values(offset: float, dtype: str) -> None:
+    matched, warning = VOLUME.matched_to((STACK.astype(float) + offset).astype(dtype), "stack")
+    assert warning == ""
+    assert matched.fitted.low[0] == pytest.approx(VOLUME.fitted.low[0] + offset, abs=5)
+    assert matched.fitted.high[0] == pytest.approx(VOLUME.fitted.high[0] + offset, abs=5)
+
+
+@pytest.mark.parametrize("kind", ["objects", "ground", "drift", "single plane", "within the scatter of planes"])
+def test_what_is_no_offset_of_all_gray_values_keeps_the_limits(kind: str) -> None:
+    """Brighter objects, a brighter ground or one brighter plane are content; planes of a volume differ by a little."""
+    stack = STACK.copy()
+    if kind == "objects":
+        stack[TRUTH > 0] += 300
+    elif kind == "ground":
+        stack[TRUTH == 0] += 120
+    elif kind == "drift":
+        stack = stack + np.linspace(0, 300, len(stack)).astype(np.uint16)[:, None, None]
+    elif kind == "single plane":
+        stack = stack[:1] + 90
+    else:
+        stack = stack + 60
+    assert VOLUME.matched_to(stack, "stack", is_plane=kind == "single plane") == (VOLUME, "")
+
+
 @pytest.mark.parametrize("balls", [0, 3, 9, 30, 50])
 @pytest.mark.parametrize("padded", [False, True])
 def test_another_part_of_the_specimen_keeps_the_limits(balls: int, padded: bool) -> None:
