@@ -21,15 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 import tifffile
-import zarr
 
 import distillfss_core as core
+from napari_distillfss._painted import PaintedArray
 
 UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLORS)
 BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
-_CHUNK = 512
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -75,15 +74,12 @@ class Annotations:
     def __init__(self, folder: Path, shape: Sequence[int], index: Any) -> None:
         self.folder, self.index = folder, index
         self._notes_path = folder / "notes.json"
-        self._shape = tuple(shape)
-        self._array: Any = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "owner").write_text(_process(os.getpid()))
-            if self._path.is_dir():
-                self._array = zarr.open_array(self._path, mode="r+")
+            self.array = PaintedArray(folder / "labels.zarr", tuple(shape))
         except OSError as error:
-            raise self._error(error) from error
+            raise core.OutputError(f"annotations cannot be kept in {folder}: {error.strerror or error}") from error
         notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
         classes = notes.get("classes", [{"name": "object", "color": COLORS[0]}])
         self._classes = tuple(
@@ -91,25 +87,6 @@ class Annotations:
         )  # as older files have it
         self._disabled: set[int] = set(notes.get("disabled", []))
         self._counts: dict[int, tuple[_Stamp, npt.NDArray[np.int64]]] = {}
-
-    @property
-    def array(self) -> Any:
-        """Zarr array of the painted labels; it is made at the first access.
-
-        Raises
-        ------
-        core.OutputError
-            If it cannot be made.
-        """
-        if self._array is None:
-            side = [1] * (len(self._shape) - 2) + [min(_CHUNK, n) for n in self._shape[-2:]]
-            try:
-                self._array = zarr.create_array(
-                    self._path, shape=self._shape, chunks=tuple(side), dtype="uint8", fill_value=0
-                )
-            except OSError as error:
-                raise self._error(error) from error
-        return self._array
 
     @property
     def classes(self) -> tuple[Class, ...]:
@@ -131,6 +108,7 @@ class Annotations:
 
     def planes(self) -> list[int]:
         """Numbers of the painted planes, ascending."""
+        self.array.write()
         index = self.index(1)
         numbers = {0}
         if 1 in index:  # where the axes have a z
@@ -140,9 +118,7 @@ class Annotations:
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:
         """Painted labels of a plane, shape (y, x)."""
-        if self._array is None:
-            return np.zeros(self._shape[-2:], np.uint8)
-        return np.asarray(self._array[self.index(z)])
+        return np.asarray(self.array[(*self.index(z), slice(None), slice(None))])
 
     def counts(self, z: int) -> npt.NDArray[np.int64]:
         """Number of pixels of each of the 256 labels; counted again only where files have changed."""
@@ -157,31 +133,28 @@ class Annotations:
     def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
         """Replace the painted labels of a plane."""
         self.array[self.index(z)] = labels
+        self.array.write()
 
     def remove(self, z: int) -> None:
         """Remove the painted labels of a plane."""
-        self.put(z, np.zeros(self._shape[-2:], np.uint8))
+        self.put(z, np.zeros(self.array.shape[-2:], np.uint8))
         self.enable(z)
 
     def close(self) -> None:
         """Release the folder for other processes; a folder without annotations is removed."""
+        self.array.write()
+        self.array.is_written_later = False  # a layer that is left in napari may still be painted into
         (self.folder / "owner").unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
 
-    def _error(self, error: OSError) -> core.OutputError:
-        return core.OutputError(f"annotations cannot be kept in {self.folder}: {error.strerror or error}")
-
-    @property
-    def _path(self) -> Path:
-        return self.folder / "labels.zarr"
-
     @property
     def _chunks(self) -> Path:
-        return self._path / "c"  # a chunk without labels has no file
+        return self.folder / "labels.zarr" / "c"  # a chunk without labels has no file
 
     def stamp(self, z: int) -> _Stamp:
         """Names and times of the files that hold a plane."""
+        self.array.write()
         folder = self._chunks.joinpath(*map(str, self.index(z)))
         files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
         stats = [os.stat(file) for file in files]

@@ -23,6 +23,9 @@ _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an arr
 FROM_FILE = "distillfss"
 """Key of a layer's metadata under which the file it shows, and how that was opened, are kept."""
 
+FIRST_NAME = "distillfss_name"
+"""Key of a layer's metadata under which its name is kept when it is first chosen."""
+
 LEAD_NAMES = {"t": "time", "c": "channel"}
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -64,6 +67,11 @@ class ChosenVolume:
         return str(self.layer.name)
 
     @property
+    def first_name(self) -> str:
+        """Name that the layer had when this was first asked. Annotations are under it, so a new name loses none."""
+        return str(self.layer.metadata.setdefault(FIRST_NAME, self.name))
+
+    @property
     def planes(self) -> int:
         return int(self.volume.shape[0])
 
@@ -102,12 +110,12 @@ class ChosenVolume:
         }
 
     def plane_at(self, point: Sequence[float]) -> int:
-        """Plane at a point of the world; the nearest plane for a point outside the volume."""
+        """Plane that napari shows at a point of the world; the nearest plane for a point outside the volume."""
         if "z" not in self.axes:
             return 0
         f = self.factors[0]
         z = (self.layer.world_to_data(point)[self.axes.index("z") - len(self.axes)] - (f - 1) / 2) / f
-        return int(np.clip(math.floor(z + 0.5), 0, self.planes - 1))
+        return int(np.clip(np.round(z), 0, self.planes - 1))  # as napari does, where a point lies between two planes
 
     def point_of(self, z: float, y: float | None = None, x: float | None = None) -> np.ndarray:
         """World coordinates of a voxel, one number for each axis of the layer; by default the middle of plane ``z``."""
@@ -199,6 +207,14 @@ def lead_at(layer: Image | Labels, point: Sequence[float]) -> dict[str, int]:
     """Positions at a point of napari's world along the axes of `lead_axes`, the nearest that the layer has."""
     places = zip(layer_axes(layer), layer.world_to_data(point[-layer.ndim :]), finest_shape(layer), strict=False)
     return {a: int(np.clip(round(float(place)), 0, n - 1)) for a, place, n in places if a in LEAD_NAMES}
+
+
+def is_at(layer: Image | Labels, point: Sequence[float], displayed: Sequence[int]) -> bool:
+    """Whether a layer has pixels at a point of napari's world, wherever that lies along the displayed axes."""
+    place = np.round(layer.world_to_data(point)[-layer.ndim :])
+    inside = (place >= 0) & (place < finest_shape(layer)[: layer.ndim])
+    shown = [axis - len(point) for axis in displayed]
+    return all(inside[axis] for axis in range(-layer.ndim, 0) if axis not in shown)
 
 
 def finest_shape(layer: Image | Labels) -> tuple[int, ...]:
@@ -465,7 +481,7 @@ class OnGrid:
 
 
 def move_layer(layer: Any, array: Any, place: Mapping[str, Any]) -> None:
-    """Show another array in a layer, at another place.
+    """Show another array in a layer, at another place. What is as before is left alone, as napari draws after each.
 
     A layer that stays is safe; napari may crash when layers are removed and added
     (docs/decisions/napari.md).
@@ -481,7 +497,9 @@ def move_layer(layer: Any, array: Any, place: Mapping[str, Any]) -> None:
     if layer.data is not array:
         layer.data = array
     for name, value in place.items():
-        setattr(layer, name, value)
+        present = getattr(layer, name)
+        if not (present == value if isinstance(present, tuple) else np.array_equal(present, value)):
+            setattr(layer, name, value)
 
 
 def camera_of(viewer: Any) -> Any:

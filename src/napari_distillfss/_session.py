@@ -256,6 +256,6 @@ class Session:
     def _open_annotations(self, chosen: ChosenVolume) -> None:
         root = self.folder / "annotations"
         identity = {**chosen.volume.identity, "lead": dict(chosen.lead), "factors": list(chosen.factors)}
-        folder = folder_for(root, chosen.name, identity, chosen.shape)
-        self.is_second_window = folder != own_folder(root, chosen.name, identity, chosen.shape)
+        folder = folder_for(root, chosen.first_name, identity, chosen.shape)
+        self.is_second_window = folder != own_folder(root, chosen.first_name, identity, chosen.shape)
         self.annotations = Annotations(folder, chosen.shape, chosen.index)

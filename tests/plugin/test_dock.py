@@ -999,6 +999,22 @@ def test_sliders_of_time_and_channel_are_those_of_the_dock(letter, viewer, open_
     assert dock.session.annotations.planes() == []
 
 
+def test_a_layer_with_another_name_keeps_its_annotations(viewer, open_dock, sample):
+    layer = viewer.add_image(np.stack([sample.image] * 2), name="series", axis_labels=("t", "z", "y", "x"))
+    dock = open_dock(viewer)
+    dock.support.rest.click()
+    folder, planes = dock.session.annotations.folder, dock.session.annotations.planes()
+    layer.name = "embryo"
+    for t in (1, 0):
+        dock.volume.lead["t"].setValue(t)
+    assert dock.session.annotations.folder == folder
+    assert dock.session.annotations.planes() == planes != []
+    assert dock.session.volume.name == "embryo"
+    dock.session.close()
+    again = open_dock(viewer, dock.session.folder)
+    assert again.session.annotations.planes() == planes
+
+
 def test_the_preview_of_a_corrected_plane_is_hidden_until_it_is_wanted_again(dock, viewer, qtbot, student):
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
         dock.model.load_from(student)

@@ -12,7 +12,7 @@ from napari.plugins import _initialize_plugins
 
 from distillfss_core import DistillFSSError
 from napari_distillfss._annotations import Annotations
-from napari_distillfss._layers import OnGrid, choose_layer, layer_of_file, lead_axes
+from napari_distillfss._layers import OnGrid, choose_layer, layer_of_file, lead_axes, move_layer
 
 STACK = np.arange(4 * 20 * 30, dtype=np.uint16).reshape(4, 20, 30)
 
@@ -218,3 +218,29 @@ def test_channels_after_z_are_not_taken_for_planes(axes, tmp_path):
     assert set(lead) == set(axes.lower()) & set("tc")
     chosen = choose_layer(layer, lead=lead)
     np.testing.assert_array_equal(chosen.volume.plane(2), data[1, 2, 1] if "T" in axes else data[2, 1])
+
+
+def test_the_plane_between_two_is_the_one_that_napari_shows(viewer):
+    image = np.arange(8, dtype=np.uint8)[:, None, None] * np.ones((16, 16), np.uint8)
+    layer = viewer.add_image(image, scale=(2, 1, 1))
+    viewer.add_image(np.zeros((16, 16, 16)), name="finer")
+    chosen = choose_layer(layer)
+    for step in range(15):
+        viewer.dims.set_current_step(0, step)
+        point = viewer.dims.point
+        assert chosen.plane_at(point) == layer.get_value((point[0], 8, 8), world=True)
+
+
+def test_a_layer_that_is_moved_along_one_axis_is_changed_in_that_alone(viewer):
+    image = viewer.add_image(np.zeros((3, 4, 16, 16)), axis_labels=("t", "z", "y", "x"), scale=(1, 2, 0.5, 0.5))
+    layer = viewer.add_labels(np.zeros((1, 4, 16, 16), np.uint8), **choose_layer(image).place())
+    changed = []
+    for name in ("scale", "translate", "rotate", "shear", "affine", "units", "axis_labels", "set_data"):
+        getattr(layer.events, name).connect(lambda event, name=name: changed.append(name))
+    place = choose_layer(image, lead={"t": 2}).place()
+    move_layer(layer, layer.data, place)
+    assert set(changed) <= {"translate", "set_data"}
+    np.testing.assert_array_equal(layer.translate, (2, 0, 0, 0))
+    changed.clear()
+    move_layer(layer, layer.data, place)
+    assert changed == []

@@ -5,7 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from qtpy.QtCore import QTimer
+import zarr
+from qtpy.QtCore import QEvent, QPointF, Qt, QTimer
+from qtpy.QtGui import QMouseEvent
+from qtpy.QtTest import QTest
+from qtpy.QtWidgets import QApplication
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -184,3 +188,92 @@ def test_volumes_of_other_shapes_take_over_the_layers(drawn, qtbot, sample, stud
         dock.support.layer.undo()
         assert not dock.session.annotations.planes()
         viewer.screenshot()
+
+
+def draw(viewer, start, end):
+    """Draw a line with the mouse between two points (y, x) of the world."""
+    canvas = viewer.window._qt_viewer.canvas
+    transform = canvas.view.transform * canvas.view.scene.transform
+    begin, finish = (np.array(transform.map([x, y])[:2]) for y, x in (start, end))
+    left, none = Qt.MouseButton.LeftButton, Qt.MouseButton.NoButton
+    strokes = [(QEvent.Type.MouseButtonPress, 0, left, left), (QEvent.Type.MouseMove, 0.5, none, left),
+               (QEvent.Type.MouseMove, 1, none, left), (QEvent.Type.MouseButtonRelease, 1, left, none)]  # fmt: skip
+    for kind, part, button, held in strokes:
+        at = QPointF(*(begin + part * (finish - begin)))
+        everywhere = QPointF(canvas.native.mapToGlobal(at.toPoint()))
+        event = QMouseEvent(kind, at, everywhere, button, held, Qt.KeyboardModifier.NoModifier)
+        QApplication.sendEvent(canvas.native, event)
+        QTest.qWait(10)  # napari drops moves of the mouse that follow within 5 ms
+
+
+@pytest.mark.parametrize("letter", ["t", "c"])
+def test_a_stroke_right_after_a_slider_lies_where_the_slider_is(letter, drawn, qtbot, sample):
+    viewer, dock = drawn
+    viewer.add_image(np.stack([sample.image] * 3), name="nuclei", axis_labels=(letter, "z", "y", "x"))
+    dock.support.paint.click()
+    strokes = [(2, 5), (0, 1), (1, 4), (0, 3), (2, 0)]
+    for at, z in strokes:
+        viewer.dims.set_current_step((0, 1), (at, z))
+        draw(viewer, (40, 40), (40, 60))
+        assert dock.support.layer.data_to_world((0, 0, 0, 0))[0] == at
+        np.testing.assert_array_equal(dock.session.annotations.plane(z)[40, 40:61:5], 2)
+    for at in range(3):
+        dock.volume.lead[letter].setValue(at)
+        assert dock.session.annotations.planes() == sorted(z for there, z in strokes if there == at)
+
+
+def test_a_button_right_after_a_slider_acts_where_the_slider_is(drawn, qtbot, sample):
+    viewer, dock = drawn
+    viewer.add_image(np.stack([sample.image] * 3), name="nuclei", axis_labels=("t", "z", "y", "x"))
+    viewer.dims.set_current_step(0, 2)
+    qtbot.mouseClick(dock.support.rest, Qt.MouseButton.LeftButton)
+    assert dock.volume.lead["t"].value() == 2
+    assert dock.session.annotations.planes() == [dock.support.plane()]
+
+
+@pytest.mark.parametrize("z", [1, 12])
+def test_where_the_volume_has_no_plane_nothing_is_painted(z, drawn, sample):
+    viewer, dock = drawn
+    viewer.add_image(sample.image, name="nuclei", translate=(2, 0, 0))
+    viewer.add_image(np.zeros((20, 96, 96)), name="longer")
+    dock.volume.layers.setCurrentIndex(0)
+    dock.volume.layers.activated.emit(0)
+    dock.support.paint.click()
+    viewer.dims.set_current_step(0, z)
+    draw(viewer, (40, 40), (40, 60))
+    assert dock.session.annotations.planes() == []
+    assert "not on screen" in dock.support.message.text()
+    viewer.dims.set_current_step(0, 3)
+    dock.support.paint.click()
+    draw(viewer, (40, 40), (40, 60))
+    assert dock.session.annotations.planes() == [1]
+
+
+def test_a_stroke_is_on_disk_after_each_event_of_the_mouse_and_written_once_in_it(drawn, sample, monkeypatch):
+    from napari_distillfss._painted import PaintedArray
+
+    viewer, dock = drawn
+    viewer.add_image(np.stack([sample.image] * 2), name="nuclei", axis_labels=("t", "z", "y", "x"))
+    dock.support.paint.click()
+    dock.support.layer.brush_size = 3
+    writes, write = [], PaintedArray._write
+    monkeypatch.setattr(PaintedArray, "_write", lambda self, *args: (writes.append(1), write(self, *args))[1])
+    seen = []
+
+    def look(layer, event):
+        yield
+        while event.type == "mouse_move":
+            folder, z = dock.session.annotations.folder, dock.support.plane()
+            seen.append(np.count_nonzero(zarr.open_array(folder / "labels.zarr", mode="r")[0, z]))
+            yield
+
+    dock.support.layer.mouse_drag_callbacks.append(look)
+    draw(viewer, (20, 20), (70, 70))
+    assert 1 <= len(writes) <= 3  # the press, and two moves of many dabs
+    painted = np.count_nonzero(dock.session.annotations.plane(dock.support.plane()))
+    assert seen[-1] == painted > 150
+    dock.support.layer.undo()
+    assert dock.session.annotations.planes() == []
+    dock.session.close()
+    dock.support.layer.paint((0, 2, 40, 40), 2, refresh=False)  # without the dock, each dab is written
+    assert len(writes) > 4

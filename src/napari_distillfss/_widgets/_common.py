@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from napari.utils import progress
 from napari.utils.notifications import show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, QRect, QSize, Qt
-from qtpy.QtGui import QAction, QResizeEvent
+from qtpy.QtGui import QAction, QKeyEvent, QResizeEvent
 from qtpy.QtWidgets import (
     QAbstractSpinBox,
     QApplication,
@@ -315,6 +315,43 @@ class WheelGuard(QObject):
             return False
         event.ignore()
         return True
+
+
+class BeforeAction(QObject):
+    """Calls a function before the user next presses anything in the application, once.
+
+    What follows on a press finds done what would otherwise be done a moment later. Keys that repeat are no press.
+    """
+
+    _PRESSES = (
+        QEvent.Type.MouseButtonPress,
+        QEvent.Type.MouseButtonDblClick,
+        QEvent.Type.TabletPress,
+        QEvent.Type.TouchBegin,
+        QEvent.Type.ShortcutOverride,  # comes before the shortcut, which is no press of a key
+        QEvent.Type.KeyPress,
+    )
+
+    def __init__(self, function: Callable[[], object], parent: QObject) -> None:
+        super().__init__(parent)
+        self._function = function
+
+    def arm(self) -> None:
+        application = QApplication.instance()
+        assert application is not None  # no widget is made without one
+        application.installEventFilter(self)
+
+    def disarm(self) -> None:
+        application = QApplication.instance()
+        if application is not None:
+            application.removeEventFilter(self)
+
+    def eventFilter(self, _: QObject | None, event: QEvent | None) -> bool:
+        is_repeated = isinstance(event, QKeyEvent) and event.isAutoRepeat()
+        if event is not None and event.type() in self._PRESSES and not is_repeated:
+            self.disarm()
+            self._function()
+        return False
 
 
 def fit_rows(items: QListWidget, most: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._layers import ANNOTATIONS, PREVIEW, ChosenVolume, choose_labels, has_mark, move_layer
+from napari_distillfss._layers import ANNOTATIONS, PREVIEW, ChosenVolume, choose_labels, has_mark, is_at, move_layer
 from napari_distillfss._session import Session
 from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
@@ -82,7 +83,10 @@ class SupportWidget(QWidget):
         self.layer: Any = None  # shows the annotations of the volume; None while it needs none
         self._kept: Any = None  # the layer once it was made: it is moved and hidden, never removed
         self.suggested: list[int] = []
+        self._image: Any = None  # the layer of the volume whose annotations are shown
+        self._colored: tuple[Class, ...] = ()  # classes that the colors of the layer are of
         self._pictures: dict[int, np.ndarray] = {}
+        self._painted: dict[int, tuple[Any, np.ndarray]] = {}  # stamps and thumbnails of painted labels
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that represent all others best in brightness, texture and position; evenly: both "
@@ -171,6 +175,7 @@ class SupportWidget(QWidget):
         session.slices_changed.connect(self._on_restorable_changed)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.removed.connect(self._on_layer_removed)
+        viewer.mouse_drag_callbacks.append(self._on_canvas_pressed)
 
     # what the user does
 
@@ -292,11 +297,17 @@ class SupportWidget(QWidget):
         self._question = None
         self._thumbnails.cancel()
         self._pictures.clear()
+        self._painted.clear()
         self.suggested = []
-        self._put_layer_away()
-        annotations = self._session.annotations
+        annotations, chosen = self._session.annotations, self._session.volume
+        image = None if chosen is None or annotations is None else chosen.layer
+        stays = self.layer is not None and image is not None and image is self._image
+        if stays:  # another time or channel: the brush stays in the hand
+            self._show_annotations()
+        else:
+            self._put_layer_away()
         if annotations is None:
-            if self._session.volume is None:
+            if chosen is None:
                 self.message.tell("choose a volume first")
             else:
                 self.message.warn(self._session.no_annotations)
@@ -320,8 +331,7 @@ class SupportWidget(QWidget):
         annotations = self._session.annotations
         if annotations is not None:
             self.classes.setValue(annotations.classes)
-        if self.layer is not None:
-            self.layer.colormap = colors_of(self.classes.value())
+        self._color_layer()
         self._on_slices_changed()  # its rows name the classes
 
     def _on_classes_edited(self, classes: tuple[Class, ...]) -> None:
@@ -334,11 +344,21 @@ class SupportWidget(QWidget):
     def _on_layer_label_changed(self) -> None:
         self.classes.setBrush(min(int(self._kept.selected_label), len(self.classes.value()) + BACKGROUND))
 
+    def _on_canvas_pressed(self, viewer: Any, event: Any) -> None:
+        """Take the brush away where the volume has no pixels: napari would paint in its last plane, or fail."""
+        layer = self.layer
+        is_shown = layer is None or is_at(layer, event.position, event.dims_displayed)
+        if not is_shown and viewer.layers.selection.active is layer and layer.mode not in ("pan_zoom", "transform"):
+            layer.mode = "pan_zoom"
+            self.message.warn("this volume is not on screen; move the sliders to one of its planes, then press Paint")
+
     def _on_stroke(self) -> None:
+        if self._session.annotations is not None:
+            attempt(self.message, self._session.annotations.array.write)
         self._soon()
 
     def _on_painted(self) -> None:
-        self._session.painted()
+        attempt(self.message, self._session.painted)
 
     def _on_slices_changed(self) -> None:
         annotations = self._session.annotations
@@ -531,26 +551,39 @@ class SupportWidget(QWidget):
             self.message.warn(self._session.no_annotations)
             return False
         if self.layer is None:
-            if not attempt(self.message, lambda: annotations.array):
-                return False
             name = f"{chosen.name} annotations"
             if self._kept is None:
                 self._add_layer(name, annotations.array, chosen.place())
-            else:
-                move_layer(self._kept, annotations.array, chosen.place())
-                self._kept._reset_history()  # strokes of another volume cannot be undone in this one
-                self._kept.name, self._kept.visible = name, True
             self.layer = self._kept
-            self.layer.colormap = colors_of(self.classes.value())
+            self._show_annotations()
+            self.layer.name, self.layer.visible = name, True
+            self._color_layer()
             self.layer.selected_label = self.classes.brush()
             self.layer.brush_size = max(2, min(chosen.plane_shape) // 60)
         return True
 
+    def _show_annotations(self) -> None:
+        """Show the present annotations in the layer."""
+        chosen, annotations = self._session.volume, self._session.annotations
+        if chosen is None or annotations is None:
+            return
+        if self.layer.data is not annotations.array:
+            move_layer(self.layer, annotations.array, chosen.place())
+            self.layer._reset_history()  # strokes of another volume cannot be undone in this one
+        annotations.array.is_written_later = True  # after each event of the layer
+        self._image = chosen.layer
+
+    def _color_layer(self) -> None:
+        if self.layer is not None and self._colored != self.classes.value():
+            self._colored = self.classes.value()
+            self.layer.colormap = colors_of(self._colored)
+
     def _add_layer(self, name: str, array: Any, place: dict[str, Any]) -> None:
+        self._colored = self.classes.value()
         self._kept = self._viewer.add_labels(
             array,
             name=name,
-            colormap=colors_of(self.classes.value()),
+            colormap=colors_of(self._colored),
             metadata={ANNOTATIONS: True},
             opacity=0.5,  # so that the image is seen where all of a slice is labeled
             **place,
@@ -572,13 +605,16 @@ class SupportWidget(QWidget):
         for event in (layer.events.paint, layer.events.labels_update, layer.events.set_data):
             event.disconnect(self._on_stroke)
         layer.events.selected_label.disconnect(self._on_layer_label_changed)
+        if self._session.annotations is not None:
+            self._session.annotations.array.write()
+            self._session.annotations.array.is_written_later = False
 
     def _icon(self, z: int) -> QIcon:
         annotations = self._session.annotations
         if z not in self._pictures or annotations is None:
             return QIcon()
         picture = np.repeat(self._pictures[z][..., None], 3, -1).astype(np.float32)
-        labels = pick(annotations.plane(z))
+        labels = self._thumbnail_of_labels(annotations, z)
         for number, class_ in enumerate(self.classes.value(), FIRST_CLASS):
             rgb = [int(class_.color[i : i + 2], 16) for i in (1, 3, 5)]
             picture[labels == number] = 0.4 * picture[labels == number] + 0.6 * np.array(rgb)
@@ -586,11 +622,19 @@ class SupportWidget(QWidget):
         image = QImage(pixels.tobytes(), THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
         return QIcon(QPixmap.fromImage(image.copy()))
 
+    def _thumbnail_of_labels(self, annotations: Annotations, z: int) -> np.ndarray:
+        stamp = annotations.stamp(z)
+        if z not in self._painted or self._painted[z][0] != stamp:
+            self._painted[z] = stamp, pick(annotations.plane(z))
+        return self._painted[z][1]
+
     def _forget_viewer(self) -> None:
         self._question = None
         self.selecting.cancel()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
+        with suppress(ValueError):  # a session may be closed twice
+            self._viewer.mouse_drag_callbacks.remove(self._on_canvas_pressed)
         if self._kept is not None:
             self._let_go(self._kept)
 

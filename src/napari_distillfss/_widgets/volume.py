@@ -25,7 +25,17 @@ from napari_distillfss._layers import (
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import Message, attempt, button, column, combo, row, spin, until_closed
+from napari_distillfss._widgets._common import (
+    BeforeAction,
+    Message,
+    attempt,
+    button,
+    column,
+    combo,
+    row,
+    spin,
+    until_closed,
+)
 
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
 
@@ -33,7 +43,8 @@ _WAIT = 150  # milliseconds without a move of a slider before its time or channe
 class VolumePicker(QWidget):
     """Edits the chosen volume. ``valueChanged`` emits a ChosenVolume or None.
 
-    Time and channel are those of napari's sliders: either one moves the other.
+    Time and channel are those of napari's sliders: either one moves the other. After a slider the volume is chosen a
+    moment later, or at once before the user presses anything: a stroke never meets the annotations of another time.
     """
 
     valueChanged = Signal(object)
@@ -66,6 +77,7 @@ class VolumePicker(QWidget):
             box.valueChanged.connect(self._on_lead_edited)
         self.level.valueChanged.connect(self._on_choice_changed)
         self._soon = until_closed(session, qdebounced(self._on_slider_settled, timeout=_WAIT))
+        self._before_action = BeforeAction(self._on_slider_settled, self)
         self.message = Message("No image layer yet. Open one, or try File > Open Sample > DistillFSS", lines=4)
         self.device = Message(lines=1)
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
@@ -169,8 +181,11 @@ class VolumePicker(QWidget):
     def _on_slider_moved(self) -> None:
         if self._value is not None and self._value.lead:
             self._soon()
+            self._before_action.arm()
 
     def _on_slider_settled(self) -> None:
+        self._soon.cancel()
+        self._before_action.disarm()
         chosen = self._value
         if chosen is not None and self._follow_sliders(chosen.layer):
             self._on_choice_changed()
@@ -236,6 +251,7 @@ class VolumePicker(QWidget):
         self._viewer.layers.events.reordered.disconnect(self._on_layers_changed)
         self._viewer.layers.events.renamed.disconnect(self._on_layers_changed)
         self._viewer.dims.events.current_step.disconnect(self._on_slider_moved)
+        self._before_action.disarm()
 
 
 def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
