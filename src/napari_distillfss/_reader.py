@@ -8,6 +8,7 @@ from typing import Any
 
 import distillfss_core as core
 from napari_distillfss._layers import LEAD_NAMES, layer_of_file
+from napari_distillfss._waiting import wait_for
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
@@ -38,7 +39,10 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
 
 def read_ome_zarr(path: str | list[str]) -> list[LayerTuple]:
     """Open an OME-Zarr image lazily, one layer for each channel, or its labels."""
-    path = str(path)
+    return wait_for(lambda: _open_ome_zarr(str(path)), f"Opening of {Path(str(path)).name}")
+
+
+def _open_ome_zarr(path: str) -> list[LayerTuple]:
     counts = core.count_choices(path)
     first: dict[str, Any] = {LEAD_NAMES[letter]: 0 for letter in counts}
     if core.open_volume(path, **first).is_label_image:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillfss_core.samples import Sample, generate_sample
+from distillfss_core.samples import generate_sample
+from napari_distillfss._waiting import wait_for
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
@@ -27,19 +28,9 @@ def make_nodules() -> list[LayerTuple]:
     return _layers("nodules", contrast_limits=_LUNG_WINDOW)
 
 
-def _generate(kind: str) -> Sample:
-    """Generate a stack; in another thread where there is a window, which would stand still for some seconds."""
-    try:
-        from napari_distillfss._threads import wait_for
-    except ImportError:  # without napari or Qt there is no window
-        return generate_sample(kind)
-    sample: Sample = wait_for(lambda: generate_sample(kind), f"Generation of {kind}")
-    return sample
-
-
 def _layers(kind: str, **options: Any) -> list[LayerTuple]:
     """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), at the same position."""
-    sample = _generate(kind)
+    sample = wait_for(lambda: generate_sample(kind), f"Generation of {kind}")
     name, is_known = kind.capitalize(), sample.unit != "pixel"
     scale = sample.scale if is_known else [_PIXEL * s for s in sample.scale]
     unit = sample.unit if is_known else "micrometer"

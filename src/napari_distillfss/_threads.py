@@ -17,10 +17,10 @@ from napari_distillfss._tasks import Work
 
 
 class _Out(QObject):
-    """Signals of a thread. It has no parent, so that it lives as long as the thread."""
+    """Signals of a thread, with its event to stop. It has no parent, so that it lives as long as the thread."""
 
-    step = Signal(object)
-    end = Signal(object)
+    step = Signal(object, object)
+    end = Signal(object, object)
 
 
 class Job(QObject):
@@ -108,10 +108,24 @@ class Job(QObject):
         if self._stop is not None:
             self._stop.set()
 
-    def _on_step(self, step: object) -> None:
-        self.stepped.emit(step)
+    def abandon(self) -> None:
+        """End at once, as if the work had been stopped; its thread ends later, and what comes of it is dropped.
 
-    def _on_end(self, outcome: object) -> None:
+        For work whose steps take long and change nothing.
+        """
+        if self._stop is not None:
+            self._stop.set()
+            self._end(None)
+
+    def _on_step(self, stop: Event, step: object) -> None:
+        if stop is self._stop:
+            self.stepped.emit(step)
+
+    def _on_end(self, stop: Event, outcome: object) -> None:
+        if stop is self._stop:
+            self._end(outcome)
+
+    def _end(self, outcome: object) -> None:
         self.was_stopped, self._stop = self.stopping, None
         if self._session is not None:
             self._session.busy = ""
@@ -207,7 +221,7 @@ def _run(work: Work, stop: Event, out: _Out) -> None:
     """Run the work and send its result, or its error, to the window's thread."""
     with considerate:
         outcome = _outcome(work, stop, out)
-    out.end.emit(outcome)
+    out.end.emit(stop, outcome)
 
 
 def _outcome(work: Work, stop: Event, out: _Out) -> Any:
@@ -215,7 +229,7 @@ def _outcome(work: Work, stop: Event, out: _Out) -> Any:
         keep_triton_out()
         run = work(stop)
         while True:
-            out.step.emit(next(run))
+            out.step.emit(stop, next(run))
     except StopIteration as end:
         return end.value
     except BaseException as error:  # noqa: BLE001  (raised again in the window's thread)

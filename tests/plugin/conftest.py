@@ -111,6 +111,17 @@ def open_dock(qtbot, tmp_path):
         dock.deleteLater()
 
 
+@pytest.fixture
+def open_path(qtbot):
+    """Opens a path in a dock, and waits until it is open or has failed."""
+
+    def opened(dock, path):
+        dock.volume.open_path(path)
+        qtbot.waitUntil(lambda: not dock.volume.opening.running, timeout=60_000)
+
+    return opened
+
+
 @pytest.fixture(scope="session")
 def sample():
     from distillfss_core.samples import generate_sample

@@ -903,14 +903,14 @@ def test_two_viewers_distill_at_the_same_time(dock, sample, open_dock, qtbot, tm
     assert dock.session.model_path.parent != second.session.model_path.parent
 
 
-def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, tmp_path, sample):
+def test_opening_a_file_shows_it_lazily_and_chooses_it(viewer, open_dock, open_path, tmp_path, sample):
     tifffile.imwrite(tmp_path / "stack.tif", sample.image, photometric="minisblack", metadata={"axes": "ZYX"})
     dock = open_dock(viewer)
-    dock.volume.open_path(tmp_path / "stack.tif")
+    open_path(dock, tmp_path / "stack.tif")
     assert dock.volume.value().volume.path == tmp_path / "stack.tif"
     assert viewer.layers[0].axis_labels == ("z", "y", "x")
     assert not isinstance(viewer.layers[0].data, np.ndarray)
-    dock.volume.open_path(tmp_path / "none.tif")
+    open_path(dock, tmp_path / "none.tif")
     assert "no such file" in dock.volume.message.text()
 
 
@@ -940,12 +940,14 @@ def test_an_address_is_opened_lazily_in_another_thread(viewer, open_dock, tmp_pa
 
 
 @pytest.mark.parametrize(("axes", "chosen"), [("TZYX", (2,)), ("CZYX", (1,)), ("TZCYX", (2, 1))])
-def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(axes, chosen, viewer, open_dock, tmp_path):
+def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(
+    axes, chosen, viewer, open_dock, open_path, tmp_path
+):
     sizes = {"T": 3, "C": 2, "Z": 4, "Y": 40, "X": 50}
     data = np.random.default_rng(0).integers(0, 999, [sizes[a] for a in axes]).astype(np.uint16)
     tifffile.imwrite(tmp_path / "many.ome.tif", data, photometric="minisblack", metadata={"axes": axes})
     dock = open_dock(viewer)
-    dock.volume.open_path(tmp_path / "many.ome.tif")
+    open_path(dock, tmp_path / "many.ome.tif")
     letters = axes.lower().replace("z", "").removesuffix("yx")
     for letter, at in zip(letters, chosen, strict=True):
         dock.volume.lead[letter].setValue(at)
@@ -1197,12 +1199,12 @@ def test_a_reopened_volume_has_its_latest_student_again(dock, qtbot, painted_tru
     assert begun_in[0].startswith(str(folder))
 
 
-def test_objects_of_labels_written_before_are_counted(viewer, open_dock, qtbot, student, tmp_path, sample):
+def test_objects_of_labels_written_before_are_counted(viewer, open_dock, open_path, qtbot, student, tmp_path, sample):
     from napari.components import ViewerModel
 
     tifffile.imwrite(tmp_path / "stack.tif", sample.image, photometric="minisblack", metadata={"axes": "ZYX"})
     first = open_dock(viewer)
-    first.volume.open_path(tmp_path / "stack.tif")
+    open_path(first, tmp_path / "stack.tif")
     first.model.load_from(student)
     finish(qtbot, first)
     first.apply.start()
@@ -1210,7 +1212,7 @@ def test_objects_of_labels_written_before_are_counted(viewer, open_dock, qtbot, 
     first.session.close()
     dock = open_dock(ViewerModel())
     assert not dock.objects.count.isEnabled()
-    dock.volume.open_path(tmp_path / "stack.tif")
+    open_path(dock, tmp_path / "stack.tif")
     assert dock.objects.count.isEnabled()
     dock.objects.start()
     finish(qtbot, dock)

@@ -86,7 +86,7 @@ def test_a_user_annotates_five_slices_and_gets_the_stack(viewer, open_dock, qtbo
 
 
 @pytest.fixture
-def scripted(viewer, open_dock, qtbot, tmp_path, few, sample, painted_truth):
+def scripted(viewer, open_dock, open_path, qtbot, tmp_path, few, sample, painted_truth):
     """A dock in which a volume of a file was distilled, applied and counted."""
     import tifffile
 
@@ -94,7 +94,7 @@ def scripted(viewer, open_dock, qtbot, tmp_path, few, sample, painted_truth):
     step = {"metadata": {"axes": "ZYX", "spacing": 2.5, "unit": "um"}, "resolution": (1, 1)}
     tifffile.imwrite(path, sample.image, imagej=True, **step)
     dock = open_dock(viewer)
-    dock.volume.open_path(path)
+    open_path(dock, path)
     for z in (1, 5):
         dock.session.annotations.put(z, painted_truth[z])
     dock.session.painted()

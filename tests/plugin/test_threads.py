@@ -75,6 +75,34 @@ def test_a_second_job_of_a_session_waits(qtbot, tmp_path):
     assert session.busy == ""
 
 
+def test_a_job_that_is_abandoned_ends_at_once_and_what_comes_later_is_dropped(qtbot, tmp_path):
+    session, go_on, seen = Session(tmp_path), threading.Event(), []
+    job = Job(session, "Opening")
+    for signal in (job.stepped, job.done):
+        signal.connect(seen.append)
+
+    def late(stop):
+        yield "first"
+        assert go_on.wait(10)
+        yield "late"
+        return "late"
+
+    job.start(late)
+    qtbot.waitUntil(lambda: seen == ["first"])
+    job.abandon()
+    assert not job.running
+    assert (session.busy, job.was_stopped) == ("", True)
+    assert seen == ["first", None]
+    with qtbot.waitSignal(job.ended):
+        job.start(lambda stop: counting(stop, 2))
+    go_on.set()
+    qtbot.waitUntil(lambda: not any("Opening" in t.name for t in threading.enumerate()))
+    qtbot.wait(20)
+    assert "late" not in seen
+    job.abandon()  # nothing runs
+    assert seen[2:] == [0, 1, "finished"]
+
+
 def test_answers_to_outdated_questions_are_dropped(qtbot):
     latest, seen = LatestJob(), []
     latest.answered.connect(seen.append)

@@ -208,6 +208,8 @@ class JobBar(QWidget):
         In the place of this widget, so that nothing is moved.
     is_low : bool
         One line, with the text in the bar.
+    is_patient : bool
+        Whether a cancelled job goes on to the end of its present step; otherwise it is abandoned.
     """
 
     def __init__(
@@ -218,10 +220,11 @@ class JobBar(QWidget):
         starting: str = "Starting (the first time takes some seconds)",
         instead_of: QWidget | None = None,
         is_low: bool = False,
+        is_patient: bool = True,
     ) -> None:
         super().__init__()
         self._job, self._pace, self._starting = job, fmt.Pace(), starting
-        self._instead_of, self._is_low = instead_of, is_low
+        self._instead_of, self._is_low, self._is_patient = instead_of, is_low, is_patient
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
         self.bar.setAccessibleName("Progress")
@@ -291,6 +294,9 @@ class JobBar(QWidget):
         return not self.isVisible() or self.visibleRegion().isEmpty()
 
     def _on_cancel_clicked(self) -> None:
+        if not self._is_patient:
+            self._job.abandon()
+            return
         self.cancel.setEnabled(False)
         self._tell("Stopping…")
         self.bar.setRange(0, 0)

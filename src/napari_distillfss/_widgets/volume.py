@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
+from napari.layers import Image
 from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
 from superqt.utils import qdebounced
 
+import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._layers import (
     LEAD_NAMES,
@@ -27,6 +31,7 @@ from napari_distillfss._tasks import Doing, iter_device
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import (
     BeforeAction,
+    JobBar,
     Message,
     attempt,
     button,
@@ -53,6 +58,7 @@ class VolumePicker(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._value: ChosenVolume | None = None
+        self._opened: ChosenVolume | None = None  # as the latest file was opened
         self.layers = combo("The image layer to segment")
         self.layers.activated.connect(self._on_choice_changed)
         self.open_file = button(
@@ -80,20 +86,28 @@ class VolumePicker(QWidget):
         self._before_action = BeforeAction(self._on_slider_settled, self)
         self.message = Message("No image layer yet. Open one, or try File > Open Sample > DistillFSS", lines=4)
         self.device = Message(lines=1)
+        self.opening = Job(name="Opening of a volume", parent=self)
         which = [w for letter in LEAD_NAMES for w in (self._lead_labels[letter], self.lead[letter])]
         column(
             self,
             row(self.layers, self.open_file, self.open_folder, self.open_address, first=2),
             row(*which, self._level_label, self.level),
+            JobBar(
+                self.opening,
+                cancel="Open nothing",
+                starting="Opening",
+                instead_of=self.message,
+                is_patient=False,
+            ),
             self.message,
             self.device,
         )
         self._job = Job()
         self._job.done.connect(self._on_device_found)
         self._job.failed.connect(self.device.warn)
-        self._opening = Job()
-        self._opening.done.connect(self._on_address_opened)
-        self._opening.failed.connect(self.message.warn)
+        self.opening.done.connect(self._on_opened)
+        self.opening.failed.connect(self.message.warn)
+        session.closed.connect(self.opening.cancel)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.layers.events.removed.connect(self._on_layers_changed)
@@ -119,20 +133,21 @@ class VolumePicker(QWidget):
         self._take(value)
 
     def open_path(self, path: str | Path) -> None:
-        """Show a file, or what lies at an address, lazily as a layer, and choose it.
+        """Show a file, a folder, or what lies at an address, lazily as a layer, and choose it.
 
-        An address is opened in another thread, since its server may be slow.
+        It is opened in another thread, since a disk or a server may be slow. An earlier one that is not open yet is
+        abandoned.
         """
-        if "://" in str(path):
-            self.message.tell(f"opening {path}")
-            attempt(self.message, lambda: self._opening.start(lambda stop: _iter_layer(path)))
-        else:
-            attempt(self.message, lambda: self._show_layer(layer_of_file(path)))
+        self.opening.abandon()
+        self.opening.start(lambda stop: _iter_opening(path, stop))
 
-    def _show_layer(self, opened: tuple[list[Any], dict[str, Any]]) -> None:
-        levels, options = opened
-        layer = self._viewer.add_image(levels if options["multiscale"] else levels[0], **options)
-        self.layers.setCurrentIndex(self._images().index(layer))
+    def _on_opened(self, opened: ChosenVolume | None) -> None:
+        if opened is None or self.opening.was_stopped:
+            self.message.tell("Stopped; nothing was opened")
+            return
+        self._opened = opened
+        self._viewer.add_layer(opened.layer)
+        self.layers.setCurrentIndex(self._images().index(opened.layer))
         self._on_choice_changed()
 
     def _images(self) -> list[Any]:
@@ -165,10 +180,17 @@ class VolumePicker(QWidget):
             if self._value is None or layer is not self._value.layer:
                 self._follow_sliders(layer)
             lead = {letter: self.lead[letter].value() for letter in lead_axes(layer)}
-            self._take(choose_layer(layer, lead=lead, level=self.level.value()))
+            self._take(self._choose(layer, lead, self.level.value()))
 
         if not attempt(self.message, choose):
             self._take(None)
+
+    def _choose(self, layer: Any, lead: dict[str, int], level: int) -> ChosenVolume:
+        """The volume of a layer; the one that was opened last need not be opened again."""
+        opened = self._opened
+        if opened is not None and opened.layer is layer and opened.lead == lead and not level:
+            return opened
+        return choose_layer(layer, lead=lead, level=level)
 
     def _on_lead_edited(self) -> None:
         self._on_choice_changed()
@@ -239,9 +261,6 @@ class VolumePicker(QWidget):
         if is_given and address.strip():
             self.open_path(address.strip())
 
-    def _on_address_opened(self, opened: Any) -> None:
-        attempt(self.message, lambda: self._show_layer(opened))
-
     def _on_device_found(self, name: str) -> None:
         self.device.tell(f"computes on {name}")
 
@@ -254,9 +273,17 @@ class VolumePicker(QWidget):
         self._before_action.disarm()
 
 
-def _iter_layer(path: str | Path) -> Generator[Doing, None, tuple[list[Any], dict[str, Any]]]:
+def _iter_opening(path: str | Path, stop: Event) -> Generator[Doing, None, ChosenVolume | None]:
+    """Open a path or address and make its layer, which reads a plane or two. Returns None if it was stopped."""
     yield Doing(f"opening {path}")
-    return layer_of_file(path)
+    levels, options = layer_of_file(path)
+    if stop.is_set():
+        return None
+    yield Doing(f"reading {options['name']}")
+    opened = choose_layer(Image(levels if options["multiscale"] else levels[0], **options))
+    with suppress(core.DistillFSSError):  # the session says why it keeps no annotations
+        _ = opened.volume.identity  # read here, as it is kept
+    return None if stop.is_set() else opened
 
 
 def _set(box: Any, value: int, high: int | None = None) -> None:

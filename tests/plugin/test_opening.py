@@ -1,0 +1,164 @@
+"""Volumes are opened in another thread: the window goes on, Cancel works, and errors are one line."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from napari.utils.notifications import notification_manager
+from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QPushButton
+
+from distillfss_core import DistillFSSError
+from napari_distillfss import _reader
+from napari_distillfss._layers import layer_of_file
+from napari_distillfss._widgets import volume
+from napari_distillfss._widgets._common import JobBar
+
+
+@pytest.fixture
+def stack(tmp_path, sample):
+    path = tmp_path / "stack.tif"
+    tifffile.imwrite(path, sample.image, photometric="minisblack", metadata={"axes": "ZYX"})
+    return path
+
+
+@pytest.fixture
+def slow(monkeypatch, qtbot):
+    """A reader that is held until the event is set, where the name of the file is not "quick.tif"."""
+    go_on, reading = threading.Event(), []
+
+    def read(path):
+        reading.append(Path(path).name)
+        if reading[-1] != "quick.tif":
+            assert go_on.wait(60)
+        return layer_of_file(path)
+
+    monkeypatch.setattr(volume, "layer_of_file", read)
+    go_on.reading = reading
+    yield go_on
+    go_on.set()
+    wait_for_threads(qtbot)
+
+
+def wait_for_threads(qtbot):
+    qtbot.waitUntil(lambda: not any("Opening" in t.name for t in threading.enumerate()), timeout=60_000)
+
+
+def test_the_window_goes_on_while_a_slow_volume_is_opened(viewer, open_dock, qtbot, stack, slow, sample):
+    dock = open_dock(viewer)
+    ticks = []
+
+    def tick():
+        ticks.append(bar.text.text())
+        if len(ticks) == 5:
+            slow.set()
+
+    (bar,) = dock.volume.findChildren(JobBar)
+    dock.volume.open_path(stack)
+    qtbot.waitUntil(lambda: slow.reading == ["stack.tif"])
+    timer = QTimer()
+    timer.timeout.connect(tick)
+    timer.start(1)
+    qtbot.waitUntil(lambda: dock.volume.value() is not None, timeout=60_000)
+    assert len(ticks) >= 5  # the reader has waited for these
+    assert ticks[4] == f"Opening {stack}"
+    chosen = dock.volume.value()
+    assert chosen.volume.path == stack
+    assert chosen.layer is viewer.layers["stack.tif"]
+    np.testing.assert_array_equal(chosen.volume.plane(3), sample.image[3])
+    assert chosen.layer.contrast_limits[1] > chosen.layer.contrast_limits[0]
+    assert dock.session.annotations is not None
+
+
+def test_a_volume_is_opened_once(viewer, open_dock, open_path, stack, monkeypatch):
+    """The window's thread takes the volume as the other thread has opened it."""
+    opened_in = []
+    choose = volume.choose_layer
+
+    def spy(*args, **options):
+        opened_in.append(threading.current_thread())
+        return choose(*args, **options)
+
+    monkeypatch.setattr(volume, "choose_layer", spy)
+    open_path(open_dock(viewer), stack)
+    assert len(opened_in) == 1
+    assert opened_in[0] is not threading.main_thread()
+
+
+def test_opening_is_cancelled_at_once_and_shows_nothing_later(viewer, open_dock, qtbot, stack, slow):
+    dock = open_dock(viewer)
+    (bar,) = dock.volume.findChildren(JobBar)
+    (cancel,) = bar.findChildren(QPushButton)
+    dock.volume.open_path(stack)
+    qtbot.waitUntil(lambda: bool(slow.reading))
+    cancel.click()
+    assert not dock.volume.opening.running
+    assert dock.volume.message.text() == "Stopped; nothing was opened"
+    slow.set()
+    wait_for_threads(qtbot)
+    qtbot.wait(50)
+    assert not viewer.layers
+    assert dock.volume.value() is None
+
+
+def test_of_two_volumes_the_one_that_was_wanted_last_is_opened(viewer, open_dock, qtbot, stack, slow):
+    dock = open_dock(viewer)
+    quick = stack.with_name("quick.tif")
+    quick.write_bytes(stack.read_bytes())
+    dock.volume.open_path(stack)
+    qtbot.waitUntil(lambda: bool(slow.reading))
+    dock.volume.open_path(quick)
+    qtbot.waitUntil(lambda: dock.volume.value() is not None, timeout=60_000)
+    slow.set()
+    wait_for_threads(qtbot)
+    qtbot.wait(50)
+    assert [layer.name for layer in viewer.layers] == ["quick.tif"]
+
+
+def test_a_dock_that_was_closed_opens_nothing(viewer, open_dock, qtbot, stack, slow):
+    dock = open_dock(viewer)
+    dock.volume.open_path(stack)
+    qtbot.waitUntil(lambda: bool(slow.reading))
+    dock.session.close()
+    slow.set()
+    qtbot.waitUntil(lambda: not dock.volume.opening.running, timeout=60_000)
+    assert not viewer.layers
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_cannot_be_opened_is_one_line_and_notified_where_the_dock_is_not_seen(
+    kind, viewer, open_dock, open_path, tmp_path
+):
+    notification_manager.records.clear()
+    dock = open_dock(viewer)
+    path = tmp_path / "none.tif" if kind == "file" else tmp_path
+    open_path(dock, path)
+    message = dock.volume.message
+    assert message.warns
+    assert str(path) in message.text()
+    (notified,) = [record.message for record in notification_manager.records]
+    assert notified == f"DistillFSS: Opening of a volume has failed: {message.text()}"
+    assert "\n" not in notified
+    assert not viewer.layers
+
+
+def test_naparis_own_file_dialog_reads_in_another_thread(qtbot, tmp_path, monkeypatch):
+    from volumes import noise, write_ome_zarr
+
+    write_ome_zarr(tmp_path / "a.ome.zarr", noise((3, 16, 16)))
+    threads = []
+
+    def spy(*args, **options):
+        threads.append(threading.current_thread())
+        return layer_of_file(*args, **options)
+
+    monkeypatch.setattr(_reader, "layer_of_file", spy)
+    path = str(tmp_path / "a.ome.zarr")
+    ((_, options, kind),) = _reader.get_reader(path)(path)
+    assert (kind, options["name"]) == ("image", "a.ome.zarr")
+    assert threads
+    assert threading.main_thread() not in threads
+    with pytest.raises(DistillFSSError):
+        _reader.get_reader("none.zarr")("none.zarr")
