@@ -146,7 +146,17 @@ def test_keys_choose_classes_slices_preview_and_training(dock, viewer, monkeypat
     assert dock.preview.on.isChecked()
     press(viewer, "Alt+P")
     assert not dock.preview.on.isChecked()
-    dock.session.annotations.remove(4)
+    dock.session.annotations.put(7, np.ones((96, 96), np.uint8))
+    for key, plane in (("Alt+Right", 7), ("Alt+Right", 4), ("Alt+Left", 7)):
+        press(viewer, key)
+        assert dock.support.plane() == plane
+    dock.support.go_to(2)
+    press(viewer, "Alt+A")
+    assert 2 in dock.support.suggested
+    press(viewer, "Alt+R")
+    assert "there is no model to refine yet" in dock.distill.message.text()
+    for z in (4, 7):
+        dock.session.annotations.remove(z)
     press(viewer, "Alt+T")
     assert "no slice is annotated" in dock.distill.message.text()
     dock.session.close()

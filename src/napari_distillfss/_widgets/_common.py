@@ -229,7 +229,7 @@ class JobBar(QWidget):
         self.bar.setFormat("%v of %m")
         self.bar.setAccessibleName("Progress")
         self.text = Message(lines=1)
-        self.cancel = button("Cancel", cancel, self._on_cancel_clicked)
+        self.cancel = button("Cancel", cancel, self.stop)
         column(self, row(self.bar, self.cancel, first=3), self.text, margin=0)
         self.text.setVisible(not is_low)
         self.activity = Activity(job)
@@ -293,7 +293,12 @@ class JobBar(QWidget):
         """Whether the end of a job cannot be seen here: the dock is hidden, in a tab behind another, or folded."""
         return not self.isVisible() or self.visibleRegion().isEmpty()
 
-    def _on_cancel_clicked(self) -> None:
+    @property
+    def is_running(self) -> bool:
+        return self._job.running
+
+    def stop(self) -> None:
+        """Cancel the job."""
         if not self._is_patient:
             self._job.abandon()
             return

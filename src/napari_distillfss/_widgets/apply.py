@@ -318,7 +318,9 @@ class ObjectsWidget(QWidget):
         self.job = Job(session, "Object count", self)
         self.table = ObjectTable()
         self.save_labels = button(
-            "Labels as TIFF…", "Write the labels chosen above; counted objects are among them", self._on_save_labels
+            "Labels as TIFF…",
+            "Write the labels chosen above; counted objects are among them",
+            self.ask_to_export_labels,
         )
         self.save_table = button("Table as CSV…", "Write the measures of the counted objects", self._on_save_table)
         self.exporting = Job(session, "Label export", self)
@@ -582,7 +584,10 @@ class ObjectsWidget(QWidget):
         elif self.message.text().startswith(_READY_TO_COUNT.partition("{")[0]):
             self.message.tell(_NO_LABELS)
 
-    def _on_save_labels(self) -> None:
+    def ask_to_export_labels(self) -> None:
+        """Ask where to write the chosen labels as TIFF, and write them."""
+        if not attempt(self.message, self._source):
+            return
         path = choose_output(self, "Write labels", self._beside("labels.tif"), (".tif", ".tiff"))
         if path is not None:
             self.export_labels(path)

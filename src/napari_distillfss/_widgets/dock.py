@@ -92,6 +92,12 @@ class DistillDock(QScrollArea):
     def sizeHint(self) -> QSize:
         return QSize(_WIDTH, 700)
 
+    def unfold(self, content: QWidget) -> None:
+        """Unfold a section and scroll to it."""
+        section = self.sections[content]
+        section.heading.setChecked(True)
+        self.ensureWidgetVisible(section)
+
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
         with suppress(core.OutputError, core.InputFileError):  # the training slices say it; all else goes on
             self.session.choose_volume(chosen)

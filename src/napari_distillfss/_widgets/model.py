@@ -30,7 +30,7 @@ class ModelWidget(QWidget):
         self.save = button(
             "Save…", "Save the student as one file, which needs no support images", self._on_save_clicked
         )
-        self.load = button("Load…", "Load a student from a file, to preview and apply it", self._on_load_clicked)
+        self.load = button("Load…", "Load a student from a file, to preview and apply it", self.ask_to_load)
         self.command = button(
             "Copy command",
             "Copy the steps of this session as shell commands, for a terminal or a cluster",
@@ -125,7 +125,8 @@ class ModelWidget(QWidget):
         if path is not None:
             self.save_to(path)
 
-    def _on_load_clicked(self) -> None:
+    def ask_to_load(self) -> None:
+        """Ask for the file of a student, and load it."""
         students, volume = self._session.students(), self._session.volume
         beside = volume.volume.path if volume is not None else None
         start = students[0] if students else beside.parent if beside is not None else Path.home()

@@ -76,7 +76,7 @@ class PreviewWidget(QWidget):
         self.take = button(
             "Correct this plane",
             "Copy the preview of this plane into its unpainted pixels. Then repaint the errors and press Refine",
-            self._on_take_clicked,
+            self.correct_plane,
         )
         self.take.setEnabled(False)
         self.job = Job(session, "Preparation of the instant model", self)
@@ -292,7 +292,8 @@ class PreviewWidget(QWidget):
             self._arrays["probability"][...] = self._probabilities[index + 1]
             self._show_layers()
 
-    def _on_take_clicked(self) -> None:
+    def correct_plane(self) -> None:
+        """Copy the preview of the plane on screen into its unpainted pixels."""
         if not self._painted_tiles:
             self.message.warn("there is no preview of this plane yet; tick the preview")
             return

@@ -6,6 +6,7 @@ napari 0.9 takes no key bindings from a manifest (`napari.plugins._npe2` drops t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from napari_distillfss._annotations import FIRST_CLASS
@@ -13,15 +14,24 @@ from napari_distillfss._annotations import FIRST_CLASS
 if TYPE_CHECKING:
     from napari_distillfss._widgets.dock import DistillDock
 
-NEXT_SLICE, PREVIEW, TRAIN = "Alt-N", "Alt-P", "Alt-T"
+NEXT_SUGGESTED, PREVIEW, TRAIN, REFINE, ADD_SLICE = "Alt-N", "Alt-P", "Alt-T", "Alt-R", "Alt-A"
+NEXT_SLICE, PREVIOUS_SLICE = "Alt-Right", "Alt-Left"
 
 
 def bind_shortcuts(dock: DistillDock, viewer: Any) -> Callable[[], None]:
-    """Bind Alt with 1 to 9 (classes), N (next suggested slice), P (preview) and T (train). Returns what undoes it."""
+    """Bind the keys of the dock, each with Alt. Returns what undoes it.
+
+    1 to 9 are classes, N is the next suggested slice, A adds the plane on screen, the arrows go to annotated slices, P
+    is the preview, T trains and R refines.
+    """
     actions: dict[str, Callable[[], object]] = {
-        NEXT_SLICE: dock.support.go_to_next,
+        NEXT_SUGGESTED: dock.support.go_to_next,
+        ADD_SLICE: dock.support.add_plane,
+        NEXT_SLICE: partial(dock.support.go_to_annotated, 1),
+        PREVIOUS_SLICE: partial(dock.support.go_to_annotated, -1),
         PREVIEW: dock.preview.on.toggle,
         TRAIN: dock.distill.start,
+        REFINE: dock.distill.start_refining,
     }
     actions |= {f"Alt-{n}": _brush(dock, FIRST_CLASS + n - 1) for n in range(1, 10)}
     bound = [_bind(viewer, key, action) for key, action in actions.items()]

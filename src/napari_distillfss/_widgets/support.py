@@ -95,7 +95,7 @@ class SupportWidget(QWidget):
         )
         self.suggest = button("Suggest slices", "Suggest slices to paint", self.suggest_slices)
         self.classes = ClassList()
-        self.paint = button("Paint", "Show the annotation layer and take the brush", self._on_paint_clicked)
+        self.paint = button("Paint", "Show the annotation layer and take the brush", self.take_brush)
         self.rest = button(
             "Fill rest as background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
             self.fill_rest,
@@ -247,6 +247,26 @@ class SupportWidget(QWidget):
             self.go_to(next((z for z in left if z > self.plane()), left[0]))
         else:
             self.message.tell("No suggested slice is left; suggest slices first")
+
+    def go_to_annotated(self, direction: int) -> None:
+        """Move to the nearest painted plane after (1) or before (-1) this one, and round from the end to the start."""
+        planes = self._session.annotations.planes() if self._session.annotations else []
+        if not planes:
+            self.message.tell("No slice is annotated yet; suggest slices, and paint in them")
+            return
+        order = sorted(planes, key=lambda z: direction * z)
+        self.go_to(next((z for z in order if direction * (z - self.plane()) > 0), order[0]))
+
+    def add_plane(self) -> None:
+        """Put the plane on screen among the slices to annotate, and take the brush."""
+        z = self.plane()
+        if not self._show_layer() or self._session.annotations is None:
+            return
+        if z not in self.suggested and z not in self._session.annotations.planes():
+            self.suggested = sorted([*self.suggested, z])
+            self._on_slices_changed()
+        self.take_brush()
+        self.message.tell(f"Paint in plane {z}: some background and every class, in scribbles or whole")
 
     def plane(self) -> int:
         """The plane on screen."""
@@ -416,7 +436,8 @@ class SupportWidget(QWidget):
             on = item.checkState() == Qt.CheckState.Checked
             self._session.annotations.enable(item.data(Qt.ItemDataRole.UserRole), on)
 
-    def _on_paint_clicked(self) -> None:
+    def take_brush(self) -> None:
+        """Show the annotation layer and take the brush."""
         if self._show_layer():
             self._viewer.layers.selection.active = self.layer
             self.layer.mode = "paint"
