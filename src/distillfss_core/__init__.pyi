@@ -33,12 +33,13 @@ from .process import may_change_process
 from .samples import Sample, generate_sample
 from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
-from .segmentation.lazy import compare_intensities, segment_lazy
+from .segmentation.lazy import compare_intensities, sample_volume, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
 from .settings import DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
+from .training.instant import InstantModel
 from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, describe_step, finish
 from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
 
@@ -63,6 +64,7 @@ __all__ = [
     "InputFileError",
     "InstanceReport",
     "InstanceStep",
+    "InstantModel",
     "IntensityWarning",
     "Measures",
     "ModelFileError",
@@ -122,6 +124,7 @@ __all__ = [
     "read_stack",
     "read_thumbnails",
     "refine",
+    "sample_volume",
     "segment_lazy",
     "segment_to_zarr",
     "suggest_diverse_planes",

@@ -358,14 +358,19 @@ class Segmenter:
     def _window(self, window: Float[Tensor, "3 h w"]) -> Float[Tensor, "k h w"]:
         """Margins of a window whose start lies on the grid; its far ends are padded to the grid."""
         h, w = window.shape[-2:]
-        pad = (-h % self.step, -w % self.step)
+        x, padded = self._network_input(window)
+        margins = self._margins(x).float().clamp_min_(NEVER)
+        return resize(margins, padded)[0, :, :h, :w]
+
+    def _network_input(self, window: Float[Tensor, "3 h w"]) -> tuple[Float[Tensor, "1 3 hz wz"], tuple[int, int]]:
+        """A window on the device, padded and zoomed, and its size before the zoom."""
+        pad = [-n % self.step for n in window.shape[-2:]]
         if any(pad):
             window = torch.from_numpy(np.pad(window.numpy(), ((0, 0), (0, pad[0]), (0, pad[1])), mode="symmetric"))
+        h, w = window.shape[-2:]
         zoom = self.preprocess.zoom_factor
-        x = window[None].to(self.device.torch)
-        x = resize(x, (int(x.shape[-2] * zoom), int(x.shape[-1] * zoom))).clamp_(0, 1)
-        margins = self._margins(x).float().clamp_min_(NEVER)
-        return resize(margins, (h + pad[0], w + pad[1]))[0, :, :h, :w]
+        x = resize(window[None].to(self.device.torch), (int(h * zoom), int(w * zoom)))
+        return x.clamp_(0, 1), (h, w)
 
 
 def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

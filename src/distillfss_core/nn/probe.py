@@ -89,11 +89,20 @@ class Probe(nn.Module):
 
     def forward(self, features: FeaturePyramid, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Margins of a batch of images in [0, 1], on the grid of the finest stage."""
-        pixels, around = self.maps(image)
+        return self.margins(self.inputs_of(features, image))
+
+    def inputs_of(self, features: FeaturePyramid, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+        """All maps that it reads, which do not depend on its weights: the last block of each stage, then `maps`."""
+        stages = tuple((stage[-1],) for stage in features.stages)
+        return FeaturePyramid((*stages, *((part,) for part in self.maps(image))), features.size)
+
+    def margins(self, inputs: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
+        """Margins from `inputs_of` a batch of images."""
+        *stages, pixels, around = (stage[-1] for stage in inputs.stages)
         result: Float[Tensor, "b k hg wg"] = self.intensities(pixels)
         result = result + resize_like(self.surroundings(around), result)
-        for layer, stage in zip(self.stages, features.stages, strict=True):
-            result = result + resize_like(layer(stage[-1]), result)
+        for layer, block in zip(self.stages, stages, strict=True):
+            result = result + resize_like(layer(block), result)
         return result
 
     def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b i hg wg"], Float[Tensor, "b s h2 w2"]]:

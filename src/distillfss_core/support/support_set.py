@@ -49,7 +49,7 @@ class SupportSet:
         self._check_names()
         if not self.slices:
             raise SupportSetError("the support set is empty; annotate at least one slice")
-        counts = np.stack([_count_labels(s.labels) for s in self.slices])
+        counts = np.stack([count_labels(s.labels) for s in self.slices])
         values = len(self.class_names) + 1
         for labeled, row in zip(self.slices, counts, strict=True):
             beyond = np.flatnonzero(row[values:IGNORE]) + values
@@ -86,16 +86,16 @@ class SupportSet:
 
     def shown_once(self) -> np.ndarray:
         """Whether a slice is the only one with a class (background first). Shape (n, k + 1), bool."""
-        shown = np.stack([_count_labels(s.labels)[: self.classes + 1] for s in self.slices]) > 0
+        shown = np.stack([count_labels(s.labels)[: self.classes + 1] for s in self.slices]) > 0
         return np.asarray(shown & (shown.sum(0) == 1))
 
     def shares(self) -> np.ndarray:
         """Share of the annotated pixels that each class (background first) has, over all slices. Shape (k + 1,)."""
-        counts = np.sum([_count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)
+        counts = np.sum([count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)
         return np.asarray(counts / counts.sum())
 
 
-def _count_labels(labels: Array) -> Array:
+def count_labels(labels: Array) -> Array:
     """Pixels of each of the 256 labels; block by block, since bincount works on eight-byte copies."""
     flat = labels.reshape(-1)
     blocks = (flat[i : i + (1 << 20)] for i in range(0, flat.size, 1 << 20))

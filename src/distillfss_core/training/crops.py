@@ -133,14 +133,10 @@ class CropSampler:
         return [self._finish(slice_index, (y, x, y + side, x + side), PLAIN, rng) for y, x in corners]
 
     def _spread(self, slice_index: int, corners: list[tuple[int, int]], side: int, limit: int) -> list[tuple[int, int]]:
-        """``most`` of the corners, drawn evenly, but one for each class first."""
+        """``limit`` of the corners, as `spread` chooses them."""
         labels = self._labels[slice_index]
-        drawn = [corners[i] for i in np.random.default_rng(0).permutation(len(corners))]
-        held = [set(np.unique(labels[max(y, 0) : y + side, max(x, 0) : x + side]).tolist()) for y, x in drawn]
-        values = [value for value in range(len(self._anchors[slice_index])) if any(value in h for h in held)]
-        first = {next(i for i, h in enumerate(held) if value in h) for value in values}
-        chosen = [*sorted(first), *(i for i in range(len(drawn)) if i not in first)][:limit]
-        return sorted(drawn[i] for i in chosen)
+        parts = [labels[max(y, 0) : y + side, max(x, 0) : x + side] for y, x in corners]
+        return [corners[i] for i in spread(parts, len(self._anchors[slice_index]), limit)]
 
     def _center(self, slice_index: int, rng: np.random.Generator) -> tuple[int, int]:
         anchors = self._anchors[slice_index]
@@ -179,6 +175,16 @@ class CropSampler:
         inverted = bool(augmentation.polarity) and rng.random() < augmentation.polarity
         varied = _recolor(1 - plain if inverted else plain, augmentation, rng)
         return Crop(varied, target.contiguous(), index, box, plain, inverted)
+
+
+def spread(parts: Sequence[Array], values: int, limit: int) -> list[int]:
+    """Indices of ``limit`` arrays of labels, drawn evenly, but one for each label below ``values`` first; ascending."""
+    drawn = [int(i) for i in np.random.default_rng(0).permutation(len(parts))]
+    held = [set(np.unique(parts[i]).tolist()) for i in drawn]
+    present = [value for value in range(values) if any(value in h for h in held)]
+    first = {next(n for n, h in enumerate(held) if value in h) for value in present}
+    chosen = [*sorted(first), *(n for n in range(len(drawn)) if n not in first)][:limit]
+    return sorted(drawn[n] for n in chosen)
 
 
 def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
@@ -267,10 +273,7 @@ class FeatureCache:
     def encode(self, crops: Sequence[Crop]) -> FeaturePyramid:
         """Features of crops, straight from the backbone, in single precision."""
         batch = self.device.upload(torch.stack([v.image for v in crops]))
-        with torch.no_grad(), self.device.autocast():
-            features = self.backbone(batch).lean()
-        result: FeaturePyramid = features.map(Tensor.float)
-        return result
+        return encode_images(self.backbone, self.device, batch)
 
     def iter_fill(
         self, sampler: CropSampler, slices: Sequence[int], rng: np.random.Generator
@@ -321,6 +324,14 @@ class FeatureCache:
     def slices(self) -> Array:
         """Slice index of every stored crop."""
         return np.array([v.slice for v in self.crops])
+
+
+def encode_images(backbone: Backbone, device: Device, images: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+    """Features of images in [0, 1] on the device, straight from the backbone, in single precision."""
+    with torch.no_grad(), device.autocast():
+        features = backbone(images).lean()
+    result: FeaturePyramid = features.map(Tensor.float)
+    return result
 
 
 def _as_float(block: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def iter_prepare(
     if init_from is not None:
         backbone, head = copy.deepcopy(init_from.backbone), copy.deepcopy(init_from.head)
     else:
-        backbone, weights = _load_start(settings)
+        backbone, weights = load_start(settings)
         head = _new_head(settings, backbone, support, weights)
     backbone.to(device.torch)
     head = head.requires_grad_(True).eval()
@@ -136,7 +136,7 @@ def _match_preprocess(start: Preprocess, support: SupportSet) -> Preprocess:
     return preprocess
 
 
-def _load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
+def load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]:
     """The backbone and the meta-trained weights to start from.
 
     Those of the package are taken only where they fit; a file must fit, and brings the backbone that it was trained

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from distillfss_core.models.batches import NEVER
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import FeaturePyramid
@@ -36,7 +37,7 @@ FEATURE_PENALTY, INTENSITY_PENALTY = 50.0, 0.5  # half the inverse of scikit-lea
 FOLDS = 8  # probes that each leave some slices out, at most
 WORTHLESS = 0.05  # gain below which a probe is no evidence
 OFFSET_PENALTY = 1e-3
-_ITERATIONS = 120
+ITERATIONS = 120
 _RANGE = 0.05, 0.95  # quantiles of the intensities at which the first and the last knot lie
 
 
@@ -142,7 +143,7 @@ def iter_points(
         for crop, points in zip(crops, drawn, strict=True):
             if len(points):
                 features = cache.encode([crop]).map(Tensor.cpu)
-                columns.append(_columns(new, features, crop.image[None], points))
+                columns.append(point_features(new.inputs_of(features, crop.image[None]), points))
                 labels.append(crop.labels[points[:, 0], points[:, 1]].long())
                 origins.append(torch.full((len(points),), index))
         yield TrainStep(number, len(slices), stage="probe")
@@ -150,35 +151,60 @@ def iter_points(
     return ProbePoints(torch.cat(columns), torch.cat(labels), torch.cat(origins), shares, new)
 
 
-def fit_probe(points: ProbePoints, *, alone: bool = False) -> Probe:
+def fit_probe(
+    points: ProbePoints, *, alone: bool = False, start: Probe | None = None, iterations: int = ITERATIONS
+) -> Probe:
     """Fit a probe, on the CPU and in evaluation mode.
 
     The weights of the pixels give each class the share that it has among the annotated pixels. The loss is the
     cross-entropy with an L2 penalty, which is smaller for the intensities than for the features: there are many more of
     these.
 
+    A class without a pixel is never predicted.
+
     Parameters
     ----------
+    points : ProbePoints
+        With background, and a class at least.
     alone : bool
         Whether the probe is a student of its own.
+    start : Probe, optional
+        One of the same classes, fitted before, from whose weights the search starts. The loss is convex, so the start
+        decides only how soon it ends.
+    iterations : int
+        Steps of L-BFGS at most.
     """
     probe = copy.deepcopy(points.new)
     probe.alone = alone
     end = points.columns.shape[1]
     for layer in (probe.surroundings, probe.intensities):
-        start, end = end - layer.read, end - layer.read
-        maps = points.columns[:, start : start + layer.maps]
+        end -= layer.read
+        maps = points.columns[:, end : end + layer.maps]
         layer.knots.copy_(torch.quantile(maps, torch.linspace(*_RANGE, KNOTS), 0).T)
     x = probe.columns(points.columns)
     center, scale = x.mean(0), x.std(0) + 1e-5
     penalties = torch.full((x.shape[1],), INTENSITY_PENALTY)
     penalties[:end] = FEATURE_PENALTY
-    weights, bias = _regress(
-        (x - center) / scale, points.labels, points.weights, penalties / len(x), len(points.shares) - 1
+    present = points.labels.unique()
+    rows = present[1:] - 1
+    initial = None if start is None else _standardized(start, rows, center, scale)
+    labels = torch.searchsorted(present, points.labels)
+    fitted, offsets = _regress(
+        (x - center) / scale, labels, points.weights, penalties / len(x), len(rows), initial, iterations
     )
-    weights = weights / scale
-    probe.set_weights(weights, bias - weights @ center)
+    weights, bias = torch.zeros(len(points.shares) - 1, x.shape[1]), torch.full((len(points.shares) - 1,), NEVER)
+    weights[rows] = fitted / scale
+    bias[rows] = offsets - weights[rows] @ center
+    probe.set_weights(weights, bias)
     return probe.eval().requires_grad_(False)
+
+
+def _standardized(
+    probe: Probe, rows: Int[Tensor, " c"], center: Float[Tensor, " f"], scale: Float[Tensor, " f"]
+) -> tuple[Float[Tensor, "c f"], Float[Tensor, " c"]]:
+    """Weights and biases of some classes for standardized columns; zero for those that had no pixel."""
+    weights, bias = (part.cpu()[rows] for part in probe.weights())
+    return weights * scale, torch.where(bias > NEVER, bias, 0) + weights @ center
 
 
 def count_fits(points: ProbePoints) -> int:
@@ -232,14 +258,6 @@ def _draw(labels: Sequence[Array], classes: int, limit: int, rng: np.random.Gene
     return [torch.from_numpy(np.argwhere(part)) for part in chosen]
 
 
-def _columns(
-    probe: Probe, features: FeaturePyramid, image: Float[Tensor, "1 3 h w"], points: Int[Tensor, "n 2"]
-) -> Float[Tensor, "n f"]:
-    """Features and `Probe.maps` under the points of a crop."""
-    maps = FeaturePyramid(tuple((part,) for part in probe.maps(image)), features.size)
-    return torch.cat([point_features(features, points), point_features(maps, points)], 1)
-
-
 def _margins(probe: Probe, columns: Float[Tensor, "n f"]) -> Float[Tensor, "n k"]:
     weights, bias = probe.weights()
     result: Tensor = probe.columns(columns) @ weights.T + bias
@@ -252,15 +270,17 @@ def _regress(
     rows: Float[Tensor, " n"],
     penalties: Float[Tensor, " f"],
     classes: int,
+    start: tuple[Float[Tensor, "k f"], Float[Tensor, " k"]] | None = None,
+    iterations: int = ITERATIONS,
 ) -> tuple[Float[Tensor, "k f"], Float[Tensor, " k"]]:
-    """Weights and biases of the margins of a logistic regression."""
-    weights = torch.zeros(classes, x.shape[1], requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    """Weights and biases of the margins of a logistic regression, from zero or from those given."""
+    first = start or (torch.zeros(classes, x.shape[1]), torch.zeros(classes))
+    weights, bias = (part.detach().clone().requires_grad_() for part in first)
 
     def loss() -> Tensor:
         return _cross_entropy(x @ weights.T + bias, labels, rows) + (penalties * weights**2).sum()
 
-    _minimize(loss, [weights, bias])
+    _minimize(loss, [weights, bias], iterations)
     return weights.detach(), bias.detach()
 
 
@@ -283,8 +303,8 @@ def _cross_entropy(
     return (rows * F.cross_entropy(F.pad(margins, (1, 0)), labels, reduction="none")).sum()
 
 
-def _minimize(loss: Callable[[], Tensor], parameters: list[Tensor]) -> None:
-    optimizer = torch.optim.LBFGS(parameters, max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+def _minimize(loss: Callable[[], Tensor], parameters: list[Tensor], iterations: int = ITERATIONS) -> None:
+    optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -1,0 +1,284 @@
+"""A model of what is annotated so far, which follows every stroke: the probe, refitted on stored features.
+
+The backbone is frozen, so a part of a plane goes through it once, whether it is learned from or predicted. A stroke
+changes only the pixels that are drawn and the weights of a logistic regression.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distillfss_core.errors import NoStudentYetError, SupportSetError
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess
+from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.models.tiling import Tile
+from distillfss_core.nn.device import choose_device
+from distillfss_core.nn.features import FeaturePyramid
+from distillfss_core.nn.probe import Probe
+from distillfss_core.settings import DistillSettings
+from distillfss_core.support.support_set import count_labels
+from distillfss_core.training.crops import encode_images, spread
+from distillfss_core.training.preparation import load_start
+from distillfss_core.training.probe import ProbePoints, fit_probe
+from distillfss_core.training.zoom import point_features
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array, evenly
+
+MEMORY = 256 << 20  # bytes of features and drawn pixels
+DENSE = 0.5  # share of annotated pixels from which on the rest of a plane may count as background
+POINTS = 600  # pixels of each class and slice, at most
+ALL_POINTS = 8_000  # pixels of all, at most
+WINDOWS = 16  # of each slice that are learned from, at most
+WARM_ITERATIONS = 30  # of a fit that starts from the last one
+_TILE, _HALO = 512, 128  # pixels after zooming
+
+
+@runtime_checkable
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_Value = TypeVar("_Value", bound=_Sized)
+
+
+class ContentCache:
+    """Values by the hash of what they are computed from, within a memory limit; the least recently used go first.
+
+    Parameters
+    ----------
+    memory : int
+        Bytes of all values at most. A larger value is returned and not kept.
+
+    Attributes
+    ----------
+    nbytes, hits, misses : int
+        Bytes that are held, values that were there, and values that had to be made.
+    """
+
+    def __init__(self, memory: int = MEMORY) -> None:
+        self.memory: int = memory
+        self.nbytes = self.hits = self.misses = 0
+        self._values: OrderedDict[bytes, _Sized] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: bytes, make: Callable[[], _Value]) -> _Value:
+        """The value of a key, made now if it is not there."""
+        held = self._values.get(key)
+        if held is not None:
+            self.hits += 1
+            self._values.move_to_end(key)
+            return held  # type: ignore[return-value]
+        self.misses += 1
+        value = make()
+        if value.nbytes <= self.memory:
+            self._values[key] = value
+            self.nbytes += value.nbytes
+        while self.nbytes > self.memory:
+            self.nbytes -= self._values.popitem(last=False)[1].nbytes
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """Drawn pixels of a slice: columns of the probe on the CPU, and labels."""
+
+    columns: Float[Tensor, "n f"]
+    labels: Int[Tensor, " n"]
+
+    @property
+    def nbytes(self) -> int:
+        return self.columns.nbytes + self.labels.nbytes
+
+
+class InstantModel(Segmenter):
+    """The probe of what is annotated so far, for planes of one volume; `fit` follows a stroke within a fraction of a
+    second.
+
+    It is logistic regression on the features of the frozen backbone and on intensities, as a student of method "probe"
+    is. It learns from fewer pixels, at one zoom, and it exists in memory only. One thread at a time may use it.
+
+    Parameters
+    ----------
+    sample : array, shape (y, x) or (y, x, c)
+        Pixels of the volume, in any arrangement, by which the intensity limits are fitted once and for all: limits that
+        followed the annotations would change all features.
+    settings : DistillSettings, optional
+        Backbone, head, zoom ("auto" is 1), normalization ("auto" is per volume), seed, device and precision count.
+    memory : int
+        Bytes of stored features and drawn pixels at most.
+
+    Raises
+    ------
+    SettingsError, WeightsUnavailableError
+    """
+
+    tile: int = _TILE
+    """Inner side of the tiles that it learns from, in pixels after zooming. Predicted in such tiles, a plane that was
+    learned from is not encoded again."""
+
+    def __init__(self, sample: Array, settings: DistillSettings | None = None, *, memory: int = MEMORY) -> None:
+        settings = settings or DistillSettings()
+        device = choose_device(settings.device, settings.precision)
+        backbone, _ = load_start(settings)
+        super().__init__(backbone.to(device.torch), _fit_preprocess(sample, settings), (), device=device, halo=_HALO)
+        self.cache: ContentCache = ContentCache(memory)
+        self.probe: Probe | None = None
+        self._seed = settings.seed
+        self._inputs = 1 if self.preprocess.channels == 1 else 3
+        self._reader = Probe(backbone.spec, 1, self._inputs).to(device.torch)
+        self._digests: weakref.WeakKeyDictionary[AnnotatedSlice, bytes] = weakref.WeakKeyDictionary()
+
+    @property
+    def local(self) -> bool:
+        """Whether tiles agree: the backbone does not depend on the whole tile."""
+        return self.backbone.spec.local
+
+    def fit(self, slices: Sequence[AnnotatedSlice], class_names: Sequence[str] = ("object",)) -> None:
+        """Fit the probe to the slices as they are now, from the weights of the last fit.
+
+        A class without a pixel is never predicted. Without any pixel of background, the rest of slices that are
+        annotated by half or more counts as background.
+
+        Parameters
+        ----------
+        slices : sequence of AnnotatedSlice
+            Labels: 0 background, 1..K classes, IGNORE not annotated. Slices that were there before are not read again.
+        class_names : sequence of str
+            Names of the classes 1..K.
+
+        Raises
+        ------
+        SupportSetError
+            If no pixel of any class is annotated, or none of background. The model stays as it was.
+        ImageError
+            If a slice has other channels than the volume.
+        """
+        names = tuple(class_names)
+        counts = np.stack([count_labels(s.labels) for s in slices]) if slices else np.zeros((0, IGNORE + 1), int)
+        with_rest = _dense(counts) if not counts[:, 0].sum() else np.zeros(len(slices), bool)
+        counts[with_rest, 0] = counts[with_rest, IGNORE]
+        totals = counts[:, : len(names) + 1].sum(0)
+        _check_totals(totals, counts[:, len(names) + 1 : IGNORE])
+        drawn = [self._drawn(s, len(names), bool(rest)) for s, rest in zip(slices, with_rest, strict=True)]
+        origins = torch.repeat_interleave(torch.tensor([len(d.labels) for d in drawn]))
+        new = Probe(self.backbone.spec, len(names), self._inputs)
+        shares = torch.from_numpy(totals / totals.sum()).float()
+        columns, labels = torch.cat([d.columns for d in drawn]), torch.cat([d.labels for d in drawn])
+        chosen = evenly(len(labels), ALL_POINTS)
+        points = ProbePoints(columns[chosen], labels[chosen], origins[chosen], shares, new)
+        if self.probe is not None and names == self.class_names:
+            probe = fit_probe(points, alone=True, start=self.probe, iterations=WARM_ITERATIONS)
+        else:
+            probe = fit_probe(points, alone=True)
+        self.class_names: tuple[str, ...] = names
+        self.probe = probe.to(self.device.torch)
+
+    def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+        if self.probe is None:
+            raise NoStudentYetError("the instant model has learned nothing yet; fit it to annotated slices first")
+        return self.probe.margins(self._inputs_of(image))
+
+    def _inputs_of(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+        """What the probe reads of an image, from the cache if it was encoded before."""
+        pixels = image[:, : self._inputs].contiguous().cpu().numpy()
+        key = self._key("inputs", str(pixels.shape).encode(), pixels.data)
+        return self.cache.get(key, lambda: self._encode(image))
+
+    def _encode(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+        with torch.no_grad():
+            return self._reader.inputs_of(encode_images(self.backbone, self.device, image), image)
+
+    def _key(self, kind: str, *contents: bytes | memoryview) -> bytes:
+        """Hash of contents and of all else that their values depend on."""
+        sha = hashlib.blake2b(digest_size=32)
+        parts = (kind, self.backbone.digest(), str(self.device), str(self.preprocess))
+        for part in (*map(str.encode, parts), *contents):
+            sha.update(part)
+        return sha.digest()
+
+    def _drawn(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> _Drawn:
+        if labeled not in self._digests:
+            arrays = (labeled.image, labeled.labels)
+            digests = [hashlib.blake2b(np.ascontiguousarray(array).data).digest() for array in arrays]
+            kinds = [f"{array.dtype}{array.shape}".encode() for array in arrays]
+            self._digests[labeled] = b"".join((*digests, *kinds))
+        key = self._key("drawn", f"{classes} {with_rest}".encode(), self._digests[labeled])
+        return self.cache.get(key, lambda: self._draw(labeled, classes, with_rest))
+
+    @torch.no_grad()
+    def _draw(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> _Drawn:
+        labels = np.where(labeled.labels == IGNORE, 0, labeled.labels) if with_rest else labeled.labels
+        plane = self.preprocess.as_channels(labeled.image, labeled.source)
+        limits = self.preprocess.limits(plane)
+        tiles = self._tiles_to_learn_from(labels, classes)
+        drawn = _draw_pixels(labels, [tile.inner for tile in tiles], classes, self._seed)
+        columns, values = [], []
+        for tile, pixels in zip(tiles, drawn, strict=True):
+            if len(pixels):
+                image, size = self._network_input(self.preprocess.to_tensor(plane[tile.outer], limits))
+                inputs = FeaturePyramid(self._inputs_of(image).stages, size)  # pixels as they are before the zoom
+                corner = [span.start for span in tile.outer]
+                columns.append(point_features(inputs, torch.from_numpy(pixels - corner)).cpu())
+                values.append(torch.from_numpy(labels[pixels[:, 0], pixels[:, 1]]).long())
+        return _Drawn(torch.cat(columns), torch.cat(values))
+
+    def _tiles_to_learn_from(self, labels: Array, classes: int) -> list[Tile]:
+        tiles = self.tiles((labels.shape[0], labels.shape[1]), tile=self.tile)
+        tiles = [tile for tile in tiles if (labels[tile.inner] != IGNORE).any()]
+        return [tiles[i] for i in spread([labels[tile.inner] for tile in tiles], classes + 1, WINDOWS)]
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from sorted(self.probe.state_dict().items() if self.probe is not None else ())
+
+
+def _fit_preprocess(sample: Array, settings: DistillSettings) -> Preprocess:
+    scope = "image" if settings.normalization == "per-image" else "volume"
+    zoom = 1 if settings.zoom == "auto" else settings.zoom
+    fitted = fit_preprocess([sample], scope=scope, zoom=zoom)
+    return replace(fitted, intensities=None)  # which would only be compared with the volume that they are from
+
+
+def _dense(counts: Array) -> Array:
+    """Which slices are annotated by `DENSE` or more, from their counts of the 256 labels."""
+    result: Array = counts[:, :IGNORE].sum(1) >= DENSE * counts.sum(1)
+    return result
+
+
+def _check_totals(totals: Array, beyond: Array) -> None:
+    """Raise SupportSetError where nothing can be learned from these pixels of each class, background first."""
+    if beyond.any():
+        label = int(np.flatnonzero(beyond.sum(0))[0]) + len(totals)
+        raise SupportSetError(f"label {label} has no class name; there are {len(totals) - 1} classes")
+    if not totals[1:].sum():
+        raise SupportSetError("no pixel of a class is labeled; paint an object")
+    if not totals[0]:
+        raise SupportSetError("no pixel is labeled background; scribble some, or label half of a plane or more")
+
+
+def _draw_pixels(
+    labels: Array, parts: Sequence[tuple[slice, slice]], classes: int, seed: int
+) -> list[Int[Array, "n 2"]]:
+    """Of parts of a plane of labels, up to `POINTS` pixels (y, x) of each class in all: those of every part.
+
+    Every pixel has its place in one order, so a stroke changes few of them.
+    """
+    order = np.random.default_rng(seed).random(labels.shape, np.float32)
+    is_chosen = np.zeros(labels.shape, bool)
+    for value in range(classes + 1):
+        pixels = np.concatenate([np.argwhere(labels[part] == value) + [s.start for s in part] for part in parts])
+        if len(pixels) > POINTS:
+            pixels = pixels[np.argpartition(order[tuple(pixels.T)], POINTS)[:POINTS]]
+        is_chosen[tuple(pixels.T)] = True
+    return [np.argwhere(is_chosen[part]) + [s.start for s in part] for part in parts]
