@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +14,15 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
-from napari_distillfss._annotations import Annotations, folder_for, kept_aside, make_support, own_folder, set_aside
+from napari_distillfss._annotations import (
+    Annotations,
+    folder_for,
+    kept_aside,
+    make_support,
+    own_folder,
+    set_aside,
+    write_json,
+)
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._students import KeptStudent, Training, read_training, write_record
 
@@ -53,6 +62,7 @@ class Session:
 
     volume_changed = Signal()
     slices_changed = Signal()
+    stroked = Signal()  # at once, where slices_changed waits until the hand rests
     classes_changed = Signal()
     model_changed = Signal()
     labels_changed = Signal()
@@ -157,6 +167,26 @@ class Session:
             )
         if self.applied is not None:
             self.applied = replace(self.applied, model=moved(self.applied.model))
+
+    def recall(self, name: str, default: Any) -> Any:
+        """A choice that `remember` has kept, in this session or an earlier one."""
+        return self._remembered().get(name, default)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Keep a choice of the user for later sessions."""
+        with suppress(OSError):  # then it holds for this session
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self._choices_path, self._remembered() | {name: value})
+
+    @property
+    def _choices_path(self) -> Path:
+        return self.folder / "choices.json"
+
+    def _remembered(self) -> dict[str, Any]:
+        with suppress(OSError, ValueError):
+            choices: dict[str, Any] = json.loads(self._choices_path.read_text(encoding="utf-8"))
+            return choices
+        return {}
 
     def set_classes(self, classes: Any) -> None:
         if self.annotations is not None and tuple(classes) != self.annotations.classes:

@@ -19,6 +19,7 @@ import zarr
 
 import distillfss_core as core
 from napari_distillfss._annotations import BACKGROUND, Annotations, from_classes, painted_from, write_planes
+from napari_distillfss._instant import InstantAnswers
 from napari_distillfss._layers import volumes_over_time
 from napari_distillfss._shapes import Outline
 from napari_distillfss._students import Compared, KeptStudent, plane_of, read_student
@@ -72,6 +73,22 @@ class Distilled:
     stopped: bool
     support: Path | None
     error: str = ""
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Which fit of the instant model gives the parts of a plane that follow, and of which classes."""
+
+    plane: int
+    version: int
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """Why the instant model can give nothing, in one line."""
+
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,7 +292,7 @@ def iter_teacher(
 ) -> Generator[Doing, None, Any]:
     """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
-    yield Doing("preparing the instant model on your slices")
+    yield Doing("preparing the teacher on your slices")
     _, support = make_support()
     teacher = core.unrefined_teacher(support, settings, kind=kind)
     return None if stop.is_set() else teacher
@@ -348,7 +365,13 @@ def iter_comparing(
 
 
 def iter_plane(
-    volume: Any, model: Any, z: int, on_screen: tuple[Span, Span], finished: Collection[tuple[int, int]], stop: Event
+    volume: Any,
+    model: Any,
+    z: int,
+    on_screen: tuple[Span, Span],
+    finished: Collection[tuple[int, int]],
+    stop: Event,
+    **tiling: int,
 ) -> Generator[PlanePart | Noticed, None, None]:
     """Segment the visible tiles of a plane, from the middle of the screen outwards.
 
@@ -360,10 +383,12 @@ def iter_plane(
         Tiles that do not touch it are left out.
     finished : collection of (y, x)
         Where tiles begin that need not be computed again.
+    **tiling
+        ``tile``, as for `core.segment_lazy`.
     """
     if not finished:
         yield Noticed(core.compare_intensities(volume, model))
-    outputs = core.segment_lazy(volume, model, what="probabilities")
+    outputs = core.segment_lazy(volume, model, what="probabilities", **tiling)
     for where in tiles_on_screen(outputs.chunks[2], outputs.chunks[3], on_screen):
         if stop.is_set():
             return
@@ -372,6 +397,41 @@ def iter_plane(
         probabilities = outputs[(slice(None), z, *where)].compute(scheduler="synchronous")
         segmentation = core.Segmentation.of(probabilities)
         yield PlanePart(z, where, segmentation.labels, probabilities, segmentation.uncertainty)
+
+
+def iter_instant(
+    instant: InstantAnswers,
+    z: int,
+    on_screen: tuple[Span, Span],
+    shown: tuple[int, Collection[tuple[int, int]]],
+    *,
+    refit: bool,
+    stop: Event,
+) -> Generator[Doing | Answering | Unanswered | PlanePart | Noticed, None, None]:
+    """Let the instant model follow the annotations, then segment the visible tiles of a plane as `iter_plane` does.
+
+    Parameters
+    ----------
+    shown : (version, collection of (y, x))
+        Where tiles of the plane begin that this version has computed.
+    refit : bool
+        Whether it follows the annotations; a model without a fit does so in any case.
+    """
+    if not instant.is_fitted:
+        yield Doing("preparing the instant model on your slices")
+        load_torch()
+    if refit or not instant.is_fitted:
+        try:
+            instant.follow(stop)
+        except core.SupportSetError as error:
+            yield Unanswered(str(error))
+            return
+    if stop.is_set():
+        return
+    model = instant.model
+    yield Answering(z, instant.version, model.class_names)
+    finished = shown[1] if shown[0] == instant.version else ()
+    yield from iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile)
 
 
 def tiles_on_screen(

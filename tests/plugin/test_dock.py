@@ -27,6 +27,14 @@ def paint(dock, painted, planes):
         dock.session.painted()
 
 
+TEACHER, PROTOTYPES = "teacher (untrained)", "prototypes (untrained)"
+
+
+def choose_source(dock, name):
+    dock.preview.source.setCurrentText(name)
+    dock.preview.source.activated.emit(dock.preview.source.currentIndex())
+
+
 @pytest.fixture
 def dock(viewer, nuclei, open_dock, few):
     opened = open_dock(viewer)
@@ -475,9 +483,8 @@ def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
 
 def test_a_teacher_answers_before_any_training(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
-    for source in (1, 2):
-        dock.preview.source.setCurrentIndex(source)
-        dock.preview.source.activated.emit(source)
+    for source in (TEACHER, PROTOTYPES):
+        choose_source(dock, source)
         finish(qtbot, dock)
         with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
             pass
@@ -851,23 +858,20 @@ def test_the_layer_that_is_chosen_is_the_one_that_is_shown_in_whatever_order_the
 def test_the_teacher_that_answers_is_the_one_that_was_chosen_last(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
     dock.preview.on.setChecked(True)
-    for index in (1, 2):  # the first is still being told
-        dock.preview.source.setCurrentIndex(index)
-        dock.preview.source.activated.emit(index)
+    for source in (TEACHER, PROTOTYPES):  # the first is still being told
+        choose_source(dock, source)
     qtbot.waitUntil(lambda: dock.preview.model() is not None, timeout=60_000)
     assert type(dock.preview.model().teacher).__name__ == "PrototypeTeacher"
-    for index in (1, 2, 1):
-        dock.preview.source.setCurrentIndex(index)
-        dock.preview.source.activated.emit(index)
+    for source in (TEACHER, PROTOTYPES, TEACHER):
+        choose_source(dock, source)
     qtbot.waitUntil(lambda: dock.preview.model() is not None, timeout=60_000)
     assert type(dock.preview.model().teacher).__name__ == "DcamaTeacher"
 
 
 def test_a_teacher_told_of_one_volume_does_not_answer_for_another(dock, viewer, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.preview.source.setCurrentIndex(2)
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
-        dock.preview.source.activated.emit(2)
+        choose_source(dock, PROTOTYPES)
     viewer.add_image(np.zeros((3, 40, 50)), name="another")
     dock.volume.layers.setCurrentIndex(1)
     dock.volume.layers.activated.emit(1)
@@ -1032,9 +1036,8 @@ def test_the_preview_of_a_corrected_plane_is_hidden_until_it_is_wanted_again(doc
 
 def test_a_teacher_follows_strokes_on_a_slice_that_had_labels(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
-    dock.preview.source.setCurrentIndex(2)
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
-        dock.preview.source.activated.emit(2)
+        choose_source(dock, PROTOTYPES)
     first = dock.preview.model()
     dock.support.paint.click()
     painted = painted_truth[2].copy()

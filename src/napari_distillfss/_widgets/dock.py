@@ -17,7 +17,7 @@ from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
 from napari_distillfss._widgets.notices import show_notices
-from napari_distillfss._widgets.preview import PreviewWidget
+from napari_distillfss._widgets.preview import MODEL, PreviewWidget
 from napari_distillfss._widgets.shortcuts import bind_shortcuts
 from napari_distillfss._widgets.support import SupportWidget
 from napari_distillfss._widgets.volume import VolumePicker
@@ -120,6 +120,7 @@ class ApplyDock(DistillDock):
         assert isinstance(layout, QVBoxLayout)  # as the base class has made it
         self.sections[self.support].hide()
         self.sections[self.distill].hide()
+        self.preview.source.setCurrentText(MODEL)
         parts = (self.volume, self.model, self.preview, self.apply, self.objects)
         for row, widget in enumerate(parts):
             section = self.sections[widget]

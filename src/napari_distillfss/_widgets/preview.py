@@ -11,9 +11,19 @@ from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
+from napari_distillfss._instant import InstantAnswers
 from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_layer
 from napari_distillfss._session import Session
-from napari_distillfss._tasks import Noticed, PlanePart, iter_plane, iter_teacher
+from napari_distillfss._tasks import (
+    Answering,
+    Doing,
+    Noticed,
+    PlanePart,
+    Unanswered,
+    iter_instant,
+    iter_plane,
+    iter_teacher,
+)
 from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, until_closed
 from napari_distillfss._widgets.support import colors_of
@@ -21,10 +31,12 @@ from napari_distillfss._widgets.support import colors_of
 STYLES = {"filled": (0.45, 0), "outlines": (0.9, 2), "dim": (0.2, 0)}
 """Opacity and width of the contour (0: filled) of the layer of labels."""
 
-SOURCES = {"model": None, "instant (untrained)": "dcama", "prototypes (untrained)": "prototype"}
+MODEL, INSTANT = "model", "instant"
+TEACHERS = {"teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
 _NO_MODEL = "Train a model first, or choose an untrained one"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
+_AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
 
 
@@ -44,6 +56,8 @@ class PreviewWidget(QWidget):
         super().__init__(parent)
         self._session, self._viewer = session, viewer
         self._teacher: Any = None
+        self._instant: InstantAnswers | None = None
+        self._version = 0  # of the instant model, whose output is shown
         self._requested: tuple[Any, Any] = (
             None,
             None,
@@ -58,10 +72,14 @@ class PreviewWidget(QWidget):
         self.on = QCheckBox("Preview the plane on screen")
         self.on.setToolTip("Segment the visible part of each plane as you scroll")
         self.source = combo(
-            "model: the trained student; instant: the teacher before any training, on your slices; prototypes: as "
-            "instant, but by the mean of each class",
-            tuple(SOURCES),
+            "model: the trained student; instant: a linear classifier that follows your strokes; teacher: a "
+            "network with your slices as support, before any training; prototypes: likewise, by the mean of each class",
+            (MODEL, INSTANT, *TEACHERS),
         )
+        self.source.setCurrentText(INSTANT)
+        self.live = QCheckBox("Live")
+        self.live.setToolTip("The instant model follows every stroke; otherwise it follows when you change the plane")
+        self.live.setChecked(bool(session.recall("live", True)))
         self.shown = {name: QCheckBox(name) for name in _NAMES}
         for name, help_ in {
             "labels": "The class of every pixel",
@@ -79,15 +97,16 @@ class PreviewWidget(QWidget):
             self.correct_plane,
         )
         self.take.setEnabled(False)
-        self.job = Job(session, "Preparation of the instant model", self)
+        self.job = Job(session, "Preparation of the teacher", self)
         self.message = Message(_NO_MODEL)
         self._latest = LatestJob(self)
         self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
+        self._after_stroke = until_closed(session, qdebounced(self._on_stroke_ended, timeout=_AFTER_STROKE))
         self._after_strokes = until_closed(session, qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES))
         self.shown["labels"].setChecked(True)
         column(
             self,
-            self.on,
+            row(self.on, self.live, first=3),
             row("Using", self.source),
             row(*self.shown.values()),
             row("Probability of", self.of_class),
@@ -100,6 +119,7 @@ class PreviewWidget(QWidget):
 
     def _connect(self, session: Session, viewer: Any) -> None:
         session.slices_changed.connect(self._on_slices_changed)
+        session.stroked.connect(self._on_stroked)
         session.classes_changed.connect(self._on_classes_changed)
         self._latest.answered.connect(self._on_part)
         self._latest.failed.connect(self._on_failed)
@@ -109,6 +129,7 @@ class PreviewWidget(QWidget):
         self.job.failed.connect(self.message.warn)
         self.on.toggled.connect(self._on_toggled)
         self.source.activated.connect(self._on_source_activated)
+        self.live.toggled.connect(self._on_live_toggled)
         self.of_class.activated.connect(self._on_class_activated)
         session.model_changed.connect(self._on_model_changed)
         session.volume_changed.connect(self._on_volume_changed)
@@ -136,8 +157,27 @@ class PreviewWidget(QWidget):
         return self._plane
 
     def model(self) -> Any:
-        """Model of the preview, the student or a teacher; None if there is none."""
-        return self._session.model if SOURCES[self.source.currentText()] is None else self._teacher
+        """Model of the preview: the student, the instant model or a teacher; None if there is none."""
+        if self._uses_instant:
+            return self._instant.model if self._instant is not None and self._instant.is_fitted else None
+        return self._session.model if self._kind is None else self._teacher
+
+    def evidence_of(self, plane: int) -> np.ndarray | None:
+        """Latest probabilities of the model for this plane, "k+1 y x" float32, background first; not to be changed.
+
+        Where nothing was computed yet they are zero. None if the preview is off or shows another plane.
+        """
+        is_shown = self.on.isChecked() and plane == self._plane and bool(self._painted_tiles)
+        return self._probabilities if is_shown else None
+
+    @property
+    def _uses_instant(self) -> bool:
+        return self.source.currentText() == INSTANT
+
+    @property
+    def _kind(self) -> str | None:
+        """Of the teacher that is chosen, if one is."""
+        return TEACHERS.get(self.source.currentText())
 
     # what happens
 
@@ -145,17 +185,21 @@ class PreviewWidget(QWidget):
         if not on:
             self._hide_layers()
             return
-        if SOURCES[self.source.currentText()] is not None and self._teacher is None:
+        if self._kind is not None and self._teacher is None:
             self._make_teacher()
         self._ask()
 
     def _on_source_activated(self, _: int) -> None:
         self._teacher = None
         self._clear()
-        if SOURCES[self.source.currentText()] is None:
+        if self._kind is None:
             self._ask()
         else:
             self._make_teacher()
+
+    def _on_live_toggled(self, on: bool) -> None:
+        self._session.remember("live", on)
+        self._on_stroked()
 
     def _make_teacher(self) -> None:
         if self.job.running:  # what was asked for before ends first, and is dropped
@@ -172,19 +216,29 @@ class PreviewWidget(QWidget):
         attempt(self.message, start)
 
     def _on_slices_changed(self) -> None:
-        if self.on.isChecked() and self._wanted()[0] is not None:
+        self._on_stroked()
+        if self.on.isChecked() and self._kind is not None:
             self._after_strokes()
+
+    def _on_stroked(self) -> None:
+        if self.on.isChecked() and self._uses_instant and self.live.isChecked():
+            self._after_stroke()
+
+    def _on_stroke_ended(self) -> None:
+        if self._uses_instant:
+            self._ask()
 
     def _on_strokes_settled(self) -> None:
         """Make the teacher again from the slices as they are; the earlier one is used until it is there."""
         if self._session.busy and not self.job.running:
             self._after_strokes()  # after that job
-        elif self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
+        elif self.on.isChecked() and self._kind is not None and self._session.annotations is not None:
             self._make_teacher()
 
     def _on_classes_changed(self) -> None:
         if "labels" in self._layers:
             self._layers["labels"].colormap = self._colors()
+        self._on_stroked()
 
     def _colors(self) -> Any:
         """Colors of the model's classes: those of the classes of the same name, or else of the same number."""
@@ -197,7 +251,7 @@ class PreviewWidget(QWidget):
         return colors_of(tuple(same), first=1)
 
     def _wanted(self) -> tuple[Any, Any]:
-        return SOURCES[self.source.currentText()], self._session.annotations
+        return self._kind, self._session.annotations
 
     def _on_job_ended(self) -> None:
         kind, annotations = wanted = self._wanted()
@@ -214,15 +268,15 @@ class PreviewWidget(QWidget):
 
     def _on_model_changed(self) -> None:
         if self._session.model is not None:
-            self.source.setCurrentIndex(0)
+            self.source.setCurrentText(MODEL)
             self._clear()
             self.on.setChecked(True)
             self._ask()
 
     def _on_volume_changed(self) -> None:
-        self._teacher = None  # it was told of slices of another volume
+        self._teacher = self._instant = None  # they have learned from slices of another volume
         self._hide_layers()
-        if self.on.isChecked() and self._wanted()[0] is not None and self._session.annotations is not None:
+        if self.on.isChecked() and self._kind is not None and self._session.annotations is not None:
             self._make_teacher()
         else:
             self._ask()
@@ -236,7 +290,7 @@ class PreviewWidget(QWidget):
         chosen, model = self._session.volume, self.model()
         if not self.on.isChecked() or chosen is None:
             return
-        if model is None:
+        if model is None and not self._uses_instant:
             self.message.tell(_NO_MODEL)
             return
         dims = self._viewer.dims
@@ -244,16 +298,47 @@ class PreviewWidget(QWidget):
             self.message.tell("the preview is of planes (y, x): show the volume in 2D, in its own order of axes")
             return
         z = chosen.plane_at(dims.point)
-        self._go_to(chosen, z, model)
+        if self._uses_instant:
+            self._ask_instant(chosen, z)
+            return
+        self._go_to(chosen, z, list(model.class_names))
         self._latest.cancel()
         painted, on_screen, volume = frozenset(self._painted_tiles), chosen.on_screen(), chosen.volume
         self.message.tell(f"Preview of plane {z}: computing")
         self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, painted, stop))
 
-    def _on_part(self, part: PlanePart | Noticed) -> None:
-        if isinstance(part, Noticed):
-            self._notice = part.text
+    def _ask_instant(self, chosen: ChosenVolume, z: int) -> None:
+        """Request an output of the instant model, which follows the annotations before."""
+        annotations = self._session.annotations
+        if annotations is None:
+            self.message.warn(self._session.no_annotations)
             return
+        if self._instant is None or self._instant.annotations is not annotations:
+            self._instant = InstantAnswers(chosen.volume, annotations)
+        instant, on_screen, is_here = self._instant, chosen.on_screen(), z == self._plane
+        shown = (self._version, frozenset(self._painted_tiles)) if is_here else (0, frozenset[tuple[int, int]]())
+        refit = self.live.isChecked() or not is_here
+        if not is_here:
+            self.message.tell(f"Preview of plane {z}: computing")
+        self._latest.cancel()
+        self._latest.ask(lambda stop: iter_instant(instant, z, on_screen, shown, refit=refit, stop=stop))
+
+    def _on_part(self, part: PlanePart | Noticed | Doing | Answering | Unanswered) -> None:
+        if isinstance(part, PlanePart):
+            self._on_plane_part(part)
+        elif isinstance(part, Noticed):
+            self._notice = part.text
+        elif isinstance(part, Doing):
+            self.message.tell(part.text)
+        elif isinstance(part, Unanswered):
+            self._hide_layers()
+            self.message.warn(part.text)
+        elif self._session.volume is not None:
+            self._go_to(self._session.volume, part.plane, list(part.class_names))
+            if part.version != self._version:
+                self._version, self._painted_tiles = part.version, {}
+
+    def _on_plane_part(self, part: PlanePart) -> None:
         if part.plane != self._plane or self._probabilities is None:
             return
         where = (0,) * (self._arrays["labels"].ndim - 2) + part.where
@@ -317,15 +402,15 @@ class PreviewWidget(QWidget):
 
     # layers
 
-    def _go_to(self, chosen: ChosenVolume, z: int, model: Any) -> None:
-        """Clear the preview layers and move them to another plane."""
-        if z == self._plane:
+    def _go_to(self, chosen: ChosenVolume, z: int, names: list[str]) -> None:
+        """Clear the preview layers and move them to another plane, or to other classes."""
+        is_same = [self.of_class.itemText(i) for i in range(self.of_class.count())] == names
+        if z == self._plane and is_same:
             return
         self._plane, self._corrected, self._painted_tiles = z, -1, {}
         self.take.setEnabled(False)
         shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
-        names = list(model.class_names)
-        if [self.of_class.itemText(i) for i in range(self.of_class.count())] != names:
+        if not is_same:
             self.of_class.clear()
             self.of_class.addItems(names)
         self._probabilities = np.zeros((len(names) + 1, *chosen.plane_shape), np.float32)

@@ -375,6 +375,7 @@ class SupportWidget(QWidget):
     def _on_stroke(self) -> None:
         if self._session.annotations is not None:
             attempt(self.message, self._session.annotations.array.write)
+        self._session.stroked.emit()
         self._soon()
 
     def _on_painted(self) -> None:
@@ -435,6 +436,7 @@ class SupportWidget(QWidget):
         if self._session.annotations is not None:
             on = item.checkState() == Qt.CheckState.Checked
             self._session.annotations.enable(item.data(Qt.ItemDataRole.UserRole), on)
+            self._session.stroked.emit()
 
     def take_brush(self) -> None:
         """Show the annotation layer and take the brush."""

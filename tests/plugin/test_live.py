@@ -1,0 +1,222 @@
+"""The instant model in the dock: it follows every stroke, in another thread."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from napari_distillfss._annotations import Class
+from napari_distillfss._instant import InstantAnswers
+
+
+@pytest.fixture
+def dock(viewer, nuclei, open_dock):
+    return open_dock(viewer)
+
+
+def paint_rows(dock, painted, z, every):
+    """Label every n-th row of a plane, as the brush does."""
+    dock.support.paint.click()
+    rows = np.arange(0, painted.shape[1], every)
+    y, x = (part.ravel() for part in np.meshgrid(rows, np.arange(painted.shape[2]), indexing="ij"))
+    dock.support.layer.data_setitem((np.full(len(y), z), y, x), painted[z, y, x])
+
+
+def stroke(dock, z, y, x, label):
+    dock.support.paint.click()
+    dock.support.layer.paint((z, y, x), label)
+
+
+def version(dock):
+    instant = dock.preview._instant
+    return instant.version if instant is not None else 0
+
+
+def wait_for_fit(qtbot, dock, earlier):
+    """Until a fit later than that was shown."""
+    qtbot.waitUntil(lambda: version(dock) > earlier and not dock.preview.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: dock.preview._version == version(dock), timeout=60_000)
+
+
+def wait_until_at_rest(qtbot, dock):
+    qtbot.wait(600)  # longer than any debouncer
+    qtbot.waitUntil(lambda: not dock.preview.busy, timeout=60_000)
+
+
+@pytest.fixture
+def live(dock, qtbot, painted_truth):
+    """A dock whose instant model has learned from every fourth row of plane 2, which is on screen."""
+    dock.support.go_to(2)
+    paint_rows(dock, painted_truth, 2, 4)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.on.setChecked(True)
+    return dock
+
+
+def test_the_plane_on_screen_is_predicted_from_scribbles(live, qtbot, sample):
+    truth = sample.labels[2] > 0
+    shown = live.preview.layers["labels"].data[0] > 0
+    assert (shown & truth).sum() / (shown | truth).sum() > 0.6
+    assert live.preview.message.text() == "Preview of plane 2 is ready"
+    expected = live.preview.model().predict(live.session.volume.volume.plane(2))
+    np.testing.assert_array_equal(live.preview.layers["labels"].data[0], expected.labels)
+    live.support.go_to(5)
+    qtbot.waitUntil(lambda: live.preview.plane == 5 and "is ready" in live.preview.message.text(), timeout=60_000)
+    expected = live.preview.model().predict(live.session.volume.volume.plane(5))
+    np.testing.assert_array_equal(live.preview.layers["labels"].data[0], expected.labels)
+
+
+def test_a_stroke_changes_what_is_shown_in_the_same_layer(live, qtbot, painted_truth):
+    layer, earlier = live.preview.layers["labels"], version(live)
+    before = layer.data.copy()
+    inverted = 3 - painted_truth
+    paint_rows(live, inverted, 2, 1)
+    wait_for_fit(qtbot, live, earlier)
+    assert live.preview.layers["labels"] is layer
+    assert (layer.data != before).mean() > 0.5
+    expected = live.preview.model().predict(live.session.volume.volume.plane(2))
+    np.testing.assert_array_equal(layer.data[0], expected.labels)
+
+
+def test_of_several_strokes_the_last_one_counts(live, qtbot):
+    for x in range(10, 90, 8):
+        stroke(live, 2, 50, x, 2)
+        qtbot.wait(20)
+    wait_until_at_rest(qtbot, live)
+    alone = InstantAnswers(live.session.volume.volume, live.session.annotations)
+    alone.follow(threading.Event())
+    shown = live.preview.layers["labels"].data[0]
+    assert (shown == alone.model.predict(live.session.volume.volume.plane(2)).labels).mean() >= 0.99
+
+
+def test_undo_is_followed(live, qtbot, painted_truth):
+    earlier = version(live)
+    paint_rows(live, 3 - painted_truth, 2, 1)
+    wait_for_fit(qtbot, live, earlier)
+    wait_until_at_rest(qtbot, live)
+    earlier, inverted = version(live), live.preview.layers["labels"].data.copy()
+    live.support.layer.undo()
+    wait_for_fit(qtbot, live, earlier)
+    assert (live.preview.layers["labels"].data != inverted).mean() > 0.5
+
+
+def test_nothing_is_read_or_fitted_in_the_thread_of_the_window(dock, qtbot, painted_truth, monkeypatch):
+    threads = []
+    follow = InstantAnswers.follow
+
+    def recorded(self, stop):
+        threads.append(threading.current_thread())
+        follow(self, stop)
+
+    monkeypatch.setattr(InstantAnswers, "follow", recorded)
+    paint_rows(dock, painted_truth, 2, 4)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.on.setChecked(True)
+    assert threads
+    assert threading.main_thread() not in threads
+
+
+def test_without_live_the_model_follows_when_the_plane_changes(live, qtbot):
+    live.preview.live.setChecked(False)
+    wait_until_at_rest(qtbot, live)
+    earlier = version(live)
+    stroke(live, 2, 50, 50, 2)
+    wait_until_at_rest(qtbot, live)
+    assert version(live) == earlier
+    live.support.go_to(3)
+    wait_for_fit(qtbot, live, earlier)
+    assert live.preview.plane == 3
+    earlier = version(live)
+    stroke(live, 3, 50, 50, 2)
+    wait_until_at_rest(qtbot, live)
+    assert version(live) == earlier
+    live.preview.live.setChecked(True)
+    wait_for_fit(qtbot, live, earlier)
+
+
+def test_live_is_remembered(viewer, nuclei, open_dock, tmp_path):
+    first = open_dock(viewer, tmp_path / "kept")
+    assert first.preview.live.isChecked()
+    first.preview.live.setChecked(False)
+    assert not open_dock(viewer, tmp_path / "kept").preview.live.isChecked()
+    assert open_dock(viewer, tmp_path / "other").preview.live.isChecked()
+    (tmp_path / "kept" / "choices.json").write_text("{damaged")
+    assert open_dock(viewer, tmp_path / "kept").preview.live.isChecked()
+
+
+def test_what_is_missing_is_named_until_it_is_painted(dock, qtbot):
+    dock.support.go_to(2)
+    dock.preview.on.setChecked(True)
+    qtbot.waitUntil(lambda: "no slice is annotated" in dock.preview.message.text(), timeout=60_000)
+    stroke(dock, 2, 50, 50, 2)
+    qtbot.waitUntil(lambda: "no pixel is labeled background" in dock.preview.message.text(), timeout=60_000)
+    assert dock.preview.on.isChecked()
+    assert dock.preview.message.warns
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        stroke(dock, 2, 10, 10, 1)
+    assert dock.preview.message.text() == "Preview of plane 2 is ready"
+    assert dock.preview.layers["labels"].visible
+
+
+def test_a_preview_without_strokes_any_more_is_hidden(live, qtbot):
+    layer = live.preview.layers["labels"]
+    live.session.annotations.remove(2)
+    live.session.painted()
+    qtbot.waitUntil(lambda: "no slice is annotated" in live.preview.message.text(), timeout=60_000)
+    assert not layer.visible
+
+
+def test_a_class_that_is_added_has_a_probability(live, qtbot):
+    earlier = version(live)
+    classes = live.session.annotations.classes
+    live.support.classes.setValue((*classes, Class("debris", "#112233")))
+    wait_for_fit(qtbot, live, earlier)
+    assert [live.preview.of_class.itemText(i) for i in range(live.preview.of_class.count())][1:] == ["debris"]
+    assert live.preview.evidence_of(2).shape == (3, 96, 96)
+    assert not live.preview.evidence_of(2)[2].any()
+    earlier = version(live)
+    stroke(live, 2, 50, 50, 3)
+    wait_for_fit(qtbot, live, earlier)
+    assert live.preview.evidence_of(2)[2].any()
+
+
+def test_the_evidence_of_a_plane_is_what_the_preview_has_computed_for_it(live):
+    evidence = live.preview.evidence_of(2)
+    expected = live.preview.model().predict(live.session.volume.volume.plane(2)).probabilities
+    np.testing.assert_array_equal(evidence, expected)
+    assert live.preview.evidence_of(3) is None
+    live.preview.on.setChecked(False)
+    assert live.preview.evidence_of(2) is None
+
+
+def test_a_student_is_shown_whatever_is_painted(live, qtbot, student):
+    earlier = version(live)
+    with qtbot.waitSignal(live.preview.settled, timeout=60_000):
+        live.model.load_from(student)
+    assert live.preview.source.currentText() == "model"
+    stroke(live, 2, 50, 50, 2)
+    wait_until_at_rest(qtbot, live)
+    assert version(live) == earlier
+    expected = live.session.model.predict(live.session.volume.volume.plane(2))
+    np.testing.assert_array_equal(live.preview.layers["labels"].data[0], expected.labels)
+
+
+def test_a_slice_that_is_left_out_is_not_learned_from(live, qtbot, painted_truth):
+    earlier = version(live)
+    paint_rows(live, 3 - painted_truth, 5, 1)
+    wait_for_fit(qtbot, live, earlier)
+    wait_until_at_rest(qtbot, live)
+    with_both, earlier = live.preview.layers["labels"].data.copy(), version(live)
+    item = live.support.list.item(1)
+    item.setCheckState(item.checkState().__class__.Unchecked)
+    wait_for_fit(qtbot, live, earlier)
+    assert (live.preview.layers["labels"].data != with_both).mean() > 0.1
+
+
+def test_the_dock_for_a_student_shows_the_model(viewer, nuclei, tmp_path, qtbot):
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    dock = ApplyDock(viewer, tmp_path)
+    assert dock.preview.source.currentText() == "model"
+    dock.session.close()
+    dock.deleteLater()
