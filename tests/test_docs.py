@@ -59,7 +59,8 @@ def test_the_pages_that_the_site_makes_have_every_command_and_example(root):
     site_pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(site_pages)
     page = site_pages.cli_page()
-    for command in ("distill", "segment", "batch", "instances", "export", "evaluate", "info", "bench accuracy"):
+    names = ("distill", "segment", "batch", "instances", "export", "import", "evaluate", "info", "bench accuracy")
+    for command in names:
         assert f"## distillfss {command}\n" in page
     for script in (root / "examples").glob("*.py"):
         text = site_pages.example_page(script)

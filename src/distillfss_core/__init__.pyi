@@ -16,6 +16,7 @@ from .errors import (
 )
 from .export.bioimageio import export_bioimageio
 from .export.onnx import export_onnx
+from .importing import import_checkpoint
 from .io.images import read_image, read_stack
 from .io.labels import labels_from_image, read_labels
 from .io.writing import write_label_stack, write_labels
@@ -103,6 +104,7 @@ __all__ = [
     "export_onnx",
     "finish",
     "generate_sample",
+    "import_checkpoint",
     "iter_batch",
     "iter_distill",
     "iter_diverse_planes",

@@ -136,7 +136,8 @@ class DistillSettings:
         "auto",
         "Few-shot head",
         "What attention and decoder start from: auto: the meta-trained weights of this package where they fit; "
-        "none: nothing; or the path of a head file, whose backbone is taken too where it was trained.",
+        "none: nothing; or the path of a head file, whose backbone is taken too, and of an imported head the published "
+        "forms.",
     )
     method: str = _setting(
         "joint",

@@ -22,6 +22,7 @@ from distillfss_core.cli.options import (
     add_overwrite,
     add_settings,
     add_volume_part,
+    check_model_file,
     given_opening,
     given_settings,
     option_flag,
@@ -29,16 +30,13 @@ from distillfss_core.cli.options import (
     parse_planes,
 )
 from distillfss_core.cli.stopping import hold_signals
-from distillfss_core.errors import NoStudentYetError, OutputError, SettingsError
+from distillfss_core.errors import NoStudentYetError, SettingsError
 from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
     from distillfss_core.training import DistillRun
     from distillfss_core.types import TrainStep
-
-
-MODEL_SUFFIX = ".safetensors"
 
 
 def add_distill(commands: Any) -> None:
@@ -81,7 +79,8 @@ def _distill(args: argparse.Namespace) -> int:
     settings = DistillSettings.preset(args.preset, **options)
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
-    _check_model_file(args, settings)
+    reads = [args.images, args.labels, *filter(None, [args.init_from]), Path(settings.weights), Path(settings.head)]
+    check_model_file(args.output, reads, overwrite=args.overwrite)
 
     from distillfss_core.models.student import KEEP_BACKBONE, StudentModel
     from distillfss_core.nn.pretrained import can_be_found_again
@@ -140,21 +139,6 @@ def _save_best(args: argparse.Namespace, run: DistillRun, step: TrainStep) -> in
     )
     _print_model(args, model)
     return INTERRUPTED
-
-
-def _check_model_file(args: argparse.Namespace, settings: DistillSettings) -> None:
-    """Find out before the training that the model cannot be written, or would take the place of something."""
-    from distillfss_core.io.images import READABLE
-    from distillfss_core.io.writing import check_output, check_replaceable
-
-    suffix = args.output.suffix.lower()
-    if suffix in READABLE:
-        raise OutputError(f"cannot write {args.output}: a model is no image; end its name in .safetensors")
-    if suffix not in ("", MODEL_SUFFIX) and not args.output.is_dir():
-        raise OutputError(f"cannot write {args.output}: {suffix} is no suffix of a model; end its name in .safetensors")
-    check_output(args.output)
-    reads = [args.images, args.labels, *filter(None, [args.init_from]), Path(settings.weights), Path(settings.head)]
-    check_replaceable([args.output], reads, overwrite=args.overwrite)
 
 
 def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> DistillSettings:

@@ -15,7 +15,7 @@ from distillfss_core.errors import ModelFileError
 def add_info(commands: Any) -> None:
     """Add the command ``distillfss info`` to the subparsers of the program."""
     parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a meta-trained head")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a head")
     add_common(parser, _info, threads=False)
 
 
@@ -56,7 +56,9 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if "intensities" in prepared:
         lines.append(("intensities", Intensities.from_json(prepared["intensities"]).range_text))
-    if training:
+    if "imported" in training:
+        lines.append(("imported", _origin_text(training["imported"])))
+    elif training:
         steps = f", {training['steps']} steps, best {training['best_step']}" if training["steps"] else ""
         text = f"{training['method']}{steps}"
         lines.append(("training", f"{text}, {training['seconds']:.0f} s on {training['device']}"))
@@ -69,7 +71,14 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
-    """A meta-trained head's card in words."""
+    """A head's card in words."""
+    if "imported" in card:
+        return [
+            ("name", card["name"]),
+            ("backbone", _backbone_text(card)),
+            ("form", f"{card['preset']}, {card['parameters']} parameters"),
+            ("imported", _origin_text(card["imported"])),
+        ]
     training = card["training"]
     scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
     return [
@@ -85,6 +94,12 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         *(("data", f"{row['name']} ({row['pictures']} pictures, {row['license']})") for row in card["data"]),
         *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
+
+
+def _origin_text(origin: dict[str, Any]) -> str:
+    """The checkpoint that a file was imported from."""
+    fold = "" if origin["fold"] is None else f", fold {origin['fold']}"
+    return f"{origin['layout']}{fold}, from {origin['file']}, SHA-256 {origin['sha256']}"
 
 
 def _backbone_text(card: dict[str, Any]) -> str:

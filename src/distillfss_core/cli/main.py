@@ -26,6 +26,7 @@ from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
 from distillfss_core.cli.evaluate import add_evaluate
 from distillfss_core.cli.export import add_export
+from distillfss_core.cli.importing import add_import
 from distillfss_core.cli.info import add_info
 from distillfss_core.cli.instances import add_instances
 from distillfss_core.cli.pretrain import add_pretrain
@@ -117,6 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_batch(commands)
     add_instances(commands)
     add_export(commands)
+    add_import(commands)
     add_evaluate(commands)
     add_info(commands)
     add_backbones(commands)

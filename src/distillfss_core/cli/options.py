@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distillfss_core.errors import SettingsError
+from distillfss_core.errors import OutputError, SettingsError
 from distillfss_core.settings import DistillSettings, format_setting
 
 if TYPE_CHECKING:
     from distillfss_core.labelstore.layout import Part
     from distillfss_core.models.student import StudentModel
 
+MODEL_SUFFIX = ".safetensors"
+
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add ``--overwrite``."""
     parser.add_argument("--overwrite", action="store_true", help="replace results that are there already")
+
+
+def check_model_file(output: Path, reads: Iterable[Path], *, overwrite: bool) -> None:
+    """Find out before the work that a model cannot be written, or would take the place of something.
+
+    Raises
+    ------
+    OutputError
+        Nothing was written.
+    """
+    from distillfss_core.io.images import READABLE
+    from distillfss_core.io.writing import check_output, check_replaceable
+
+    suffix = output.suffix.lower()
+    if suffix in READABLE:
+        raise OutputError(f"cannot write {output}: a model is no image; end its name in .safetensors")
+    if suffix not in ("", MODEL_SUFFIX) and not output.is_dir():
+        raise OutputError(f"cannot write {output}: {suffix} is no suffix of a model; end its name in .safetensors")
+    check_output(output)
+    check_replaceable([output], reads, overwrite=overwrite)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -411,6 +411,10 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     weights = packaged_head(settings.backbone) if settings.init_from == "packaged" else load_head(settings.init_from)
     if weights is None:
         raise SettingsError(f"this package holds no head for {settings.backbone}; give start none, or a head file")
+    if weights.preset != "default":
+        raise SettingsError(
+            f"head {weights.source} has the {weights.preset} form, which is not meta-trained here; give another"
+        )
     if (weights.backbone_name, weights.width) != (settings.backbone, settings.width):
         raise SettingsError(
             f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "

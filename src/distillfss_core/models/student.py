@@ -162,7 +162,7 @@ class StudentModel(Segmenter):
             "backbone": {
                 "name": self.backbone.spec.name,
                 "weights": self.backbone.weights,
-                "license": self.backbone.spec.license,
+                "license": self.backbone.license,
                 "digest": self.backbone.digest(),
             },
             "head": self.head.form.to_json(),

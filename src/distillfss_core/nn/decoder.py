@@ -60,7 +60,7 @@ class PublishedDecoder(Decoder):
         Whether the support's skip features (maximum over shots) are concatenated too.
     grid : int or None
         Side of the square grid before the last two doublings; published: 96, i.e. 384 x 384 logits.
-        None takes the size of the stride-4 stage, and logits come out at ``query.size``.
+        None takes a quarter of the input (the size of a stage of stride 4), and logits come out at ``query.size``.
 
     References
     ----------
@@ -115,8 +115,7 @@ class PublishedDecoder(Decoder):
             x = _corner_resize(x, skip.shape[-2:])
             x = torch.cat([x, skip.repeat_interleave(k, 0), *(s.repeat_interleave(k, 0) for s in shots)], 1)
         x = _corner_resize(x, (2 * fine.shape[-2], 2 * fine.shape[-1]))
-        if self.grid is not None:
-            x = _corner_resize(x, (self.grid, self.grid))
+        x = _corner_resize(x, (query.size[0] // 4, query.size[1] // 4) if self.grid is None else (self.grid, self.grid))
         x = self.mixer1(x)
         x = self.mixer2(_corner_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))
         x = self.mixer3(_corner_resize(x, (2 * x.shape[-2], 2 * x.shape[-1])))

@@ -1,4 +1,4 @@
-"""Files of meta-trained heads: attention, decoder and a backbone trained with them, but no student."""
+"""Files of heads, meta-trained or imported: attention, decoder and a backbone of their own, but no student."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class HeadWeights:
     Parameters
     ----------
     card : dict
-        ``backbone`` (name, weights, digest), ``width``, how it was trained, on which data under which licenses.
+        ``backbone`` (name, weights, digest), ``width``, ``preset``, how it was trained, on which data under which
+        licenses.
     tensors : dict of str to Tensor
-        Of a `DcamaTeacher` with `SlimDecoder`, under their names in it; float32.
+        Of a `DcamaTeacher` with the decoder of the preset, under their names in it; float32.
     backbone_tensors : dict of str to Tensor
-        Of the backbone, under timm's names, where it was trained too; else empty.
+        Of the backbone, under timm's names, where it was trained or imported too; else empty.
     source : str
         Where it was read from, for messages and training records.
     """
@@ -52,6 +53,11 @@ class HeadWeights:
     def width(self) -> int:
         """Channels of the decoder."""
         return int(self.card["width"])
+
+    @property
+    def preset(self) -> str:
+        """Form of attention and decoder: "default", or "published" for an imported head."""
+        return str(self.card.get("preset", "default"))
 
     @property
     def backbone_name(self) -> str:
@@ -90,7 +96,7 @@ class HeadWeights:
             head.teacher.load_state_dict(dict(self.tensors))
         except RuntimeError as error:
             raise ModelFileError(
-                f"{self.source}: it was trained on {self.backbone_name} with width {self.card['width']} "
+                f"{self.source}: it was trained on {self.backbone_name} with width {self.width} "
                 f"and does not fit this head ({str(error).splitlines()[-1].strip()})"
             ) from error
 
@@ -104,9 +110,21 @@ def save_head(path: str | Path, teacher: DcamaTeacher, backbone: Backbone, card:
         If it cannot be written.
     """
     tensors = {name: value.half() for name, value in teacher.state_dict().items()}
-    if backbone.trained:
-        tensors |= {f"backbone.{name}": value for name, value in halved(backbone.state()).items()}
-    write_card_file(path, HEAD_FILE, card, tensors, backbone=str(backbone.trained).lower())
+    write_head(path, card, tensors, halved(backbone.state()) if backbone.trained else {})
+
+
+def write_head(
+    path: str | Path, card: Mapping[str, Any], tensors: Mapping[str, Tensor], backbone_tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the parts of a `HeadWeights` as they are.
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written.
+    """
+    backbone = {f"backbone.{name}": value for name, value in backbone_tensors.items()}
+    write_card_file(path, HEAD_FILE, card, {**tensors, **backbone}, backbone=str(bool(backbone)).lower())
 
 
 def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

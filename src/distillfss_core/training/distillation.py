@@ -36,7 +36,7 @@ from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
-from distillfss_core.training.preparation import Prepared, iter_prepare, match_start
+from distillfss_core.training.preparation import Prepared, iter_prepare, match_head, match_start
 from distillfss_core.training.probe import WORTHLESS, ProbePoints, fit_probe, iter_cross_fit, iter_points
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
@@ -54,8 +54,9 @@ SUPPORT_CROPS = 80  # plain crops of all slices together, from which a teacher a
 class DistillRun(Iterator[TrainStep]):
     """A training that runs step by step; `result` returns the best student so far.
 
-    The first steps prepare the training (their stages are in `PREPARATION`). Nothing is loaded or computed before them.
-    Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is that of the best step so far.
+    The first steps prepare the training (their stages are in `PREPARATION`). Nothing is loaded or computed before them,
+    but the card of a head file is read. Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is
+    that of the best step so far.
 
     Parameters
     ----------
@@ -78,6 +79,8 @@ class DistillRun(Iterator[TrainStep]):
     ) -> None:
         if init_from is not None:
             init_from, settings = match_start(init_from, support, settings)
+        else:
+            settings = match_head(settings)
         backbone_spec(settings.backbone)
         self.support: SupportSet = support
         self.settings: DistillSettings = settings
@@ -324,7 +327,7 @@ def unrefined_teacher(
     With ``voting``, each support crop segments separately and the surest one counts; otherwise all crops share one
     attention.
     """
-    settings = settings or DistillSettings()
+    settings = match_head(settings or DistillSettings())
     device = choose_device(settings.device, settings.precision)
     ready = finish(GeneratorRun(iter_prepare(support, replace(settings, orientation="any"), device)))
     teacher: Teacher = ready.head.teacher.eval() if kind == "dcama" else PrototypeTeacher()

@@ -16,7 +16,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.device import Device, seeded
 from distillfss_core.nn.head import FewShotHead, HeadForm
-from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head
+from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head, read_head_card
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
@@ -123,6 +123,22 @@ def match_start(
         normalization=f"per-{preprocess.scope}",
     )
     return init_from, replace(settings, **form.to_json())
+
+
+def match_head(settings: DistillSettings) -> DistillSettings:
+    """The settings as the head file decides them, if they name one: its backbone, and the forms of its preset.
+
+    Raises
+    ------
+    ModelFileError
+        If it is missing, damaged or of another kind.
+    """
+    if settings.head in ("auto", "none"):
+        return settings
+    card = read_head_card(settings.head)
+    if settings.backbone == DistillSettings().backbone:
+        settings = replace(settings, backbone=str(card["backbone"]["name"]))
+    return replace(settings, **DistillSettings.preset(str(card.get("preset", "default"))).changed())
 
 
 def _match_preprocess(start: Preprocess, support: SupportSet) -> Preprocess:

@@ -145,7 +145,9 @@ def describe(card: dict[str, Any]) -> str:
         f"backbone: {card['backbone']['name']} ({card['backbone']['license']})",
         f"zoom: {card['preprocess']['zoom']}, intensity of {card['preprocess']['scope']}",
     ]
-    if training:
+    if "imported" in training:
+        lines.append(f"imported: {training['imported']['layout']}, from {training['imported']['file']}")
+    elif training:
         lines.append(
             f"method: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
             f"on {training['device']}, {len(training['support'])} slices"

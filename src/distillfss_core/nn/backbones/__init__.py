@@ -4,16 +4,19 @@ Importing this package imports torch, but timm only when a backbone is built.
 """
 
 from distillfss_core.nn.backbones.backbone import (
+    IMPORTED,
     TRAINED,
     Backbone,
     Encoder,
     LearningBackbone,
     backbone_from_state,
+    backbone_from_tensors,
     load_backbone,
 )
 from distillfss_core.nn.backbones.spec import SPECS, BackboneSpec, backbone_spec
 
 __all__ = [
+    "IMPORTED",
     "SPECS",
     "TRAINED",
     "Backbone",
@@ -21,6 +24,7 @@ __all__ = [
     "Encoder",
     "LearningBackbone",
     "backbone_from_state",
+    "backbone_from_tensors",
     "backbone_spec",
     "load_backbone",
 ]

@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from distillfss_core.nn.backbones.faster import fold_batch_norms, make_padding_static
 from distillfss_core.nn.backbones.spec import BackboneSpec, backbone_spec
 from distillfss_core.nn.backbones.trunks import create_net, create_trunk, trunk_tensors
-from distillfss_core.nn.backbones.weights import check_tensors, file_tensors, hub_tensors, packaged_tensors
+from distillfss_core.nn.backbones.weights import check_tensors, file_tensors, fit_tensors, hub_tensors, packaged_tensors
 from distillfss_core.nn.features import FeaturePyramid
 
 TRAINED = "trained:"
 """How ``Backbone.weights`` begins where they were trained with a head; what they started from follows."""
+
+IMPORTED = f"{TRAINED}imported:"
+"""How it begins where they came with a published checkpoint; the name of its file follows."""
 
 
 class Encoder(nn.Module):
@@ -98,6 +101,11 @@ class Backbone(Encoder):
     def trained(self) -> bool:
         """Whether the weights were trained with a head, so that no package, hub or other file has them."""
         return self.weights.startswith(TRAINED)
+
+    @property
+    def license(self) -> str:
+        """License of the weights; that of an imported checkpoint is not known here."""
+        return "that of the checkpoint" if self.weights.startswith(IMPORTED) else self.spec.license
 
     def state(self) -> dict[str, Tensor]:
         """The tensors that make this backbone, under timm's names, as loaded (CPU, contiguous, float32, not folded).
@@ -202,6 +210,35 @@ def backbone_from_state(name: str, state: Mapping[str, Tensor], weights: str = "
     """
     spec = backbone_spec(name)
     return Backbone(spec, _filled_trunk(spec, state), weights)
+
+
+def backbone_from_tensors(name: str, tensors: Mapping[str, Tensor], weights: str, source: str) -> Backbone:
+    """The backbone with the tensors of a checkpoint, under timm's names or those of the backbone's own authors.
+
+    Parameters
+    ----------
+    name : str
+        A key of ``SPECS``.
+    tensors : mapping of str to tensor
+        All that the backbone needs; those of its classifier may be among them.
+    weights : str
+        Source of the tensors, stored as ``Backbone.weights``.
+    source : str
+        For messages.
+
+    Raises
+    ------
+    SettingsError
+        If no backbone has that name.
+    WeightsUnavailableError
+        If a tensor is missing, unknown or of another shape; it names the tensor.
+    """
+    spec = backbone_spec(name)
+    net = create_net(spec)
+    trunk = create_trunk(net, spec)
+    needed = trunk_tensors(trunk)
+    _fill(needed, fit_tensors(dict(tensors), net, needed, source))
+    return Backbone(spec, trunk, weights)
 
 
 def _filled_trunk(spec: BackboneSpec, state: Mapping[str, Tensor]) -> nn.Module:

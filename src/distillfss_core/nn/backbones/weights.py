@@ -144,12 +144,25 @@ def file_tensors(path: str | Path, net: nn.Module, needed: Mapping[str, Tensor])
             f"cannot read weights {str(path)!r} ({error.strerror}); "
             "give 'auto', 'packaged', 'hub', 'random' or the path of a .safetensors or .pth file"
         ) from error
-    # Before timm's own renaming, which would also stretch tensors made for another size to fit.
-    check_shapes(tensors, needed, str(path))
+    return fit_tensors(tensors, net, needed, str(path))
+
+
+def fit_tensors(tensors: Tensors, net: nn.Module, needed: Mapping[str, Tensor], source: str) -> Tensors:
+    """The same tensors under timm's names, where they have those of the backbone's own authors.
+
+    Raises
+    ------
+    WeightsUnavailableError
+        If a tensor is missing, unknown or of another shape; it names the tensor.
+    """
+    # Before timm's own renaming, which would also stretch tensors made for another size to fit. It moves the
+    # downsampling of Swin, which its authors have at the end of a stage, to the start of the next.
+    is_moved = "layers.0.downsample.reduction.weight" in tensors
+    check_shapes({k: t for k, t in tensors.items() if not (is_moved and ".downsample." in k)}, needed, source)
     expected = net.state_dict().keys()
     if not (tensors.keys() <= expected and needed.keys() <= tensors.keys()):
-        tensors = _renamed_by_timm(tensors, net, str(path))
-    check_tensors(tensors, wanted=needed, allowed=expected, source=str(path))
+        tensors = _renamed_by_timm(tensors, net, source)
+    check_tensors(tensors, wanted=needed, allowed=expected, source=source)
     return tensors
 
 
@@ -173,7 +186,7 @@ def check_tensors(
 
 def check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
     """Raise WeightsUnavailableError for the first tensor that has another shape than the wanted one of its name."""
-    for key in wanted.keys() & tensors.keys():
+    for key in (k for k in wanted if k in tensors):
         have, want = tuple(tensors[key].shape), tuple(wanted[key].shape)
         if have != want:
             raise WeightsUnavailableError(
