@@ -17,7 +17,7 @@ from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyra
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
-from distillfss_core.types import IGNORE, TrainStep
+from distillfss_core.types import IGNORE, GeneratorRun, TrainStep, finish
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
@@ -35,7 +35,9 @@ Predictor = Callable[[Tensor], Tensor]
 def iter_zoom(
     support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
 ) -> Generator[TrainStep, None, tuple[Fraction, dict[str, float]]]:
-    """Choose the zoom at which crops of held-out slices are segmented best; yields a step after each zoom.
+    """Choose the zoom at which crops of held-out slices are segmented best; yields steps of the stage "zoom".
+
+    There is a step for the features of the crops of each zoom, and one for each fold that is predicted.
 
     Every fifth of the slices (of a single slice: of its crops) is held out in turn. A meta-trained teacher segments it
     with the rest as support. Without a teacher, ridge regression from the features of a pixel to its class is fitted on
@@ -54,14 +56,20 @@ def iter_zoom(
     scores : dict
         Mean IoU of each candidate.
     """
-    scores = {}
-    for index, zoom in enumerate(CANDIDATES, 1):
-        size = int(_SIDE * zoom)
-        sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), size, PLAIN)
-        rng = np.random.default_rng(seed)
-        crops = draw_crops(sampler, len(support), rng)
-        scores[str(zoom)] = _probe(crops, cache, support.classes, rng, teacher)
-        yield TrainStep(index, len(CANDIDATES), stage="zoom")
+    rngs = {zoom: np.random.default_rng(seed) for zoom in CANDIDATES}
+    crops = {}
+    for zoom, rng in rngs.items():
+        sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), int(_SIDE * zoom), PLAIN)
+        crops[zoom] = draw_crops(sampler, len(support), rng)
+    scores: dict[str, float] = {}
+
+    def iter_scores() -> Generator[None, None, None]:
+        for zoom, rng in rngs.items():
+            scores[str(zoom)] = yield from _iter_probe(crops[zoom], cache, support.classes, rng, teacher)
+
+    total = sum(1 + len(_folds([crop.slice for crop in part]).unique()) for part in crops.values())
+    for index, _ in enumerate(iter_scores(), 1):
+        yield TrainStep(index, total, stage="zoom")
     best = max(scores.values())
     if best - min(scores.values()) < ALIKE:
         return Fraction(1), scores
@@ -78,21 +86,22 @@ def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> l
 
 
 @torch.no_grad()
-def _probe(
+def _iter_probe(
     crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teacher: Teacher | None
-) -> float:
-    """Mean IoU over the classes at points of the crops, each fold predicted from the others."""
+) -> Generator[None, None, float]:
+    """Mean IoU over the classes at points of the crops, each fold predicted from the others.
+
+    Yields once the features are there, and after each fold.
+    """
     if teacher is None:
         seen = see_points(crops, cache, rng)
-        return held_out_iou(seen, seen, classes)
-    features = [cache.encode([crop]) for crop in crops]
-    points = [_draw_points(crop, rng) for crop in crops]
-    return _fold_iou(
-        _folds([crop.slice for crop in crops]),
-        _labels_at(crops, points),
-        classes,
-        _by_teacher(teacher, features, points, crops, cache, classes),
-    )
+        y, predict = seen.y, _by_regression(seen, seen, classes)
+    else:
+        features = [cache.encode([crop]) for crop in crops]
+        points = [_draw_points(crop, rng) for crop in crops]
+        y, predict = _labels_at(crops, points), _by_teacher(teacher, features, points, crops, cache, classes)
+    yield
+    return (yield from _iter_fold_iou(_folds([crop.slice for crop in crops]), y, classes, predict))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +126,12 @@ def held_out_iou(seen: SeenPoints, asked: SeenPoints, classes: int) -> float:
 
     Both are of the same crops, which may look different in each.
     """
+    folds = _folds(asked.slices)
+    return finish(GeneratorRun(_iter_fold_iou(folds, asked.y, classes, _by_regression(seen, asked, classes))))
+
+
+def _by_regression(seen: SeenPoints, asked: SeenPoints, classes: int) -> Predictor:
+    """Predict crops of ``asked`` by ridge regression on the other crops of ``seen``."""
     center, scale = seen.x.mean((0, 1)), seen.x.std((0, 1)) + 1e-6
     known, query = (
         torch.cat([(part.x - center) / scale, torch.ones(*part.x.shape[:2], 1)], 2).double() for part in (seen, asked)
@@ -125,7 +140,7 @@ def held_out_iou(seen: SeenPoints, asked: SeenPoints, classes: int) -> float:
     def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
         return _ridge(known[~held_out].flatten(0, 1), seen.y[~held_out].flatten(), classes, query[held_out])
 
-    return _fold_iou(_folds(asked.slices), asked.y, classes, predict)
+    return predict
 
 
 def _folds(slices: list[int]) -> Int[Tensor, " v"]:
@@ -135,10 +150,13 @@ def _folds(slices: list[int]) -> Int[Tensor, " v"]:
     return folds if len(folds.unique()) > 1 else torch.arange(len(slices)) % 2
 
 
-def _fold_iou(folds: Int[Tensor, " v"], y: Int[Tensor, "v n"], classes: int, predict: Predictor) -> float:
+def _iter_fold_iou(
+    folds: Int[Tensor, " v"], y: Int[Tensor, "v n"], classes: int, predict: Predictor
+) -> Generator[None, None, float]:
     shares = torch.zeros(*y.shape, classes + 1, dtype=torch.float64)
     for fold in folds.unique():
         shares[folds == fold] = predict(folds == fold).double()
+        yield
     shares, y = shares.flatten(0, 1), y.flatten()
     ious = [_best_iou(shares[:, c], y == c) for c in range(1, classes + 1) if bool((y == c).any())]
     return float(np.mean(ious)) if ious else 0.0

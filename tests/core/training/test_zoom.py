@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from fractions import Fraction
 
 import numpy as np
@@ -70,6 +70,21 @@ def test_left_out_slices_are_judged_by_what_the_others_show(choose: Choose, teac
     assert max(misled.values()) < 0.4
 
 
+def test_each_fold_is_a_step_and_none_follows_once_the_choice_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[int] = []
+    ridge = zoom._ridge
+    monkeypatch.setattr(zoom, "_ridge", lambda x, *rest: fits.append(len(x)) or ridge(x, *rest))
+    support = discs(20)
+    preprocess = fit_preprocess([s.image for s in support.slices])
+    cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, limit=1)
+    run = zoom.iter_zoom(support, preprocess, cache, 0)
+    steps = [next(run) for _ in range(3)]  # the features, and two of three folds
+    run.close()
+    assert len(fits) == 2
+    steps += list(zoom.iter_zoom(support, preprocess, cache, 0))[3:]
+    assert [(step.stage, step.index, step.total) for step in steps] == [("zoom", n, 12) for n in range(1, 13)]
+
+
 @pytest.mark.parametrize(
     ("scores", "wanted"),
     [
@@ -86,5 +101,10 @@ def test_smallest_zoom_close_to_the_best(
     choose: Choose, monkeypatch: pytest.MonkeyPatch, scores: tuple[float, ...], wanted: str
 ) -> None:
     answers = iter(scores)
-    monkeypatch.setattr(zoom, "_probe", lambda *_: next(answers))
+
+    def answer(*_: object) -> Generator[None, None, float]:
+        yield
+        return next(answers)
+
+    monkeypatch.setattr(zoom, "_iter_probe", answer)
     assert choose(discs(20))[0] == Fraction(wanted)
