@@ -184,7 +184,6 @@ def images() -> dict[str, tuple[Any, dict[str, Any]]]:
     one = stack()
     series = np.stack([np.stack([one, 255 - one]), np.stack([one[::-1], one[:, ::-1]])])
     fine = numbered(one.repeat(2, 1).repeat(2, 2))
-    fine[:, MARK : 2 * MARK] = fine[:, :MARK]
     return {
         "series": (numbered(series), {"axis_labels": ("t", "c", "z", "y", "x"), "scale": (1, 1, 2, 1, 1)}),
         "stack": (numbered(one[:, ::-1]), {}),
@@ -238,6 +237,12 @@ def place_of(frame: Any) -> str:
         return "napari, drawing"
     napari = [name for path, name in calls if "/napari/" in path]
     return f"napari {napari[0]}" if napari else f"other {calls[0][1]}" if calls else "nothing"
+
+
+def name_of(layer: Any) -> str:
+    """Name of an image under which it was added; "" of layers that the dock has added."""
+    remembered = layer.metadata.get("distillfss", {}).get("path")
+    return str(layer.metadata.get("monkey", Path(remembered).stem if remembered else ""))
 
 
 Key = tuple[str, int, int]
@@ -372,13 +377,14 @@ class Monkey:
     def add_image(self, name: str) -> None:
         if name == "file":
             self.dock.volume.open_path(self.inputs / "file.tif")
-            self.viewer.layers[-1].metadata["monkey"] = name
+            if not self.wait(lambda: any(name_of(layer) == name for layer in self.viewer.layers)):
+                self.faults.append(f"the file is not open: {self.dock.volume.message.text()}")
             return
         data, options = self.images[name]
         self.viewer.add_image(data, name=name, metadata={"monkey": name}, **options)
 
     def of_user(self) -> list[Any]:
-        return [layer for layer in self.viewer.layers if "monkey" in layer.metadata]
+        return [layer for layer in self.viewer.layers if name_of(layer)]
 
     def chosen(self) -> Any:
         """The image layer that the dock shows as chosen; None if there is none."""
@@ -392,13 +398,15 @@ class Monkey:
             return None
         point = np.array(self.viewer.dims.point[-layer.ndim :], float)
         point[-2:] = layer.data_to_world((0,) * (layer.ndim - 2) + (MARK // 2, MARK // 2))[-2:]
+        name = name_of(layer)
         value = layer.get_value(tuple(point), world=True)
-        number = value[1] if isinstance(value, tuple) else value
-        if number is None:
+        if layer.multiscale:  # of which napari may have read the middle alone
+            plane = int(np.round(layer.world_to_data(point)[0]))
+            return ((name, 0, 0), plane) if 0 <= plane < PLANES else None
+        if value is None:
             return None
         counts = {"series": (2, 2, PLANES), "lazy": (2, 1, PLANES), "plane": (1, 1, 1)}
-        name = layer.metadata["monkey"]
-        t, c, z = np.unravel_index(int(np.ravel(number)[0]) - 1, counts.get(name, (1, 1, PLANES)))
+        t, c, z = np.unravel_index(int(np.ravel(value)[0]) - 1, counts.get(name, (1, 1, PLANES)))
         return (name, int(t), int(c)), int(z)
 
     def key(self) -> Key | None:
@@ -406,7 +414,7 @@ class Monkey:
         chosen = self.dock.session.volume
         if chosen is None or self.dock.session.annotations is None:
             return None
-        key = (chosen.layer.metadata["monkey"], chosen.lead.get("t", 0), chosen.lead.get("c", 0))
+        key = (name_of(chosen.layer), chosen.lead.get("t", 0), chosen.lead.get("c", 0))
         self.shapes[key] = (chosen.planes, *chosen.plane_shape)
         folder = self.folders.setdefault(key, self.dock.session.annotations.folder)
         if folder != self.dock.session.annotations.folder:
@@ -529,7 +537,7 @@ class Monkey:
             return f"on disk are {[int(array[z][pixel]) for pixel in pixels]} at {pixels}"
         shown = [layer.get_value(tuple(p[-layer.ndim :]), world=True) for p in positions]
         if any((value or 0) != label for value in shown):
-            return f"the layer shows {shown}"
+            return f"the layer shows {shown}" if layer.visible else "the layer is hidden"
         items: Any = self.dock.support.list
         rows = [items.item(k) for k in range(items.count())]
         listed = {row.data(0x0100) for row in rows if "not painted" not in row.text()}  # Qt.UserRole
@@ -613,7 +621,7 @@ class Monkey:
         layer.visible = not layer.visible
 
     def do_add_a_layer(self) -> None:
-        there = {layer.metadata["monkey"] for layer in self.of_user()}
+        there = {name_of(layer) for layer in self.of_user()}
         absent = [name for name in (*self.images, "file") if name not in there]
         if absent:
             self.what = self.rng.choice(absent)
@@ -710,8 +718,11 @@ class Monkey:
         self.viewer.dims.ndisplay = 5 - self.viewer.dims.ndisplay
 
     def do_close_and_open_the_dock(self) -> None:
+        from qtpy.QtCore import QEvent
+
         self.viewer.window.remove_dock_widget(self.dock)
         self.dock.deleteLater()
+        self.app.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)  # processEvents leaves these to the loop
         self.run_events(self.rng.choice((0.0, REST)))
         self.open_dock()
 

@@ -480,7 +480,7 @@ class OnGrid:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)
 
 
-def move_layer(layer: Any, array: Any, place: Mapping[str, Any]) -> None:
+def move_layer(viewer: Any, layer: Any, array: Any, place: Mapping[str, Any]) -> None:
     """Show another array in a layer, at another place. What is as before is left alone, as napari draws after each.
 
     A layer that stays is safe; napari may crash when layers are removed and added
@@ -488,18 +488,23 @@ def move_layer(layer: Any, array: Any, place: Mapping[str, Any]) -> None:
 
     Parameters
     ----------
+    viewer : napari viewer
+        Which has the layer.
     layer : napari Image or Labels layer
     array : array
         Of any number of axes.
     place : mapping
         Keywords of `ChosenVolume.place`.
     """
+    axes = layer.ndim
     if layer.data is not array:
         layer.data = array
     for name, value in place.items():
         present = getattr(layer, name)
         if not (present == value if isinstance(present, tuple) else np.array_equal(present, value)):
             setattr(layer, name, value)
+    if layer.ndim != axes:  # napari shows the first index of the new ones, until a slider is moved
+        viewer._update_layers(layers=[layer])
 
 
 def camera_of(viewer: Any) -> Any:

@@ -1005,6 +1005,26 @@ def test_sliders_of_time_and_channel_are_those_of_the_dock(letter, viewer, open_
     assert dock.session.annotations.planes() == []
 
 
+def test_labels_of_a_volume_with_more_axes_are_shown_where_the_sliders_are(viewer, open_dock, qtbot, sample, student):
+    viewer.add_image(sample.image, name="stack")
+    viewer.add_image(np.stack([sample.image] * 3), name="series", axis_labels=("t", "z", "y", "x"))
+    dock = open_dock(viewer)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    viewer.dims.set_current_step(0, 2)
+    for name in ("stack", "series", "stack", "series"):
+        row = dock.volume.layers.findText(name)
+        dock.volume.layers.setCurrentIndex(row)
+        with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+            dock.volume.layers.activated.emit(row)
+        dock.support.rest.click()
+        preview = dock.preview.layers["labels"]
+        for layer, expected in ((dock.support.layer, 1), (preview, preview.data[..., 40, 40].item())):
+            point = (2, dock.support.plane(), 40, 40)[-layer.ndim :]
+            assert layer.get_value(point, world=True) == expected
+    assert dock.session.volume.lead == {"t": 2}
+
+
 def test_a_layer_with_another_name_keeps_its_annotations(viewer, open_dock, sample):
     layer = viewer.add_image(np.stack([sample.image] * 2), name="series", axis_labels=("t", "z", "y", "x"))
     dock = open_dock(viewer)

@@ -238,9 +238,9 @@ def test_a_layer_that_is_moved_along_one_axis_is_changed_in_that_alone(viewer):
     for name in ("scale", "translate", "rotate", "shear", "affine", "units", "axis_labels", "set_data"):
         getattr(layer.events, name).connect(lambda event, name=name: changed.append(name))
     place = choose_layer(image, lead={"t": 2}).place()
-    move_layer(layer, layer.data, place)
+    move_layer(viewer, layer, layer.data, place)
     assert set(changed) <= {"translate", "set_data"}
     np.testing.assert_array_equal(layer.translate, (2, 0, 0, 0))
     changed.clear()
-    move_layer(layer, layer.data, place)
+    move_layer(viewer, layer, layer.data, place)
     assert changed == []

@@ -199,7 +199,7 @@ class ApplyWidget(QWidget):
         applied, chosen = self._running, self._running.volume
         self._prepare_layer(applied)
         data = chosen.pyramid(levels)
-        move_layer(self.layer, data, chosen.place())
+        move_layer(self._viewer, self.layer, data, chosen.place())
         classes = self._session.annotations.classes if self._session.annotations else ()
         if len(classes) == len(applied.classes):
             self.layer.colormap = colors_of(classes, first=1)
@@ -499,7 +499,7 @@ class ObjectsWidget(QWidget):
     def _show(self, chosen: ChosenVolume, out: Path) -> None:
         data = chosen.pyramid(self._levels)
         if self.layer in self._viewer.layers and self._shown == out and self.layer.ndim == chosen.layer.ndim:
-            move_layer(self.layer, data, chosen.place())
+            move_layer(self._viewer, self.layer, data, chosen.place())
             self.layer.visible = True
             return
         if self.layer is not None:

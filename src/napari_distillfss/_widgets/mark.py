@@ -38,7 +38,7 @@ class ObjectMark:
             self.hide()
             self.layer = self._add(point, chosen.place())
         else:
-            move_layer(self.layer, point, chosen.place())
+            move_layer(self._viewer, self.layer, point, chosen.place())
         self.layer.selected_data = set()
         self.layer.size = size
         self.layer.visible = True

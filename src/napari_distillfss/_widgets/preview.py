@@ -431,7 +431,7 @@ class PreviewWidget(QWidget):
                 self._layers[name] = self._add_layer(name, array, place)
             elif layer is not None:
                 if layer.data is not array:
-                    move_layer(layer, array, place)
+                    move_layer(self._viewer, layer, array, place)
                     if name == "labels":
                         layer.colormap = self._colors()
                 layer.visible = self.shown[name].isChecked() and self._plane != self._corrected

@@ -591,7 +591,7 @@ class SupportWidget(QWidget):
         if chosen is None or annotations is None:
             return
         if self.layer.data is not annotations.array:
-            move_layer(self.layer, annotations.array, chosen.place())
+            move_layer(self._viewer, self.layer, annotations.array, chosen.place())
             self.layer._reset_history()  # strokes of another volume cannot be undone in this one
         annotations.array.is_written_later = True  # after each event of the layer
         self._image = chosen.layer
@@ -621,7 +621,7 @@ class SupportWidget(QWidget):
         if layer is not None:
             layer.visible = False
             ndim = chosen.layer.ndim if chosen else layer.ndim
-            move_layer(layer, np.zeros((1,) * ndim, np.uint8), chosen.place() if chosen else {})
+            move_layer(self._viewer, layer, np.zeros((1,) * ndim, np.uint8), chosen.place() if chosen else {})
             layer._reset_history()
 
     def _let_go(self, layer: Any) -> None:
