@@ -50,8 +50,8 @@ def import_checkpoint(
     classes : sequence of str, optional
         Names of the classes of a student; by default "object", or "class 1", "class 2", ...
     weights : str or path, optional
-        Backbone weights, as for `load_backbone`, for a checkpoint without them. By default those of the hub, which a
-        student needs at once and a head when it is used.
+        Backbone weights, as for `load_backbone`, in place of those in the checkpoint. By default those are taken; where
+        there are none, those of the hub, which a student needs at once and a head when it is used.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def import_checkpoint(
     ModelFileError
         If the file is missing, damaged, of another kind, or a tensor does not fit.
     SettingsError
-        If there is another number of classes, or weights that have no use.
+        If there is another number of classes.
     WeightsUnavailableError
         If the backbone's weights are needed and cannot be had.
     OutputError
@@ -77,10 +77,8 @@ def import_checkpoint(
        Lightweight Segmentation Model", arXiv:2512.05613, 2025.
     """
     path = Path(path)
-    checkpoint = read_published(path)
+    checkpoint = read_published(path, with_backbone=weights is None)
     names = _class_names(checkpoint, classes, path)
-    if checkpoint.backbone is not None and weights is not None:
-        raise SettingsError(f"weights is {str(weights)!r}, but {path} brings its own backbone; leave it out")
     origin = {"file": path.name, "sha256": _sha256(path), "layout": checkpoint.layout, "fold": _fold(path.name)}
     backbone = checkpoint.backbone
     if backbone is None and (checkpoint.classes or weights is not None):

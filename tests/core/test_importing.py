@@ -189,8 +189,23 @@ def test_a_head_without_backbone_states_where_its_weights_are(
     card = import_checkpoint(checkpoints / "bare.pt", tmp_path / "head.safetensors", weights=tmp_path / "resnet18.pth")
     assert card["backbone"]["weights"] == "file:resnet18.pth"
     assert card["backbone_inside"]
-    with pytest.raises(SettingsError, match=r"resnet18_fold2.pt brings its own backbone; leave it out"):
-        import_checkpoint(checkpoints / "resnet18_fold2.pt", tmp_path / "head.safetensors", weights="hub")
+
+
+def test_other_weights_take_the_place_of_those_in_a_checkpoint(checkpoints: Path, tmp_path: Path) -> None:
+    net = resnet(18, seed=9)
+    torch.save(net.state_dict(), tmp_path / "other.pth")
+    odd = torch.load(checkpoints / "resnet18_fold2.pt") | {"module.feature_extractor.odd": torch.zeros(1)}
+    torch.save(odd, tmp_path / "odd.pt")
+    path = tmp_path / "head.safetensors"
+    with pytest.raises(
+        ModelFileError, match=r"module\.feature_extractor\.\*: tensor 'odd' has no place in this backbone"
+    ):
+        import_checkpoint(tmp_path / "odd.pt", path)
+    card = import_checkpoint(tmp_path / "odd.pt", path, weights=tmp_path / "other.pth")
+    assert card["backbone"]["weights"] == "file:other.pth"
+    backbone = load_head(path).trained_backbone()
+    assert backbone is not None
+    assert torch.equal(backbone.state()["conv1.weight"], net.state_dict()["conv1.weight"])
 
 
 # students

@@ -25,7 +25,7 @@ def add_import(commands: Any) -> None:
         "--classes", type=parse_names, metavar="NAME,NAME,...", help="names of the classes of a model (class 1, ...)"
     )
     parser.add_argument(
-        "--weights", metavar="TEXT", help="backbone weights for a checkpoint without: packaged, hub, or a file (hub)"
+        "--weights", metavar="TEXT", help="backbone weights in place of those in FILE: hub, or another file"
     )
     add_overwrite(parser)
     add_common(parser, _import)

@@ -96,13 +96,15 @@ class PublishedCheckpoint:
         return "DistillFSS" if self.classes else "DCAMA"
 
 
-def read_published(path: str | Path) -> PublishedCheckpoint:
+def read_published(path: str | Path, *, with_backbone: bool = True) -> PublishedCheckpoint:
     """Read a published checkpoint.
 
     Parameters
     ----------
     path : path
         safetensors, or a state dict of ``torch.save``, alone or beside the state of its training.
+    with_backbone : bool
+        False leaves the backbone out, whatever names its tensors have.
 
     Raises
     ------
@@ -111,11 +113,17 @@ def read_published(path: str | Path) -> PublishedCheckpoint:
         one line with the name of the first one.
     """
     path = Path(path)
-    return map_published(_read_tensors(path), str(path), weights=f"{IMPORTED}{path.name}")
+    weights = f"{IMPORTED}{path.name}"
+    return map_published(_read_tensors(path), str(path), weights=weights, with_backbone=with_backbone)
 
 
 def map_published(
-    tensors: Mapping[str, Tensor], source: str, *, specs: Sequence[BackboneSpec] | None = None, weights: str = IMPORTED
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    specs: Sequence[BackboneSpec] | None = None,
+    weights: str = IMPORTED,
+    with_backbone: bool = True,
 ) -> PublishedCheckpoint:
     """Give the tensors of a published checkpoint the names that they have here.
 
@@ -130,6 +138,8 @@ def map_published(
         Backbones that the head may be for; by default `BACKBONES`.
     weights : str
         Source of the backbone, stored as ``Backbone.weights``.
+    with_backbone : bool
+        As for `read_published`.
 
     Raises
     ------
@@ -154,7 +164,8 @@ def map_published(
     teacher = _matched(head, names, wanted, prefixes[0], source)
     names = {name: name.removeprefix("classes.") for name in places.student.state_dict()} if is_distilled else {}
     matched = _matched(parts.get(students, {}), names, places.student.state_dict(), students, source)
-    backbone = _backbone(parts[prefixes[1]], spec, weights, f"{source}, {prefixes[1]}*")
+    kept = parts[prefixes[1]] if with_backbone else {}
+    backbone = _backbone(kept, spec, weights, f"{source}, {prefixes[1]}*")
     return PublishedCheckpoint(spec, teacher, matched, classes, backbone)
 
 
