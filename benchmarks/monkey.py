@@ -37,7 +37,7 @@ import zarr
 
 PLANES, SIZE = 6, 192
 STUCK = 240  # seconds of one gesture until the process is given up
-LATE = 0.06  # seconds without a tick, from which stacks are sampled
+LATE = 0.06  # seconds without a tick, from which stacks are counted
 SECONDS = 20  # until a stroke has to be on disk, in the layer and in the list
 REST = 0.7  # seconds that suffice for what the dock does a moment later
 MARK = 8  # pixels of a corner that tell which plane is shown
@@ -145,11 +145,13 @@ def report(rows: list[dict[str, Any]], *, with_stacks: bool) -> None:
     by_kind = defaultdict(list)
     for row in rows:
         by_kind[row["gesture"]].append(row)
-    print("| gesture | number | median ms | longest ms | ours, longest ms | faults |\n|---|---|---|---|---|---|")
+    print("| gesture | number | gap, median ms | longest | of it ours, median ms | longest | faults |")
+    print("|---|---|---|---|---|---|---|")
     for kind, those in sorted(by_kind.items()):
         gaps, faults = [1000 * row["gap"] for row in those], sum(bool(row["faults"]) for row in those)
-        ours = max(1000 * row.get("ours", 0) for row in those)
-        print(f"| {kind} | {len(those)} | {statistics.median(gaps):.0f} | {max(gaps):.0f} | {ours:.0f} | {faults} |")
+        ours = [1000 * row.get("ours", 0) for row in those]
+        figures = [f"{figure(times):.0f}" for times in (gaps, ours) for figure in (statistics.median, max)]
+        print(f"| {kind} | {len(those)} | {' | '.join(figures)} | {faults} |")
     for kind, those in sorted(by_kind.items()) if with_stacks else ():
         counts = sum((Counter(row.get("stacks", {})) for row in those), Counter[str]())
         for place, count in counts.most_common(12):
@@ -195,32 +197,36 @@ def images() -> dict[str, tuple[Any, dict[str, Any]]]:
 
 
 class Stacks:
-    """Counts where the window's thread is while its timer is late, by samples of 10 ms."""
+    """Samples where the window's thread is, every 10 ms; counts those while its timer is late."""
 
     def __init__(self, ticks: list[float]) -> None:
-        self.counts: Counter[str] = Counter()
-        self.ours = 0.0  # longest time without a tick in which code of the plugin was under way throughout
         self._ticks, self._thread = ticks, threading.get_ident()
+        self._counts: Counter[str] = Counter()
+        self._longest, self._ours = 0.0, 0.0  # seconds of the longest gap, and of it in code of the plugin
         threading.Thread(target=self._run, daemon=True).start()
 
     def take(self) -> tuple[dict[str, int], float]:
-        taken, self.counts = dict(self.counts.most_common(20)), Counter()
-        ours, self.ours = self.ours, 0.0
-        return taken, ours
+        """Counts by place, and the seconds of the longest gap that were spent in code of the plugin."""
+        taken = dict(self._counts.most_common(20)), self._ours
+        self._counts, self._longest, self._ours = Counter(), 0.0, 0.0
+        return taken
 
     def _run(self) -> None:
-        since: float | None = None
+        since, places = 0.0, list[str]()
         while True:
             time.sleep(0.01)
-            now = time.perf_counter()
-            if not self._ticks or now - self._ticks[-1] < LATE:
-                since = None
+            if not self._ticks:
                 continue
-            place = place_of(sys._current_frames().get(self._thread))
-            self.counts[place] += 1
-            since = (since or now) if place.startswith("ours") else None
-            if since is not None:
-                self.ours = max(self.ours, now - since)
+            now, last = time.perf_counter(), self._ticks[-1]
+            if last != since:
+                since, places = last, []
+            places.append(place_of(sys._current_frames().get(self._thread)))
+            gap = now - since
+            if gap > self._longest:
+                self._longest = gap
+                self._ours = gap * sum(place.startswith("ours") for place in places) / len(places)
+            if gap > LATE:
+                self._counts[places[-1]] += 1
 
 
 def place_of(frame: Any) -> str:
@@ -228,7 +234,7 @@ def place_of(frame: Any) -> str:
     calls = []
     while frame is not None:
         path = frame.f_code.co_filename
-        calls.append((path, f"{Path(path).name}:{frame.f_code.co_name}"))
+        calls.append((path, f"{os.path.basename(path)}:{frame.f_code.co_name}"))
         frame = frame.f_back
     ours = [k for k, (path, _) in enumerate(calls) if "napari_distillfss" in path]
     if ours:

@@ -51,6 +51,15 @@ class PaintedArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
         return np.asarray(self[...], dtype)
 
+    def __deepcopy__(self, memo: Any) -> npt.NDArray[np.uint8]:
+        """Labels of their own, as a duplicate of a layer has; planes without labels take no memory."""
+        labels = np.zeros(self.shape, np.uint8)
+        for index in np.ndindex(*self.shape[:-2]):
+            plane = self[(*index, slice(None), slice(None))]
+            if plane.any():
+                labels[index] = plane
+        return labels
+
     def __getitem__(self, key: Any) -> Any:
         if self.ndim > 2 and isinstance(key, int):
             return _Part(self, key)

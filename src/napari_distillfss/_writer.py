@@ -25,7 +25,7 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
             f"the image is {image.shape}, its labels {labels.shape}; save layers of one size, 2-D or 3-D"
         )
     if labels.ndim == 2:
-        image, labels = image[None], labels[None]
+        image, labels = image[None], np.asarray(labels)[None]
     painted = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}
     if not painted:
         raise core.SupportSetError("nothing is labeled; paint at least one plane before saving")

@@ -7,6 +7,7 @@ import zarr
 from distillfss_core import AnnotatedSlice, DistillFSSError, StudentModel, SupportSet, distill, load_support
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
+from napari_distillfss._painted import PaintedArray
 from napari_distillfss._reader import get_reader
 from napari_distillfss._writer import write_slices
 from volumes import noise, write_ome_zarr
@@ -62,6 +63,17 @@ def test_saved_slices_are_read_by_the_command_line(tmp_path):
     support = load_support(folder / "images", folder / "labels", scribbles=True, classes=["object"])
     np.testing.assert_array_equal(support.slices[0].image, image[2])
     np.testing.assert_array_equal(support.slices[0].labels, labels[2] - 1)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (4, 32, 32)])
+def test_annotations_are_saved_as_the_layer_holds_them(tmp_path, shape):
+    painted = PaintedArray(tmp_path / "a", shape)
+    painted[..., :16] = 1
+    painted[..., 16:] = 2
+    write_slices(str(tmp_path / "x"), [(noise(shape), {}, "image"), (painted, {}, "labels")])
+    support = load_support(tmp_path / "x" / "images", tmp_path / "x" / "labels", scribbles=True, classes=["object"])
+    for slice_ in support.slices:
+        np.testing.assert_array_equal(slice_.labels, np.repeat([[0, 1]], 16).reshape(1, 32).repeat(32, 0))
 
 
 def test_layers_of_different_sizes_are_not_saved(tmp_path):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import zarr
+from napari.layers._layer_actions import _duplicate_layer
 
 from distillfss_core import OutputError
 from napari_distillfss._painted import PaintedArray
@@ -97,3 +98,17 @@ def test_labels_that_cannot_be_written_are_one_sentence_and_are_written_later(tm
     folder.unlink()
     array.write()
     assert on_disk(folder / "a").sum() == 42
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (6, 7)])
+def test_a_duplicate_of_the_layer_has_labels_of_its_own(viewer, tmp_path, shape):
+    array = PaintedArray(tmp_path / "a", shape)
+    array[..., 2] = 3
+    layer = viewer.add_labels(array)
+    viewer.layers.selection = {layer}
+    _duplicate_layer(viewer.layers)
+    copied = viewer.layers[1]
+    np.testing.assert_array_equal(copied.data, array)
+    copied.paint((1, 0, 2, 4, 5)[-len(shape) :], 9)
+    assert 9 in copied.data
+    assert 9 not in on_disk(tmp_path / "a")
