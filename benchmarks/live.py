@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 
 PLANES = (4, 8, 12)
-ON_OBJECT, ON_BACKGROUND = 12, 60  # pixels of the image that a stroke is long
+ON_OBJECT, ON_BACKGROUND = 12, 40  # pixels of the image that a stroke is long
+BRUSH = 5  # pixels
+TRIES = 200  # lines of which the best is drawn
 MOVES = 12  # mouse events of a stroke
 PATIENCE = 60  # seconds
 REST = 0.7  # seconds after an answer, in which the list of slices is brought up to date, too
@@ -116,21 +118,18 @@ class User:
         return answered - released, drawing, float(np.diff(self.ticks).max())
 
     def stroke(self, z: int, on_object: bool) -> None:
-        """Draw a line through an object or through background, in the class of its middle."""
+        """Draw a line through an object or through background."""
         from qtpy.QtCore import QEvent, QPointF, Qt
         from qtpy.QtGui import QMouseEvent
 
         from napari_distillfss._layers import camera_of
 
         layer = self.dock.support.layer
-        layer.selected_label, layer.brush_size = (2 if on_object else 1), 5
-        places = np.argwhere(self.truth[z] == on_object)
-        middle, angle = places[self.rng.integers(len(places))], self.rng.uniform(0, np.pi)
-        offsets = np.linspace(-0.5, 0.5, MOVES) * (ON_OBJECT if on_object else ON_BACKGROUND)
-        line = middle + offsets[:, None] * (np.sin(angle), np.cos(angle))
+        layer.selected_label, layer.brush_size = (2 if on_object else 1), BRUSH
+        line = self.choose_line(z, on_object)
         camera, left, none = camera_of(self.viewer), Qt.MouseButton.LeftButton, Qt.MouseButton.NoButton
         kinds = [QEvent.Type.MouseButtonPress, *[QEvent.Type.MouseMove] * (MOVES - 2), QEvent.Type.MouseButtonRelease]
-        for kind, place in zip(kinds, line.clip(0, self.truth.shape[-1] - 1), strict=True):
+        for kind, place in zip(kinds, line, strict=True):
             y, x = (place - camera.center[-2:]) * camera.zoom
             at = QPointF(self.canvas.width() / 2 + x, self.canvas.height() / 2 + y)
             is_move, is_release = kind == QEvent.Type.MouseMove, kind == QEvent.Type.MouseButtonRelease
@@ -140,6 +139,21 @@ class User:
             )  # fmt: skip
             self.app.sendEvent(self.canvas, event)
             self.app.processEvents()
+
+    def choose_line(self, z: int, on_object: bool) -> np.ndarray:
+        """Of some random lines the one with the fewest pixels of the other class under the brush; "n 2", y and x."""
+        inside = self.truth[z] == on_object
+        places = np.argwhere(inside)
+        middles, angles = places[self.rng.integers(len(places), size=TRIES)], self.rng.uniform(0, np.pi, TRIES)
+        offsets = np.linspace(-0.5, 0.5, MOVES) * (ON_OBJECT if on_object else ON_BACKGROUND)
+        directions = np.stack([np.sin(angles), np.cos(angles)], 1)
+        lines = middles[:, None] + offsets[:, None] * directions[:, None]
+        around = BRUSH / 2 * np.array([(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)])
+        under = (lines[:, :, None] + around).round().astype(int)
+        end = self.truth.shape[-1] - 1
+        right = inside[tuple(under.clip(0, end).transpose(3, 0, 1, 2))] & ((under >= 0) & (under <= end)).all(-1)
+        best: np.ndarray = lines[right.mean((1, 2)).argmax()]
+        return best
 
     def wait(self, until: Callable[[], bool]) -> None:
         end = time.perf_counter() + PATIENCE

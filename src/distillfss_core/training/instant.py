@@ -31,7 +31,7 @@ from distillfss_core.training.crops import encode_images, spread
 from distillfss_core.training.preparation import load_start
 from distillfss_core.training.probe import ProbePoints, fit_probe
 from distillfss_core.training.zoom import point_features
-from distillfss_core.types import IGNORE, AnnotatedSlice, Array, evenly
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array, check_image, evenly
 
 MEMORY = 256 << 20  # bytes of features and drawn pixels
 DENSE = 0.5  # share of annotated pixels from which on the rest of a plane may count as background
@@ -121,6 +121,8 @@ class InstantModel(Segmenter):
 
     Raises
     ------
+    ImageError
+        If the sample has no finite pixel.
     SettingsError, WeightsUnavailableError
     """
 
@@ -246,7 +248,11 @@ class InstantModel(Segmenter):
 def _fit_preprocess(sample: Array, settings: DistillSettings) -> Preprocess:
     scope = "image" if settings.normalization == "per-image" else "volume"
     zoom = 1 if settings.zoom == "auto" else settings.zoom
-    fitted = fit_preprocess([sample], scope=scope, zoom=zoom)
+    pixels = sample.reshape(-1, 1, *sample.shape[2:])
+    if pixels.dtype.kind == "f":
+        pixels = pixels[np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)]
+    check_image(pixels, "sample")
+    fitted = fit_preprocess([pixels], scope=scope, zoom=zoom)
     return replace(fitted, intensities=None)  # which would only be compared with the volume that they are from
 
 

@@ -227,6 +227,14 @@ def test_a_slice_with_other_channels_is_an_error(model):
         model.fit([AnnotatedSlice(np.zeros((32, 32, 2), np.uint8), np.eye(32, dtype=np.uint8))])
 
 
+def test_pixels_of_the_sample_that_are_not_finite_do_not_count(fresh, tiny):
+    sample = blobs(0).image.astype(np.float32)
+    with_holes = np.concatenate([np.full_like(sample, np.nan), sample])
+    assert InstantModel(with_holes, tiny).preprocess.fitted == fresh.preprocess.fitted
+    with pytest.raises(ImageError, match="sample: the image is empty"):
+        InstantModel(with_holes[:96], tiny)
+
+
 @pytest.mark.parametrize("zoom", ["1/2", "2"])
 def test_it_learns_and_predicts_at_the_zoom_of_its_settings(tiny, zoom, monkeypatch):
     from fractions import Fraction
@@ -271,7 +279,7 @@ def test_of_many_tiles_a_few_are_learned_from_and_those_of_every_class(model, en
     labels[97:100, 33:36], labels[:3, 150:] = 1, 2
     model.fit([AnnotatedSlice(blobs(0, 160).image, labels)], ("rare", "rarer"))
     assert len(encoded) == 5
-    assert (model.predict(blobs(0, 160).image).probabilities.max((1, 2)) > 0.01).all()
+    assert model.predict(blobs(0, 160).image).probabilities.any((1, 2)).all()  # zero for a class not learned from
 
 
 def test_pixels_are_drawn_from_every_class_and_stay_after_a_stroke(monkeypatch):
