@@ -439,6 +439,22 @@ def test_slices_that_differ_take_the_place_of_even_ones(viewer, open_dock, qtbot
     assert dock.support.plane() == dock.support.suggested[0]
 
 
+def test_the_plane_stays_where_it_is_painted_while_slices_are_looked_for(viewer, open_dock, qtbot):
+    planes = np.random.default_rng(0).normal(100, 10, (30, 64, 64))
+    planes[17:20] += 200
+    viewer.add_image(planes)
+    dock = open_dock(viewer)
+    dock.support.count.setValue(3)
+    dock.support.go_to(0)
+    dock.support.rest.click()
+    dock.support.suggest.click()
+    even, at = dock.support.suggested, dock.support.plane()
+    dock.support.layer.paint((at, 20, 20), 2)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
+    assert dock.support.suggested != even
+    assert dock.support.plane() == at == 0
+
+
 def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_question(viewer, open_dock, qtbot):
     import threading
 
@@ -1025,6 +1041,25 @@ def test_labels_of_a_volume_with_more_axes_are_shown_where_the_sliders_are(viewe
             point = (2, dock.support.plane(), 40, 40)[-layer.ndim :]
             assert layer.get_value(point, world=True) == expected
     assert dock.session.volume.lead == {"t": 2}
+
+
+def test_the_annotation_layer_of_a_closed_dock_is_taken_up(viewer, nuclei, open_dock):
+    first = open_dock(viewer)
+    first.support.paint.click()
+    layer, z = first.support.layer, first.support.plane()
+    layer.paint((z, 20, 20), 2)
+    first.session.close()
+    layer.paint((z, 60, 60), 2)  # after the dock was closed
+    again = open_dock(viewer, first.session.folder)
+    assert again.support.layer is layer
+    assert [other.name for other in viewer.layers] == ["nuclei", "nuclei annotations"]
+    layer.paint((z, 40, 40), 2)
+    painted = again.session.annotations.plane(z)
+    assert [painted[k, k] for k in (20, 40, 60)] == [2, 2, 2]
+    again.session.close()
+    viewer.layers.remove(nuclei)
+    assert open_dock(viewer, first.session.folder).support.layer is None
+    assert not layer.visible
 
 
 def test_a_layer_with_another_name_keeps_its_annotations(viewer, open_dock, sample):

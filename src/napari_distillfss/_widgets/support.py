@@ -28,6 +28,7 @@ from napari_distillfss._annotations import (
     Class,
 )
 from napari_distillfss._layers import ANNOTATIONS, PREVIEW, ChosenVolume, choose_labels, has_mark, is_at, move_layer
+from napari_distillfss._painted import PaintedArray
 from napari_distillfss._session import Session
 from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
@@ -59,6 +60,7 @@ DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
 KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
 
+_LEFT = "left"  # by a dock that is closed
 _MOST_ROWS = 2.5  # of slices that are shown at a time
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 _WAIT = 300  # milliseconds without a stroke before its plane is counted
@@ -72,6 +74,7 @@ class _Question:
     chosen: ChosenVolume
     count: int
     painted: set[int]
+    stamps: list[Any]  # of the painted planes
 
 
 class SupportWidget(QWidget):
@@ -176,6 +179,7 @@ class SupportWidget(QWidget):
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.removed.connect(self._on_layer_removed)
         viewer.mouse_drag_callbacks.append(self._on_canvas_pressed)
+        self._take_up_left_layer()
 
     # what the user does
 
@@ -186,12 +190,14 @@ class SupportWidget(QWidget):
             return
         count = min(self.count.value(), chosen.planes)
         self.selecting.cancel()
-        painted = set(self._session.annotations.planes()) if self._session.annotations else set()
+        annotations = self._session.annotations
+        painted = set(annotations.planes()) if annotations else set()
         if self.way.currentText() != LEAST_SURE:
             self._show_suggested(core.suggest_planes(chosen.planes, count))
             self._question = None
             if self.way.currentText() == DIFFERENT and chosen.planes > count:
-                self._question = _Question(chosen, count, painted)
+                stamps = [annotations.stamp(z) for z in sorted(painted)] if annotations else []
+                self._question = _Question(chosen, count, painted, stamps)
                 self._select_slices()
             return
         model = self._session.model
@@ -515,7 +521,8 @@ class SupportWidget(QWidget):
         if not planes or annotations is None or question is None or question is not self._answered_question:
             return
         if set(annotations.planes()) == question.painted:
-            self._show_suggested(planes, stay=self.plane() != self.suggested[0])
+            is_painting = question.stamps != [annotations.stamp(z) for z in sorted(question.painted)]
+            self._show_suggested(planes, stay=is_painting or self.plane() != self.suggested[0])
 
     def _on_selection_ended(self) -> None:
         if self._question is not self._answered_question:
@@ -603,7 +610,7 @@ class SupportWidget(QWidget):
 
     def _add_layer(self, name: str, array: Any, place: dict[str, Any]) -> None:
         self._colored = self.classes.value()
-        self._kept = self._viewer.add_labels(
+        layer = self._viewer.add_labels(
             array,
             name=name,
             colormap=colors_of(self._colored),
@@ -611,9 +618,22 @@ class SupportWidget(QWidget):
             opacity=0.5,  # so that the image is seen where all of a slice is labeled
             **place,
         )
-        for event in (self._kept.events.paint, self._kept.events.labels_update, self._kept.events.set_data):
+        self._keep(layer)
+
+    def _keep(self, layer: Any) -> None:
+        self._kept = layer
+        layer.metadata[ANNOTATIONS] = True
+        for event in (layer.events.paint, layer.events.labels_update, layer.events.set_data):
             event.connect(self._on_stroke)
-        self._kept.events.selected_label.connect(self._on_layer_label_changed)
+        layer.events.selected_label.connect(self._on_layer_label_changed)
+
+    def _take_up_left_layer(self) -> None:
+        """Take up the layer that a closed dock has left: two layers would overwrite each other's strokes."""
+        for layer in self._viewer.layers:
+            is_left = layer.metadata.get(ANNOTATIONS) == _LEFT
+            if is_left and (isinstance(layer.data, PaintedArray) or layer.data.size == 1):
+                self._keep(layer)
+                return
 
     def _put_layer_away(self) -> None:
         """Hide the layer and detach it from the annotations of the earlier volume."""
@@ -660,6 +680,7 @@ class SupportWidget(QWidget):
             self._viewer.mouse_drag_callbacks.remove(self._on_canvas_pressed)
         if self._kept is not None:
             self._let_go(self._kept)
+            self._kept.metadata[ANNOTATIONS] = _LEFT
 
 
 def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
