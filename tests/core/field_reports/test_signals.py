@@ -182,7 +182,7 @@ def test_a_terminal_that_is_closed_ends_a_training_with_its_model(here, root):
     )
     os.close(slave)
     shown = b""
-    while b"iou" not in shown and b"joint:" not in shown:
+    while b"iou" not in shown and b"training, " not in shown:
         shown += os.read(master, 1 << 16)
     os.close(master)
     assert process.wait(60) == 129
