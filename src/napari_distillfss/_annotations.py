@@ -77,7 +77,7 @@ class Annotations:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "owner").write_text(_process(os.getpid()))
-            self.array = PaintedArray(folder / "labels.zarr", tuple(shape))
+            self.array = PaintedArray(folder / "labels.zarr", tuple(shape), self._write_notes)
         except OSError as error:
             raise core.OutputError(f"annotations cannot be kept in {folder}: {error.strerror or error}") from error
         notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
@@ -96,6 +96,17 @@ class Annotations:
     def classes(self, classes: Sequence[Class]) -> None:
         self._classes = tuple(classes)
         self._write_notes()
+
+    def take_over(self, classes: Sequence[Class]) -> None:
+        """Take the classes of another time point or channel of the image, unless those here are others.
+
+        They are on disk once something is painted.
+        """
+        is_new = not self.array.is_on_disk and not self._notes_path.is_file()
+        if is_new or self.class_names == tuple(c.name for c in classes)[: len(self._classes)]:
+            self._classes = tuple(classes)
+            if not is_new:
+                self._write_notes()
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -31,12 +32,14 @@ class PaintedArray:
         Of the zarr array; one that is there is taken up.
     shape : tuple of int
         (..., y, x).
+    made : function, optional
+        Called when the array was made on disk.
     """
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: Path, shape: tuple[int, ...]) -> None:
-        self._path = path
+    def __init__(self, path: Path, shape: tuple[int, ...], made: Callable[[], object] = lambda: None) -> None:
+        self._path, self._made = path, made
         self._array: Any = zarr.open_array(path, mode="r+") if path.is_dir() else None
         self.shape, self.ndim, self.size = shape, len(shape), math.prod(shape)
         self.is_written_later = False  # whether `write` is called after every change, by whoever makes them
@@ -44,6 +47,10 @@ class PaintedArray:
         self._plane: npt.NDArray[np.uint8] = np.zeros((0, 0), np.uint8)
         self._changed: tuple[_Span, _Span] | None = None  # rows and columns that are not written
         self._lock = RLock()  # jobs read and write in other threads
+
+    @property
+    def is_on_disk(self) -> bool:
+        return self._array is not None
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -115,6 +122,7 @@ class PaintedArray:
                 self._array = zarr.create_array(
                     self._path, shape=self.shape, chunks=tuple(side), dtype="uint8", fill_value=0
                 )
+                self._made()
             self._array[key] = value
         except OSError as error:
             raise core.OutputError(

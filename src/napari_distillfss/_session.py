@@ -101,12 +101,16 @@ class Session:
         core.OutputError, core.InputFileError
             If annotations cannot be kept, or the volume cannot be told from others as it cannot be read.
         """
-        if self.annotations is not None:
-            self.annotations.close()
+        before, earlier = self.volume, self.annotations
+        if earlier is not None:
+            earlier.close()
         self.volume, self.annotations, self.no_annotations = chosen, None, _NO_VOLUME
         try:
             if chosen is not None:
-                self._open_annotations(chosen)
+                annotations = self.annotations = self._open_annotations(chosen)
+                is_of_image = before is not None and before.layer is chosen.layer and before.lead != chosen.lead
+                if is_of_image and earlier is not None:
+                    annotations.take_over(earlier.classes)
         except (core.OutputError, core.InputFileError) as error:  # the volume can still be previewed and segmented
             self.no_annotations = str(error)
             raise
@@ -283,9 +287,9 @@ class Session:
         """Planes that are painted and the state of their files, for comparison."""
         return [(z, self.annotations.stamp(z)) for z in self.annotations.planes()] if self.annotations else []
 
-    def _open_annotations(self, chosen: ChosenVolume) -> None:
+    def _open_annotations(self, chosen: ChosenVolume) -> Annotations:
         root = self.folder / "annotations"
         identity = {**chosen.volume.identity, "lead": dict(chosen.lead), "factors": list(chosen.factors)}
         folder = folder_for(root, chosen.first_name, identity, chosen.shape)
         self.is_second_window = folder != own_folder(root, chosen.first_name, identity, chosen.shape)
-        self.annotations = Annotations(folder, chosen.shape, chosen.index)
+        return Annotations(folder, chosen.shape, chosen.index)

@@ -1062,6 +1062,32 @@ def test_the_annotation_layer_of_a_closed_dock_is_taken_up(viewer, nuclei, open_
     assert not layer.visible
 
 
+def test_classes_and_brush_are_those_of_all_time_points(viewer, open_dock, sample):
+    from napari_distillfss._annotations import Annotations, Class
+
+    viewer.add_image(np.stack([sample.image] * 3), name="series", axis_labels=("t", "z", "y", "x"))
+    dock = open_dock(viewer)
+    dock.volume.lead["t"].setValue(0)
+    dock.support.rest.click()  # while there is one class
+    dock.volume.lead["t"].setValue(1)
+    dock.support.classes.setValue((Class("object", "#111111"), Class("debris", "#222222")))
+    dock.support.classes.setBrush(3)
+    for t in (2, 0):
+        dock.volume.lead["t"].setValue(t)
+        assert dock.session.annotations.class_names == ("object", "debris")
+        assert dock.support.classes.brush() == dock.support.layer.selected_label == 3
+    folder = dock.session.annotations.folder
+    assert Annotations(folder, (1, 8, 96, 96), lambda z: (0, z)).class_names == ("object", "debris")
+    dock.volume.lead["t"].setValue(2)
+    folder = dock.session.annotations.folder
+    assert not (folder / "notes.json").exists()
+    dock.support.layer.paint((0, 4, 40, 40), 3)
+    assert Annotations(folder, (1, 8, 96, 96), lambda z: (0, z)).class_names == ("object", "debris")
+    dock.support.classes.setValue((Class("cell", "#111111"), Class("debris", "#222222")))
+    dock.volume.lead["t"].setValue(0)
+    assert dock.session.annotations.class_names == ("object", "debris")  # painted under these names
+
+
 def test_a_layer_with_another_name_keeps_its_annotations(viewer, open_dock, sample):
     layer = viewer.add_image(np.stack([sample.image] * 2), name="series", axis_labels=("t", "z", "y", "x"))
     dock = open_dock(viewer)
