@@ -191,8 +191,9 @@ def test_the_evidence_of_a_plane_is_what_the_preview_has_computed_for_it(live):
 
 def test_a_student_is_shown_whatever_is_painted(live, qtbot, student):
     earlier = version(live)
-    with qtbot.waitSignal(live.preview.settled, timeout=60_000):
-        live.model.load_from(student)
+    live.model.load_from(student)
+    qtbot.waitUntil(lambda: live.session.model is not None and not live.session.busy, timeout=60_000)
+    wait_until_at_rest(qtbot, live)
     assert live.preview.source.currentText() == "model"
     stroke(live, 2, 50, 50, 2)
     wait_until_at_rest(qtbot, live)

@@ -196,11 +196,14 @@ class InstantModel(Segmenter):
         """What the probe reads of an image, from the cache if it was encoded before."""
         pixels = image[:, : self._inputs].contiguous().cpu().numpy()
         key = self._key("inputs", str(pixels.shape).encode(), pixels.data)
-        return self.cache.get(key, lambda: self._encode(image))
+        inputs: FeaturePyramid = self.cache.get(key, lambda: self._encode(image)).map(Tensor.float)
+        return inputs
 
     def _encode(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+        """With features in half precision; intensities are not rounded."""
         with torch.no_grad():
-            return self._reader.inputs_of(encode_images(self.backbone, self.device, image), image)
+            features = encode_images(self.backbone, self.device, image).map(Tensor.half)
+            return self._reader.inputs_of(features, image)
 
     def _key(self, kind: str, *contents: bytes | memoryview) -> bytes:
         """Hash of contents and of all else that their values depend on."""

@@ -12,6 +12,7 @@ import torch
 from distillfss_core.errors import ImageError, NoStudentYetError, SupportSetError
 from distillfss_core.metrics import evaluate
 from distillfss_core.nn.backbones import Backbone
+from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.segmentation.lazy import sample_volume, segment_lazy
 from distillfss_core.settings import DistillSettings
 from distillfss_core.training import instant
@@ -115,6 +116,14 @@ def test_a_stroke_encodes_nothing_again(model, encoded):
     assert encoded == [(96, 96)] * 2
     model.predict(blobs(2).image)
     assert len(encoded) == 3
+
+
+def test_features_are_kept_in_half_precision_and_intensities_are_not(model):
+    model.fit([scribbled(0)])
+    kept = next(value for value in model.cache._values.values() if isinstance(value, FeaturePyramid))
+    *stages, pixels, around = (stage[-1].dtype for stage in kept.stages)
+    assert set(stages) == {torch.float16}
+    assert pixels == around == torch.float32
 
 
 def test_without_memory_everything_is_encoded_again(model, encoded):
