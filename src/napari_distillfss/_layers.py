@@ -94,11 +94,12 @@ class ChosenVolume:
         """Index of plane ``z`` in an array of `shape`."""
         return tuple(z if a == "z" else 0 for a in self.axes[:-2])
 
-    def place(self, z: int = 0) -> dict[str, Any]:
-        """Keywords of a layer whose array lies on this grid and starts at plane ``z``."""
+    def place(self, z: int = 0, y: int = 0, x: int = 0) -> dict[str, Any]:
+        """Keywords of a layer whose array lies on this grid and starts at voxel ``z``, ``y``, ``x``."""
         layer, factors = self.layer, self.factors
         middles = [(f - 1) / 2 for f in factors]
-        offset = self._along_axes(self.lead, (middles[0] + z * factors[0], *middles[1:]))
+        first = [m + n * f for m, n, f in zip(middles, (z, y, x), factors, strict=True)]
+        offset = self._along_axes(self.lead, first)
         return {
             "scale": layer.scale * np.array(self._along_axes(dict.fromkeys("tc", 1.0), factors)),
             "translate": layer.affine.inverse(layer.data_to_world(np.array(offset, float))),

@@ -79,6 +79,7 @@ class DistillDock(QScrollArea):
         self.setMinimumWidth(_WIDTH)
         self.volume.valueChanged.connect(self._on_volume_chosen)
         self.preview.correct.connect(self.support.put_into_plane)
+        self.support.outline.evidence_of = self.preview.evidence_of
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)
         session.closed.connect(bind_shortcuts(self, napari_viewer))

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
 NEXT_SUGGESTED, PREVIEW, TRAIN, REFINE, ADD_SLICE = "Alt-N", "Alt-P", "Alt-T", "Alt-R", "Alt-A"
 NEXT_SLICE, PREVIOUS_SLICE = "Alt-Right", "Alt-Left"
+OUTLINE = "Alt-O"
 
 
 def bind_shortcuts(dock: DistillDock, viewer: Any) -> Callable[[], None]:
     """Bind the keys of the dock, each with Alt. Returns what undoes it.
 
     1 to 9 are classes, N is the next suggested slice, A adds the plane on screen, the arrows go to annotated slices, P
-    is the preview, T trains and R refines.
+    is the preview, O outlines objects, T trains and R refines.
     """
     actions: dict[str, Callable[[], object]] = {
         NEXT_SUGGESTED: dock.support.go_to_next,
@@ -32,6 +33,7 @@ def bind_shortcuts(dock: DistillDock, viewer: Any) -> Callable[[], None]:
         PREVIEW: dock.preview.on.toggle,
         TRAIN: dock.distill.start,
         REFINE: dock.distill.start_refining,
+        OUTLINE: dock.support.outline.on.toggle,
     }
     actions |= {f"Alt-{n}": _brush(dock, FIRST_CLASS + n - 1) for n in range(1, 10)}
     bound = [_bind(viewer, key, action) for key, action in actions.items()]

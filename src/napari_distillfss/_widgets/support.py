@@ -55,6 +55,7 @@ from napari_distillfss._widgets._common import (
     until_closed,
 )
 from napari_distillfss._widgets.classes import ClassList
+from napari_distillfss._widgets.outline import OutlineTool
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
@@ -131,6 +132,7 @@ class SupportWidget(QWidget):
         self.restore = button("Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked)
         self.message = Message("Choose a volume first")
         self.job = Job(session, _SUGGESTION, self)
+        self.outline = OutlineTool(session, viewer, self._layer_to_paint, self.classes, self.message, self)
         self.selecting = Job(name=_SUGGESTION, parent=self)
         self._question: _Question | None = None
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
@@ -143,7 +145,7 @@ class SupportWidget(QWidget):
             self,
             row(self.suggest, self.count, self.way),
             self.classes,
-            row(self.paint, self.rest),
+            row(self.paint, self.outline.on, self.rest),
             self.list,
             row(self.remove, self.anew, self.restore),
             JobBar(
@@ -366,6 +368,7 @@ class SupportWidget(QWidget):
     def _on_brush_changed(self, label: int) -> None:
         if self.layer is not None and label >= 0:
             self.layer.selected_label = label
+        self.outline.brush_changed()
 
     def _on_layer_label_changed(self) -> None:
         self.classes.setBrush(min(int(self._kept.selected_label), len(self.classes.value()) + BACKGROUND))
@@ -420,7 +423,7 @@ class SupportWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         has_volume, annotations = self._session.volume is not None, self._session.annotations
-        for part in (self.suggest, self.paint, self.rest, self.import_file, self.import_layer):
+        for part in (self.suggest, self.paint, self.outline.on, self.rest, self.import_file, self.import_layer):
             part.setEnabled(has_volume)
         self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
         self.remove.setEnabled(self.list.currentItem() is not None)
@@ -607,6 +610,9 @@ class SupportWidget(QWidget):
         if self.layer is not None and self._colored != self.classes.value():
             self._colored = self.classes.value()
             self.layer.colormap = colors_of(self._colored)
+
+    def _layer_to_paint(self) -> Any:
+        return self.layer if self._show_layer() else None
 
     def _add_layer(self, name: str, array: Any, place: dict[str, Any]) -> None:
         self._colored = self.classes.value()
