@@ -36,9 +36,10 @@ from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
 from .segmentation.lazy import compare_intensities, sample_volume, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
-from .settings import DistillSettings, PretrainSettings
+from .settings import BackboneSettings, DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
+from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
 from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, describe_step, finish
@@ -52,6 +53,7 @@ __all__ = [
     "SPECS",
     "AnnotatedSlice",
     "Backbone",
+    "BackboneSettings",
     "BackboneSpec",
     "BatchJob",
     "BatchStep",
@@ -60,6 +62,7 @@ __all__ = [
     "DistillFSSError",
     "DistillRun",
     "DistillSettings",
+    "DistilledBackbone",
     "FewShotModel",
     "ImageError",
     "InputFileError",
@@ -99,6 +102,7 @@ __all__ = [
     "describe_expectation",
     "describe_step",
     "distill",
+    "distill_backbone",
     "evaluate",
     "export_bioimageio",
     "export_onnx",
@@ -107,6 +111,7 @@ __all__ = [
     "import_checkpoint",
     "iter_batch",
     "iter_distill",
+    "iter_distill_backbone",
     "iter_diverse_planes",
     "iter_instances",
     "iter_refine",

@@ -87,6 +87,18 @@ def _slice_number(value: Any) -> int | Auto | None:
     return int(value)
 
 
+def _temperature(value: Any) -> float | str:
+    if value == "sqrt":
+        return "sqrt"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0.0 < number < math.inf:
+        raise SettingsError(f"temperature is {value!r}; give sqrt or a positive number")
+    return number
+
+
 def format_setting(value: Any) -> str:
     """Text of a value, as the command line and the plugin's form take it.
 
@@ -348,6 +360,93 @@ class PretrainSettings:
     def __post_init__(self) -> None:
         for setting in fields(self):
             _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
+        if self.size % 32:
+            raise SettingsError(f"size is {self.size}; give a multiple of 32")
+
+
+@_documented
+@dataclass(frozen=True)
+class BackboneSettings:
+    """How a backbone is distilled from another one on images without labels.
+
+    Raises
+    ------
+    SettingsError
+        If a value lies outside its limits; the message names the setting, the value and the limits.
+    """
+
+    teacher: str = _setting(
+        "efficientnet_lite0",
+        "Teacher",
+        "Backbone to learn from: its name (see `distillfss backbones`), or the file of a distilled backbone or of a "
+        "head with its own backbone.",
+    )
+    teacher_weights: str = _setting(
+        "auto",
+        "Teacher weights",
+        "Of a teacher given by name. auto: the backbone of the packaged head where there is one, else packaged or hub; "
+        "packaged, hub, random, or the path of a file.",
+    )
+    student: str = _setting("mobilenetv4_conv_small_050", "Student", "Backbone that learns: its name.")
+    student_weights: str = _setting(
+        "auto",
+        "Student weights",
+        "What the student starts from. auto: packaged where there is a package, else random; packaged, hub, random, or "
+        "the path of a file.",
+    )
+    loss: str = _setting(
+        "qsd",
+        "Loss",
+        "qsd: query-based soft distillation (GKD); mse: projected features; cwd: channels as distributions.",
+        choices=("qsd", "mse", "cwd"),
+    )
+    mask_weight: float = _setting(
+        1.0,
+        "Mask weight",
+        "Weight of the same loss on masked images; 0: no masked pass.",
+        low=0.0,
+        high=100.0,
+    )
+    mask_fraction: float = _setting(
+        0.5, "Mask fraction", "Share of blocks masked in the first half of a batch.", low=0.0, high=1.0
+    )
+    strides: str = _setting(
+        "8,16,32",
+        "Strides",
+        "Feature maps that are distilled, each with a loss of its own; 16 alone as published.",
+        choices=("16", "16,32", "8,16,32"),
+    )
+    temperature: float | str = _setting(
+        1.0,
+        "Temperature",
+        "Of the attention of qsd, or of the distributions of cwd: a number, or sqrt, the root of the teacher's "
+        "channels.",
+        parse=_temperature,
+    )
+    steps: int = _setting(2000, "Steps", "Optimizer steps.", low=1, high=100_000_000)
+    batch: int = _setting(16, "Batch", "Views in a step.", low=2, high=4096)
+    size: int = _setting(256, "Size", "Side of a view in pixels.", low=64, high=1024)
+    views: int = _setting(4, "Views", "Fixed augmented views of each image.", low=1, high=10_000)
+    learning_rate: float = _setting(
+        1e-3, "Learning rate", "AdamW's first rate, which falls to 1e-5 along a cosine.", low=1e-7, high=1.0
+    )
+    weight_decay: float = _setting(5e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
+    cache_mb: int = _setting(
+        600, "Cache", "Megabytes of views with their teacher features that are kept, at most.", low=0, high=1_000_000
+    )
+    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = _setting(
+        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if "parse" in setting.metadata:
+                object.__setattr__(self, setting.name, setting.metadata["parse"](value))
+            else:
+                _check(setting.name, value, setting.type, setting.metadata)
         if self.size % 32:
             raise SettingsError(f"size is {self.size}; give a multiple of 32")
 

@@ -31,7 +31,7 @@ CLASS_COLORS: tuple[Rgb, ...] = (
 )
 """Colors of the classes 1, 2, ...: those of Okabe and Ito, distinct with every common kind of color blindness."""
 
-PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode")
+PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode", "images", "teacher")
 """Stages of a run before its first training step."""
 
 _STAGES = {
@@ -41,6 +41,8 @@ _STAGES = {
     "probe": "drawing pixels for the probe",
     "fit": "fitting the probe",
     "encode": "preparing augmented crops",
+    "images": "looking at images",
+    "teacher": "fitting the scale of the teacher's features",
     "refine": "training the teacher",
     "joint": "training",
     "direct": "training",
@@ -178,7 +180,8 @@ class TrainStep:
     losses, metrics : mapping of str to float
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
-        Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode".
+        Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode";
+        of a backbone "images" and "teacher".
         Training: "refine", "joint", "distill" or "direct".
     """
 

@@ -3,34 +3,43 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from distillfss_core.cli.console import FINE, add_common, format_mb, print_json
 from distillfss_core.errors import ModelFileError
 
-# info and backbones
+Card = dict[str, Any]
 
 
 def add_info(commands: Any) -> None:
     """Add the command ``distillfss info`` to the subparsers of the program."""
-    parser = commands.add_parser("info", help="say what is in a model file", description="Say what is in a model file.")
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model, or a head")
+    parser = commands.add_parser(
+        "info", help="say what is in a model file", description="Say what is in a model, head or backbone file."
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, a head, or a distilled backbone")
     add_common(parser, _info, threads=False)
 
 
 def _info(args: argparse.Namespace) -> int:
     from distillfss_core.models.card import read_card
+    from distillfss_core.nn.backbone_file import read_backbone_card
+    from distillfss_core.nn.backbones.weights import BACKBONE_FILE
     from distillfss_core.nn.checkpoint import kind_of
     from distillfss_core.nn.pretrained import HEAD_FILE, read_head_card
 
-    is_head = kind_of(args.file) == HEAD_FILE.name
-    card = read_head_card(args.file) if is_head else read_card(args.file)
+    kinds: dict[str | None, tuple[Callable[[Path], Card], Callable[[Card], list[tuple[str, str]]]]] = {
+        HEAD_FILE.name: (read_head_card, _head_lines),
+        BACKBONE_FILE.name: (read_backbone_card, _backbone_lines),
+    }
+    read, describe = kinds.get(kind_of(args.file), (read_card, _card_lines))
+    card = read(args.file)
     if args.json:
         print_json(card)
         return FINE
     try:
-        lines = _head_lines(card) if is_head else _card_lines(card)
+        lines = describe(card)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{args.file}: its card is damaged ({type(error).__name__} {error})") from error
     print(f"{'file':12}{args.file}, {format_mb(card['bytes'])}")
@@ -100,6 +109,20 @@ def _origin_text(origin: dict[str, Any]) -> str:
     """The checkpoint that a file was imported from."""
     fold = "" if origin["fold"] is None else f", fold {origin['fold']}"
     return f"{origin['layout']}{fold}, from {origin['file']}, SHA-256 {origin['sha256']}"
+
+
+def _backbone_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A distilled backbone's card in words."""
+    losses = [f"{name} {value:.4f}" for name, value in card["losses"].items()]
+    teacher = card["teacher"]
+    return [
+        ("backbone", _backbone_text(card)),
+        ("teacher", f"{teacher['name']}, weights {teacher['weights']}"),
+        ("start", card["start"]),
+        ("training", f"{card['steps']} steps on {card['images']} images, {card['seconds']:.0f} s on {card['device']}"),
+        ("loss", f"{card['settings']['loss']}; {', '.join(losses)}"),
+        *(("images", f"{row['name']} ({row['images']})") for row in card["sources"]),
+    ]
 
 
 def _backbone_text(card: dict[str, Any]) -> str:

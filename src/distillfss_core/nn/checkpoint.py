@@ -51,11 +51,16 @@ def write_card_file(
 
 def kind_of(path: str | Path) -> str | None:
     """Which kind of card file this is, if it is one at all; nothing is checked."""
+    return header_of(path).get("format")
+
+
+def header_of(path: str | Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file, unchecked; empty where it is no such file."""
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format")
+            return file.metadata() or {}
     except (SafetensorError, OSError, struct.error):
-        return None
+        return {}
 
 
 def read_card_file(

@@ -173,7 +173,7 @@ class CropSampler:
                 x, target = x.flip(2), target.flip(1)
         plain = x.contiguous()
         inverted = bool(augmentation.polarity) and rng.random() < augmentation.polarity
-        varied = _recolor(1 - plain if inverted else plain, augmentation, rng)
+        varied = recolor(1 - plain if inverted else plain, augmentation, rng)
         return Crop(varied, target.contiguous(), index, box, plain, inverted)
 
 
@@ -187,7 +187,8 @@ def spread(parts: Sequence[Array], values: int, limit: int) -> list[int]:
     return sorted(drawn[n] for n in chosen)
 
 
-def _recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
+def recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generator) -> Float[Tensor, "3 h w"]:
+    """Vary gamma, contrast, brightness and noise of an image in [0, 1]."""
     if aug.gamma:
         x = x.clamp_min(0) ** float(2 ** rng.uniform(-aug.gamma, aug.gamma))
     if aug.contrast or aug.brightness:

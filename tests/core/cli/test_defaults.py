@@ -16,7 +16,7 @@ import tifffile
 from distillfss_core.cli.main import build_parser, main
 from distillfss_core.cli.options import option_flag
 from distillfss_core.demo import DEMO_STEPS
-from distillfss_core.settings import DistillSettings, PretrainSettings, format_setting
+from distillfss_core.settings import BackboneSettings, DistillSettings, PretrainSettings, format_setting
 from pictures import blobs
 
 STACK = np.stack([blobs(seed, 64).image for seed in range(3)])
@@ -25,6 +25,7 @@ SEGMENT = ["segment", "stack.tif", "-m", "m.safetensors", "-o", "out.ome.zarr"]
 BATCH = ["batch", "volumes", "-m", "m.safetensors", "-o", "out"]
 INSTANCES = ["instances", "labels.tif", "-o", "objects.ome.zarr"]
 DISTILL = ["distill", "stack.tif", "labels.tif", "-o", "new.safetensors"]
+BACKBONE = ["distill-backbone", "stack.tif", "-o", "small.safetensors"]
 EXPORT = ["export", "m.safetensors", "-o"]
 CORE = "distillfss_core"
 
@@ -45,6 +46,12 @@ CASES = [
     ([*EXPORT, "m.onnx"], f"{CORE}.export.onnx", "export_onnx", {}),
     ([*EXPORT, "m.zip", "--author", "A"], f"{CORE}.export.bioimageio", "export_bioimageio", {}),
     (["pretrain", "-o", "run"], f"{CORE}.metatraining.run", "PretrainRun", {}),
+    (
+        BACKBONE,
+        f"{CORE}.training.backbone",
+        "iter_distill_backbone",
+        {"settings": BackboneSettings(), "checkpoint": "given"},
+    ),
 ]
 
 
@@ -101,7 +108,12 @@ def test_a_command_without_options_takes_the_defaults_of_the_function(
 
 @pytest.mark.parametrize(
     ("command", "settings"),
-    [(DISTILL, DistillSettings), (["demo"], DistillSettings), (["pretrain", "-o", "run"], PretrainSettings)],
+    [
+        (DISTILL, DistillSettings),
+        (["demo"], DistillSettings),
+        (["pretrain", "-o", "run"], PretrainSettings),
+        (BACKBONE, BackboneSettings),
+    ],
 )
 def test_a_setting_that_is_not_given_has_its_declared_default(command, settings):
     plain = vars(build_parser().parse_args(command))

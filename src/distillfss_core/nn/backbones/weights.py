@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from distillfss_core.errors import WeightsUnavailableError
 from distillfss_core.nn.backbones.spec import BackboneSpec
+from distillfss_core.nn.checkpoint import FileKind, header_of
 
 Tensors = dict[str, Tensor]
+
+BACKBONE_FILE = FileKind("distillfss-backbone", "distilled backbone", 1)
 
 _HUB_FILE = "model.safetensors"
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -164,6 +167,14 @@ def fit_tensors(tensors: Tensors, net: nn.Module, needed: Mapping[str, Tensor], 
         tensors = _renamed_by_timm(tensors, net, source)
     check_tensors(tensors, wanted=needed, allowed=expected, source=source)
     return tensors
+
+
+def check_architecture(path: str | Path, spec: BackboneSpec) -> None:
+    """Raise WeightsUnavailableError if ``path`` is a file of a distilled backbone of another architecture."""
+    header = header_of(path)
+    name = header.get("backbone")
+    if header.get("format") == BACKBONE_FILE.name and name != spec.name:
+        raise WeightsUnavailableError(f"{path}: is a backbone of {name}, not of {spec.name}; give backbone {name}")
 
 
 def check_tensors(
