@@ -493,7 +493,9 @@ class Monkey:
         if layer is None:
             return False
         layer.visible = True
-        self.viewer.dims.ndisplay = 2
+        if self.viewer.dims.ndisplay == 3:
+            self.viewer.dims.ndisplay = 2
+            self.run_events(REST)  # the camera moves when it is drawn
         if support.layer is None or self.viewer.layers.selection.active is not support.layer:
             self.click(support.paint)
         if support.layer is None:
@@ -536,6 +538,8 @@ class Monkey:
         layer = self.dock.support.layer
         if self.key() != key or layer is None:
             return f"the dock has {self.key()}"
+        if self.place() != (key, z):
+            self.dock.support.go_to(z)  # slices that were suggested meanwhile have moved the view
         array = self.on_disk(key)
         positions = [self.world(point) for point in points]
         pixels = [tuple(np.round(layer.world_to_data(p[-layer.ndim :])[-2:]).astype(int)) for p in positions]

@@ -497,6 +497,16 @@ def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
     dock.support.suggest_slices()
     finish(qtbot, dock)
     assert len(dock.support.suggested) == 2
+    first = dock.support.suggested[0]
+    assert dock.support.plane() == first
+    other, third = [z for z in range(8) if z not in dock.support.suggested][:2]
+    for go_on in (lambda: dock.support.go_to(third), dock.support.rest.click):  # the view stays where the user is
+        dock.support.go_to(other)
+        dock.support.suggest_slices()
+        go_on()
+        at = dock.support.plane()
+        finish(qtbot, dock)
+        assert dock.support.plane() == at
 
 
 def test_a_teacher_answers_before_any_training(dock, qtbot, painted_truth):

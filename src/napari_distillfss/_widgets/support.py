@@ -209,7 +209,14 @@ class SupportWidget(QWidget):
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
         work: Work = lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop)  # noqa: E731
-        self._start(_SUGGESTION, work, self._show_suggested)
+        before = self._work()
+        self._start(_SUGGESTION, work, lambda chosen: self._show_suggested(chosen, stay=self._work() != before))
+
+    def _work(self) -> tuple[int, list[Any]]:
+        """The plane on screen and the state of what is painted, which differ once the user goes on."""
+        annotations = self._session.annotations
+        stamps = [(z, annotations.stamp(z)) for z in annotations.planes()] if annotations else []
+        return self.plane(), stamps
 
     def fill_rest(self) -> None:
         """Label all unlabeled pixels of the current plane as background."""
