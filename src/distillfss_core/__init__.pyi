@@ -1,6 +1,7 @@
 """The public names of the package, for type checkers, editors and documentation; fetched at first use."""
 
 from .errors import (
+    ConsensusWarning,
     DistillFSSError,
     ImageError,
     InputFileError,
@@ -58,6 +59,7 @@ __all__ = [
     "BatchJob",
     "BatchStep",
     "Connection",
+    "ConsensusWarning",
     "Device",
     "DistillFSSError",
     "DistillRun",

@@ -52,3 +52,7 @@ class OutOfMemoryError(DistillFSSError, MemoryError):
 
 class IntensityWarning(UserWarning):
     """An input whose intensities are unlike those that the student learned; its labels may be wrong."""
+
+
+class ConsensusWarning(UserWarning):
+    """Planes in three directions that contradict one another; their consensus may be worse than single planes."""

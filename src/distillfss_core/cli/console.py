@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.stopping import check_stopped
-from distillfss_core.errors import ImageError, IntensityWarning, printable
+from distillfss_core.errors import ConsensusWarning, ImageError, IntensityWarning, printable
 from distillfss_core.types import describe_step
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FINE, ERROR, USAGE, INTERRUPTED = 0, 1, 2, 130
 _BAR = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"  # the steps are in the description
+_OF_LABELS = (IntensityWarning, ConsensusWarning)
 
 
 def add_common(
@@ -88,7 +89,8 @@ def warnings_shown() -> Iterator[None]:
         logger.addHandler(handler)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("always", IntensityWarning)
+            for category in _OF_LABELS:
+                warnings.simplefilter("always", category)
             warnings.showwarning = partial(_show_warning, warnings.showwarning)
             yield
     finally:
@@ -99,8 +101,8 @@ def warnings_shown() -> Iterator[None]:
 def _show_warning(
     usual: Callable[..., object], message: Warning | str, category: type[Warning], *place: Any, **options: Any
 ) -> None:
-    """Intensities in a line like other warnings of the core; warnings of libraries as usual."""
-    if issubclass(category, IntensityWarning):
+    """Warnings about labels in a line like others of the core; warnings of libraries as usual."""
+    if issubclass(category, _OF_LABELS):
         _write_warning(str(message))
     else:
         usual(message, category, *place, **options)

@@ -12,13 +12,13 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.labelstore.layout import Box, Layout, plan_blocks, plan_layout
 from distillfss_core.models.preprocess import Limits
 from distillfss_core.models.segmenter import TILE, Segmenter
+from distillfss_core.segmentation.directions import CUBIC, compare_directions
 from distillfss_core.segmentation.lazy import VolumeSegmenter
 from distillfss_core.types import Array, evenly, likeliest
 from distillfss_core.volumes.volume import Volume
 
 log: logging.Logger = logging.getLogger(__name__)
 
-CUBIC = 1.5  # the longest side of a voxel over the shortest, at most, for a consensus
 _SIDE = 256  # of a block of consensus, voxels
 _CHUNK = 128
 _SAMPLED = 16  # planes that say what is dark and bright in other directions
@@ -47,6 +47,10 @@ class PlanewiseLabels:
         """Shards that this way of labeling fills without waste; ``levels`` as for `plan_layout`."""
         side = _side(self.model, self.segmenter.shape, self.tile)
         return plan_layout(self.volume.shape, side, self.volume.scale, levels=levels)
+
+    def compare(self, region: Box) -> str:
+        """Compare a region with what this mode requires: in one line why labels may be wrong; "" by default."""
+        return ""
 
     def read(self, box: Box) -> Array:
         """What has to be read for the labels of a box; the limits of its planes are looked up on the way."""
@@ -131,6 +135,10 @@ class ConsensusLabels(PlanewiseLabels):
             dtype="uint8",
             levels=levels,
         )
+
+    def compare(self, region: Box) -> str:
+        """Compare planes of the three directions by `compare_directions`."""
+        return compare_directions([self.segmenter, *self._others], region, self.layout(None).shard)
 
     def read(self, box: Box) -> Array:
         """Nothing: each direction reads its planes when it comes to them, so that only one has to be held."""

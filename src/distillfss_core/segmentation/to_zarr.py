@@ -77,7 +77,8 @@ class ShardDone:
 class VolumeReport:
     """Result of a run: folder of the labels, shards computed, shards finished before, missing chunks, seconds.
 
-    ``warning`` names in one line why labels may be wrong (intensities unlike those of the support), else it is "".
+    ``warning`` names in one line why labels may be wrong (intensities unlike those of the support, directions that
+    contradict one another), else it is "".
     """
 
     path: Path
@@ -171,6 +172,8 @@ def iter_segment(
     -----
     IntensityWarning
         If intensities are unlike those that the student learned, so that labels may be wrong.
+    ConsensusWarning
+        If planes of different directions contradict one another. They are compared before the first shard of a region.
 
     Raises
     ------
@@ -206,6 +209,8 @@ def iter_segment(
             mode_labels = make_mode(mode, volume, model, tile)
         warning = mode_labels.segmenter.match()
         plan = plan_work(store, wanted)
+        if not plan.finished:
+            warning = "; ".join(filter(None, (warning, mode_labels.compare(wanted))))
         clock = _Clock(start, plan.total, plan.finished)
         if plan.finished:
             yield clock.step(0, computed=False, count=0)

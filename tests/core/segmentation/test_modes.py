@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import warnings
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import zarr
 
-from distillfss_core.errors import SettingsError
+from distillfss_core.cli.main import main
+from distillfss_core.errors import ConsensusWarning, IntensityWarning, SettingsError
 from distillfss_core.models.student import StudentModel
 from distillfss_core.segmentation.modes import ConsensusLabels, SmoothedLabels
-from distillfss_core.segmentation.to_zarr import segment_to_zarr
+from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
+from distillfss_core.settings import DistillSettings
+from distillfss_core.training import distill
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 from volumes import noise, write_ome_zarr
 
 TILE = 32
+SMALL = {"crop_size": 64, "queries": 2, "shots": 2, "crops": 8}
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,64 @@ def test_a_mode_that_does_not_go_with_the_volume_is_refused(plain_student, tmp_p
         segment_to_zarr(flat, plain_student, tmp_path / "out.zarr", resume=True, mode="smoothed")
     ConsensusLabels(open_volume(noise((4, 32, 32))), plain_student)
     assert "taken to be cubes" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def quick_student(support) -> StudentModel:
+    """A student after one step: its labels mean nothing."""
+    model = distill(
+        support, DistillSettings(steps=1, head="none", probe="none", zoom=Fraction(1), device="cpu", **SMALL)
+    )
+    model.halo = 32
+    return model
+
+
+@pytest.fixture
+def compared(monkeypatch) -> list[object]:
+    """Regions in which directions were compared; each time they are found to be contrary."""
+    regions = []
+
+    def compare(_, region, block):
+        regions.append(region)
+        warnings.warn("stack: is contrary", ConsensusWarning, stacklevel=1)
+        return "stack: is contrary"
+
+    monkeypatch.setattr("distillfss_core.segmentation.modes.compare_directions", compare)
+    return regions
+
+
+def test_directions_are_compared_before_the_first_shard_only(quick_student, ball, compared, tmp_path):
+    """A run that goes on compares no directions, and one of another region does. The report holds both warnings."""
+    negative = open_volume(255 - ball[:, :32])
+    out, options = tmp_path / "out.zarr", {"mode": "consensus", "tile": TILE, "resume": True}
+    first, second = ((0, 32), (0, 32), (0, 48)), ((32, 40), (0, 32), (0, 48))
+    run = iter_segment(negative, quick_student, out, region=first, **options)
+    with pytest.warns(ConsensusWarning, match="contrary"):
+        next(run)
+    assert compared == [first]
+    run.close()
+    with pytest.warns(IntensityWarning, match="inverted"):
+        report = segment_to_zarr(negative, quick_student, out, region=first, **options)
+    assert report.finished >= 1
+    assert report.warning.endswith("distill with slices of this kind")
+    assert compared == [first]
+    with pytest.warns(IntensityWarning, match="inverted"):
+        report = segment_to_zarr(negative, quick_student, out, region=second, **options)
+    assert report.warning.endswith("distill with slices of this kind; stack: is contrary")
+    assert compared == [first, second]
+
+
+def test_contrary_directions_are_a_line_of_the_command(quick_student, ball, compared, tmp_path, capsys):
+    np.save(tmp_path / "ball.npy", ball[:8, :32, :32])
+    quick_student.save(tmp_path / "m.safetensors")
+    command = ["segment", str(tmp_path / "ball.npy"), "-m", str(tmp_path / "m.safetensors"), "--json"]
+    assert main([*command, "-o", str(tmp_path / "a.ome.zarr"), "--mode", "consensus"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines().count("distillfss: warning: stack: is contrary") == 1
+    assert json.loads(printed.out)["warning"] == "stack: is contrary"
+    assert main([*command, "-o", str(tmp_path / "b.ome.zarr")]) == 0
+    assert json.loads(capsys.readouterr().out)["warning"] == ""
+    assert len(compared) == 1
 
 
 def test_one_plane_is_smoothed_to_itself(plain_student, tmp_path):
