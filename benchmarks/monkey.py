@@ -135,7 +135,7 @@ def rows_of(folder: Path, seed: str, args: argparse.Namespace) -> Iterator[dict[
         code = process.wait()
         if code:
             errors.seek(0)
-            end = {"seed": int(seed), "gap": 0.0, "faults": [f"the process ended with {code}: {errors.read()[-3000:]}"]}
+            end = {"seed": int(seed), "gap": 0.0, "faults": [f"the process ended with {code}: {errors.read()[:3000]}"]}
             print(json.dumps(began | end), file=sys.stderr)
             yield began | end
 
@@ -277,9 +277,6 @@ class Monkey:
         self.app = QApplication.instance() or QApplication([])
         self.record_faults()
         self.viewer.window._qt_window.resize(1280, 900)
-        self.viewer.add_labels(np.zeros((4, 8, 8), np.uint8))  # napari's first layers take it a second or two
-        self.run_events(0.5)
-        self.viewer.layers.clear()
         self.open_dock()
         self.add_image("series")
         self.add_image("stack")
