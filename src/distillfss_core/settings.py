@@ -291,12 +291,7 @@ class DistillSettings:
         return cls(**{name: parsers[name](value) if name in parsers else value for name, value in values.items()})
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if "parse" in setting.metadata:
-                object.__setattr__(self, setting.name, setting.metadata["parse"](value))
-            else:
-                _check(setting.name, value, setting.type, setting.metadata)
+        _check_all(self)
         if self.crop_size % 32:
             raise SettingsError(f"crop_size is {self.crop_size}; give a multiple of 32")
 
@@ -358,8 +353,7 @@ class PretrainSettings:
     )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            _check(setting.name, getattr(self, setting.name), setting.type, setting.metadata)
+        _check_all(self)
         if self.size % 32:
             raise SettingsError(f"size is {self.size}; give a multiple of 32")
 
@@ -441,14 +435,19 @@ class BackboneSettings:
     )
 
     def __post_init__(self) -> None:
-        for setting in fields(self):
-            value = getattr(self, setting.name)
-            if "parse" in setting.metadata:
-                object.__setattr__(self, setting.name, setting.metadata["parse"](value))
-            else:
-                _check(setting.name, value, setting.type, setting.metadata)
+        _check_all(self)
         if self.size % 32:
             raise SettingsError(f"size is {self.size}; give a multiple of 32")
+
+
+def _check_all(settings: DistillSettings | PretrainSettings | BackboneSettings) -> None:
+    """Give each setting its type, and raise SettingsError for a value outside its limits."""
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if "parse" in setting.metadata:
+            object.__setattr__(settings, setting.name, setting.metadata["parse"](value))
+        else:
+            _check(setting.name, value, setting.type, setting.metadata)
 
 
 def _check(name: str, value: Any, kind: Any, metadata: Any) -> None:
