@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import zarr
 from qtpy.QtCore import QEvent, QPointF, Qt, QTimer
-from qtpy.QtGui import QMouseEvent
+from qtpy.QtGui import QMouseEvent, QOpenGLContext
+from qtpy.QtOpenGLWidgets import QOpenGLWidget
 from qtpy.QtTest import QTest
 from qtpy.QtWidgets import QApplication
 
@@ -108,6 +109,20 @@ def drawn(display, make_napari_viewer, open_dock, few):
     viewer.window.add_dock_widget(dock, name="DistillFSS", area="right")
     dock.distill.settings.setValue(few)
     return viewer, dock
+
+
+def test_the_canvas_is_current_when_a_layer_is_removed(drawn):
+    """Otherwise napari may crash at a later draw."""
+    viewer, dock = drawn
+    layer = viewer.add_image(np.zeros((4, 32, 32)))
+    QApplication.processEvents()
+    (canvas,) = dock.window().findChildren(QOpenGLWidget)
+    canvas.doneCurrent()
+    assert QOpenGLContext.currentContext() is None
+    contexts = []
+    viewer.layers.events.removed.connect(lambda: contexts.append(QOpenGLContext.currentContext()))
+    viewer.layers.remove(layer)
+    assert contexts == [canvas.context()]
 
 
 def wait_for_preview(qtbot, dock):

@@ -18,6 +18,7 @@ from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
 from napari_distillfss._widgets.notices import show_notices
 from napari_distillfss._widgets.preview import MODEL, PreviewWidget
+from napari_distillfss._widgets.removal import guard_removals
 from napari_distillfss._widgets.shortcuts import bind_shortcuts
 from napari_distillfss._widgets.support import SupportWidget
 from napari_distillfss._widgets.volume import VolumePicker
@@ -84,6 +85,7 @@ class DistillDock(QScrollArea):
         session.labels_changed.connect(self._on_labels_changed)
         session.closed.connect(bind_shortcuts(self, napari_viewer))
         session.closed.connect(show_notices())
+        session.closed.connect(guard_removals(self, napari_viewer))
         self.destroyed.connect(session.close)
         application = QApplication.instance()
         assert application is not None  # no widget is made without one
