@@ -221,3 +221,11 @@ def test_the_dock_for_a_student_shows_the_model(viewer, nuclei, tmp_path, qtbot)
     assert dock.preview.source.currentText() == "model"
     dock.session.close()
     dock.deleteLater()
+
+
+def test_a_preview_that_is_off_names_what_its_source_needs(dock):
+    assert "paint" in dock.preview.message.text()
+    dock.preview.source.setCurrentText("model")
+    assert dock.preview.message.text().startswith("Train a model")
+    dock.preview.source.setCurrentText("instant")
+    assert "paint" in dock.preview.message.text()

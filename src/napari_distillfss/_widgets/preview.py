@@ -35,6 +35,7 @@ MODEL, INSTANT = "model", "instant"
 TEACHERS = {"teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
 _NO_MODEL = "Train a model first, or choose an untrained one"
+_HINT = "Tick Preview: the instant model learns from what you paint"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
 _AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
@@ -98,7 +99,7 @@ class PreviewWidget(QWidget):
         )
         self.take.setEnabled(False)
         self.job = Job(session, "Preparation of the teacher", self)
-        self.message = Message(_NO_MODEL)
+        self.message = Message(_HINT)
         self._latest = LatestJob(self)
         self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
         self._after_stroke = until_closed(session, qdebounced(self._on_stroke_ended, timeout=_AFTER_STROKE))
@@ -129,6 +130,7 @@ class PreviewWidget(QWidget):
         self.job.failed.connect(self.message.warn)
         self.on.toggled.connect(self._on_toggled)
         self.source.activated.connect(self._on_source_activated)
+        self.source.currentTextChanged.connect(self._tell_what_is_needed)
         self.live.toggled.connect(self._on_live_toggled)
         self.of_class.activated.connect(self._on_class_activated)
         session.model_changed.connect(self._on_model_changed)
@@ -196,6 +198,12 @@ class PreviewWidget(QWidget):
             self._ask()
         else:
             self._make_teacher()
+
+    def _tell_what_is_needed(self) -> None:
+        """Tell how a preview that is off gets its output."""
+        if not self.on.isChecked():
+            needs_model = self._kind is None and self._session.model is None
+            self.message.tell(_HINT if self._uses_instant else _NO_MODEL if needs_model else "")
 
     def _on_live_toggled(self, on: bool) -> None:
         self._session.remember("live", on)
