@@ -20,6 +20,7 @@ from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCach
 from distillfss_core.types import IGNORE, GeneratorRun, TrainStep, finish
 
 CANDIDATES = (Fraction(1, 2), Fraction(1), Fraction(2))
+SMALL = 96  # pixels of the longest side up to which zoom 4 is tried as well: such slices cost little at any zoom
 WORTH = 0.02  # gain in IoU that a larger zoom must bring: each doubling makes everything four times as slow
 ALIKE = 0.005  # scores closer than this say nothing of the zoom: scribbles that any zoom gets right, objects none finds
 TELLS = 0.5  # IoU from which a score tells that half the pixels lose next to nothing
@@ -37,7 +38,8 @@ def iter_zoom(
 ) -> Generator[TrainStep, None, tuple[Fraction, dict[str, float]]]:
     """Choose the zoom at which crops of held-out slices are segmented best; yields steps of the stage "zoom".
 
-    There is a step for the features of the crops of each zoom, and one for each fold that is predicted.
+    The candidates are 1/2, 1 and 2, and 4 for slices of up to `SMALL` pixels. There is a step for the features of the
+    crops of each zoom, and one for each fold that is predicted.
 
     Every fifth of the slices (of a single slice: of its crops) is held out in turn. A meta-trained teacher segments it
     with the rest as support. Without a teacher, ridge regression from the features of a pixel to its class is fitted on
@@ -56,7 +58,9 @@ def iter_zoom(
     scores : dict
         Mean IoU of each candidate.
     """
-    rngs = {zoom: np.random.default_rng(seed) for zoom in CANDIDATES}
+    is_small = max(side for s in support.slices for side in s.labels.shape) <= SMALL
+    candidates = (*CANDIDATES, Fraction(4)) if is_small else CANDIDATES
+    rngs = {zoom: np.random.default_rng(seed) for zoom in candidates}
     crops = {}
     for zoom, rng in rngs.items():
         sampler = CropSampler(support, replace(preprocess, zoom=str(zoom)), int(_SIDE * zoom), PLAIN)
@@ -74,8 +78,7 @@ def iter_zoom(
     if best - min(scores.values()) < ALIKE:
         return Fraction(1), scores
     coarse = best >= TELLS or scores["1/2"] >= scores["1"] + WORTH
-    candidates = CANDIDATES if coarse else CANDIDATES[1:]
-    return next(zoom for zoom in candidates if scores[str(zoom)] > best - WORTH), scores
+    return next(zoom for zoom in candidates[0 if coarse else 1 :] if scores[str(zoom)] > best - WORTH), scores
 
 
 def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> list[Crop]:

@@ -23,16 +23,16 @@ pytestmark = pytest.mark.slow
 Choose = Callable[..., tuple[Fraction, dict[str, float]]]
 
 
-def discs(radius: int, *, foreign: bool = False) -> SupportSet:
-    """Three slices of 384 px with bright discs on noise; foreign masks belong to other discs."""
+def discs(radius: int, *, foreign: bool = False, side: int = 384) -> SupportSet:
+    """Three slices with bright discs on noise; foreign masks belong to other discs."""
     rng = np.random.default_rng(radius)
-    y, x = np.indices((384, 384))
+    y, x = np.indices((side, side))
     slices = []
     for _ in range(3):
-        image = rng.normal(90, 12, (384, 384))
-        masks = np.zeros((2, 384, 384), np.uint8)
+        image = rng.normal(90, 12, (side, side))
+        masks = np.zeros((2, side, side), np.uint8)
         for mask in masks:
-            for cy, cx in rng.integers(radius, 384 - radius, (max(3, 400 // radius**2), 2)):
+            for cy, cx in rng.integers(radius, side - radius, (max(3, 400 // radius**2), 2)):
                 mask[(y - cy) ** 2 + (x - cx) ** 2 <= radius**2] = 1
         image[masks[0] > 0] += 60
         slices.append(AnnotatedSlice(np.clip(image, 0, 255).astype(np.uint8), masks[1 if foreign else 0]))
@@ -108,3 +108,19 @@ def test_smallest_zoom_close_to_the_best(
 
     monkeypatch.setattr(zoom, "_iter_probe", answer)
     assert choose(discs(20))[0] == Fraction(wanted)
+
+
+@pytest.mark.parametrize(("side", "candidates"), [(97, ["1/2", "1", "2"]), (96, ["1/2", "1", "2", "4"])])
+def test_zoom_4_is_tried_on_small_slices(
+    choose: Choose, monkeypatch: pytest.MonkeyPatch, side: int, candidates: list[str]
+) -> None:
+    answers = iter((0.5, 0.6, 0.7, 0.8))
+
+    def answer(*_: object) -> Generator[None, None, float]:
+        yield
+        return next(answers)
+
+    monkeypatch.setattr(zoom, "_iter_probe", answer)
+    chosen, scores = choose(discs(6, side=side))
+    assert list(scores) == candidates
+    assert str(chosen) == candidates[-1]
