@@ -141,7 +141,7 @@ def test_a_result_is_there_before_the_first_step(support, tiny) -> None:
 def test_a_run_loads_nothing_before_its_first_step_and_prepares_step_by_step(support, tiny, monkeypatch) -> None:
     run = iter_distill(support, replace(tiny, zoom="auto", steps=1))
     steps = [(step.stage, step.index, step.total) for step in run]
-    before = [("load", 1, 1), *[("zoom", i, 12) for i in range(1, 13)], *[("probe", i, 3) for i in (1, 2, 3)]]
+    before = [("load", 1, 1), *[("zoom", i, 16) for i in range(1, 17)], *[("probe", i, 3) for i in (1, 2, 3)]]
     before += [("fit", i, 4) for i in (1, 2, 3, 4)]  # of all slices, and without each
     encoded = [step for step in steps if step[0] == "encode"]
     assert steps == [*before, *encoded, ("joint", 1, 1)]
