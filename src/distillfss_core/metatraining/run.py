@@ -41,7 +41,13 @@ from distillfss_core.nn.backbones import (
     backbone_spec,
     load_backbone,
 )
-from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
+from distillfss_core.nn.checkpoint import (
+    FileKind,
+    read_card_file,
+    restore_training,
+    training_tensors,
+    write_card_file,
+)
 from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
@@ -341,9 +347,7 @@ class PretrainRun(Iterator[TrainStep]):
 
     def keep(self) -> None:
         """Write the state of the training, so that it can go on from here, and its curves."""
-        tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
-        for i, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{n}": v for n, v in state.items()}
+        tensors = training_tensors(self._kept, self._optimizer)
         card = {"step": self.step, "seconds": self.seconds, "data": self._data()}
         card |= {"settings": asdict(self.settings)}
         card |= {"history": self.history, "sums": self._sums}
@@ -377,14 +381,7 @@ class PretrainRun(Iterator[TrainStep]):
         if card["step"] > self.settings.steps:
             raise SettingsError(f"{path} is at step {card['step']} already; give at least as many steps")
         try:
-            for part, module in self._kept.items():
-                module.load_state_dict(_under(f"{part}.", tensors))
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in (_under("optimizer.", tensors) or _under("optimiser.", tensors)).items():  # older files
-                number, _, what = name.partition(".")
-                state.setdefault(int(number), {})[what] = value
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+            restore_training(self._kept, self._optimizer, tensors)
         except (RuntimeError, ValueError) as error:
             raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
         self.step, self.seconds, self.history = card["step"], card["seconds"], card["history"]
@@ -430,10 +427,6 @@ def _check_backbone(settings: PretrainSettings) -> None:
             f"backbone_lr_scale is {settings.backbone_lr_scale}, but {settings.backbone} is too large to be trained; "
             f"give 0, or one of {light}"
         )
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _rate(step: int, steps: int) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from distillfss_core.errors import ModelFileError
 from distillfss_core.io.writing import atomic_path
@@ -47,6 +47,38 @@ def write_card_file(
     payload = save(held, metadata=metadata | header)
     with atomic_path(Path(path)) as temporary:
         temporary.write_bytes(payload)
+
+
+def training_tensors(modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Tensors of named modules, and of the optimizer's state, from which `restore_training` goes on."""
+    tensors = {f"{part}.{n}": value for part, module in modules.items() for n, value in module.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{n}": value for n, value in state.items()}
+    return tensors
+
+
+def restore_training(
+    modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put what `training_tensors` gave into the same modules and optimizer. Other tensors may be among it.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        If a tensor does not fit.
+    """
+    for part, module in modules.items():
+        module.load_state_dict(under(f"{part}.", tensors))
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in (under("optimizer.", tensors) or under("optimiser.", tensors)).items():  # older files
+        number, _, what = name.partition(".")
+        state.setdefault(int(number), {})[what] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def kind_of(path: str | Path) -> str | None:

@@ -32,7 +32,14 @@ from distillfss_core.nn.backbones import (
     backbone_spec,
     load_backbone,
 )
-from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
+from distillfss_core.nn.checkpoint import (
+    FileKind,
+    read_card_file,
+    restore_training,
+    training_tensors,
+    under,
+    write_card_file,
+)
 from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.token_losses import TokenLoss, mask_images
 from distillfss_core.settings import BackboneSettings
@@ -283,9 +290,7 @@ class _Training:
         """Write the state, if there is a file for it."""
         if self.checkpoint is None:
             return
-        tensors = {f"{part}.{n}": v for part, module in self._kept.items() for n, v in module.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{n}": v for n, v in state.items()}
+        tensors = training_tensors(self._kept, self.optimizer)
         tensors |= {f"norms.{name}": value for name, value in self.tokens.norms().items()}
         card = {"step": self.step, "seconds": self.seconds, "history": self.history, "start": self.start}
         card |= {"settings": asdict(self.settings), "teacher": self._teacher(), "sources": self.tokens.views.sources()}
@@ -299,15 +304,8 @@ class _Training:
         card, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
         self._check_same(path, card)
         try:
-            for part, module in self._kept.items():
-                module.load_state_dict(_under(f"{part}.", tensors))
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, value in _under("optimizer.", tensors).items():
-                number, _, what = name.partition(".")
-                state.setdefault(int(number), {})[what] = value
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.tokens.restore(_under("norms.", tensors))
+            restore_training(self._kept, self.optimizer, tensors)
+            self.tokens.restore(under("norms.", tensors))
         except (RuntimeError, ValueError, KeyError) as error:
             raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
         self.step, self.seconds, self.history = card["step"], card["seconds"], card["history"]
@@ -353,7 +351,3 @@ def _rate(first: float, step: int, steps: int) -> float:
     """A cosine from the first rate to the last."""
     last = min(LAST_RATE, first)
     return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2
-
-
-def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
