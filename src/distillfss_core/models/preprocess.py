@@ -72,6 +72,11 @@ class Preprocess:
         """``zoom`` as a number."""
         return Fraction(self.zoom)
 
+    @property
+    def inputs(self) -> int:
+        """Channels of the backbone's input that differ: 1 or 3."""
+        return 1 if self.channels == 1 else 3
+
     def limits(self, image: Array) -> Limits:
         """Intensities of this image (or of the support set) that become 0 and 1."""
         if self.scope == "volume":

@@ -138,8 +138,7 @@ class InstantModel(Segmenter):
         self.cache: ContentCache = ContentCache(memory)
         self.probe: Probe | None = None
         self._seed = settings.seed
-        self._inputs = 1 if self.preprocess.channels == 1 else 3
-        self._reader = Probe(backbone.spec, 1, self._inputs).to(device.torch)
+        self._reader = Probe(backbone.spec, 1, self.preprocess.inputs).to(device.torch)
         self._digests: weakref.WeakKeyDictionary[AnnotatedSlice, bytes] = weakref.WeakKeyDictionary()
 
     @property
@@ -175,7 +174,7 @@ class InstantModel(Segmenter):
         _check_totals(totals, counts[:, len(names) + 1 : IGNORE])
         drawn = [self._drawn(s, len(names), bool(rest)) for s, rest in zip(slices, with_rest, strict=True)]
         origins = torch.repeat_interleave(torch.tensor([len(d.labels) for d in drawn]))
-        new = Probe(self.backbone.spec, len(names), self._inputs)
+        new = Probe(self.backbone.spec, len(names), self.preprocess.inputs)
         shares = torch.from_numpy(totals / totals.sum()).float()
         columns, labels = torch.cat([d.columns for d in drawn]), torch.cat([d.labels for d in drawn])
         chosen = evenly(len(labels), ALL_POINTS)
@@ -194,7 +193,7 @@ class InstantModel(Segmenter):
 
     def _inputs_of(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
         """What the probe reads of an image, from the cache if it was encoded before."""
-        pixels = image[:, : self._inputs].contiguous().cpu().numpy()
+        pixels = image[:, : self.preprocess.inputs].contiguous().cpu().numpy()
         key = self._key("inputs", str(pixels.shape).encode(), pixels.data)
         inputs: FeaturePyramid = self.cache.get(key, lambda: self._encode(image)).map(Tensor.float)
         return inputs

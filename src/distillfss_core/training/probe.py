@@ -131,7 +131,7 @@ def iter_points(
         Side of a crop in pixels after zooming.
     """
     sampler = CropSampler(support, preprocess, crop_size, PLAIN)
-    new = Probe(cache.backbone.spec, support.classes, 1 if preprocess.channels == 1 else 3, alone=False)
+    new = Probe(cache.backbone.spec, support.classes, preprocess.inputs, alone=False)
     rng = np.random.default_rng(seed)
     limit = min(POINTS, max(1, ALL_POINTS // (len(slices) * (support.classes + 1))))
     columns: list[Tensor] = []
