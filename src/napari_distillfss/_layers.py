@@ -218,6 +218,11 @@ def is_at(layer: Image | Labels, point: Sequence[float], displayed: Sequence[int
     return all(inside[axis] for axis in range(-layer.ndim, 0) if axis not in shown)
 
 
+def shows_planes(dims: Any) -> bool:
+    """Whether napari shows planes (y, x) of volumes: in 2D, and in their own order of axes."""
+    return bool(dims.ndisplay == 2 and tuple(dims.displayed) == (dims.ndim - 2, dims.ndim - 1))
+
+
 def finest_shape(layer: Image | Labels) -> tuple[int, ...]:
     """Shape of the array of a layer, of the finest if there are several, with colors."""
     return tuple(layer.level_shapes[0] if layer.multiscale else layer.data.shape)

@@ -11,7 +11,7 @@ from qtpy.QtCore import QObject, Signal
 from qtpy.QtWidgets import QPushButton
 
 from napari_distillfss._annotations import FIRST_CLASS, UNLABELED
-from napari_distillfss._layers import PREVIEW, is_at, move_layer
+from napari_distillfss._layers import PREVIEW, is_at, move_layer, shows_planes
 from napari_distillfss._outlines import (
     Draft,
     Outlined,
@@ -164,7 +164,7 @@ class OutlineTool(QObject):
         dims = self._viewer.dims
         if target is None:
             self.switch_off()
-        elif dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
+        elif not shows_planes(dims):
             self._message.warn("outlines lie in planes (y, x): show the volume in 2D, in its own order of axes")
             self.switch_off()
         else:
@@ -230,7 +230,7 @@ class OutlineTool(QObject):
         chosen, dims = self._session.volume, self._viewer.dims
         if chosen is None or self._target is None:
             return
-        if dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
+        if not shows_planes(dims):
             self.switch_off()
         elif self._draft is not None and chosen.plane_at(dims.point) != self._draft.plane:
             self.drop()

@@ -12,7 +12,7 @@ from superqt.utils import qdebounced
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
 from napari_distillfss._instant import InstantAnswers
-from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_layer
+from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_layer, shows_planes
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import (
     Answering,
@@ -70,6 +70,7 @@ class PreviewWidget(QWidget):
         self._arrays: dict[str, np.ndarray] = {}
         self._probabilities: np.ndarray | None = None
         self._layers: dict[str, Any] = {}
+        self._colored: tuple[Class, ...] = ()  # classes that the colors of the labels are of
         self.on = QCheckBox("Preview the plane on screen")
         self.on.setToolTip("Segment the visible part of each plane as you scroll")
         self.source = combo(
@@ -244,19 +245,24 @@ class PreviewWidget(QWidget):
             self._make_teacher()
 
     def _on_classes_changed(self) -> None:
-        if "labels" in self._layers:
-            self._layers["labels"].colormap = self._colors()
+        self._color_labels()
         self._on_stroked()
 
-    def _colors(self) -> Any:
-        """Colors of the model's classes: those of the classes of the same name, or else of the same number."""
+    def _color_labels(self) -> None:
+        """Give the labels the colors of the model's classes, if these are others than before: napari draws then."""
+        shown = self._classes_shown()
+        if "labels" in self._layers and shown != self._colored:
+            self._layers["labels"].colormap = colors_of(shown, first=1)
+            self._colored = shown
+
+    def _classes_shown(self) -> tuple[Class, ...]:
+        """The model's classes, in the colors of the classes of the same name, or else of the same number."""
         classes = self._session.annotations.classes if self._session.annotations else ()
         model = self.model()
         names = tuple(model.class_names) if model is not None else tuple(c.name for c in classes)
         of_name = {c.name: c.color for c in classes}
         numbered = [c.color for c in classes] + list(COLORS)
-        same = [Class(name, of_name.get(name, numbered[k % len(numbered)])) for k, name in enumerate(names)]
-        return colors_of(tuple(same), first=1)
+        return tuple(Class(name, of_name.get(name, numbered[k % len(numbered)])) for k, name in enumerate(names))
 
     def _wanted(self) -> tuple[Any, Any]:
         return self._kind, self._session.annotations
@@ -302,7 +308,7 @@ class PreviewWidget(QWidget):
             self.message.tell(_NO_MODEL)
             return
         dims = self._viewer.dims
-        if dims.ndisplay != 2 or tuple(dims.displayed) != (dims.ndim - 2, dims.ndim - 1):
+        if not shows_planes(dims):
             self.message.tell("the preview is of planes (y, x): show the volume in 2D, in its own order of axes")
             return
         z = chosen.plane_at(dims.point)
@@ -441,7 +447,7 @@ class PreviewWidget(QWidget):
                 if layer.data is not array:
                     move_layer(self._viewer, layer, array, place)
                     if name == "labels":
-                        layer.colormap = self._colors()
+                        self._color_labels()
                 layer.visible = self.shown[name].isChecked() and self._plane != self._corrected
                 layer.refresh()
 
@@ -450,12 +456,14 @@ class PreviewWidget(QWidget):
         options = {"name": _NAMES[name], "metadata": {PREVIEW: True}, **place}
         if name == "labels":
             opacity, contour = STYLES[self.drawn_as.currentText()]
-            layer = self._viewer.add_labels(array, opacity=opacity, colormap=self._colors(), **options)
+            self._colored = self._classes_shown()
+            colors = colors_of(self._colored, first=1)
+            layer = self._viewer.add_labels(array, opacity=opacity, colormap=colors, **options)
             layer.contour = contour
         else:
-            colors = "viridis" if name == "probability" else "inferno"
+            ramp = "viridis" if name == "probability" else "inferno"
             layer = self._viewer.add_image(
-                array, colormap=colors, contrast_limits=(0, 1), opacity=0.6, blending="additive", **options
+                array, colormap=ramp, contrast_limits=(0, 1), opacity=0.6, blending="additive", **options
             )
         if active is not None:
             self._viewer.layers.selection.active = active  # the brush stays where it was
