@@ -43,6 +43,7 @@ from .support.support_set import SupportSet, load_support
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
+from .training.volumes import VolumeSlices, join_volumes
 from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, describe_step, finish
 from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
 
@@ -94,6 +95,7 @@ __all__ = [
     "UnfinishedError",
     "Volume",
     "VolumeReport",
+    "VolumeSlices",
     "WeightsUnavailableError",
     "axis_sizes",
     "check_finished",
@@ -118,6 +120,7 @@ __all__ = [
     "iter_instances",
     "iter_refine",
     "iter_segment",
+    "join_volumes",
     "label_instances",
     "labels_from_image",
     "leave_a_core_free",
