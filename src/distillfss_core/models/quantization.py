@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.types import Array
 
 _INTEGER = ("Conv", "Add", "Clip", "Relu")  # what else there is would gain nothing and lose accuracy
+_NARROW = 8  # maps with fewer channels are slower in integers
+_KEEPING = ("Add", "Resize", "Reshape", "Unsqueeze", "Squeeze", "Gather")  # a narrow map stays one
 
 
 def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
@@ -67,6 +70,7 @@ def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(_INTEGER),
+                nodes_to_exclude=_narrow_nodes(ready),
                 per_channel=True,
                 reduce_range=narrow,
                 activation_type=QuantType.QUInt8,
@@ -79,3 +83,22 @@ def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *
             f"precision int8 needs temporary files in {tempfile.gettempdir()} ({reason}); free some room, set TMPDIR, "
             "or use precision float32"
         ) from error
+
+
+def _narrow_nodes(path: Path) -> list[str]:
+    """Names of the convolutions with few output channels or one product for each output, and of the sums of these."""
+    import onnx
+
+    graph = onnx.load(path).graph
+    weights = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    names, narrow = [], set[str]()
+    for node in graph.node:
+        if node.op_type == "Conv":
+            shape = weights[node.input[1]]
+            is_narrow = shape[0] < _NARROW or math.prod(shape[1:]) == 1
+        else:
+            is_narrow = node.op_type in _KEEPING and not narrow.isdisjoint(node.input)
+        if is_narrow:
+            names.append(node.name)
+            narrow.update(node.output)
+    return names

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid
+from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid, margins
 
 
 def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
@@ -45,6 +45,10 @@ class Decoder(nn.Module):
         """
         result: Float[Tensor, "b k 2 hg wg"] = self(coarse, query, support)
         return result
+
+    def margins(self, coarse: CoarseMaps, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
+        """`margins` of the logits of `on_grid`."""
+        return margins(self.on_grid(coarse, query))
 
 
 class PublishedDecoder(Decoder):
@@ -254,6 +258,22 @@ class SlimDecoder(Decoder):
         self, coarse: CoarseMaps, query: FeaturePyramid, support: FeaturePyramid | None = None
     ) -> Float[Tensor, "b k 2 hg wg"]:
         """Logits on the grid of the finest skip features, before they are enlarged; ``support`` is not used."""
+        x, evidence = self._features(coarse, query)
+        return _split(self.out(x) + torch.cat([-evidence, evidence], 1), coarse.deep.shape[1])
+
+    def margins(self, coarse: CoarseMaps, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
+        """`margins` of the logits on the grid of the finest skip features; of one class in one convolution."""
+        if coarse.deep.shape[1] > 1:
+            return super().margins(coarse, query)
+        x, evidence = self._features(coarse, query)
+        assert self.out.bias is not None
+        background, foreground = self.out.weight.split(1)
+        return F.conv2d(x, foreground - background, self.out.bias[1:] - self.out.bias[:1]) + 2 * evidence
+
+    def _features(
+        self, coarse: CoarseMaps, query: FeaturePyramid
+    ) -> tuple[Float[Tensor, "bk c hg wg"], Float[Tensor, "bk 1 hg wg"]]:
+        """What the logits are made of: features, and half of the margin that the coarse maps alone give."""
         k = coarse.deep.shape[1]
         deep, mid, fine = _fold(coarse.deep), _fold(coarse.mid), _fold(coarse.fine)
         x = F.relu(self.deep(deep - NEUTRAL))
@@ -267,8 +287,8 @@ class SlimDecoder(Decoder):
             if level > 0:
                 x = F.relu_(x + self.refine[level - 1](x))
         means = (resize_like((maps - NEUTRAL).mean(1, keepdim=True), fine) for maps in (fine, mid, deep))
-        evidence = resize_like(torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0), x)
-        return _split(self.out(x) + torch.cat([-evidence, evidence], 1), k)
+        evidence = torch.stack([g * m for g, m in zip(self.gain, means, strict=True)]).sum(0)
+        return x, resize_like(evidence, x)
 
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
@@ -279,3 +299,17 @@ def resize_like(x: Tensor, like: Tensor) -> Tensor:
     if size == (2 * x.shape[-2], 2 * x.shape[-1]):  # the same, but in ONNX no tensor is unpacked to ask its size
         return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def sum_on_finest(maps: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b c h w"]:
+    """The sum of maps on the grid of the first, which is the finest; maps of one grid are added, then enlarged once."""
+    grids: dict[tuple[int, ...], Tensor] = {}
+    for part in maps:
+        grid = tuple(int(n) for n in part.shape[-2:])
+        grids[grid] = grids[grid] + part if grid in grids else part
+    total, *coarser = grids.values()
+    for part in coarser:
+        # Engines enlarge a map of one channel eight times as fast as one of a few.
+        single = resize_like(_fold(part[:, :, None]), total)
+        total = total + _split(single, part.shape[1])[:, :, 0]
+    return total

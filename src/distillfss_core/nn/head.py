@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distillfss_core.errors import SettingsError
 from distillfss_core.nn.backbones import BackboneSpec
 from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder
-from distillfss_core.nn.features import FeaturePyramid, margins
+from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
 from distillfss_core.nn.teachers import PUBLISHED, DcamaSettings, DcamaTeacher
 
@@ -83,7 +83,7 @@ class FewShotHead(nn.Module):
 
     def student_margins(self, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
         """`margins` of the student's logits, on the decoder's own grid."""
-        return margins(self.decoder.on_grid(self.student(query), query))
+        return self.decoder.margins(self.student(query), query)
 
 
 def _three(values: tuple[int, ...]) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from distillfss_core.nn.backbones import BackboneSpec
-from distillfss_core.nn.decoder import resize_like
+from distillfss_core.nn.decoder import sum_on_finest
 from distillfss_core.nn.features import FeaturePyramid
 
 KNOTS = 8
@@ -99,10 +99,9 @@ class Probe(nn.Module):
     def margins(self, inputs: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
         """Margins from `inputs_of` a batch of images."""
         *stages, pixels, around = (stage[-1] for stage in inputs.stages)
-        result: Float[Tensor, "b k hg wg"] = self.intensities(pixels)
-        result = result + resize_like(self.surroundings(around), result)
-        for layer, block in zip(self.stages, stages, strict=True):
-            result = result + resize_like(layer(block), result)
+        parts = [self.intensities(pixels), self.surroundings(around)]
+        parts += [layer(block) for layer, block in zip(self.stages, stages, strict=True)]
+        result: Float[Tensor, "b k hg wg"] = sum_on_finest(parts)
         return result
 
     def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b i hg wg"], Float[Tensor, "b s h2 w2"]]:

@@ -245,6 +245,22 @@ def test_weights_are_narrower_where_a_processor_would_clip_sums(plain_student, m
     assert max(widths) == widest
 
 
+def test_margins_are_no_integers(plain_student):
+    """Maps of few channels are slower in integers, and a rounded margin changes labels."""
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    run = Runner(plain_student.network, "onnxruntime", Device("cpu", "int8"), plain_student.samples)
+    run(torch.rand(1, 3, 64, 64))
+    graph = onnx.load_from_string(run._graph).graph
+    made_by = {output: node for node in graph.node for output in node.output}
+    last = made_by[graph.output[0].name]
+    assert "DequantizeLinear" not in {last.op_type, *(made_by[i].op_type for i in last.input if i in made_by)}
+    scale_of = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    integers = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in scale_of]
+    assert len(integers) > 40
+    assert not any("normalize" in node.name for node in integers)
+
+
 def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monkeypatch):
     net = network("efficientnet_lite0", 1)
     int8 = Device("cpu", "int8")

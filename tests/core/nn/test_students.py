@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder
+from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder, sum_on_finest
 from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, margins, merge_classes
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
+from distillfss_core.nn.students.convdist import ChannelNorm
 from published import PublishedCase
 from pyramids import random_pyramid
 
@@ -133,3 +134,28 @@ def test_logits_on_the_decoders_grid_need_only_be_enlarged() -> None:
     published = PublishedDecoder(BLOCKS, (SKIPS[-2], SKIPS[-1])).eval()
     with torch.no_grad():
         torch.testing.assert_close(published.on_grid(coarse, query), published(coarse, query))
+
+
+@pytest.mark.parametrize("classes", [1, 3])
+def test_a_decoder_gives_the_margins_of_its_logits(classes: int) -> None:
+    decoder = _randomized(SlimDecoder(BLOCKS, SKIPS, width=8))
+    query, coarse = _pyramid(64, batch=2), _coarse(classes, 64, batch=2)
+    with torch.no_grad():
+        found, expected = decoder.margins(coarse, query), margins(decoder.on_grid(coarse, query))
+    assert float(expected.std()) > 0.01
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_channels_are_normalized_as_by_a_layer_norm(dtype: torch.dtype) -> None:
+    block = (30 * torch.randn(2, 192, 5, 7, generator=torch.Generator().manual_seed(0)) + 100).to(dtype)
+    expected = F.layer_norm(block.float().movedim(1, -1), (192,)).movedim(-1, 1)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(ChannelNorm(192).to(dtype)(block).float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_maps_are_summed_as_if_each_were_enlarged_by_itself() -> None:
+    noise = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, 3, 32 // n, 48 // n, generator=noise) for n in (1, 2, 1, 8, 2)]
+    expected = sum(F.interpolate(m, (32, 48), mode="bilinear", align_corners=False) for m in maps)
+    torch.testing.assert_close(sum_on_finest(maps), expected, atol=1e-5, rtol=1e-5)

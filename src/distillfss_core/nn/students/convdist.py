@@ -9,6 +9,7 @@ References
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class LightConvDist(Student):
     ) -> None:
         super().__init__()
         self.classes: int = classes
+        self.normalize: nn.ModuleList = nn.ModuleList(ChannelNorm(c) for c in channels)
         self.reduce: nn.ModuleList = nn.ModuleList(
             nn.Conv2d(c * n, width, 1) for c, n in zip(channels, blocks, strict=True)
         )
@@ -93,16 +95,32 @@ class LightConvDist(Student):
     def forward(self, query: FeaturePyramid) -> CoarseMaps:
         """Coarse maps of all classes from the shared trunk."""
         maps = []
-        for reduce, look, read, blocks in zip(self.reduce, self.look, self.read, query.coarse, strict=True):
-            x = torch.cat([_normalize(block) for block in blocks], 1)
+        layers = zip(self.normalize, self.reduce, self.look, self.read, query.coarse, strict=True)
+        for normalize, reduce, look, read, blocks in layers:
+            x = torch.cat([normalize(block) for block in blocks], 1)
             x = torch.relu(look(torch.relu(reduce(x))))
             logits = read(x)  # not unflatten: traced, it would hold for one size only
             maps.append(logits.reshape(-1, self.classes, len(blocks), logits.shape[2], logits.shape[3]))
         return CoarseMaps(*maps)
 
 
-def _normalize(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """LayerNorm over the channels of each position."""
-    mean = block.mean(1, keepdim=True)
-    centered = block - mean
-    return centered * torch.rsqrt(centered.square().mean(1, keepdim=True) + 1e-5)
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each position, without weights.
+
+    The means are convolutions, as ONNX Runtime reduces channels ten times as slowly. Their weight is a power of two, so
+    it is exact in half precision, and no sum overflows.
+    """
+
+    weight: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        power = 1 << (channels - 1).bit_length()
+        self.rest: float = power / channels
+        self.register_buffer("weight", torch.full((1, channels, 1, 1), 1 / power), persistent=False)
+
+    def forward(self, block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Mean 0 and variance 1 at each position."""
+        centered = block - F.conv2d(block, self.weight) * self.rest
+        variance = F.conv2d(centered.square(), self.weight) * self.rest
+        return centered * torch.rsqrt(variance + 1e-5)
