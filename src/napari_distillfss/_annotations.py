@@ -11,7 +11,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLORS)
 BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
+NOTES = "notes.json"
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -58,68 +59,39 @@ class PaintedSlice:
         return float(self.counts[label] / max(1, self.counts[1:].sum()))
 
 
-class Annotations:
-    """Painted planes of a volume in a folder.
+class PaintedLabels:
+    """Painted planes of a volume in a folder, to be read.
 
     Parameters
     ----------
     folder : path
-        Made if it is not there; what is in it is taken up.
-    shape : tuple of int
-        Of the array, with as many axes as the image layer.
+    array : array
+        Of the labels, with as many axes as the image layer.
     index : function
         From the number of a plane to its index in the array: `ChosenVolume.index`.
     """
 
-    def __init__(self, folder: Path, shape: Sequence[int], index: Any) -> None:
-        self.folder, self.index = folder, index
-        self._notes_path = folder / "notes.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "owner").write_text(_process(os.getpid()))
-            self.array = PaintedArray(folder / "labels.zarr", tuple(shape), self._write_notes)
-        except OSError as error:
-            raise core.OutputError(f"annotations cannot be kept in {folder}: {error.strerror or error}") from error
-        notes = json.loads(self._notes_path.read_text()) if self._notes_path.is_file() else {}
-        classes = notes.get("classes", [{"name": "object", "color": COLORS[0]}])
+    def __init__(self, folder: Path, array: Any, index: Callable[[int], tuple[Any, ...]]) -> None:
+        self.folder, self.array, self.index = folder, array, index
+        self.notes: Mapping[str, Any] = read_notes(folder)
+        classes = self.notes.get("classes", [{"name": "object", "color": COLORS[0]}])
         self._classes = tuple(
             Class(c["name"], c.get("color") or c["colour"]) for c in classes
         )  # as older files have it
-        self._disabled: set[int] = set(notes.get("disabled", []))
+        self._disabled: set[int] = set(self.notes.get("disabled", []))
         self._counts: dict[int, tuple[_Stamp, npt.NDArray[np.int64]]] = {}
 
     @property
     def classes(self) -> tuple[Class, ...]:
         return self._classes
 
-    @classes.setter
-    def classes(self, classes: Sequence[Class]) -> None:
-        self._classes = tuple(classes)
-        self._write_notes()
-
-    def take_over(self, classes: Sequence[Class]) -> None:
-        """Take the classes of another time point or channel of the image, unless those here are others.
-
-        They are on disk once something is painted.
-        """
-        is_new = not self.array.is_on_disk and not self._notes_path.is_file()
-        if is_new or self.class_names == tuple(c.name for c in classes)[: len(self._classes)]:
-            self._classes = tuple(classes)
-            if not is_new:
-                self._write_notes()
-
     @property
     def class_names(self) -> tuple[str, ...]:
         return tuple(c.name for c in self._classes)
 
-    def enable(self, z: int, on: bool = True) -> None:
-        """Whether a painted plane is part of the support."""
-        (self._disabled.discard if on else self._disabled.add)(z)
-        self._write_notes()
-
     def planes(self) -> list[int]:
         """Numbers of the painted planes, ascending."""
-        self.array.write()
+        self._flush()
         index = self.index(1)
         numbers = {0}
         if 1 in index:  # where the axes have a z
@@ -141,6 +113,103 @@ class Annotations:
     def slices(self) -> list[PaintedSlice]:
         return [PaintedSlice(z, self.counts(z), z not in self._disabled) for z in self.planes()]
 
+    def enabled(self) -> list[int]:
+        """Numbers of the painted planes that are part of the support, ascending."""
+        return [z for z in self.planes() if z not in self._disabled]
+
+    def stamp(self, z: int) -> _Stamp:
+        """Names and times of the files that hold a plane."""
+        self._flush()
+        folder = self._chunks.joinpath(*map(str, self.index(z)))
+        files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
+        stats = [os.stat(file) for file in files]
+        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats)
+
+    @property
+    def _chunks(self) -> Path:
+        return self.folder / "labels.zarr" / "c"  # a chunk without labels has no file
+
+    def _flush(self) -> None:
+        """Write what is in memory only."""
+
+
+class Annotations(PaintedLabels):
+    """Painted planes of a volume in a folder, to be changed.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is not there; what is in it is taken up.
+    shape : tuple of int
+        Of the array, with as many axes as the image layer.
+    index : function
+        As for `PaintedLabels`.
+    volume : mapping, optional
+        What is needed to find the volume again, see `ChosenVolume.record`; JSON-able.
+    """
+
+    array: PaintedArray
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: Sequence[int],
+        index: Callable[[int], tuple[Any, ...]],
+        volume: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._notes_path = folder / NOTES
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "owner").write_text(_process(os.getpid()))
+            array = PaintedArray(folder / "labels.zarr", tuple(shape), self._write_notes)
+        except OSError as error:
+            raise core.OutputError(f"annotations cannot be kept in {folder}: {error.strerror or error}") from error
+        super().__init__(folder, array, index)
+        self._volume = volume
+        self._also: tuple[str, ...] = tuple(self.notes.get("also", ()))
+        if self._notes_path.is_file() and volume is not None and self.notes.get("volume") != volume:
+            self._write_notes()
+
+    @PaintedLabels.classes.setter  # type: ignore[attr-defined, untyped-decorator]
+    def classes(self, classes: Sequence[Class]) -> None:
+        self._classes = tuple(classes)
+        self._write_notes()
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Names of the folders of other volumes whose slices are part of the support."""
+        return self._also
+
+    @also.setter
+    def also(self, names: Sequence[str]) -> None:
+        self._also = tuple(names)
+        self._write_notes()
+
+    def take_over(self, earlier: Annotations) -> None:
+        """Take the classes of another time point or channel of the image, unless those here are others.
+
+        They are on disk once something is painted.
+        """
+        is_new = self._is_new
+        if is_new or self.class_names == earlier.class_names[: len(self._classes)]:
+            self._classes = earlier.classes
+            if not is_new:
+                self._write_notes()
+
+    def take_over_slices(self, earlier: Annotations) -> None:
+        """Use the slices of an earlier time point, and those used there; on disk once something is painted."""
+        names = (earlier.folder.name, *earlier.also) if earlier.enabled() else earlier.also
+        wanted = tuple(name for name in dict.fromkeys((*self._also, *names)) if name != self.folder.name)
+        if wanted != self._also:
+            self._also = wanted
+            if not self._is_new:
+                self._write_notes()
+
+    def enable(self, z: int, on: bool = True) -> None:
+        """Whether a painted plane is part of the support."""
+        (self._disabled.discard if on else self._disabled.add)(z)
+        self._write_notes()
+
     def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
         """Replace the painted labels of a plane."""
         self.array[self.index(z)] = labels
@@ -160,20 +229,27 @@ class Annotations:
             self.folder.rmdir()
 
     @property
-    def _chunks(self) -> Path:
-        return self.folder / "labels.zarr" / "c"  # a chunk without labels has no file
+    def _is_new(self) -> bool:
+        return not self.array.is_on_disk and not self._notes_path.is_file()
 
-    def stamp(self, z: int) -> _Stamp:
-        """Names and times of the files that hold a plane."""
+    def _flush(self) -> None:
         self.array.write()
-        folder = self._chunks.joinpath(*map(str, self.index(z)))
-        files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-        stats = [os.stat(file) for file in files]
-        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats)
 
     def _write_notes(self) -> None:
-        notes = {"classes": [asdict(c) for c in self._classes], "disabled": sorted(self._disabled)}
+        notes = {
+            "classes": [asdict(c) for c in self._classes],
+            "disabled": sorted(self._disabled),
+            "also": list(self._also),
+            "volume": self._volume,
+        }
         write_json(self._notes_path, notes)
+
+
+def read_notes(folder: Path) -> Mapping[str, Any]:
+    """Classes, disabled planes and volume of a folder of annotations; empty where none were written."""
+    path = folder / NOTES
+    notes: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return notes
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -183,27 +259,20 @@ def write_json(path: Path, value: Any) -> None:
     temporary.replace(path)
 
 
-def make_support(
-    volume: Any, annotations: Annotations, pixel_size: tuple[float, float] | None
-) -> tuple[list[int], Any]:
-    """Read the enabled painted planes and make the support set.
-
-    Raises
-    ------
-    core.DistillFSSError
-        If they make no support set.
-    """
-    chosen = [s.plane for s in annotations.slices() if s.enabled]
-    return chosen, core.SupportSet(
-        [core.AnnotatedSlice(volume.plane(z), to_classes(annotations.plane(z)), f"plane {z}") for z in chosen],
-        annotations.class_names,
-        pixel_size,
-        planes_of_one_volume=True,
-    )
+def read_slice(volume: Any, labels: PaintedLabels, z: int, name: str) -> core.AnnotatedSlice:
+    """A painted plane with its image, under a name."""
+    return core.AnnotatedSlice(volume.plane(z), to_classes(labels.plane(z)), name)
 
 
-def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> list[str]:
-    """Write images and painted labels of planes as images/plane_0012.tif and labels/plane_0012.tif.
+def file_of(name: str) -> str:
+    """File of a slice, from its name: "plane 3" is plane_0003.tif, "b.tif, plane 3" is b.tif_plane_0003.tif."""
+    head, _, number = name.rpartition("plane ")
+    safe = "".join(c if c.isalnum() or c in "-." else "_" for c in head.removesuffix(", "))
+    return f"{safe}{'_' if safe else ''}plane_{int(number):04d}.tif"
+
+
+def write_planes(folder: Path, planes: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> list[str]:
+    """Write images and painted labels of slices, by their names, as images/plane_0012.tif and labels/plane_0012.tif.
 
     Files of other planes that an earlier call left are removed.
 
@@ -215,10 +284,10 @@ def write_planes(folder: Path, planes: Mapping[int, tuple[np.ndarray, np.ndarray
     try:
         for name in ("images", "labels"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-            for old in (folder / name).glob("plane_*.tif"):
+            for old in (folder / name).glob("*plane_*.tif"):
                 old.unlink()
-        for z, (image, labels) in planes.items():
-            file = f"plane_{z:04d}.tif"
+        for name, (image, labels) in planes.items():
+            file = file_of(name)
             kind = "rgb" if image.ndim == 3 and image.shape[-1] in (3, 4) else "minisblack"
             tifffile.imwrite(folder / "images" / file, image, photometric=kind)
             core.write_labels(folder / "labels" / file, labels)

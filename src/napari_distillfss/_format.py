@@ -89,9 +89,9 @@ def working_memory(chosen: ChosenVolume, cache_mb: int = 600) -> float:
     return result
 
 
-def painted(slice_: PaintedSlice, class_names: tuple[str, ...]) -> str:
-    """The labeled share of a plane and the shares of its classes in it."""
-    head = f"plane {slice_.plane}: {share(slice_.annotated)} labeled"
+def painted(slice_: PaintedSlice, class_names: tuple[str, ...], source: str = "") -> str:
+    """The labeled share of a plane, of a source where it is another volume, and the shares of its classes in it."""
+    head = f"{source}{', ' if source else ''}plane {slice_.plane}: {share(slice_.annotated)} labeled"
     shares = [share(slice_.share(FIRST_CLASS + k)) for k in range(len(class_names))]
     if len(class_names) == 1:
         return f"{head}\n{shares[0]} of the labeled pixels are {class_names[0]}"

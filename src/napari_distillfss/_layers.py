@@ -90,9 +90,27 @@ class ChosenVolume:
         _, y, x = self.volume.scale
         return (y, x) if self.volume.unit and y and x else None
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON-able; two grids of voxels that differ in it are not the same. See `core.Volume.identity`."""
+        return {**self.volume.identity, "lead": dict(self.lead), "factors": list(self.factors)}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What is needed to find the volume again, without the layer; JSON-able."""
+        return {
+            "name": self.first_name,
+            "location": self.volume.location,
+            "opening": dict(self.opening),
+            "lead": dict(self.lead),
+            "factors": list(self.factors),
+            "axes": self.axes,
+            "pixel_size": list(self.pixel_size) if self.pixel_size else None,
+        }
+
     def index(self, z: int) -> tuple[Any, ...]:
         """Index of plane ``z`` in an array of `shape`."""
-        return tuple(z if a == "z" else 0 for a in self.axes[:-2])
+        return index_of(self.axes, z)
 
     def place(self, z: int = 0, y: int = 0, x: int = 0) -> dict[str, Any]:
         """Keywords of a layer whose array lies on this grid and starts at voxel ``z``, ``y``, ``x``."""
@@ -152,6 +170,11 @@ class ChosenVolume:
         """Numbers for time and channel, and for (z, y, x), in the order of the layer's axes."""
         numbers = {**lead, **dict(zip("zyx", spatial, strict=True))}
         return [numbers[a] for a in self.axes]
+
+
+def index_of(axes: str, z: int) -> tuple[Any, ...]:
+    """Index of plane ``z`` in an array with these axes, of which time and channel have length 1."""
+    return tuple(z if a == "z" else 0 for a in axes[:-2])
 
 
 def layer_axes(layer: Image | Labels) -> str:

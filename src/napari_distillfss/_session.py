@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,12 +18,13 @@ from napari_distillfss._annotations import (
     Annotations,
     folder_for,
     kept_aside,
-    make_support,
     own_folder,
+    read_slice,
     set_aside,
     write_json,
 )
 from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._sources import OtherSlices, other_slices, support_of
 from napari_distillfss._students import KeptStudent, Training, read_training, write_record
 
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
@@ -58,6 +59,8 @@ class Session:
     ----------
     folder : path, optional
         Where annotations and students are kept as they are made; by default the user's data folder.
+    layers : function, optional
+        Gives the layers that are open, in which volumes of other slices are looked for.
     """
 
     volume_changed = Signal()
@@ -69,7 +72,8 @@ class Session:
     busy_changed = Signal()
     closed = Signal()
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, layers: Callable[[], Sequence[Any]] = tuple) -> None:
+        self.layers = layers
         self.folder = folder or Path(platformdirs.user_data_dir("napari-distillfss", appauthor=False))
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
@@ -82,6 +86,7 @@ class Session:
         self.counted: Counted | None = None
         self._busy = ""
         self._seen_slices: list[tuple[int, Any]] = []
+        self._others: dict[str, OtherSlices] = {}
 
     @property
     def busy(self) -> str:
@@ -108,9 +113,12 @@ class Session:
         try:
             if chosen is not None:
                 annotations = self.annotations = self._open_annotations(chosen)
-                is_of_image = before is not None and before.layer is chosen.layer and before.lead != chosen.lead
-                if is_of_image and earlier is not None:
-                    annotations.take_over(earlier.classes)
+                if before is not None and earlier is not None and before.layer is chosen.layer:
+                    moved = {a for a, n in chosen.lead.items() if before.lead.get(a) != n}
+                    if moved:
+                        annotations.take_over(earlier)
+                    if moved == {"t"}:
+                        annotations.take_over_slices(earlier)
         except (core.OutputError, core.InputFileError) as error:  # the volume can still be previewed and segmented
             self.no_annotations = str(error)
             raise
@@ -203,22 +211,80 @@ class Session:
             self._seen_slices = self._slices()
             self.slices_changed.emit()
 
-    def support_maker(self) -> Callable[[], tuple[list[int], Any]]:
-        """Return a function that reads the annotated planes and their support set in their present state.
+    def others(self) -> list[OtherSlices]:
+        """Annotated slices of all other volumes that are on disk, the latest first."""
+        if self.annotations is None:
+            return []
+        return other_slices(self.annotations.folder.parent, self.annotations.folder)
+
+    def use_also(self, keys: Sequence[str]) -> None:
+        """Use the slices of other volumes, by `OtherSlices.key`, and of no others.
+
+        A volume without labels takes over the classes of the first of them.
+        """
+        annotations = self.annotations
+        if annotations is None:
+            return
+        annotations.also = keys
+        used, _ = self.used()
+        if used and not annotations.array.is_on_disk:
+            self.set_classes(used[0].labels.classes)
+        self.slices_changed.emit()
+
+    def used(self) -> tuple[list[OtherSlices], list[str]]:
+        """Slices of other volumes that are used, and the names of folders that cannot be read."""
+        if self.annotations is None:
+            return [], []
+        found: dict[str, OtherSlices] = {}
+        for key in self.annotations.also:
+            held = self._others.get(key)
+            if held is not None and held.is_current:
+                found[key] = held
+                continue
+            with suppress(core.SupportSetError):
+                found[key] = OtherSlices(self.annotations.folder.with_name(key))
+        self._others = found
+        return list(found.values()), [key for key in self.annotations.also if key not in found]
+
+    @property
+    def has_slices(self) -> bool:
+        """Whether there is anything to train on."""
+        return self.annotations is not None and bool(self.annotations.planes() or self.annotations.also)
+
+    def support_maker(self, *, with_others: bool = True) -> Callable[[], core.SupportSet]:
+        """Return a function that reads the annotated planes and makes their support set in their present state.
 
         It may run in another thread.
+
+        Parameters
+        ----------
+        with_others : bool
+            Whether slices of other volumes that are used belong to it.
 
         Raises
         ------
         core.SupportSetError
-            If there is nothing to read.
+            If there is nothing to read, or the slices of another volume are gone.
         """
         if self.volume is None or self.annotations is None:
             raise core.SupportSetError(self.no_annotations)
-        if not any(s.enabled for s in self.annotations.slices()):
-            raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
         volume, annotations = self.volume, self.annotations
-        return lambda: make_support(volume.volume, annotations, volume.pixel_size)
+        used, missing = self.used() if with_others else ([], [])
+        if missing:
+            raise core.SupportSetError(
+                f"the annotations {missing[0]} are no longer in {annotations.folder.parent}; bring them back, or press "
+                "Other volumes… and OK to go on without them"
+            )
+        if not used and not annotations.enabled():
+            raise core.SupportSetError("no slice is annotated; paint background and objects in one slice at least")
+        layers = tuple(self.layers())
+
+        def own() -> core.VolumeSlices:
+            slices = [read_slice(volume.volume, annotations, z, f"plane {z}") for z in annotations.enabled()]
+            sample = core.sample_volume(volume.volume)[0] if used else None
+            return core.VolumeSlices(volume.name, slices, volume.pixel_size, sample)
+
+        return lambda: support_of(own, used, layers, annotations.class_names)
 
     def set_model(self, model: Any, *, path: Path | None, training: Training | None) -> None:
         self.model, self.model_path, self.training = model, path, training
@@ -289,7 +355,6 @@ class Session:
 
     def _open_annotations(self, chosen: ChosenVolume) -> Annotations:
         root = self.folder / "annotations"
-        identity = {**chosen.volume.identity, "lead": dict(chosen.lead), "factors": list(chosen.factors)}
-        folder = folder_for(root, chosen.first_name, identity, chosen.shape)
-        self.is_second_window = folder != own_folder(root, chosen.first_name, identity, chosen.shape)
-        return Annotations(folder, chosen.shape, chosen.index)
+        folder = folder_for(root, chosen.first_name, chosen.identity, chosen.shape)
+        self.is_second_window = folder != own_folder(root, chosen.first_name, chosen.identity, chosen.shape)
+        return Annotations(folder, chosen.shape, chosen.index, chosen.record)

@@ -14,7 +14,7 @@ import tifffile
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._annotations import write_json
+from napari_distillfss._annotations import file_of, write_json
 from napari_distillfss._presets import OWN, preset_of
 
 _RECORD = "training.json"
@@ -210,12 +210,8 @@ def _changed_slices(old: KeptStudent, new: KeptStudent) -> Iterator[str]:
 
 def _is_repainted(old: KeptStudent, new: KeptStudent, name: str) -> bool:
     """Whether the labels of a slice that both learned from differ; False where they were not kept."""
-    number = plane_of(name)
-    if number is None:
-        return False
-    files = [s.path.with_suffix("") / "labels" / f"plane_{number:04d}.tif" for s in (old, new)]
     try:
-        first, second = (tifffile.imread(file) for file in files)
+        first, second = (tifffile.imread(s.path.with_suffix("") / "labels" / file_of(name)) for s in (old, new))
     except (OSError, ValueError):
         return False
     return first.shape != second.shape or bool((first != second).any())

@@ -129,7 +129,7 @@ def iter_device(stop: Event) -> Generator[Doing, None, str]:
 
 
 def iter_training(
-    make_support: Callable[[], tuple[list[int], Any]], settings: Any, start: Any, keep: Path, stop: Event
+    make_support: Callable[[], core.SupportSet], settings: Any, start: Any, keep: Path, stop: Event
 ) -> Generator[Any, None, Distilled | None]:
     """Distill, or refine ``start``; save the student in ``keep`` and its slices in a folder beside it.
 
@@ -139,7 +139,7 @@ def iter_training(
     yield Doing("reading the annotated slices")
     if stop.is_set():
         return None
-    planes, support = make_support()
+    support = make_support()
     yield Doing("loading the backbone")
     if stop.is_set():
         return None
@@ -158,8 +158,7 @@ def iter_training(
     model = run.result()
     kept: Path | None = keep.with_suffix("")
     try:
-        pictures = [(s.image, from_classes(s.labels)) for s in support.slices]
-        write_planes(keep.with_suffix(""), dict(zip(planes, pictures, strict=True)))
+        write_planes(keep.with_suffix(""), {s.source: (s.image, from_classes(s.labels)) for s in support.slices})
     except core.OutputError:  # only a script would need them
         kept = None
     try:
@@ -288,12 +287,12 @@ def open_levels(path: Path) -> list[Any]:
 
 
 def iter_teacher(
-    make_support: Callable[[], tuple[list[int], Any]], settings: Any, kind: str, stop: Event
+    make_support: Callable[[], core.SupportSet], settings: Any, kind: str, stop: Event
 ) -> Generator[Doing, None, Any]:
     """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
     yield Doing("preparing the teacher on your slices")
-    _, support = make_support()
+    support = make_support()
     teacher = core.unrefined_teacher(support, settings, kind=kind)
     return None if stop.is_set() else teacher
 
@@ -317,7 +316,7 @@ def iter_students(paths: Sequence[Path], stop: Event) -> Generator[KeptStudent, 
 
 def iter_comparing(
     volume: Any,
-    make_support: Callable[[], tuple[list[int], Any]],
+    make_support: Callable[[], core.SupportSet],
     students: tuple[KeptStudent, KeptStudent],
     stop: Event,
 ) -> Generator[Any, None, Compared | None]:
@@ -338,9 +337,10 @@ def iter_comparing(
     load_torch()
     yield Doing("reading the annotated slices")
     try:
-        planes, support = make_support()
+        support = make_support()
     except core.SupportSetError as error:
         return Compared(reason=str(error))
+    planes = [int(str(plane_of(s.source))) for s in support.slices]
     learned = {plane_of(name) for student in students for name in student.slices}
     unseen = tuple(z for z in planes if z not in learned)
     scores: list[tuple[Any, Any]] = []

@@ -29,4 +29,4 @@ def write_slices(path: str, layers: list[tuple[Any, dict[str, Any], str]]) -> li
     painted = {z: np.asarray(labels[z]) for z in range(len(labels)) if np.asarray(labels[z]).any()}
     if not painted:
         raise core.SupportSetError("nothing is labeled; paint at least one plane before saving")
-    return write_planes(Path(path), {z: (np.asarray(image[z]), plane) for z, plane in painted.items()})
+    return write_planes(Path(path), {f"plane {z}": (np.asarray(image[z]), plane) for z, plane in painted.items()})

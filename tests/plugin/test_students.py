@@ -53,7 +53,7 @@ def students(tmp_path_factory, few, sample):
         ]
         support = core.SupportSet(slices, pixel_size=(1.0, 1.0), planes_of_one_volume=True)
         path = folder / f"student-{number}.safetensors"
-        run = iter_training(lambda made=(planes, support): made, settings, start, path, Event())
+        run = iter_training(lambda made=support: made, settings, start, path, Event())
         start = iterate(run).model
         write_record(Training(settings.changed(), start_path, ("object",), (1.0, 1.0), path.with_suffix(""), OWN))
         start_path = path

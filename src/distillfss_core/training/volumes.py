@@ -31,7 +31,8 @@ class VolumeSlices:
     pixel_size : (float, float), optional
         Size of a pixel (y, x) in micrometers.
     sample : array, shape (n, y, x) or (n, y, x, c), optional
-        Pixels of the whole volume, as `sample_volume` gives them; by default those of the slices.
+        Pixels of the whole volume, as `sample_volume` gives them; by default those of the slices. With those of all
+        volumes, scales are compared more exactly.
     """
 
     name: str
@@ -87,14 +88,21 @@ def join_volumes(volumes: Sequence[VolumeSlices], class_names: Sequence[str] = (
     size = _common_pixel_size(volumes)
     slices = list(first.slices)
     if others:
-        objects = [(s.labels > 0) & (s.labels != IGNORE) for s in slices]
-        reference = fit_preprocess([s.image for s in slices], scope="volume", objects=objects)
+        reference = _reference(first)
         dtype = np.result_type(*(s.image.dtype for s in slices))
         for volume in others:
             _check_channels(volume, reference, first.name)
             limits = _limits_of(volume, reference)
             slices += [_mapped(s, limits, reference.fitted, dtype) for s in volume.slices]
     return SupportSet(tuple(slices), class_names, size, planes_of_one_volume=True)
+
+
+def _reference(volume: VolumeSlices) -> Preprocess:
+    """Limits and intensities of the whole volume, if it has a sample, as those of few planes differ from them."""
+    if volume.sample is not None:
+        return fit_preprocess([volume.sample.reshape(-1, 1, *volume.sample.shape[3:])], scope="volume")
+    objects = [(s.labels > 0) & (s.labels != IGNORE) for s in volume.slices]
+    return fit_preprocess([s.image for s in volume.slices], scope="volume", objects=objects)
 
 
 def _common_pixel_size(volumes: Sequence[VolumeSlices]) -> tuple[float, float] | None:

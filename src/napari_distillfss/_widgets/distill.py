@@ -120,7 +120,6 @@ class DistillWidget(QWidget):
         self._on_state_changed()
 
     def _on_state_changed(self) -> None:
-        annotations = self._session.annotations
-        is_ready = not self._session.busy and annotations is not None and bool(annotations.planes())
+        is_ready = not self._session.busy and self._session.has_slices
         self.distill.setEnabled(is_ready)
         self.refine.setEnabled(is_ready and self._session.model is not None)

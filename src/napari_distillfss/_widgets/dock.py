@@ -42,7 +42,7 @@ class DistillDock(QScrollArea):
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__()
-        session = self.session = Session(folder)
+        session = self.session = Session(folder, lambda: tuple(napari_viewer.layers))
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
         self.distill = DistillWidget(session)

@@ -143,14 +143,14 @@ class StudentHistory(QWidget):
 
         attempt(self.message, start)
 
-    def _support_maker(self) -> Callable[[], tuple[list[int], Any]]:
+    def _support_maker(self) -> Callable[[], core.SupportSet]:
         """As `Session.support_maker`; without slices the function raises the error, as settings can be compared yet."""
         try:
-            return self._session.support_maker()
+            return self._session.support_maker(with_others=False)
         except core.SupportSetError as error:
             reason = error
 
-        def fail() -> tuple[list[int], Any]:
+        def fail() -> core.SupportSet:
             raise reason
 
         return fail

@@ -42,6 +42,7 @@ from napari_distillfss._tasks import (
     pick,
 )
 from napari_distillfss._threads import Job, LatestJob
+from napari_distillfss._widgets._colors import ERROR
 from napari_distillfss._widgets._common import (
     JobBar,
     Message,
@@ -56,6 +57,7 @@ from napari_distillfss._widgets._common import (
 )
 from napari_distillfss._widgets.classes import ClassList
 from napari_distillfss._widgets.outline import OutlineTool
+from napari_distillfss._widgets.sources import ask_for_sources
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
@@ -126,6 +128,9 @@ class SupportWidget(QWidget):
             "“class”; for scribbles the rest of their planes stays, else it is background",
             self._on_import_layer_clicked,
         )
+        self.also = button(
+            "Other volumes…", "Also train on slices of other volumes, that you annotated before", self._on_also_clicked
+        )
         self.anew = button(
             "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
         )
@@ -140,7 +145,7 @@ class SupportWidget(QWidget):
         self._thumbnails = LatestJob(self)
         self._soon = until_closed(session, qdebounced(self._on_painted, timeout=_WAIT))
         importing = QWidget()
-        column(importing, row(self.import_file, self.import_layer), row("Import as", self.kind), margin=0)
+        column(importing, row(self.import_file, self.import_layer, self.also), row("Import as", self.kind), margin=0)
         column(
             self,
             row(self.suggest, self.count, self.way),
@@ -171,7 +176,7 @@ class SupportWidget(QWidget):
         self.classes.valueChanged.connect(self._on_classes_edited)
         self.classes.brushChanged.connect(self._on_brush_changed)
         self.classes.refused.connect(self.message.warn)
-        self.list.itemClicked.connect(lambda item: self.go_to(item.data(Qt.ItemDataRole.UserRole)))
+        self.list.itemClicked.connect(self._on_item_clicked)
         self.list.itemChanged.connect(self._on_item_changed)
         self.list.currentRowChanged.connect(self._on_state_changed)
         session.volume_changed.connect(self._on_volume_changed)
@@ -180,6 +185,8 @@ class SupportWidget(QWidget):
         session.slices_changed.connect(self._on_restorable_changed)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.removed.connect(self._on_layer_removed)
+        viewer.layers.events.removed.connect(self._on_layers_changed)
+        viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.mouse_drag_callbacks.append(self._on_canvas_pressed)
         self._take_up_left_layer()
 
@@ -416,6 +423,7 @@ class SupportWidget(QWidget):
                 item = QListWidgetItem(f"plane {z}: suggested, not painted yet")
                 item.setData(Qt.ItemDataRole.UserRole, z)
                 self.list.addItem(item)
+        self._add_others(names)
         if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("Paint in"):
             self.message.tell("Every suggested slice has labels. Press Train, or label more of them")
         self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
@@ -428,12 +436,58 @@ class SupportWidget(QWidget):
             volume = self._session.volume.volume
             self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
 
+    def _add_others(self, class_names: tuple[str, ...]) -> None:
+        """Add the slices of other volumes that are used, or why they cannot be."""
+        used, missing = self._session.used()
+        layers = self._session.layers()
+        rows = [(f"{key}: no longer in the folder of annotations", True) for key in missing]
+        for other in used:
+            problem = other.problem(class_names, layers)
+            slices = [s for s in other.labels.slices() if s.enabled]
+            if problem:
+                rows.append((f"{other.name}: {fmt.count(len(slices), 'slice')} cannot be used\nit {problem}", True))
+            else:
+                rows += [(fmt.painted(s, other.class_names, other.name), False) for s in slices]
+        for text, is_problem in rows:
+            item = QListWidgetItem(text)
+            item.setToolTip("Of another volume; choose that volume to paint in it" if not is_problem else text)
+            if is_problem:
+                item.setForeground(ERROR.on(self.palette().window().color()))
+            self.list.addItem(item)
+
+    def _on_item_clicked(self, item: QListWidgetItem) -> None:
+        z = item.data(Qt.ItemDataRole.UserRole)
+        if z is None:
+            self.message.tell(f"{item.text().splitlines()[0]}. It is of another volume: choose that one to paint in it")
+        else:
+            self.go_to(z)
+
+    def _on_also_clicked(self) -> None:
+        annotations = self._session.annotations
+        if annotations is None:
+            self.message.warn(self._session.no_annotations)
+            return
+        layers = self._session.layers()
+        others = self._session.others()
+        if not others and not annotations.also:
+            self.message.tell("No other volume is annotated yet; choose another layer or time point, and paint in it")
+            return
+        is_empty = not annotations.array.is_on_disk  # it takes over the classes
+        names = [other.class_names if is_empty else annotations.class_names for other in others]
+        problems = [other.problem(n, layers) for other, n in zip(others, names, strict=True)]
+        keys = ask_for_sources(self, list(zip(others, problems, strict=True)), annotations.also)
+        if keys is not None:
+            self._session.use_also(keys)
+            self.message.tell(f"slices of {fmt.count(len(keys), 'other volume')} are used too" if keys else "")
+
     def _on_state_changed(self) -> None:
         has_volume, annotations = self._session.volume is not None, self._session.annotations
-        for part in (self.suggest, self.paint, self.outline.on, self.rest, self.import_file, self.import_layer):
+        parts = (self.suggest, self.paint, self.outline.on, self.rest, self.import_file, self.import_layer, self.also)
+        for part in parts:
             part.setEnabled(has_volume)
         self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
-        self.remove.setEnabled(self.list.currentItem() is not None)
+        item = self.list.currentItem()
+        self.remove.setEnabled(item is not None and item.data(Qt.ItemDataRole.UserRole) is not None)
 
     def _on_restorable_changed(self) -> None:
         self.restore.setEnabled(bool(self._session.restorable()))
@@ -462,8 +516,8 @@ class SupportWidget(QWidget):
 
     def _on_remove_clicked(self) -> None:
         item = self.list.currentItem()
-        if item is None or self._session.annotations is None:
-            self.message.warn("no slice is chosen; click one in the list")
+        if item is None or item.data(Qt.ItemDataRole.UserRole) is None or self._session.annotations is None:
+            self.message.warn("no slice of this volume is chosen; click one in the list")
             return
         z = item.data(Qt.ItemDataRole.UserRole)
         self.suggested = [s for s in self.suggested if s != z]
@@ -545,6 +599,11 @@ class SupportWidget(QWidget):
         layer, self.layer, self._kept = self.layer, None, None
         if layer is not None:
             self.message.tell("the annotation layer was removed; what is painted is kept, Paint brings it back")
+
+    def _on_layers_changed(self) -> None:
+        """The volume of other slices may be open or closed now."""
+        if self._session.annotations is not None and self._session.annotations.also:
+            self._on_slices_changed()
 
     # parts
 
@@ -689,6 +748,8 @@ class SupportWidget(QWidget):
         self.selecting.cancel()
         self._thumbnails.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
+        self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
+        self._viewer.layers.events.inserted.disconnect(self._on_layers_changed)
         with suppress(ValueError):  # a session may be closed twice
             self._viewer.mouse_drag_callbacks.remove(self._on_canvas_pressed)
         if self._kept is not None:

@@ -53,6 +53,14 @@ def test_a_copy_of_a_volume_on_another_scale_is_brought_back_to_its_own(gain: fl
         np.testing.assert_array_equal(other.labels, own.labels)
 
 
+def test_whole_volumes_are_compared_where_their_slices_differ() -> None:
+    copied = (FIRST.image * 8).astype(np.uint16)
+    one, other = (slices_of(image, FIRST.labels, planes) for image, planes in ((FIRST.image, [1]), (copied, [6])))
+    samples = [sample_volume(open_volume(image)) for image in (FIRST.image, copied)]
+    joined = join_volumes([VolumeSlices("a", one, sample=samples[0]), VolumeSlices("b", other, sample=samples[1])])
+    np.testing.assert_allclose(joined.slices[1].image, FIRST.image[6], rtol=0.01, atol=2)
+
+
 def test_a_volume_on_the_scale_of_the_first_stays_as_it_is() -> None:
     volumes = [volume_of("a", FIRST.image, FIRST.labels), volume_of("b", SECOND.image, SECOND.labels)]
     joined = join_volumes(volumes)
