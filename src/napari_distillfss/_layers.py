@@ -26,6 +26,8 @@ FROM_FILE = "distillfss"
 FIRST_NAME = "distillfss_name"
 """Key of a layer's metadata under which its name is kept when it is first chosen."""
 
+_LEFT = "distillfss_left"  # key of a layer's metadata: its part in a dock that is closed
+
 LEAD_NAMES = {"t": "time", "c": "channel"}
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -211,6 +213,21 @@ def layer_axes(layer: Image | Labels) -> str:
 def has_mark(layer: Any, *marks: str) -> bool:
     """Whether the dock has added the layer, with one of these keys."""
     return any(layer.metadata.get(mark) for mark in marks)
+
+
+def leave(layer: Any, part: str) -> None:
+    """Hide a layer whose dock is closed, for the next dock to take up for the same part."""
+    layer.visible = False
+    layer.metadata[_LEFT] = part
+
+
+def take_up(layers: Sequence[Any], part: str) -> Any:
+    """The layer that a closed dock has left for a part; None if there is none."""
+    for layer in layers:
+        if layer.metadata.get(_LEFT) == part:
+            del layer.metadata[_LEFT]
+            return layer
+    return None
 
 
 def is_image(layer: Any) -> bool:

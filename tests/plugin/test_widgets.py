@@ -115,6 +115,23 @@ def test_the_plot_draws_what_it_is_told(qtbot):
     assert plot.grab().toImage() == empty
 
 
+def test_the_line_of_a_training_has_the_loss_of_the_plot(qtbot, tmp_path):
+    from distillfss_core import TrainStep
+    from napari_distillfss._session import Session
+    from napari_distillfss._widgets._common import JobBar
+    from napari_distillfss._widgets.distill import DistillWidget
+
+    widget = DistillWidget(Session(tmp_path))
+    qtbot.addWidget(widget)
+    (bar,) = widget.findChildren(JobBar)
+    for index, loss in enumerate((1.0, 0.2, 0.9), 1):
+        widget.job.stepped.emit(TrainStep(index, 100, {"student": loss - 0.1, "teacher": 0.1}, stage="joint"))
+    assert widget.plot.loss == pytest.approx(0.8 * (0.8 + 0.2 * 0.2) + 0.2 * 0.9)
+    assert bar.text.text().startswith("Training, 3 of 100, loss 0.85")
+    widget.job.stepped.emit(TrainStep(1, 4, stage="zoom"))
+    assert "loss" not in bar.text.text()
+
+
 def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
     columns = "label,voxels,box_z0,box_z1,box_y0,box_y1,box_x0,box_x1"
     (tmp_path / "t.csv").write_text(f"{columns}\n1,100,0,1,0,11,0,21\n2,20,2,3,4,5,6,7\n")

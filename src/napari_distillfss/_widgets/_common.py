@@ -210,6 +210,8 @@ class JobBar(QWidget):
         One line, with the text in the bar.
     is_patient : bool
         Whether a cancelled job goes on to the end of its present step; otherwise it is abandoned.
+    describe : function
+        A phrase for a step of a training.
     """
 
     def __init__(
@@ -221,9 +223,10 @@ class JobBar(QWidget):
         instead_of: QWidget | None = None,
         is_low: bool = False,
         is_patient: bool = True,
+        describe: Callable[[core.TrainStep], str] = core.describe_step,
     ) -> None:
         super().__init__()
-        self._job, self._pace, self._starting = job, fmt.Pace(), starting
+        self._job, self._pace, self._starting, self._describe = job, fmt.Pace(), starting, describe
         self._instead_of, self._is_low, self._is_patient = instead_of, is_low, is_patient
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
@@ -268,7 +271,7 @@ class JobBar(QWidget):
             self._tell(step.text)
         if not hasattr(step, "total"):
             return
-        what = core.describe_step(step) if isinstance(step, core.TrainStep) else getattr(step, "stage", "")
+        what = self._describe(step) if isinstance(step, core.TrainStep) else getattr(step, "stage", "")
         if step.index == step.total:  # of this stage; how long the next one takes is not known
             self.bar.setRange(0, 0)
             self._tell(what or "finishing")

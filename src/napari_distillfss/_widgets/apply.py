@@ -609,6 +609,7 @@ class ObjectsWidget(QWidget):
         events = self._viewer.layers.events
         for event in (events.inserted, events.removed, events.renamed):
             event.disconnect(self._on_layers_changed)
+        self.mark.leave()
 
 
 def _is_of_user(layer: Any) -> bool:

@@ -37,17 +37,22 @@ class DistillWidget(QWidget):
         )
         self.job = Job(session, "Training", self)
         self.plot = TrainingPlot()
+        self.job.stepped.connect(self._on_job_stepped)  # before the bar, which shows the loss of the plot
         self.message = Message(_HINT)
         column(
             self,
             self.settings,
             row(self.distill, self.refine),
-            JobBar(self.job, cancel="Stop the training and keep the best model so far", instead_of=self.message),
+            JobBar(
+                self.job,
+                cancel="Stop the training and keep the best model so far",
+                instead_of=self.message,
+                describe=self._describe,
+            ),
             self.message,
             self.plot,
         )
         self.plot.hide()
-        self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
         session.model_changed.connect(self._on_state_changed)
@@ -88,6 +93,11 @@ class DistillWidget(QWidget):
         if isinstance(step, core.TrainStep) and not step.is_preparation:
             loss = sum(step.losses.values()) if step.losses else None
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
+
+    def _describe(self, step: core.TrainStep) -> str:
+        """As the core does, with the loss that the plot shows."""
+        loss = self.plot.loss
+        return core.describe_step(replace(step, losses={"loss": loss}) if step.losses and loss is not None else step)
 
     def _on_job_done(self, distilled: Distilled | None) -> None:
         if self._started is None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from napari_distillfss._layers import OBJECT, Box, ChosenVolume, move_layer
+from napari_distillfss._layers import OBJECT, Box, ChosenVolume, leave, move_layer, take_up
 
+_PART = "chosen object"
 _COLOR = "#ffe119"
 _MARGIN = 1.2  # of the ring's diameter over that of the object's box
 _SMALLEST = 8  # voxels, so that a ring around a single voxel is seen
@@ -34,7 +35,9 @@ class ObjectMark:
         point = np.array([[middle.get(a, 0) for a in chosen.axes]], float)
         height, width = (b - a for a, b in box[1:])
         size = max(_SMALLEST, _MARGIN * math.hypot(height, width))
-        if self.layer not in self._viewer.layers or self.layer.ndim != len(chosen.axes):
+        if self.layer not in self._viewer.layers:
+            self.layer = take_up(self._viewer.layers, _PART)
+        if self.layer is None or self.layer.ndim != len(chosen.axes):
             self.hide()
             self.layer = self._add(point, chosen.place())
         else:
@@ -47,11 +50,17 @@ class ObjectMark:
         if self.layer in self._viewer.layers:
             self.layer.visible = False
 
+    def leave(self) -> None:
+        """Hide it, and leave it to the next dock."""
+        if self.layer in self._viewer.layers:
+            leave(self.layer, _PART)
+        self.layer = None
+
     def _add(self, point: np.ndarray, place: Mapping[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
         layer = self._viewer.add_points(
             point,
-            name="chosen object",
+            name=_PART,
             face_color="transparent",
             border_color=_COLOR,
             border_width=0.06,

@@ -11,7 +11,7 @@ from qtpy.QtCore import QObject, Signal
 from qtpy.QtWidgets import QPushButton
 
 from napari_distillfss._annotations import FIRST_CLASS, UNLABELED
-from napari_distillfss._layers import PREVIEW, is_at, move_layer, shows_planes
+from napari_distillfss._layers import PREVIEW, is_at, leave, move_layer, shows_planes, take_up
 from napari_distillfss._outlines import (
     Draft,
     Outlined,
@@ -28,6 +28,7 @@ from napari_distillfss._widgets.classes import ClassList
 
 ACCEPT, DROP = "Enter", "Escape"
 _AWAY = "Shift"
+_PART = "proposed outline"
 _COLOR = "#ff00ff"
 _HELP = "Click an object, or draw along it. Then: click more, Shift+click takes away, Enter accepts, Escape drops"
 
@@ -279,6 +280,8 @@ class OutlineTool(QObject):
         y, x = answer.corner
         place = chosen.place(answer.draft.plane, y - 1, x - 1)
         if self.layer is None:
+            self.layer = take_up(self._viewer.layers, _PART)
+        if self.layer is None:
             self._add_layer(array, place)
         else:
             move_layer(self._viewer, self.layer, array, place)
@@ -288,7 +291,7 @@ class OutlineTool(QObject):
         self._is_adding = True
         colors = DirectLabelColormap(color_dict={1: _COLOR, 0: "transparent", None: "transparent"})
         self.layer = self._viewer.add_labels(
-            array, name="proposed outline", colormap=colors, opacity=1.0, metadata={PREVIEW: True}, **place
+            array, name=_PART, colormap=colors, opacity=1.0, metadata={PREVIEW: True}, **place
         )
         self.layer.contour = 2
         self.layer.editable = False
@@ -297,6 +300,9 @@ class OutlineTool(QObject):
 
     def _forget_viewer(self) -> None:
         self.switch_off()
+        if self.layer is not None:
+            leave(self.layer, _PART)
+            self.layer = None
         self._latest.cancel()
         dims, layers = self._viewer.dims.events, self._viewer.layers
         for event in (dims.current_step, dims.order, dims.ndisplay):

@@ -26,6 +26,11 @@ class TrainingPlot(QWidget):
         self.losses: list[tuple[int, float]] = []
         self.scores: list[tuple[int, float]] = []
 
+    @property
+    def loss(self) -> float | None:
+        """The latest smoothed loss, if there is one."""
+        return self.losses[-1][1] if self.losses else None
+
     def sizeHint(self) -> QSize:
         return QSize(280, 110)
 
@@ -55,7 +60,7 @@ class TrainingPlot(QWidget):
         if self.losses:
             values = [v for _, v in self.losses]
             self._draw(painter, frame, self.losses, min(values), max(values), loss_color)
-            self._write(painter, f"loss {values[-1]:.3f}", loss_color, Qt.AlignmentFlag.AlignLeft)
+            self._write(painter, f"loss {values[-1]:.2g}", loss_color, Qt.AlignmentFlag.AlignLeft)
         if self.scores:
             self._draw(painter, frame, self.scores, 0.0, 1.0, iou_color)
             text = f"validation IoU {self.scores[-1][1]:.3f}"

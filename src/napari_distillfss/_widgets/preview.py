@@ -12,7 +12,7 @@ from superqt.utils import qdebounced
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
 from napari_distillfss._instant import InstantAnswers
-from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, move_layer, shows_planes
+from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, leave, move_layer, shows_planes, take_up
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import (
     Answering,
@@ -44,7 +44,7 @@ _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of
 class PreviewWidget(QWidget):
     """Keeps up to three preview layers at the plane on screen; results of earlier requests are dropped.
 
-    A layer is made once and then moved and hidden, never removed.
+    A layer is made once and then moved and hidden, never removed. A closed dock leaves it to the next one.
 
     ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
     emitted whenever all that is on screen has been answered.
@@ -440,16 +440,24 @@ class PreviewWidget(QWidget):
             return
         place = chosen.place(self._plane)
         for name, array in self._arrays.items():
+            if name not in self._layers and self.shown[name].isChecked():
+                self._layers[name] = self._take_up(name) or self._add_layer(name, array, place)
             layer = self._layers.get(name)
-            if layer is None and self.shown[name].isChecked():
-                self._layers[name] = self._add_layer(name, array, place)
-            elif layer is not None:
+            if layer is not None:
                 if layer.data is not array:
                     move_layer(self._viewer, layer, array, place)
                     if name == "labels":
                         self._color_labels()
                 layer.visible = self.shown[name].isChecked() and self._plane != self._corrected
                 layer.refresh()
+
+    def _take_up(self, name: str) -> Any:
+        """The layer that a closed dock has left; None if there is none."""
+        layer = take_up(self._viewer.layers, _NAMES[name])
+        if layer is not None and name == "labels":
+            layer.opacity, layer.contour = STYLES[self.drawn_as.currentText()]
+            self._colored = ()
+        return layer
 
     def _add_layer(self, name: str, array: np.ndarray, place: dict[str, Any]) -> Any:
         active = self._viewer.layers.selection.active
@@ -481,6 +489,9 @@ class PreviewWidget(QWidget):
 
     def _forget_viewer(self) -> None:
         self._latest.cancel()
+        for name, layer in self._layers.items():
+            leave(layer, _NAMES[name])
+        self._layers = {}
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)

@@ -1,0 +1,95 @@
+"""A dock that is closed leaves its layers hidden, and the next one takes them up."""
+
+import numpy as np
+import pytest
+
+from distillfss_core import Proposal
+from napari_distillfss._layers import ANNOTATIONS, PREVIEW, choose_layer
+from napari_distillfss._widgets.mark import ObjectMark
+
+
+def marked(viewer, mark):
+    return [layer for layer in viewer.layers if layer.metadata.get(mark)]
+
+
+def previewed(qtbot, dock, student):
+    """Load a student, and wait for its preview."""
+    dock.model.load_from(student)
+    qtbot.waitUntil(lambda: "is ready" in dock.preview.message.text(), timeout=60_000)
+
+
+def close(qtbot, dock):
+    dock.session.close()
+    qtbot.waitUntil(lambda: not dock.session.busy and not dock.preview.busy, timeout=60_000)
+
+
+def test_preview_layers_of_a_closed_dock_are_hidden_and_used_again(viewer, nuclei, open_dock, student, qtbot):
+    first = open_dock(viewer)
+    first.preview.shown["uncertainty"].setChecked(True)
+    first.preview.drawn_as.setCurrentText("outlines")
+    previewed(qtbot, first, student)
+    left = marked(viewer, PREVIEW)
+    assert [layer.visible for layer in left] == [True, True]
+    close(qtbot, first)
+    assert [layer.visible for layer in left] == [False, False]
+    assert marked(viewer, PREVIEW) == left
+    second = open_dock(viewer)
+    previewed(qtbot, second, student)
+    assert marked(viewer, PREVIEW) == left
+    shown = second.preview.layers["labels"]
+    assert shown is left[0]
+    assert shown.visible
+    assert shown.contour == 0  # as this dock draws them
+    assert not left[1].visible  # uncertainty is not ticked here
+    first.session.close()  # as when napari ends
+    assert shown.visible
+    second.preview.shown["uncertainty"].setChecked(True)
+    assert second.preview.layers["uncertainty"] is left[1]
+    assert left[1].visible
+
+
+def test_two_open_docks_have_layers_of_their_own(viewer, nuclei, open_dock, student, qtbot, tmp_path):
+    docks = [open_dock(viewer), open_dock(viewer, tmp_path / "other")]
+    for dock in docks:
+        previewed(qtbot, dock, student)
+    first, second = (dock.preview.layers["labels"] for dock in docks)
+    assert first is not second
+
+
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_the_ring_around_an_object_is_used_again(viewer, nuclei, is_removed):
+    chosen, box = choose_layer(nuclei), ((1, 2), (3, 9), (4, 8))
+    first = ObjectMark(viewer)
+    first.show(chosen, box)
+    ring = first.layer
+    first.leave()
+    assert not ring.visible
+    if is_removed:
+        viewer.layers.remove(ring)
+    second = ObjectMark(viewer)
+    second.show(chosen, box)
+    assert (second.layer is ring) is not is_removed
+    assert second.layer.visible
+    first.hide()
+    assert second.layer.visible
+
+
+def test_a_proposed_outline_is_used_again(viewer, nuclei, open_dock, qtbot):
+    from napari_distillfss._outlines import Draft, Outlined
+
+    mask = np.zeros((96, 96), bool)
+    mask[4:9, 5:12] = True
+    answer = Outlined(Draft(2, 2), Proposal(mask, ((4, 9), (5, 12))))
+
+    def propose(dock):
+        dock.support.take_brush()
+        dock.support.outline._show(answer)
+        return dock.support.outline.layer
+
+    first = open_dock(viewer)
+    outline = propose(first)
+    close(qtbot, first)
+    assert not outline.visible
+    assert propose(open_dock(viewer)) is outline
+    assert outline.visible
+    assert len(marked(viewer, ANNOTATIONS)) == 1
