@@ -116,6 +116,12 @@ SAMPLES = ("nuclei", "mitochondria", "nodules")
 FORMS = ("default", "published")
 """Of student, decoder, teacher and loss: that of this package, or that of the papers."""
 
+TEACHERS = {"dcama": "default", "uino": "uino"}
+"""Teachers that are meta-trained, and the form of each in a head."""
+
+READERS = ("pool", "attention", "cp4d", "scan")
+"""What folds the correlation of teacher uino into a prompt."""
+
 _OLDER_NAMES = {
     "start": "init_from",
     "synthetic": "synthetic_fraction",
@@ -173,8 +179,16 @@ class DistillSettings:
     teacher: str = _setting(
         "default",
         "Teacher attention",
-        "default: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published.",
-        choices=FORMS,
+        "default: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published; uino: "
+        "prompts from signed correlations, meta-trained by `distillfss pretrain --teacher uino`.",
+        choices=(*FORMS, "uino"),
+    )
+    uino_reader: str = _setting(
+        "pool",
+        "Reader of teacher uino",
+        "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
+        "scan: a selective scan, slow.",
+        choices=READERS,
     )
     loss: str = _setting(
         "default",
@@ -314,6 +328,26 @@ class PretrainSettings:
         "Initial weights",
         "What the head starts from: none: nothing; packaged: the meta-trained head of this package; or the path of a "
         "head file, whose backbone is taken too where it was trained.",
+    )
+    teacher: str = _setting(
+        "dcama",
+        "Teacher",
+        "dcama: attention; uino: prompts from signed correlations with the support.",
+        choices=tuple(TEACHERS),
+    )
+    uino_reader: str = _setting(
+        "pool",
+        "Reader of teacher uino",
+        "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
+        "scan: a selective scan, slow.",
+        choices=READERS,
+    )
+    learn: str = _setting(
+        "all",
+        "What learns",
+        "all: teacher and decoder; prompts: of the teacher only what reads the support, from a head that is given to "
+        "start from.",
+        choices=("all", "prompts"),
     )
     width: int = _setting(32, "Decoder width", "Channels of the default decoder.", low=4, high=512)
     steps: int = _setting(20_000, "Steps", "Optimizer steps.", low=1, high=100_000_000)

@@ -4,7 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from distillfss_core.nn.backbones import BackboneSpec
 from distillfss_core.nn.features import FeaturePyramid
+
+SMALL_SPEC = BackboneSpec(
+    name="small",
+    timm_name="small",
+    family="efficientnet",
+    hub_id="",
+    license="",
+    strides=(2, 4, 8, 16, 32),
+    channels=(4, 6, 32, 48, 64),
+    blocks=(1, 1, 2, 3, 2),
+)
+"""Of the backbone that `random_pyramid` stands for by default."""
 
 
 def random_pyramid(

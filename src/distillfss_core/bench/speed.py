@@ -219,14 +219,17 @@ def prepare(case: Case, backbone: Backbone, device: Device) -> Callable[[], obje
     cells = torch.rand(case.shots, case.side // 32, case.side // 32, generator=generator) < 0.2
     labels = cells.byte().repeat_interleave(32, 1).repeat_interleave(32, 2).to(device.torch)
 
+    teacher = head.teacher
+    assert isinstance(teacher, DcamaTeacher)
+
     def encode() -> DcamaKeys:
         features = cat_pyramids([backbone(image[None].to(device.torch)) for image in images])
-        return head.teacher.encode(EncodedSupport.of(features, labels, case.classes))
+        return teacher.encode(EncodedSupport.of(features, labels, case.classes))
 
     if case.what == "published":
-        return lambda: naive_logits(head.teacher, backbone(x), encode())
+        return lambda: naive_logits(teacher, backbone(x), encode())
     keys = encode()
-    return lambda: head.teacher(backbone(x), keys)
+    return lambda: teacher(backbone(x), keys)
 
 
 def naive_logits(teacher: DcamaTeacher, query: FeaturePyramid, keys: DcamaKeys) -> Tensor:

@@ -149,6 +149,7 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
         "student": form.student,
         "decoder": form.decoder,
         "teacher": form.teacher,
+        **({"uino_reader": form.uino_reader} if form.teacher == "uino" else {}),
         "width": form.width,
         "zoom": parse_zoom(start.preprocess.zoom),
         "normalization": f"per-{start.preprocess.scope}",

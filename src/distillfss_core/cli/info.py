@@ -88,11 +88,15 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
             ("form", f"{card['preset']}, {card['parameters']} parameters"),
             ("imported", _origin_text(card["imported"])),
         ]
-    training = card["training"]
+    from distillfss_core.nn.pretrained import head_form
+
+    training, form = card["training"], head_form(card)
+    reader = f", reader {form['uino_reader']}, adapter {card['adapter']}" if form["teacher"] == "uino" else ""
     scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
     return [
         ("name", card.get("name", "")),
         ("backbone", _backbone_text(card)),
+        ("teacher", f"{form['teacher']}{reader}"),
         ("size", f"{card['parameters']} parameters, decoder width {card['width']}"),
         (
             "training",

@@ -54,8 +54,8 @@ from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyram
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, load_head, packaged_head, save_head
-from distillfss_core.nn.teachers import DcamaTeacher
-from distillfss_core.settings import PretrainSettings, upgrade_settings
+from distillfss_core.nn.teachers import LearnedTeacher
+from distillfss_core.settings import TEACHERS, PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -116,15 +116,16 @@ class PretrainRun(Iterator[TrainStep]):
             real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
-            head = FewShotHead(self.backbone.spec, 1, HeadForm("default", "default", "default", settings.width))
+            form = HeadForm("default", "default", TEACHERS[settings.teacher], settings.width, settings.uino_reader)
+            head = FewShotHead(self.backbone.spec, 1, form)
         if head_weights:
             head_weights.put_into(head)
         self._start = dict(head_weights.card) if head_weights else None
-        self.teacher: DcamaTeacher = head.teacher
+        self.teacher: LearnedTeacher = head.teacher
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
         self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
-        groups: list[dict[str, Any]] = [{"params": list(self.teacher.parameters()), "share": 1.0}]
+        groups: list[dict[str, Any]] = [{"params": self._learning(), "share": 1.0}]
         self._encoder: Encoder = self.backbone
         self._encoder_average: AveragedModel | None = None
         if settings.backbone_lr_scale:
@@ -159,10 +160,10 @@ class PretrainRun(Iterator[TrainStep]):
         self._generator.close()
 
     @property
-    def best_teacher(self) -> DcamaTeacher:
+    def best_teacher(self) -> LearnedTeacher:
         """The teacher with its averaged weights."""
         teacher = self._average.module
-        assert isinstance(teacher, DcamaTeacher)
+        assert isinstance(teacher, LearnedTeacher)
         return teacher.eval()
 
     def best_backbone(self) -> Backbone:
@@ -191,6 +192,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "digest": backbone.digest(),
             },
             "width": self.settings.width,
+            **_teacher_card(self.settings),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
             "training": {
                 "steps": self.step,
@@ -295,6 +297,14 @@ class PretrainRun(Iterator[TrainStep]):
                 batch = self.device.upload(x[start : start + limit].contiguous()) / 255.0
                 parts.append(encoder(batch).lean().map(Tensor.float))
         return cat_pyramids(parts)
+
+    def _learning(self) -> list[nn.Parameter]:
+        """The parameters of the teacher that learn; the others require no gradient."""
+        if self.settings.learn == "prompts":
+            self.teacher.requires_grad_(False)
+            for module in self.teacher.prompt_modules:
+                module.requires_grad_(True)
+        return [parameter for parameter in self.teacher.parameters() if parameter.requires_grad]
 
     def _averaged(self, module: nn.Module) -> AveragedModel:
         return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema_decay), use_buffers=True)
@@ -404,6 +414,8 @@ def _sets_text(data: dict[str, list[str]]) -> str:
 
 def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     if settings.init_from == "none":
+        if settings.learn == "prompts":
+            raise SettingsError("learn is 'prompts', which needs a head to start from; give init_from, or learn 'all'")
         return None
     weights = packaged_head(settings.backbone) if settings.init_from == "packaged" else load_head(settings.init_from)
     if weights is None:
@@ -417,7 +429,21 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
             f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "
             f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
         )
+    form = {"teacher": TEACHERS[settings.teacher], "uino_reader": settings.uino_reader}
+    for name, own in weights.form.items():
+        if own != form[name]:
+            raise SettingsError(
+                f"head {weights.source} has {name} {own}, but the settings say {form[name]}; give those of the head"
+            )
     return weights
+
+
+def _teacher_card(settings: PretrainSettings) -> dict[str, str]:
+    """What the card says of a teacher other than DCAMA."""
+    if settings.teacher != "uino":
+        return {}
+    adapter = "trained with the episodes: a neck, not distilled from SAM"
+    return {"teacher": "uino", "uino_reader": settings.uino_reader, "adapter": adapter}
 
 
 def _check_backbone(settings: PretrainSettings) -> None:

@@ -14,7 +14,14 @@ from distillfss_core.nn.backbones import BackboneSpec
 from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder
 from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
-from distillfss_core.nn.teachers import PUBLISHED, DcamaSettings, DcamaTeacher
+from distillfss_core.nn.teachers import (
+    PUBLISHED,
+    DcamaSettings,
+    DcamaTeacher,
+    LearnedTeacher,
+    UinoSettings,
+    UinoTeacher,
+)
 
 _OLDER_DEFAULTS = ("light", "slim", "ours")
 
@@ -27,17 +34,20 @@ class HeadForm:
     decoder: str
     teacher: str
     width: int
+    uino_reader: str = "pool"
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeadForm:
         """From the card of a file; older ones have other words for the default."""
         parts = {name: str(values[name]) for name in ("student", "decoder", "teacher")}
         default = {name: "default" for name, value in parts.items() if value in _OLDER_DEFAULTS}
-        return cls(**(parts | default), width=int(values["width"]))
+        reader = str(values.get("uino_reader", cls.uino_reader))
+        return cls(**(parts | default), width=int(values["width"]), uino_reader=reader)
 
     def to_json(self) -> dict[str, Any]:
-        """Fields by name, as the card of a model stores them."""
-        return asdict(self)
+        """Fields by name, as the card of a model stores them; the reader for teacher uino only."""
+        fields = asdict(self)
+        return fields if self.teacher == "uino" else {n: value for n, value in fields.items() if n != "uino_reader"}
 
 
 class FewShotHead(nn.Module):
@@ -56,17 +66,11 @@ class FewShotHead(nn.Module):
         self.form: HeadForm = form
         self.classes: int = classes
         coarse, blocks, skips = _three(spec.coarse_channels), _three(spec.coarse_blocks), spec.skip_channels
-        settings = PUBLISHED if form.teacher == "published" else DcamaSettings()
         if form.decoder == "published":
             decoder: Decoder = PublishedDecoder(blocks, (skips[-2], skips[-1]))
         else:
             decoder = SlimDecoder(blocks, skips, width=form.width)
-        if any(c % settings.heads for c in coarse):
-            raise SettingsError(
-                f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
-                "choose another backbone or teacher=default"
-            )
-        self.teacher: DcamaTeacher = DcamaTeacher(coarse, decoder, settings)
+        self.teacher: LearnedTeacher = _new_teacher(spec, form, decoder)
         self.student: Student = (
             ConvDist(coarse, classes) if form.student == "published" else LightConvDist(coarse, blocks, classes)
         )
@@ -84,6 +88,19 @@ class FewShotHead(nn.Module):
     def student_margins(self, query: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
         """`margins` of the student's logits, on the decoder's own grid."""
         return self.decoder.margins(self.student(query), query)
+
+
+def _new_teacher(spec: BackboneSpec, form: HeadForm, decoder: Decoder) -> LearnedTeacher:
+    """The teacher of a form."""
+    if form.teacher == "uino":
+        return UinoTeacher(spec, decoder, UinoSettings(reader=form.uino_reader))
+    coarse, settings = _three(spec.coarse_channels), PUBLISHED if form.teacher == "published" else DcamaSettings()
+    if any(c % settings.heads for c in coarse):
+        raise SettingsError(
+            f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
+            "choose another backbone or teacher=default"
+        )
+    return DcamaTeacher(coarse, decoder, settings)
 
 
 def _three(values: tuple[int, ...]) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from distillfss_core.errors import ModelFileError, SettingsError, WeightsUnavail
 from distillfss_core.nn.backbones import Backbone, backbone_from_state, load_backbone
 from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead
-from distillfss_core.nn.teachers import DcamaTeacher
+from distillfss_core.nn.teachers import LearnedTeacher
 
 HEAD_FILE = FileKind("distillfss-head", "meta-trained DistillFSS head", 1)
 
@@ -29,10 +29,10 @@ class HeadWeights:
     Parameters
     ----------
     card : dict
-        ``backbone`` (name, weights, digest), ``width``, ``preset``, how it was trained, on which data under which
-        licenses.
+        ``backbone`` (name, weights, digest), ``width``, ``preset``, ``teacher``, how it was trained, on which data
+        under which licenses.
     tensors : dict of str to Tensor
-        Of a `DcamaTeacher` with the decoder of the preset, under their names in it; float32.
+        Of a `LearnedTeacher` with the decoder of the preset, under their names in it; float32.
     backbone_tensors : dict of str to Tensor
         Of the backbone, under timm's names, where it was trained or imported too; else empty.
     source : str
@@ -58,6 +58,11 @@ class HeadWeights:
     def preset(self) -> str:
         """Form of attention and decoder: "default", or "published" for an imported head."""
         return str(self.card.get("preset", "default"))
+
+    @property
+    def form(self) -> dict[str, str]:
+        """What the settings of a training must say of the teacher of this head."""
+        return head_form(self.card)
 
     @property
     def backbone_name(self) -> str:
@@ -97,11 +102,12 @@ class HeadWeights:
         except RuntimeError as error:
             raise ModelFileError(
                 f"{self.source}: it was trained on {self.backbone_name} with width {self.width} "
+                f"and teacher {self.form['teacher']} "
                 f"and does not fit this head ({str(error).splitlines()[-1].strip()})"
             ) from error
 
 
-def save_head(path: str | Path, teacher: DcamaTeacher, backbone: Backbone, card: Mapping[str, Any]) -> None:
+def save_head(path: str | Path, teacher: LearnedTeacher, backbone: Backbone, card: Mapping[str, Any]) -> None:
     """Write a teacher's weights in half precision, and those of its backbone if they were trained with it.
 
     Raises
@@ -152,6 +158,12 @@ def load_head(path: str | Path) -> HeadWeights:
         {name.removeprefix("backbone."): value for name, value in backbone.items()},
         Path(path).name,
     )
+
+
+def head_form(card: Mapping[str, Any]) -> dict[str, str]:
+    """Of the card of a head: the settings ``teacher`` and, for teacher uino, ``uino_reader`` that go with it."""
+    form = {"teacher": str(card.get("teacher", card.get("preset", "default")))}
+    return form | {"uino_reader": str(card["uino_reader"])} if form["teacher"] == "uino" else form
 
 
 def _upgraded(card: Mapping[str, Any]) -> dict[str, Any]:

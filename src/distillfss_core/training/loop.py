@@ -98,7 +98,8 @@ def iter_fit(
     every = max(10, steps // 12)
     head.train()
     if not roles.teacher:
-        head.teacher.DCAMA_blocks.eval()  # a fixed teacher has no dropout
+        for module in head.teacher.own_modules:
+            module.eval()  # a fixed teacher has no dropout
     for step in range(steps):
         _refresh(cache, sampler, rng, step)
         episode = draw_episode(
@@ -154,7 +155,7 @@ def episode_losses(
     if roles.uses_teacher:
         with torch.set_grad_enabled(roles.teacher):
             support = cache.support(episode.support, k)
-            budget = None if head.teacher.settings.max_keys is None else TRAIN_KEYS
+            budget = None if head.teacher.max_keys is None else TRAIN_KEYS
             keys = head.teacher.encode(support, max_keys=budget, offset=offset)
             teacher_maps, present = head.teacher.coarse(query, keys), keys.present
     if roles.student:
@@ -309,7 +310,7 @@ def validation_iou(head: FewShotHead, validation: ValidationCrops, cache: Featur
 def _trained(head: FewShotHead, roles: Roles) -> list[nn.Parameter]:
     parts: list[nn.Module] = [head.decoder]
     if roles.teacher:
-        parts.append(head.teacher.DCAMA_blocks)
+        parts += head.teacher.own_modules
     if roles.student:
         parts.append(head.student)
     return [p for part in parts for p in part.parameters()]

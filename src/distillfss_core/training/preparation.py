@@ -16,7 +16,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.device import Device, seeded
 from distillfss_core.nn.head import FewShotHead, HeadForm
-from distillfss_core.nn.pretrained import HeadWeights, load_head, packaged_head, read_head_card
+from distillfss_core.nn.pretrained import HeadWeights, head_form, load_head, packaged_head, read_head_card
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
@@ -138,7 +138,9 @@ def match_head(settings: DistillSettings) -> DistillSettings:
     card = read_head_card(settings.head)
     if settings.backbone == DistillSettings().backbone:
         settings = replace(settings, backbone=str(card["backbone"]["name"]))
-    return replace(settings, **DistillSettings.preset(str(card.get("preset", "default"))).changed())
+    form = DistillSettings.preset(str(card.get("preset", "default"))).changed()
+    own = head_form(card)
+    return replace(settings, **form | (own if own["teacher"] == "uino" else {}))
 
 
 def _match_preprocess(start: Preprocess, support: SupportSet) -> Preprocess:
@@ -186,7 +188,7 @@ def _backbone_of(weights: HeadWeights, settings: DistillSettings) -> Backbone | 
 def _new_head(
     settings: DistillSettings, backbone: Backbone, support: SupportSet, weights: HeadWeights | None
 ) -> FewShotHead:
-    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width)
+    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width, settings.uino_reader)
     with seeded(settings.seed):
         head = FewShotHead(backbone.spec, support.classes, form)
     if weights is not None:

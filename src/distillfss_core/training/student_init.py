@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distillfss_core.nn.features import NEUTRAL, EncodedSupport
 from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.students import LightConvDist
-from distillfss_core.nn.teachers.dcama import CrossAttention, StageKeys, class_shares
+from distillfss_core.nn.teachers.dcama import CrossAttention, DcamaTeacher, StageKeys, class_shares
 from distillfss_core.nn.teachers.prototype import cluster
 
 LOOK = 0.1  # share of the random start that stays, beside what is known
@@ -30,22 +30,24 @@ def start_from_attention(head: FewShotHead, support: EncodedSupport) -> None:
         look     the identity
         read     1/2 + READ times the mean over the channels of the class, less that over the others
 
-    The latter two keep a little of their random start. From there it learns as from any other. Teachers with positions
-    or without normalized tokens, and students of other forms, are left as they are, and so are channels of a class that
-    the support does not show, or all of them where it shows one thing only.
+    The latter two keep a little of their random start. From there it learns as from any other. Other teachers, those
+    with positions or without normalized tokens, and students of other forms, are left as they are. So are channels of
+    a class that the support does not show, or all of them where it shows one thing only.
 
     Parameters
     ----------
     support : EncodedSupport
         Crops of the annotated slices.
     """
-    student, settings = head.student, head.teacher.settings
-    if not isinstance(student, LightConvDist) or settings.position or not settings.normalize:
+    student, teacher = head.student, head.teacher
+    if not isinstance(student, LightConvDist) or not isinstance(teacher, DcamaTeacher):
         return
-    stages = head.teacher.encode(support).stages
+    if teacher.settings.position or not teacher.settings.normalize:
+        return
+    stages = teacher.encode(support).stages
     layers = zip(student.reduce, student.look, student.read, strict=True)
     for (reduce, look, read), attention, stage, blocks in zip(
-        layers, head.teacher.DCAMA_blocks, stages, support.features[:SEEN].coarse, strict=True
+        layers, teacher.DCAMA_blocks, stages, support.features[:SEEN].coarse, strict=True
     ):
         assert isinstance(reduce, nn.Conv2d)
         assert isinstance(look, nn.Conv2d)

@@ -23,7 +23,7 @@ from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
 from distillfss_core.settings import DistillSettings
-from distillfss_core.training import distill, unrefined_teacher
+from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
 from distillfss_core.types import IGNORE
 from layouts import write_pairs
 from pictures import blobs
@@ -285,6 +285,99 @@ def test_real_pictures_are_learned_from_and_kept_out_sets_judged_on(tmp_path, sh
     assert [row["name"] for row in card["held_out"]] == ["wbc_krd"]
 
 
+# other teachers
+
+UINO = replace(TINY, teacher="uino", steps=3, eval_every=2)
+
+
+@pytest.fixture(scope="module")
+def uino(tmp_path_factory) -> PretrainRun:
+    """A training of teacher uino."""
+    return finished(tmp_path_factory.mktemp("uino"), UINO)
+
+
+def test_uino_is_meta_trained_and_goes_on_where_it_was(tmp_path, uino):
+    run = PretrainRun(UINO, tmp_path)
+    before = weights(run)
+    next(run)
+    run.close()
+    again = finished(tmp_path, UINO)
+    assert same(weights(again), weights(uino))
+    changed = {name.split(".")[1] for name, value in weights(again).items() if not torch.equal(before[name], value)}
+    assert {"adapter", "dense", "sparse", "join", "masks", "evidence", "decoder"} <= changed
+    assert 0 <= uino.card()["scores"]["made_5_shot"] <= 1
+
+
+def test_another_teacher_does_not_go_on_from_a_checkpoint(tmp_path, whole):
+    shutil.copy(whole.folder / CHECKPOINT, tmp_path)
+    with pytest.raises(SettingsError, match="teacher 'dcama', now it is 'uino'"):
+        PretrainRun(replace(TINY, teacher="uino"), tmp_path)
+
+
+def test_the_head_of_uino_says_so_and_is_distilled_and_refined(uino, support, tiny, tmp_path):
+    head = uino.finish({"name": "tiny uino"})
+    card = load_head(head).card
+    assert (card["teacher"], card["uino_reader"]) == ("uino", "pool")
+    assert "not distilled from SAM" in card["adapter"]
+    settings = replace(tiny, width=8, head=str(head))
+    run = iter_distill(support, settings)
+    losses = {name for step in run for name in step.losses}
+    assert {"teacher", "attention", "student", "coarse"} <= losses
+    student = run.result()
+    assert student.head.form.to_json() == {
+        "student": "default",
+        "decoder": "default",
+        "teacher": "uino",
+        "width": 8,
+        "uino_reader": "pool",
+    }
+    student.save(tmp_path / "student.safetensors")
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    image = support.slices[0].image
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
+    assert distill(support, replace(tiny, steps=1), init_from=again).head.form == student.head.form
+    teacher = refine(support, replace(settings, steps=1))
+    assert type(teacher.teacher).__name__ == "UinoTeacher"
+    assert not teacher.local  # its adapter looks at the whole tile
+    assert teacher.predict_labels(image).shape == image.shape[:2]
+    two_stage = distill(support, replace(settings, steps=1, method="two-stage"))
+    assert two_stage.head.form == student.head.form
+
+
+def test_what_is_not_to_learn_stays_as_it_is_to_the_bit(uino, tmp_path):
+    head = uino.finish()
+    run = finished(tmp_path, replace(UINO, init_from=str(head), learn="prompts", learning_rate=0.1))
+    start = load_head(head).tensors
+    for now in (run.teacher.state_dict(), run.best_teacher.state_dict()):
+        moved = {name.partition(".")[0] for name, value in now.items() if not torch.equal(value, start[name])}
+        assert moved == {"dense", "sparse"}
+
+
+def test_prompts_alone_need_a_head_to_start_from(tmp_path):
+    with pytest.raises(SettingsError, match="needs a head to start from"):
+        PretrainRun(replace(UINO, learn="prompts"), tmp_path)
+
+
+def test_heads_of_other_teachers_are_refused(uino, whole, support, tiny, tmp_path):
+    head = str(uino.finish())
+    for settings, said in (
+        (replace(TINY, init_from=head), "teacher uino, but the settings say default"),
+        (replace(UINO, init_from=head, uino_reader="cp4d"), "uino_reader pool, but the settings say cp4d"),
+        (replace(UINO, init_from=str(whole.finish())), "teacher default, but the settings say uino"),
+    ):
+        with pytest.raises(SettingsError, match=said):
+            PretrainRun(settings, tmp_path / "new")
+    with pytest.raises(ModelFileError, match="teacher default and does not fit"):
+        unrefined_teacher(support, replace(tiny, width=8, head=str(whole.finish()), teacher="uino"))
+
+
+@pytest.mark.parametrize("reader", ["attention", "cp4d", "scan"])
+def test_other_readers_are_meta_trained_and_distilled_too(tmp_path, support, tiny, reader):
+    run = finished(tmp_path, replace(UINO, steps=1, uino_reader=reader))
+    student = distill(support, replace(tiny, steps=1, width=8, head=str(run.finish())))
+    assert student.head.form.uino_reader == reader
+
+
 # the backbone
 
 
@@ -533,6 +626,15 @@ def test_the_command_trains_a_backbone_which_a_student_must_keep(tmp_path, capsy
     assert not student.exists()
     assert main([*command, "-o", str(student)]) == FINE
     assert StudentModel.load(student).backbone.digest() == load_head(head).backbone_digest
+
+
+def test_the_command_trains_uino_and_info_shows_its_reader(tmp_path, capsys):
+    options = ["--size=64", "--tasks=1", "--shots=1", "--eval-tasks=1", "--width=8", "--workers=0", "--device=cpu"]
+    chosen = ["--teacher=uino", "--uino-reader=attention"]
+    assert main(["pretrain", "-o", str(tmp_path), "--steps=1", *chosen, *options]) == FINE
+    capsys.readouterr()
+    assert main(["info", str(tmp_path / HEAD)]) == FINE
+    assert "uino, reader attention, adapter trained with the episodes" in capsys.readouterr().out
 
 
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):

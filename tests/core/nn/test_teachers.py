@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,20 @@ from torch import Tensor
 
 from distillfss_core.nn.decoder import PublishedDecoder, SlimDecoder
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid
-from distillfss_core.nn.teachers import PUBLISHED, DcamaSettings, DcamaTeacher, PrototypeTeacher, VotingTeacher, vote
+from distillfss_core.nn.teachers import (
+    PUBLISHED,
+    DcamaSettings,
+    DcamaTeacher,
+    PrototypeTeacher,
+    UinoSettings,
+    UinoTeacher,
+    VotingTeacher,
+    vote,
+)
 from distillfss_core.nn.teachers.dcama import attend, mask_tokens, weigh_keys
+from distillfss_core.nn.teachers.readers import READERS
 from published import PublishedCase
-from pyramids import random_pyramid
+from pyramids import SMALL_SPEC, random_pyramid
 
 CHANNELS, BLOCKS, SKIPS = (32, 48, 64), (2, 3, 2), (4, 6, 32)
 
@@ -59,9 +70,16 @@ def _dcama(settings: DcamaSettings | None = None) -> DcamaTeacher:
     return DcamaTeacher(CHANNELS, SlimDecoder(BLOCKS, SKIPS, width=8), settings or DcamaSettings()).eval()
 
 
+def _uino(reader: str) -> UinoTeacher:
+    torch.manual_seed(0)
+    settings = UinoSettings(reader=reader, width=16, heads=2)
+    return UinoTeacher(SMALL_SPEC, SlimDecoder(BLOCKS, SKIPS, width=8), settings).eval()
+
+
 TEACHERS = [
     pytest.param(_dcama, id="dcama"),
     pytest.param(lambda: _dcama(DcamaSettings(max_keys=64)), id="dcama-thinned"),
+    *(pytest.param(partial(_uino, reader), id=f"uino-{reader}") for reader in READERS),
     pytest.param(PrototypeTeacher, id="prototype"),
     pytest.param(lambda: VotingTeacher(_dcama(), 1), id="voting"),
 ]

@@ -18,12 +18,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distillfss_core.nn.decoder import Decoder
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
-from distillfss_core.nn.teachers.protocol import SupportKeys, hide_absent, present_classes
+from distillfss_core.nn.teachers.protocol import (
+    LearnedKeys,
+    LearnedTeacher,
+    SupportKeys,
+    check_annotated,
+    hide_absent,
+    present_classes,
+)
 
 
 @dataclass(frozen=True)
@@ -203,15 +210,14 @@ class StageKeys:
 
 
 @dataclass(frozen=True, eq=False)
-class DcamaKeys(SupportKeys):
+class DcamaKeys(LearnedKeys):
     """A support set encoded for `DcamaTeacher`, for use with many queries."""
 
     stages: tuple[StageKeys, ...]
-    present: Bool[Tensor, " k"]
     features: FeaturePyramid | None
 
 
-class DcamaTeacher(nn.Module):
+class DcamaTeacher(LearnedTeacher):
     """Dense cross-attention over three coarse stages, and a decoder.
 
     Parameters
@@ -224,15 +230,24 @@ class DcamaTeacher(nn.Module):
     """
 
     def __init__(self, channels: tuple[int, int, int], decoder: Decoder, settings: DcamaSettings) -> None:
-        super().__init__()
+        super().__init__(decoder)
         self.settings: DcamaSettings = settings
-        self.decoder: Decoder = decoder
         self.DCAMA_blocks: nn.ModuleList = nn.ModuleList(CrossAttention(c, settings) for c in channels)  # one a stage
 
     @property
     def local(self) -> bool:
         """Whether tiles agree; positions and the published decoder depend on the whole tile."""
         return self.decoder.local and not self.settings.position
+
+    @property
+    def own_modules(self) -> Sequence[nn.Module]:
+        """The attention."""
+        return (self.DCAMA_blocks,)
+
+    @property
+    def max_keys(self) -> int | None:
+        """That of the settings."""
+        return self.settings.max_keys
 
     def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> DcamaKeys:
         """Project the support's tokens and keep them with their mask values.
@@ -251,15 +266,14 @@ class DcamaTeacher(nn.Module):
         ValueError
             If no pixel of the support is annotated.
         """
-        if not bool((support.valid > 0).any()):
-            raise ValueError("no pixel of this support is annotated")
+        check_annotated(support)
         budget = max_keys or self.settings.max_keys
         stages = tuple(
             self._encode_stage(attention, blocks, support, budget, offset)
             for attention, blocks in zip(self.DCAMA_blocks, support.features.coarse, strict=True)
         )
         features = support.features if self.decoder.support_skip else None
-        return DcamaKeys(stages, present_classes(support), features)
+        return DcamaKeys(present_classes(support), stages, features)
 
     def _encode_stage(
         self,
@@ -279,26 +293,20 @@ class DcamaTeacher(nn.Module):
             keys.append(attention.keys(tokens[None])[0])
         return StageKeys(tuple(keys), values[index], bias)
 
-    def coarse(self, query: FeaturePyramid, keys: DcamaKeys) -> CoarseMaps:
+    def coarse(self, query: FeaturePyramid, keys: LearnedKeys) -> CoarseMaps:
         """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
+        assert isinstance(keys, DcamaKeys)
         maps = []
         for attention, blocks, stage in zip(self.DCAMA_blocks, query.coarse, keys.stages, strict=True):
             assert isinstance(attention, CrossAttention)
             coarse_maps = []
             for block, k in zip(blocks, stage.keys, strict=True):
                 q = attention.queries(attention.tokens(block))  # b heads l d
-                m = self._against_the_rest(attend(q, k, stage.values, stage.bias))  # b l k
+                m = attend(q, k, stage.values, stage.bias)  # b l k
+                m = against_the_rest(m) if self.settings.balance else m
                 coarse_maps.append(m.transpose(1, 2).unflatten(2, block.shape[-2:]))
             maps.append(torch.stack(coarse_maps, 2))  # b k n h w
         return CoarseMaps(*maps)
-
-    def _against_the_rest(self, m: Float[Tensor, "b l k"]) -> Float[Tensor, "b l k"]:
-        """Balanced keys give background and K classes the same weight; a class against all others then has 1 to K.
-
-        Weighed 1 to 1 instead, an undecided query gets 1/2 whatever K is, as the decoder expects.
-        """
-        k = m.shape[-1]
-        return k * m / (1 + (k - 1) * m) if self.settings.balance and k > 1 else m
 
     def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         """Coarse maps and logits; the foreground of an absent class is -inf."""
@@ -306,6 +314,16 @@ class DcamaTeacher(nn.Module):
         coarse = self.coarse(query, keys)
         logits = self.decoder(coarse, query, keys.features)
         return Prediction(coarse, hide_absent(logits, keys.present))
+
+
+def against_the_rest(m: Float[Tensor, "b l k"]) -> Float[Tensor, "b l k"]:
+    """Maps of balanced keys, as if a class and all others together weighed the same.
+
+    Balanced keys give background and K classes the same weight, so a class has 1 to K against all others. Weighed 1 to
+    1 instead, an undecided query gets 1/2 whatever K is, as the decoder expects.
+    """
+    k = m.shape[-1]
+    return k * m / (1 + (k - 1) * m) if k > 1 else m
 
 
 def mask_tokens(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, Prediction
+from distillfss_core.nn.decoder import Decoder
+from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, Prediction
 
 
 class SupportKeys:
@@ -33,6 +35,86 @@ class Teacher(Protocol):
     def __call__(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         """Coarse maps and logits for a batch of queries against one support."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedKeys(SupportKeys):
+    """A support set, encoded by a `LearnedTeacher`: it knows at least which classes the support shows."""
+
+    present: Bool[Tensor, " k"]
+
+
+class LearnedTeacher(nn.Module):
+    """Interface of teachers that learn: modules of their own make coarse maps, and the student's decoder reads them.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Usually shared with the student.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder: Decoder = decoder
+
+    @property
+    def local(self) -> bool:
+        """Whether tiles agree; see `Teacher`."""
+        return self.decoder.local
+
+    @property
+    def own_modules(self) -> Sequence[nn.Module]:
+        """The modules that learn beside the decoder."""
+        raise NotImplementedError
+
+    @property
+    def prompt_modules(self) -> Sequence[nn.Module]:
+        """Of these the ones that read the support; they can be trained alone, with all others frozen."""
+        return self.own_modules
+
+    @property
+    def max_keys(self) -> int | None:
+        """The budget of keys; None if all are kept, whatever `encode` is given."""
+        raise NotImplementedError
+
+    def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> LearnedKeys:
+        """Turn support features into the form that queries are compared with.
+
+        Parameters
+        ----------
+        max_keys : int, optional
+            A smaller budget than `max_keys`.
+        offset : float
+            0..1: which of the evenly spaced keys are kept where there are more than the budget.
+
+        Raises
+        ------
+        ValueError
+            If no pixel of the support is annotated.
+        """
+        raise NotImplementedError
+
+    def coarse(self, query: FeaturePyramid, keys: LearnedKeys) -> CoarseMaps:
+        """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
+        raise NotImplementedError
+
+    def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
+        """Coarse maps and logits; the foreground of an absent class is -inf."""
+        assert isinstance(keys, LearnedKeys)
+        coarse = self.coarse(query, keys)
+        return Prediction(coarse, hide_absent(self.decoder(coarse, query), keys.present))
+
+
+def check_annotated(support: EncodedSupport) -> None:
+    """Refuse a support that says nothing.
+
+    Raises
+    ------
+    ValueError
+        If no pixel of it is annotated.
+    """
+    if not bool((support.valid > 0).any()):
+        raise ValueError("no pixel of this support is annotated")
 
 
 def present_classes(support: EncodedSupport) -> Bool[Tensor, " k"]:
