@@ -3,6 +3,7 @@
     python benchmarks/volumes.py make FOLDER --gb 1,8,32         volumes of linked chunks, and a model; little on disk
     python benchmarks/volumes.py memory FOLDER [--gb 1,8,32] [--megavoxels 256] [-o volumes.jsonl]
     python benchmarks/volumes.py throughput FOLDER [--planes 32] [--repeats 3]
+    python benchmarks/volumes.py parts FOLDER [--planes 32] [--engine openvino] [--precision int8] [--threads 1]
     python benchmarks/volumes.py kills FOLDER [--runs 20]
     python benchmarks/volumes.py first FOLDER [--gb 32]
 
@@ -12,13 +13,16 @@ others hard links to them: reading and decoding are as for any other, only the d
 *memory* is the peak resident size of a process that segments a volume to OME-Zarr; where the volume has more voxels
 than ``--megavoxels``, it segments that many in eight runs of planes spread evenly over the depth (the row says so).
 *throughput* is voxels a second from zarr to zarr, over those of ``predict_labels`` on the same planes in memory, in
-turns, medians. *kills* are ended by SIGKILL at a random moment of an uninterrupted run's time, started again, and
+turns, medians. *parts* are the seconds that each part of `segment_to_zarr` takes, by the clock and on the processors,
+without those of parts inside it. The threads of the engine and of zarr, which decodes and encodes, count for the
+network: all processor seconds that no other part took. *kills* are ended by SIGKILL at a random moment of an uninterrupted run's time, started again, and
 compared byte for byte. *first* is the time from opening to the labels of one tile and of a whole plane.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -30,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from fractions import Fraction
@@ -41,19 +46,25 @@ import torch
 import zarr
 
 from distillfss_core import StudentModel, distill, generate_sample, open_volume, segment_lazy, segment_to_zarr
+from distillfss_core.labelstore import store
 from distillfss_core.labelstore.store import JOURNAL
+from distillfss_core.models import segmenter
+from distillfss_core.models.preprocess import Preprocess
+from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.segmentation.lazy import VolumeSegmenter
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import AnnotatedSlice
 
 SIDE, CHUNK = 2048, 1024
+NETWORK = "network; zarr's threads"
 REAL = 16  # chunks that are no links
 RUNS = 8  # of planes, where a volume is too large to be segmented whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "memory", "throughput", "kills", "first", "segment"))
+    parser.add_argument("what", choices=("make", "memory", "throughput", "parts", "kills", "first", "segment"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gb", type=lambda text: [float(part) for part in text.split(",")], default=[1.0, 8.0, 32.0])
     parser.add_argument("--megavoxels", type=float, default=256)
@@ -61,6 +72,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="of segment")
     parser.add_argument("-o", "--output", type=Path, help="file of rows to append to")
@@ -69,9 +82,8 @@ def main() -> None:
     if args.what == "segment":  # a process of its own, to be measured or killed
         print(json.dumps(segment(args.folder, args.gb[0], args.out, args.megavoxels)))
         return
-    for row in {"make": make, "memory": memory, "throughput": throughput, "kills": kills, "first": first}[args.what](
-        args
-    ):
+    jobs = {"make": make, "memory": memory, "throughput": throughput, "parts": parts, "kills": kills, "first": first}
+    for row in jobs[args.what](args):
         row |= {"what": args.what, "threads": args.threads, "machine": platform.processor() or platform.machine()}
         print(json.dumps(row), flush=True)
         if args.output:
@@ -202,6 +214,79 @@ def throughput(args: argparse.Namespace) -> list[dict[str, Any]]:
             "ratio": round(medians["zarr"] / medians["memory"], 3),
         }
     ]
+
+
+class Stopwatch:
+    """Seconds of functions, by the clock and of their thread's processor time, without those of others inside them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+        self._own = threading.local()
+        self._lock = threading.Lock()
+
+    def watch(self, place: Any, name: str, part: str) -> None:
+        """Replace a function or method by one that is timed."""
+        function = getattr(place, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **options: Any) -> Any:
+            stack = self._own.__dict__.setdefault("stack", [])
+            stack.append([0.0, 0.0])
+            start = time.perf_counter(), time.thread_time()
+            try:
+                return function(*args, **options)
+            finally:
+                spent = [time.perf_counter() - start[0], time.thread_time() - start[1]]
+                inside = stack.pop()
+                if stack:
+                    stack[-1] = [a + b for a, b in zip(stack[-1], spent, strict=True)]
+                with self._lock:
+                    total = self.seconds.setdefault(part, [0.0, 0.0])
+                    self.seconds[part] = [t + s - i for t, s, i in zip(total, spent, inside, strict=True)]
+
+        setattr(place, name, timed)
+
+
+def parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    model = StudentModel.load(
+        args.folder / "model.safetensors", device="cpu", engine=args.engine, precision=args.precision
+    )
+    watch = Stopwatch()
+    for place, name, part in (
+        (VolumeSegmenter, "read", "reading, limits"),
+        (Preprocess, "to_tensor", "preprocessing"),
+        (segmenter, "check_image", "preprocessing"),
+        (Segmenter, "_network_input", "zoom, clip"),
+        (StudentModel, "_margins", NETWORK),
+        (Segmenter, "_window", "resizing of margins"),
+        (segmenter, "_labels", "labels"),
+        (store, "write_shard", "zarr: encoding, files"),
+        (os, "fsync", "fsync"),
+        (store, "_file_digest", "digest"),
+        (store.LabelStore, "note", "journal"),
+        (store.LabelStore, "coarsen", "pyramid: reading"),
+        (store, "coarsen_labels", "pyramid: majority"),
+    ):
+        watch.watch(place, name, part)
+    with (
+        open_volume(volume_path(args.folder, args.gb[0])) as volume,
+        tempfile.TemporaryDirectory(dir=args.folder) as folder,
+    ):
+        count = min(args.planes, volume.shape[0])
+        region = ((0, count), (0, SIDE), (0, SIDE))
+        segment_to_zarr(volume, model, Path(folder) / "warm.zarr", region=((0, 1), *region[1:]))
+        watch.seconds.clear()
+        start = time.perf_counter(), time.process_time()
+        segment_to_zarr(volume, model, Path(folder) / "out.zarr", region=region)
+        wall, work = time.perf_counter() - start[0], time.process_time() - start[1]
+    watch.seconds[NETWORK][1] += work - sum(seconds[1] for seconds in watch.seconds.values())
+    megavoxels = count * SIDE**2 / 1e6
+    rows: list[dict[str, Any]] = [{"part": "all", "wall_s": round(wall, 2), "cpu_s": round(work, 2)}]
+    for part, (clock, processor) in sorted(watch.seconds.items(), key=lambda item: -item[1][1]):
+        rows.append({"part": part, "wall_s": round(clock, 2), "cpu_s": round(processor, 2)})
+        rows[-1]["share_of_cpu"] = round(processor / work, 3)
+    about = {"engine": model.engine, "precision": model.device.precision, "halo": model.halo, "planes": count}
+    return [row | about | {"megavoxels_per_s": round(megavoxels / wall, 2)} for row in rows]
 
 
 def kills(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def intensities_of(samples: Array, dtype: np.dtype[Any]) -> Intensities:
 
 
 def kept_range(
-    values: F64, support: Sequence[float] | None, objects: npt.NDArray[np.bool_] | None
+    values: Array, support: Sequence[float] | None, objects: npt.NDArray[np.bool_] | None
 ) -> tuple[float, float]:
     """The lowest and the highest value that is no artifact.
 
@@ -122,7 +122,7 @@ def kept_range(
 
     Parameters
     ----------
-    values : float64 array, shape (n,)
+    values : array, shape (n,)
     support : sequence of float, optional
         Quantiles of the support at `PROBABILITIES`.
     objects : bool array, shape (n,), optional
@@ -133,7 +133,7 @@ def kept_range(
     (float, float)
         Infinite where no pixel is left out.
     """
-    values, objects = _thinned(values), None if objects is None else _thinned(objects)
+    values, objects = _thinned(values).astype(np.float64), None if objects is None else _thinned(objects)
     mirrored = None if support is None else [-v for v in support][::-1]
     return -_ceiling(-values, mirrored, objects), _ceiling(values, support, objects)
 

@@ -157,9 +157,11 @@ class Preprocess:
     def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
         """Normalize a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
         exact = np.float32 if crop.dtype.itemsize <= 2 else np.float64  # small changes on a large offset survive
-        pixels: Array = crop.astype(exact)
+        scaled: Array = crop.astype(exact)
         low: Array = np.array(limits.low, exact)
-        scaled = np.clip((pixels - low) / (np.array(limits.high, exact) - low), 0, 1).astype(np.float32)
+        scaled -= low
+        scaled /= np.array(limits.high, exact) - low
+        scaled = np.clip(scaled, 0, 1, out=scaled).astype(np.float32, copy=False)
         return self._mixed(torch.from_numpy(scaled).movedim(-1, 0).contiguous())
 
     def to_tensors(self, crops: Shaped[Tensor, "n h w c"], limits: Sequence[Limits]) -> Float[Tensor, "n 3 h w"]:
@@ -275,32 +277,54 @@ def percentile_limits(image: Array, *, together: bool, support: Intensities | No
     >>> percentile_limits(np.arange(1001)[:, None], together=True)
     Limits(low=(5.0,), high=(995.0,))
     """
-    pixels = sample_pixels(image, _SAMPLE).astype(np.float64)
+    pixels = sample_pixels(image, _SAMPLE)
     n = pixels.shape[-1]
+    channels = [pixels.reshape(-1)] if together else list(pixels.T)
     if support is None:
-        return _percentile_limits(pixels, n, together=together)
-    if together:
-        low, high = kept_range(pixels.ravel(), support.pooled(), None)
-        kept = pixels.ravel()
-        return _percentile_limits(kept[(kept >= low) & (kept <= high)][:, None], n, together=True)
-    parts = []
-    for c, quantiles in enumerate(support.quantiles):
-        low, high = kept_range(pixels[:, c], quantiles, None)
-        is_kept = (pixels[:, c] >= low) & (pixels[:, c] <= high)
-        parts.append(_percentile_limits(pixels[is_kept, c : c + 1], 1, together=False))
-    return Limits(tuple(part.low[0] for part in parts), tuple(part.high[0] for part in parts))
-
-
-def _percentile_limits(pixels: npt.NDArray[np.float64], n: int, *, together: bool) -> Limits:
-    """`percentile_limits` of float64 pixels, for ``n`` channels."""
-    axis = None if together else 0
-    low, high = np.percentile(pixels, PERCENTILES, axis=axis)
-    peak, floor = pixels.max(axis=axis), pixels.min(axis=axis)
-    # sparse bright objects can be rarer than the percentile leaves room for: fall back to the extremes
-    flat = high - low <= 1e-3 * (peak - floor)
-    low, high = np.where(flat, floor, low), np.where(flat, peak, high)
-    high = np.where(high > low, high, low + np.maximum(1.0, np.abs(low)))
+        learned: Sequence[Sequence[float] | None] = [None] * len(channels)
+    else:
+        learned = [support.pooled()] if together else support.quantiles
+    low, high = np.transpose([_low_and_high(*part) for part in zip(channels, learned, strict=True)])
     return _as_limits(np.broadcast_to(low, n), np.broadcast_to(high, n))
+
+
+def _low_and_high(values: Shaped[Array, " n"], learned: Sequence[float] | None) -> tuple[float, float]:
+    """`percentile_limits` of one channel, whose quantiles in the support are ``learned``."""
+    lowest, highest = (-np.inf, np.inf) if learned is None else kept_range(values, learned, None)
+    if values.dtype.kind in "iu" and values.dtype.itemsize <= 2:
+        levels, counts = _histogram(values)
+        is_kept = (levels >= lowest) & (levels <= highest)
+        levels, counts = levels[is_kept], counts[is_kept]
+        low, high = (_percentile_of(levels, counts, percent) for percent in PERCENTILES)
+        floor, peak = levels[0], levels[-1]
+    else:
+        pixels = values.astype(np.float64)
+        if learned is not None:
+            pixels = pixels[(pixels >= lowest) & (pixels <= highest)]
+        low, high = np.percentile(pixels, PERCENTILES)
+        floor, peak = pixels.min(), pixels.max()
+    if high - low <= 1e-3 * (peak - floor):
+        # sparse bright objects can be rarer than the percentile leaves room for: fall back to the extremes
+        low, high = floor, peak
+    return float(low), float(high if high > low else low + max(1.0, abs(low)))
+
+
+def _histogram(values: Shaped[Array, " n"]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """The values that occur, ascending, and how often each does; of integers that span little."""
+    least = int(values.min())
+    counts = np.bincount(np.subtract(values, least, dtype=np.intp))
+    occur = np.flatnonzero(counts)
+    return (occur + least).astype(np.float64), counts[occur]
+
+
+def _percentile_of(levels: npt.NDArray[np.float64], counts: npt.NDArray[np.int64], percent: float) -> float:
+    """`numpy.percentile` of a histogram, to the last bit; ten times as fast as of the pixels."""
+    ends = counts.cumsum()
+    place = (ends[-1] - 1) * (percent / 100)
+    before = int(place)
+    a, b = levels[np.searchsorted(ends, [before, min(before + 1, ends[-1] - 1)], side="right")]
+    part = place - before
+    return float(a + (b - a) * part if part < 0.5 else b - (b - a) * (1 - part))
 
 
 def _as_limits(low: Array, high: Array) -> Limits:

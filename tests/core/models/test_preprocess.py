@@ -7,8 +7,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distillfss_core.errors import ImageError, SettingsError
+from distillfss_core.models.intensities import PERCENTILES
 from distillfss_core.models.preprocess import Preprocess, fit_preprocess, parse_zoom, percentile_limits
 
 RNG = np.random.default_rng(0)
@@ -18,6 +21,24 @@ GRAY = RNG.integers(100, 4000, (40, 50), dtype=np.uint16)
 def _tensor(preprocess: Preprocess, image: np.ndarray) -> torch.Tensor:
     plane = preprocess.as_channels(image)
     return preprocess.to_tensor(plane, preprocess.limits(plane))
+
+
+@given(
+    seed=st.integers(0, 999),
+    size=st.integers(1, 3000),
+    dtype=st.sampled_from(["uint8", "int8", ">u2", "int16"]),
+    spread=st.integers(1, 120),
+    together=st.booleans(),
+)
+def test_limits_of_small_integers_are_those_of_the_same_numbers(seed, size, dtype, spread, together) -> None:
+    """Small integers are counted, others are sorted."""
+    low = 0 if dtype in ("uint8", ">u2") else -100
+    pixels = np.random.default_rng(seed).integers(low, low + spread, (size, 2)).astype(dtype)
+    found = percentile_limits(pixels, together=together)
+    assert found == percentile_limits(pixels.astype(np.float64), together=together)
+    expected = np.percentile(pixels.astype(np.float64), PERCENTILES, axis=None if together else 0)
+    if (np.diff(expected, axis=0) > 1).all():
+        np.testing.assert_array_equal(np.transpose([found.low, found.high]), np.broadcast_to(expected.T, (2, 2)))
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "int32", "float32", "float64"])
