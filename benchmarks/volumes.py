@@ -15,8 +15,9 @@ than ``--megavoxels``, it segments that many in eight runs of planes spread even
 *throughput* is voxels a second from zarr to zarr, over those of ``predict_labels`` on the same planes in memory, in
 turns, medians. *parts* are the seconds that each part of `segment_to_zarr` takes, by the clock and on the processors,
 without those of parts inside it. The threads of the engine and of zarr, which decodes and encodes, count for the
-network: all processor seconds that no other part took. *kills* are ended by SIGKILL at a random moment of an uninterrupted run's time, started again, and
-compared byte for byte. *first* is the time from opening to the labels of one tile and of a whole plane.
+network: all processor seconds that no other part took. *kills* are ended by SIGKILL at a random moment of an
+uninterrupted run's time, started again, and compared byte for byte. *first* is the time from opening to the labels of
+one tile and of a whole plane.
 """
 
 from __future__ import annotations
