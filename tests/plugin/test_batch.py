@@ -8,7 +8,7 @@ import tifffile
 import zarr
 
 from distillfss_core import StudentModel, open_volume, segment_lazy
-from napari_distillfss._widgets.batch import FILES, LAYERS, SELECTED
+from napari_distillfss._widgets.batch import FILES, LAYERS, LIST, SELECTED
 
 
 def finish(qtbot, dock):
@@ -75,6 +75,25 @@ def test_the_files_of_a_folder_are_segmented_and_one_that_fails_is_a_row(batch, 
     qtbot.waitUntil(lambda: not batch.job.running, timeout=120_000)
     assert [row["shards_computed"] for row in report_of(out, "report-again.csv")] == ["0", "", "0", "0"]
     assert [row["status"] for row in report_of(out)] == ["done", "failed", "done", "done"]
+
+
+def test_chosen_files_of_several_folders_are_segmented(batch, qtbot, tmp_path, sample, predicted, monkeypatch):
+    from qtpy.QtWidgets import QFileDialog
+
+    paths = [tmp_path / "one" / "a.tif", tmp_path / "two" / "b.tif", tmp_path / "two" / "gone.tif"]
+    for path, planes in zip(paths, (slice(0, 2), slice(2, 4)), strict=False):
+        path.parent.mkdir()
+        tifffile.imwrite(path, sample.image[planes], photometric="minisblack", metadata={"axes": "ZYX"})
+    batch.what.setCurrentText(LIST)
+    batch.start()
+    assert batch.message.text() == "no file is chosen; choose some with …"
+    monkeypatch.setattr(QFileDialog, "getOpenFileNames", lambda *_: ([str(path) for path in paths], ""))
+    batch.browse_folder.click()
+    batch.start()
+    qtbot.waitUntil(lambda: not batch.job.running, timeout=120_000)
+    assert statuses(batch) == [["a.tif", "done"], ["b.tif", "done"], ["gone.tif", "failed"]]
+    for name, planes in (("a", slice(0, 2)), ("b", slice(2, 4))):
+        np.testing.assert_array_equal(labels_of(tmp_path / "out" / f"{name}.ome.zarr"), predicted(sample.image[planes]))
 
 
 def test_image_layers_and_their_time_points_are_segmented(batch, viewer, qtbot, tmp_path, sample, predicted):

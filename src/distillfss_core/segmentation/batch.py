@@ -77,17 +77,23 @@ class BatchStep:
 
 
 def plan_batch(
-    source: Path, out: Path, options: Mapping[str, Any], region: Part | None = None, *, all_times: bool = False
+    source: Path | Sequence[Path],
+    out: Path,
+    options: Mapping[str, Any],
+    region: Part | None = None,
+    *,
+    all_times: bool = False,
 ) -> list[BatchJob]:
-    """The volumes of a folder or a table; what is wrong with one of them is the error of its job.
+    """The volumes of a folder, a table or a list; what is wrong with one of them is the error of its job.
 
     Parameters
     ----------
-    source : path
-        A folder whose entries are volumes (zarr, TIFF, .npy, folders of planes), one zarr or DICOM series, or a CSV
-        file with a column ``volume`` and, where wanted, ``output``, ``region``, ``level``, ``channel``, ``time``,
-        ``series`` and ``axes``. Relative paths start at the table's folder. Delimiters and encodings are those of
-        `read_table`. Of a plate, a well and a collection of images in OME-Zarr, every image is a volume.
+    source : path, or sequence of paths
+        Volumes, one a path. Or one path: a folder whose entries are volumes (zarr, TIFF, .npy, folders of planes), one
+        zarr or DICOM series, or a CSV file with a column ``volume`` and, where wanted, ``output``, ``region``,
+        ``level``, ``channel``, ``time``, ``series`` and ``axes``. Relative paths start at the table's folder.
+        Delimiters and encodings are those of `read_table`. Of a plate, a well and a collection of images in OME-Zarr,
+        every image is a volume.
     out : path
         Folder of the labels; each is called after its volume.
     options : mapping
@@ -109,7 +115,7 @@ def plan_batch(
 
 
 def plan_jobs(
-    source: Path,
+    source: Path | Sequence[Path],
     out: Path,
     options: Mapping[str, Any],
     region: Part | None = None,
@@ -131,7 +137,9 @@ def plan_jobs(
     InputFileError
         If the source holds no volume or is no such table.
     """
-    if source.is_dir() or address_of(source):
+    if not isinstance(source, Path):
+        jobs = [job for path in source for job in _jobs_at(path, out, options, region)]
+    elif source.is_dir() or address_of(source):
         jobs = _jobs_in(source, out, options, region)
         if not jobs:
             raise InputFileError(f"{source}: holds no volume; put OME-Zarr, TIFF, .npy or folders of planes there")
@@ -139,7 +147,9 @@ def plan_jobs(
         rows = read_table(source, "volume", _COLUMNS)
         jobs = [job for row in rows for job in _jobs_of(row, source, out, options, region)]
     jobs = [each for job in jobs for each in _each_time(job)] if all_times else jobs
-    return _apart(_of_one_output(jobs, source), [source, *reads] if source.is_file() else reads)
+    if not isinstance(source, Path):
+        return _apart(_of_one_output(jobs, "the list"), reads)
+    return _apart(_of_one_output(jobs, str(source)), [source, *reads] if source.is_file() else reads)
 
 
 @as_run
@@ -309,22 +319,28 @@ def _jobs_in(folder: Path, out: Path, options: Mapping[str, Any], region: Part |
     jobs, others = [], []
     is_single = address_of(folder) or is_one_volume(folder)
     for path in [folder] if is_single else first_of_sets(sorted(folder.iterdir())):
-        error = ""
         if path.name.startswith("."):
             continue
-        try:
+        with suppress(OSError):  # it cannot be read, which is the error of its job
             if path != folder and not is_volume(path):
                 others.append(path.name)
                 continue
-            volumes = _volumes_of(path, options)
-        except OSError as refused:
-            error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
-            volumes = [(path, stem_of(path))]
-        jobs += [BatchJob(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
+        jobs += _jobs_at(path, out, options, region)
     if others and jobs:
         names = ", ".join(others[:5]) + (", ..." if len(others) > 5 else "")
         log.warning("%d file(s) or folder(s) in %s are no volumes and are left out: %s", len(others), folder, names)
     return jobs
+
+
+def _jobs_at(path: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[BatchJob]:
+    """The jobs of a path; several for a plate or a collection of images."""
+    error = ""
+    try:
+        volumes = _volumes_of(path, options)
+    except OSError as refused:
+        error = f"{path}: cannot be read ({refused.strerror}); check its permissions"
+        volumes = [(path, stem_of(path))]
+    return [BatchJob(volume, out / f"{name}.ome.zarr", region, options, error=error) for volume, name in volumes]
 
 
 def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], region: Part | None) -> list[BatchJob]:
@@ -352,7 +368,7 @@ def _jobs_of(row: TableRow, table: Path, out: Path, options: Mapping[str, Any], 
     return [BatchJob(source if several else volumes[0][0], output, part, own, notes, several)]
 
 
-def _of_one_output(jobs: Sequence[BatchJob], source: Path) -> list[BatchJob]:
+def _of_one_output(jobs: Sequence[BatchJob], source: str) -> list[BatchJob]:
     """The jobs, with an error for each whose labels would be written where those of another one are."""
     places: dict[Path, list[BatchJob]] = {}
     for job in jobs:

@@ -1,4 +1,4 @@
-"""Segmentation of many volumes with the student: a folder of files, or image layers."""
+"""Segmentation of many volumes with the student: a folder of files, some files, or image layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from napari_distillfss._tasks import Batched, iter_batching, jobs_of_layers
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
 
-FILES, LAYERS, SELECTED = "files of a folder", "all image layers", "selected image layers"
+FILES, LIST = "files of a folder", "chosen files"
+LAYERS, SELECTED = "all image layers", "selected image layers"
+_SEPARATOR = ";"  # between the names of chosen files
 _COLUMNS = ("volume", "status", "note")
 
 
@@ -35,11 +37,10 @@ class BatchWidget(QWidget):
         self._session, self._viewer, self._mode = session, viewer, mode
         self._report: Path | None = None
         self._failed = 0
-        self.what = combo("Volumes to segment", (FILES, LAYERS, SELECTED))
+        self.what = combo("Volumes to segment", (FILES, LIST, LAYERS, SELECTED))
         self.folder = QLineEdit()
-        self.folder.setToolTip("Folder whose files and volumes are segmented")
-        self.folder.setPlaceholderText("folder of volumes")
-        self.browse_folder = button("…", "Choose the folder", lambda: self._browse(self.folder))
+        self.folder.setToolTip(f"Folder whose volumes are segmented; or files, with {_SEPARATOR!r} between them")
+        self.browse_folder = button("…", "Choose the folder, or the files", self._on_browse_clicked)
         self.out = QLineEdit()
         self.out.setToolTip("Folder of the labels and of the report; made if it is not there")
         self.out.setPlaceholderText("folder of labels")
@@ -62,8 +63,8 @@ class BatchWidget(QWidget):
         self.rows.setMinimumHeight(110)
         for widget, name in (
             (self.what, "Volumes to segment"),
-            (self.folder, "Folder of volumes"),
-            (self.browse_folder, "Choose the folder of volumes"),
+            (self.folder, "Folder or files of volumes"),
+            (self.browse_folder, "Choose the volumes"),
             (self.browse_out, "Choose the folder of labels"),
             (self.rows, "Report"),
         ):
@@ -124,16 +125,21 @@ class BatchWidget(QWidget):
 
     def _plan(self, out: Path) -> Callable[[], list[core.BatchJob]]:
         """A function that lists the volumes, in another thread."""
-        all_times = self.all_times.isChecked()
+        all_times, channel = self.all_times.isChecked(), self.channel.text().strip()
+        options = {"channel": int(channel) if channel.isdecimal() else channel} if channel else {}
         if self.what.currentText() == FILES:
             folder = self._folder_of(self.folder, "the volumes")
             if not folder.is_dir():
                 raise core.InputFileError(f"{folder}: there is no such folder; choose the folder of the volumes")
             if folder.resolve() == out.resolve():
                 raise core.OutputError(f"{out}: labels among the volumes would be volumes next time; choose another")
-            channel = self.channel.text().strip()
-            options = {"channel": int(channel) if channel.isdecimal() else channel} if channel else {}
             return lambda: core.plan_batch(folder, out, options, all_times=all_times)
+        if self.what.currentText() == LIST:
+            names = [name.strip() for name in self.folder.text().split(_SEPARATOR) if name.strip()]
+            files = [Path(name).expanduser().absolute() for name in names]
+            if not files:
+                raise core.SettingsError("no file is chosen; choose some with …")
+            return lambda: core.plan_batch(files, out, options, all_times=all_times)
         layers, point = self._layers(), self._viewer.dims.point
         return lambda: jobs_of_layers(layers, point, out, all_times=all_times)
 
@@ -154,6 +160,15 @@ class BatchWidget(QWidget):
         path = QFileDialog.getExistingDirectory(self, "Choose a folder", edit.text())
         if path:
             edit.setText(path)
+
+    def _on_browse_clicked(self) -> None:
+        if self.what.currentText() == FILES:
+            self._browse(self.folder)
+            return
+        start = self.folder.text().partition(_SEPARATOR)[0].strip()
+        names, _ = QFileDialog.getOpenFileNames(self, "Choose files", start)
+        if names:
+            self.folder.setText(f"{_SEPARATOR} ".join(names))
 
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Batched) and step.row is not None:
@@ -197,7 +212,8 @@ class BatchWidget(QWidget):
             self.out.setText(str(chosen.volume.path.parent / "distillfss-labels"))
 
     def _on_state_changed(self) -> None:
-        is_files = self.what.currentText() == FILES
+        is_files = self.what.currentText() in (FILES, LIST)
+        self.folder.setPlaceholderText("folder of volumes" if self.what.currentText() == FILES else "files")
         for widget in (self.folder, self.browse_folder, self.channel):
             widget.setEnabled(is_files)
         self.run.setEnabled(not self._session.busy and self._session.model is not None)
