@@ -70,9 +70,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def any_processor() -> Iterator[None]:
-    """Tests mean the same on all processors: "auto" is float32, also where a processor multiplies bfloat16."""
+    """Tests mean the same on all processors: "auto" is float32, also where a processor multiplies bfloat16.
+
+    Times of engines are neither read from the user's cache nor kept there.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("distillfss_core.models.engines.multiplies_bfloat16", lambda: False)
+        patch.setattr("distillfss_core.models.calibration.cache_file", lambda: None)
         yield
 
 

@@ -66,7 +66,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--engine",
         default="auto",
         help="what runs the network: torch, torch-compiled (takes a minute first), onnxruntime, openvino, or auto, "
-        "the fastest that is installed (default)",
+        "the fastest that is installed: timed once, before a long run (default)",
     )
     parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
 

@@ -314,12 +314,13 @@ def segment_volume(args: argparse.Namespace) -> int:
                 "shards_found": report.finished,
                 "missing_chunks": report.missing_chunks,
                 "seconds": report.seconds,
+                "engine": report.engine,
                 "warning": report.warning,
             }
         )
         return FINE
     finished = f", {report.finished} found finished" if report.finished else ""
-    print(f"{report.path}: {report.computed} shards computed{finished}, {report.seconds:.0f} s")
+    print(f"{report.path}: {report.computed} shards computed{finished}, {report.seconds:.0f} s, {report.engine}")
     return FINE
 
 

@@ -94,6 +94,13 @@ class Journal:
         return lines[0]
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a journal that may be open elsewhere; empty where there is none."""
+    with suppress(OSError), open(path, "rb") as file:
+        return _parse(file.readline()) or {}
+    return {}
+
+
 def _line(entry: Mapping[str, Any]) -> bytes:
     text = json.dumps(entry, sort_keys=True, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)

@@ -128,6 +128,21 @@ def choose_precision(device: Device, engine: str, network: StudentNetwork) -> st
     return device.precision
 
 
+def auto_forms(precision: str, device: Device, network: StudentNetwork) -> list[tuple[str, str]]:
+    """Engines and precisions from which "auto" may choose by their speed, the exacter ones first.
+
+    Those that are installed, can run the network, and are traced copies of it: none on a GPU. "auto" for the precision
+    never means int8.
+    """
+    precisions = ("float32", "bfloat16") if precision == "auto" else (device.precision,)
+    return [
+        (engine, rounded)
+        for rounded in precisions
+        for engine in _EXTRAS
+        if find_spec(engine) and _unable(engine, replace(device, precision=rounded), network) is None
+    ]
+
+
 def describe_engine(name: str) -> str:
     """Its name and the version of its library, as "onnxruntime 1.20.0"."""
     return f"{name} {version(name.removesuffix('-compiled'))}"

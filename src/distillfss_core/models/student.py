@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.models.batches import PIXELS
+from distillfss_core.models.calibration import fastest_form
 from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
-from distillfss_core.models.engines import Runner, StudentNetwork, choose_engine, choose_precision
+from distillfss_core.models.engines import Runner, StudentNetwork, auto_forms, choose_engine, choose_precision
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.models.segmenter import HALO, Segmenter
 from distillfss_core.nn.backbones import Backbone, backbone_from_state
@@ -71,6 +72,7 @@ class StudentModel(Segmenter):
         self.created: str = created or datetime.now(UTC).isoformat(timespec="seconds")
         self.network: StudentNetwork = StudentNetwork(self.backbone, self.head, probe)
         self._run = self._runner(engine, device)
+        self._asked = device.precision, engine  # either may be "auto"
 
     @property
     def local(self) -> bool:
@@ -109,6 +111,7 @@ class StudentModel(Segmenter):
         if precision == "auto":
             chosen = replace(chosen, precision=choose_precision(chosen, engine, self.network))
         self._run = self._runner(engine, chosen)
+        self._asked = precision, engine
         self.device: Device = chosen
         self._room, self._batch = math.inf, PIXELS
         self.backbone.to(chosen.torch)
@@ -120,6 +123,45 @@ class StudentModel(Segmenter):
     def with_engine(self, engine: str) -> StudentModel:
         """The same student, run by another engine (as for `load`) in the same precision; this one stays as it is."""
         other = copy.copy(self)
+        other._run = other._runner(engine, other.device)
+        other._asked = other.device.precision, engine
+        return other
+
+    def in_precision(self, precision: str) -> StudentModel:
+        """The same student in the precision with which labels were begun, if it was free to choose on a CPU."""
+        if self._asked[0] != "auto" or self.device.kind != "cpu" or precision == self.device.precision:
+            return self
+        return self._as_form(self._asked[1], precision)
+
+    def calibrated(self, window: tuple[int, int], *, measure: bool = True) -> StudentModel:
+        """The same student by the engine, and in the precision, that are the fastest here.
+
+        Nothing changes where the engine was chosen by name, or where there is no choice: on a GPU, and with one engine.
+        If the precision was "auto", float32 and bfloat16 are compared, else the engines in that precision.
+
+        Parameters
+        ----------
+        window : (int, int)
+            Height and width in zoomed pixels for which they are compared, multiples of those of the backbone.
+        measure : bool
+            Whether to time them, some seconds in all, where no times are in the user's cache.
+        """
+        precision, engine = self._asked
+        forms = auto_forms(precision, self.device, self.network) if engine == "auto" else []
+        if len(forms) < 2:
+            return self
+
+        def make(engine: str, precision: str) -> Runner:
+            return self._runner(engine, replace(self.device, precision=precision))
+
+        fastest = fastest_form(forms, self.network, make, window, measure=measure)
+        if fastest is None or fastest == (self.engine, self.device.precision):
+            return self
+        return self._as_form(*fastest)
+
+    def _as_form(self, engine: str, precision: str) -> StudentModel:
+        other = copy.copy(self)
+        other.device = replace(self.device, precision=precision)
         other._run = other._runner(engine, other.device)
         return other
 
@@ -224,8 +266,9 @@ class StudentModel(Segmenter):
         weights : str
             Where the backbone's weights are, for a file that was saved without them.
         engine : {"auto", "torch", "torch-compiled", "onnxruntime", "openvino"}
-            What runs the network; "auto" is the fastest that is installed, see `inference.choose_engine`. In float32
-            their logits differ by rounding alone, and labels where two classes are equally likely to within that.
+            What runs the network; "auto" is one that is usually fast, see `choose_engine`, until a volume is segmented
+            (`calibrated`). In float32 their logits differ by rounding alone, and labels where two classes are equally
+            likely to within that.
 
         Raises
         ------

@@ -14,6 +14,7 @@ A tile is computed on a larger window, its halo thrown away::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,11 @@ class Tile:
     def outer(self) -> tuple[slice, slice]:
         """Slices (y, x) of the plane that the tile reads."""
         return slice(*self.y.outer), slice(*self.x.outer)
+
+    @property
+    def area(self) -> int:
+        """Pixels that the tile reads."""
+        return math.prod(stop - start for start, stop in (self.y.outer, self.x.outer))
 
     @property
     def crop(self) -> tuple[slice, slice]:

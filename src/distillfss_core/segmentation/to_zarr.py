@@ -28,9 +28,10 @@ import torch
 
 from distillfss_core import __version__
 from distillfss_core.errors import SettingsError, printable
+from distillfss_core.labelstore.journal import read_header
 from distillfss_core.labelstore.layout import Box, Index, Part, box_within, check_shards, check_size, overlap
 from distillfss_core.labelstore.metadata import Description, image_of
-from distillfss_core.labelstore.store import LabelStore, check_apart, remove_labels
+from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, remove_labels
 from distillfss_core.models.engines import describe_engine
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
@@ -43,6 +44,8 @@ from distillfss_core.volumes.volume import Volume
 
 log: logging.Logger = logging.getLogger(__name__)
 
+WORTH = 1 << 28
+"""Zoomed pixels of a run before which engines are timed, which takes some seconds."""
 READERS, WRITERS = 2, 1
 """Threads beside the one that computes: on a CPU no more, since they take its cores."""
 
@@ -78,7 +81,7 @@ class VolumeReport:
     """Result of a run: folder of the labels, shards computed, shards finished before, missing chunks, seconds.
 
     ``warning`` names in one line why labels may be wrong (intensities unlike those of the support, directions that
-    contradict one another), else it is "".
+    contradict one another), else it is "". ``engine`` is what ran the network, with its version and precision.
     """
 
     path: Path
@@ -87,6 +90,7 @@ class VolumeReport:
     missing_chunks: int
     seconds: float
     warning: str = ""
+    engine: str = ""
 
 
 def segment_to_zarr(
@@ -193,6 +197,8 @@ def iter_segment(
     check_shards(mode_labels.layout(None), wanted, volume.name)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
+    if cluster is None and (chosen := _fastest(model, mode_labels, wanted, out, resume=resume)) is not model:
+        model, mode_labels = chosen, make_mode(mode, volume, chosen, tile)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
         if workers and volume.location is None:
@@ -226,7 +232,8 @@ def iter_segment(
             yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
     chunks, seconds = len(volume.missing | missing), time.monotonic() - start
-    return VolumeReport(out, clock.computed, plan.finished, chunks, seconds, warning)
+    ran = f"{store.notes['engine']} {device.split()[-1]}"
+    return VolumeReport(out, clock.computed, plan.finished, chunks, seconds, warning, ran)
 
 
 def check_region(volume: Volume, region: Part | None) -> Box:
@@ -404,6 +411,20 @@ def _path_to_image(volume: Volume, out: Path) -> str | None:
     if volume.identity.get("kind") != "ome-zarr" or volume.path is None:
         return volume.address if volume.identity.get("kind") == "ome-zarr" else None
     return printable(Path(os.path.relpath(volume.path, out)).as_posix())
+
+
+def _fastest(
+    model: StudentModel, mode_labels: PlanewiseLabels, wanted: Box, out: Path, *, resume: bool
+) -> StudentModel:
+    """The model as the labels were begun, in its precision; or as is the fastest here, where that may be chosen."""
+    begun = str(read_header(out / JOURNAL).get("settings", {}).get("device", "")) if resume else ""
+    if begun:
+        return model.in_precision(begun.split()[-1]) if begun.startswith("cpu ") else model
+    zoom = model.preprocess.zoom_factor
+    largest = max(model.tiles(mode_labels.segmenter.shape, tile=mode_labels.tile), key=lambda tile: tile.area)
+    height, width = (int(-(-(s.stop - s.start) // model.step) * model.step * zoom) for s in largest.outer)
+    pixels = math.prod(stop - start for start, stop in wanted) * zoom**2
+    return model.calibrated((height, width), measure=pixels >= WORTH)
 
 
 def _engine_of(store: LabelStore, engine: str) -> str:

@@ -1,0 +1,177 @@
+"""The fastest engine and precision for a network on this processor: timed once, then looked up in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.io.writing import atomic_path
+from distillfss_core.models.engines import Engine, StudentNetwork, describe_engine
+
+log: logging.Logger = logging.getLogger(__name__)
+
+Form = tuple[str, str]
+"""An engine and a precision."""
+
+_FORMAT, _VERSION = "distillfss-engines", 1
+_SECONDS = 0.5  # that each form is timed at least
+_GAIN = 0.95  # a form is taken before an exacter one if it takes less than this part of its time
+
+
+def fastest_form(
+    forms: Sequence[Form],
+    network: StudentNetwork,
+    make: Callable[[str, str], Engine],
+    window: tuple[int, int],
+    *,
+    measure: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Form | None:
+    """The fastest of some engines and precisions, for windows of one size.
+
+    Parameters
+    ----------
+    forms : sequence of (engine, precision)
+        The exacter ones first: a later one has to be five percent faster than it.
+    network : StudentNetwork
+        Its form is part of the key of the cache; its weights are not.
+    make : function of engine and precision
+        Gives what runs the network.
+    window : (int, int)
+        Height and width in zoomed pixels, multiples of those of the backbone.
+    measure : bool
+        Whether to time them where the cache has no times: half a second for each, and its preparation.
+    clock : function
+        Seconds.
+
+    Returns
+    -------
+    (str, str) or None
+        None where nothing is known of them.
+    """
+    key = _key(forms, network, window)
+    times = _cached(key, forms)
+    if times is None and measure:
+        times = _time_forms(forms, make, window, clock)
+        _keep(key, times)
+    if not times:
+        return None
+    known = [form for form in forms if _name(form) in times]
+    best = known[0]
+    for form in known[1:]:
+        if times[_name(form)] < _GAIN * times[_name(best)]:
+            best = form
+    listed = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in times.items())
+    log.info("a window of %d x %d takes: %s; %s is taken", *window, listed, _name(best))
+    return best
+
+
+def cache_file() -> Path | None:
+    """Where times are kept: a file in the user's cache; None where there is no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "napari-distillfss", "engines.json")
+    except RuntimeError:
+        return None
+
+
+def _time_forms(
+    forms: Sequence[Form], make: Callable[[str, str], Engine], window: tuple[int, int], clock: Callable[[], float]
+) -> dict[str, float]:
+    """Seconds that a window takes at least; without the forms that fail."""
+    image: Float[Tensor, "1 3 h w"] = torch.rand(1, 3, *window, generator=torch.Generator().manual_seed(0))
+    times = {}
+    for form in forms:
+        try:
+            times[_name(form)] = _time(make(*form), image, clock)
+        except (SettingsError, RuntimeError) as error:
+            log.info("%s is not timed: %s", _name(form), str(error).partition("\n")[0])
+    return times
+
+
+@torch.inference_mode()
+def _time(run: Engine, image: Float[Tensor, "1 3 h w"], clock: Callable[[], float]) -> float:
+    run(image)  # prepares the engine, and its memory for this size
+    begun = clock()
+    least = float("inf")
+    while True:
+        start = clock()
+        run(image)
+        stop = clock()
+        least = min(least, stop - start)
+        if stop - begun >= _SECONDS:
+            return least
+
+
+def _name(form: Form) -> str:
+    return " ".join(form)
+
+
+def _key(forms: Sequence[Form], network: StudentNetwork, window: tuple[int, int]) -> str:
+    """A hash of all that times depend on: processor, threads, libraries, form of the network, and window."""
+    probe = network.probe
+    facts = {
+        "processor": [_processor(), platform.machine(), os.cpu_count()],
+        "threads": torch.get_num_threads(),
+        "libraries": sorted({describe_engine(engine) for engine, _ in forms}),
+        "forms": [_name(form) for form in forms],
+        "backbone": network.backbone.spec.name,
+        "head": [network.head.form.to_json(), network.head.classes],
+        "probe": None if probe is None else [probe.inputs, probe.alone],
+        "window": window,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _cached(key: str, forms: Sequence[Form]) -> dict[str, float] | None:
+    """Times in the cache, if they are of these forms."""
+    times = _read().get(key)
+    names = {_name(form) for form in forms}
+    if not isinstance(times, Mapping) or not times or not names.issuperset(times):
+        return None
+    if not all(isinstance(seconds, float) and seconds > 0 for seconds in times.values()):
+        return None
+    return dict(times)
+
+
+def _read() -> dict[str, Any]:
+    """All times in the cache; none of a file that is damaged, or of another program."""
+    file = cache_file()
+    with suppress(OSError, ValueError):
+        content = json.loads(file.read_bytes()) if file else None
+        if isinstance(content, dict) and (content.get("format"), content.get("version")) == (_FORMAT, _VERSION):
+            times = content.get("times")
+            return times if isinstance(times, dict) else {}
+    return {}
+
+
+def _keep(key: str, times: Mapping[str, float]) -> None:
+    """Put times into the cache; where it cannot be written, they are measured again the next time."""
+    file = cache_file()
+    if file is None or not times:
+        return
+    content = {"format": _FORMAT, "version": _VERSION, "times": _read() | {key: dict(times)}}
+    with suppress(OSError, OutputError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as temporary:
+            temporary.write_text(json.dumps(content, indent=1))
