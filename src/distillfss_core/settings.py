@@ -116,7 +116,7 @@ SAMPLES = ("nuclei", "mitochondria", "nodules")
 FORMS = ("default", "published")
 """Of student, decoder, teacher and loss: that of this package, or that of the papers."""
 
-TEACHERS = {"dcama": "default", "uino": "uino"}
+TEACHERS = {"dcama": "default", "uino": "uino", "prototype": "prototype"}
 """Teachers that are meta-trained, and the form of each in a head."""
 
 READERS = ("pool", "attention", "cp4d", "scan")
@@ -180,8 +180,9 @@ class DistillSettings:
         "default",
         "Teacher attention",
         "default: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published; uino: "
-        "prompts from signed correlations, meta-trained by `distillfss pretrain --teacher uino`.",
-        choices=(*FORMS, "uino"),
+        "prompts from signed correlations; prototype: learned prototypes. The last two are meta-trained by `distillfss "
+        "pretrain --teacher NAME`.",
+        choices=(*FORMS, "uino", "prototype"),
     )
     uino_reader: str = _setting(
         "pool",
@@ -332,7 +333,7 @@ class PretrainSettings:
     teacher: str = _setting(
         "dcama",
         "Teacher",
-        "dcama: attention; uino: prompts from signed correlations with the support.",
+        "dcama: attention; uino: prompts from signed correlations with the support; prototype: learned prototypes.",
         choices=tuple(TEACHERS),
     )
     uino_reader: str = _setting(

@@ -269,14 +269,13 @@ class PretrainRun(Iterator[TrainStep]):
         """Compute the losses of all episodes: each image is encoded once, all queries are decoded together."""
         features = self._encode(self._encoder, np.concatenate([e.task.images for e in episodes]))
         labels = torch.from_numpy(np.concatenate([e.task.labels for e in episodes])).to(self.device.torch)
-        maps, query_parts, start = [], [], 0
+        maps, query_parts, supports, start = [], [], [], 0
         for episode in episodes:
             for question in episode.questions:
                 support = features[torch.tensor(question.support) + start]
                 annotated = torch.from_numpy(question.annotated).to(self.device.torch)
-                keys = self.teacher.encode(
-                    EncodedSupport.of(support, annotated, 1), max_keys=KEYS, offset=float(rng.random())
-                )
+                supports.append(EncodedSupport.of(support, annotated, 1))
+                keys = self.teacher.encode(supports[-1], max_keys=KEYS, offset=float(rng.random()))
                 queries = torch.tensor(question.queries) + start
                 maps.append(self.teacher.coarse(features[queries], keys))
                 query_parts.append(queries)
@@ -287,7 +286,14 @@ class PretrainRun(Iterator[TrainStep]):
         target = labels[query_images].long()
         present = torch.ones(1, dtype=torch.bool, device=target.device)
         each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
-        return {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
+        losses = {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
+        predicted = logits.argmax(1).split([len(part) for part in query_parts])
+        aligned = [
+            loss
+            for part, labels_of_part, support in zip(query_parts, predicted, supports, strict=True)
+            if (loss := self.teacher.alignment(features[part], labels_of_part, support)) is not None
+        ]
+        return losses | ({"alignment": 0.3 * torch.stack(aligned).mean()} if aligned else {})
 
     def _encode(self, encoder: Encoder, images: U8, limit: int = 64) -> FeaturePyramid:
         x = torch.from_numpy(images).movedim(-1, 1)
@@ -441,7 +447,7 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
 def _teacher_card(settings: PretrainSettings) -> dict[str, str]:
     """What the card says of a teacher other than DCAMA."""
     if settings.teacher != "uino":
-        return {}
+        return {} if settings.teacher == "dcama" else {"teacher": TEACHERS[settings.teacher]}
     adapter = "trained with the episodes: a neck, not distilled from SAM"
     return {"teacher": "uino", "uino_reader": settings.uino_reader, "adapter": adapter}
 

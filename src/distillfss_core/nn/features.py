@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from distillfss_core.types import IGNORE
@@ -95,6 +95,13 @@ class EncodedSupport:
     def of(cls, features: FeaturePyramid, labels: UInt8[Tensor, "n h w"], classes: int) -> EncodedSupport:
         """From labels: 0 background, 1..classes, IGNORE not annotated."""
         return cls(features, class_masks(labels, classes), (labels != IGNORE).float())
+
+    @property
+    def labels(self) -> Int[Tensor, "n h w"]:
+        """Labels of all pixels: 0 background, 1..k, IGNORE not annotated."""
+        numbers = torch.arange(1, self.masks.shape[1] + 1, device=self.masks.device)
+        labels = (self.masks * numbers[:, None, None]).sum(1).long()
+        return labels.where(self.valid > 0, IGNORE)
 
     def __getitem__(self, index: slice | Tensor) -> EncodedSupport:
         return EncodedSupport(self.features[index], self.masks[index], self.valid[index])

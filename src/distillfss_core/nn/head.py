@@ -16,6 +16,8 @@ from distillfss_core.nn.features import FeaturePyramid
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
 from distillfss_core.nn.teachers import (
     PUBLISHED,
+    AlignmentSettings,
+    AlignmentTeacher,
     DcamaSettings,
     DcamaTeacher,
     LearnedTeacher,
@@ -94,6 +96,8 @@ def _new_teacher(spec: BackboneSpec, form: HeadForm, decoder: Decoder) -> Learne
     """The teacher of a form."""
     if form.teacher == "uino":
         return UinoTeacher(spec, decoder, UinoSettings(reader=form.uino_reader))
+    if form.teacher == "prototype":
+        return AlignmentTeacher(spec, decoder, AlignmentSettings())
     coarse, settings = _three(spec.coarse_channels), PUBLISHED if form.teacher == "published" else DcamaSettings()
     if any(c % settings.heads for c in coarse):
         raise SettingsError(

@@ -151,10 +151,10 @@ def episode_losses(
     query, labels = cache.pyramid(episode.query), cache.labels(episode.query).long()
     k = head.classes
     teacher_maps = student_maps = None
+    support = cache.support(episode.support, k) if roles.uses_teacher else None
     present = torch.ones(k, dtype=torch.bool, device=labels.device)
-    if roles.uses_teacher:
+    if support is not None:
         with torch.set_grad_enabled(roles.teacher):
-            support = cache.support(episode.support, k)
             budget = None if head.teacher.max_keys is None else TRAIN_KEYS
             keys = head.teacher.encode(support, max_keys=budget, offset=offset)
             teacher_maps, present = head.teacher.coarse(query, keys), keys.present
@@ -179,7 +179,12 @@ def episode_losses(
     if student_logits is not None:
         student_logits = _with_evidence(merge_classes(student_logits).float(), cache.evidence(episode.query))
     out = _Outputs(teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present)
-    return (_published_terms if settings.loss == "published" else _balanced_terms)(roles, out)
+    if settings.loss == "published":
+        return _published_terms(roles, out)
+    aligned = None
+    if roles.teacher and support is not None and teacher_logits is not None:
+        aligned = head.teacher.alignment(query, teacher_logits.argmax(1), support)
+    return _balanced_terms(roles, out) | ({} if aligned is None else {"alignment": 0.3 * aligned})
 
 
 def _with_evidence(

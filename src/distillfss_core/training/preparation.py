@@ -18,7 +18,7 @@ from distillfss_core.nn.device import Device, seeded
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import HeadWeights, head_form, load_head, packaged_head, read_head_card
 from distillfss_core.nn.teachers import Teacher
-from distillfss_core.settings import DistillSettings, parse_zoom
+from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.orientation import iter_orientation
@@ -140,7 +140,7 @@ def match_head(settings: DistillSettings) -> DistillSettings:
         settings = replace(settings, backbone=str(card["backbone"]["name"]))
     form = DistillSettings.preset(str(card.get("preset", "default"))).changed()
     own = head_form(card)
-    return replace(settings, **form | (own if own["teacher"] == "uino" else {}))
+    return replace(settings, **form | ({} if own["teacher"] in FORMS else own))
 
 
 def _match_preprocess(start: Preprocess, support: SupportSet) -> Preprocess:

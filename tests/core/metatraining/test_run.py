@@ -378,6 +378,32 @@ def test_other_readers_are_meta_trained_and_distilled_too(tmp_path, support, tin
     assert student.head.form.uino_reader == reader
 
 
+def test_learned_prototypes_are_meta_trained_with_their_alignment_and_distilled(tmp_path, support, tiny):
+    settings = replace(TINY, teacher="prototype", steps=2)
+    run = PretrainRun(settings, tmp_path / "run")
+    next(run)
+    run.close()
+    again = PretrainRun(settings, tmp_path / "run")
+    assert set(next(again).losses) == {"teacher", "attention", "alignment"}
+    assert same(weights(again), weights(finished(tmp_path / "whole", settings)))
+    head = again.finish()
+    assert load_head(head).form == {"teacher": "prototype"}
+    few = replace(tiny, width=8, head=str(head))
+    training = iter_distill(support, few)
+    assert {"teacher", "alignment", "student", "coarse"} <= {name for step in training for name in step.losses}
+    student = training.result()
+    assert student.head.form.teacher == "prototype"
+    student.save(tmp_path / "student.safetensors")
+    image = support.slices[0].image
+    loaded = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    np.testing.assert_array_equal(loaded.predict(image).probabilities, student.predict(image).probabilities)
+    teacher = refine(support, replace(few, steps=1))
+    assert type(teacher.teacher).__name__ == "AlignmentTeacher"
+    assert teacher.local
+    published = iter_distill(support, replace(few, loss="published", steps=1))
+    assert {name for step in published for name in step.losses} == {"joint"}
+
+
 # the backbone
 
 

@@ -16,6 +16,8 @@ from distillfss_core.nn.decoder import PublishedDecoder, SlimDecoder
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid
 from distillfss_core.nn.teachers import (
     PUBLISHED,
+    AlignmentSettings,
+    AlignmentTeacher,
     DcamaSettings,
     DcamaTeacher,
     PrototypeTeacher,
@@ -76,11 +78,17 @@ def _uino(reader: str) -> UinoTeacher:
     return UinoTeacher(SMALL_SPEC, SlimDecoder(BLOCKS, SKIPS, width=8), settings).eval()
 
 
+def _aligned() -> AlignmentTeacher:
+    torch.manual_seed(0)
+    return AlignmentTeacher(SMALL_SPEC, SlimDecoder(BLOCKS, SKIPS, width=8), AlignmentSettings()).eval()
+
+
 TEACHERS = [
     pytest.param(_dcama, id="dcama"),
     pytest.param(lambda: _dcama(DcamaSettings(max_keys=64)), id="dcama-thinned"),
     *(pytest.param(partial(_uino, reader), id=f"uino-{reader}") for reader in READERS),
     pytest.param(PrototypeTeacher, id="prototype"),
+    pytest.param(_aligned, id="prototype-learned"),
     pytest.param(lambda: VotingTeacher(_dcama(), 1), id="voting"),
 ]
 
@@ -142,6 +150,17 @@ class TestTeacherContract:
             found = teacher(support.features, teacher.encode(support)).coarse.fine[0, 0].mean(0)
         truth = support.masks[0, 0, ::8, ::8] > 0.5
         assert float(found[truth].mean()) > float(found[~truth].mean()) + 0.2
+
+
+@pytest.mark.parametrize("make", [_dcama, _aligned, *(partial(_uino, reader) for reader in READERS)])
+def test_teachers_that_learn_give_nearly_the_same_maps_in_bfloat16(make) -> None:
+    teacher, query, support = make(), _pyramid(2, 0), _support(3, 2)
+    with torch.no_grad():
+        exact = teacher(query, teacher.encode(support)).coarse
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = teacher(query, teacher.encode(support)).coarse
+    for a, b in zip(exact, rough, strict=True):
+        assert float((a - b.float()).abs().mean()) < 0.02
 
 
 def _scramble_top(block: Tensor) -> Tensor:

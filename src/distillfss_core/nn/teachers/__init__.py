@@ -1,5 +1,6 @@
 """Few-shot teachers: their protocol, the kinds of them, and voting."""
 
+from distillfss_core.nn.teachers.alignment import AlignmentSettings, AlignmentTeacher
 from distillfss_core.nn.teachers.dcama import PUBLISHED, DcamaSettings, DcamaTeacher, position_encoding
 from distillfss_core.nn.teachers.protocol import LearnedKeys, LearnedTeacher, SupportKeys, Teacher, vote
 from distillfss_core.nn.teachers.prototype import PrototypeTeacher
@@ -8,6 +9,8 @@ from distillfss_core.nn.teachers.voting import VotingTeacher
 
 __all__ = [
     "PUBLISHED",
+    "AlignmentSettings",
+    "AlignmentTeacher",
     "DcamaSettings",
     "DcamaTeacher",
     "LearnedKeys",

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distillfss_core.nn.decoder import Decoder
@@ -97,6 +97,12 @@ class LearnedTeacher(nn.Module):
     def coarse(self, query: FeaturePyramid, keys: LearnedKeys) -> CoarseMaps:
         """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
         raise NotImplementedError
+
+    def alignment(
+        self, query: FeaturePyramid, predicted: Int[Tensor, "b h w"], support: EncodedSupport
+    ) -> Float[Tensor, ""] | None:
+        """Loss of the support when it is segmented by the predicted labels of the queries; None if there is none."""
+        return None
 
     def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         """Coarse maps and logits; the foreground of an absent class is -inf."""

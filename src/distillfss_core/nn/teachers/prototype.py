@@ -100,7 +100,9 @@ def _directions(block: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l c"]:
     return F.normalize(F.layer_norm(tokens, tokens.shape[-1:]), dim=-1)
 
 
-def cluster(tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"]) -> Float[Tensor, "count c"]:
+def cluster(
+    tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"], *, steps: int = 10
+) -> Float[Tensor, "count c"]:
     """Centers of unit vectors by spherical k-means.
 
     It starts evenly along the vectors sorted by likeness to their mean: no randomness.
@@ -109,7 +111,7 @@ def cluster(tokens: Float[Tensor, "l c"], count: int, mean: Float[Tensor, " c"])
         return mean.expand(count, -1)
     order = (tokens @ mean).argsort()
     centers = tokens[order[torch.linspace(0, len(tokens) - 1, count, device=tokens.device).long()]]
-    for _ in range(10):
+    for _ in range(steps):
         nearest = (tokens @ centers.T).argmax(1)
         sums = torch.zeros_like(centers).index_add_(0, nearest, tokens)
         centers = torch.where(sums.norm(dim=1, keepdim=True) > 0, F.normalize(sums, dim=1), centers)

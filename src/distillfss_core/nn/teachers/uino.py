@@ -11,7 +11,6 @@ References
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,6 +32,7 @@ from distillfss_core.nn.teachers.correlation import (
     unit_tokens,
 )
 from distillfss_core.nn.teachers.dcama import weigh_keys
+from distillfss_core.nn.teachers.evidence import Evidence
 from distillfss_core.nn.teachers.protocol import LearnedKeys, LearnedTeacher, check_annotated, present_classes
 from distillfss_core.nn.teachers.readers import READERS, STRONGEST, Reader
 
@@ -115,20 +115,6 @@ class BottleneckAdapter(nn.Module):
         tokens = self.attention(x.flatten(2).transpose(1, 2))
         embedding: Float[Tensor, "b c2 h w"] = self.leave(tokens.transpose(1, 2).unflatten(2, x.shape[-2:]))
         return embedding
-
-
-class Evidence(nn.Module):
-    """Gain and offset of every block of the three coarse stages: from a difference of cosines to log-odds."""
-
-    def __init__(self, blocks: Sequence[int], gain: float) -> None:
-        super().__init__()
-        self.log_gain: nn.ParameterList = nn.ParameterList(torch.full((n, 1), math.log(gain)) for n in blocks)
-        self.offset: nn.ParameterList = nn.ParameterList(torch.zeros(n, 1) for n in blocks)
-
-    def forward(self, stage: int, difference: Float[Tensor, "b k n q"]) -> Float[Tensor, "b k n q"]:
-        """Log-odds of a stage."""
-        odds: Float[Tensor, "b k n q"] = self.log_gain[stage].exp() * difference + self.offset[stage]
-        return odds
 
 
 @dataclass(frozen=True, eq=False)
