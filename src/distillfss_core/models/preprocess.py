@@ -278,14 +278,13 @@ def percentile_limits(image: Array, *, together: bool, support: Intensities | No
     Limits(low=(5.0,), high=(995.0,))
     """
     pixels = sample_pixels(image, _SAMPLE)
-    n = pixels.shape[-1]
-    channels = [pixels.reshape(-1)] if together else list(pixels.T)
-    if support is None:
-        learned: Sequence[Sequence[float] | None] = [None] * len(channels)
-    else:
-        learned = [support.pooled()] if together else support.quantiles
-    low, high = np.transpose([_low_and_high(*part) for part in zip(channels, learned, strict=True)])
-    return _as_limits(np.broadcast_to(low, n), np.broadcast_to(high, n))
+    if together:
+        low, high = _low_and_high(pixels.reshape(-1), None if support is None else support.pooled())
+        return _as_limits(*np.full((2, pixels.shape[-1]), [[low], [high]]))
+    learned = [None] * pixels.shape[-1] if support is None else support.quantiles
+    # a gray image may have three channels, of which the first is read
+    parts = [_low_and_high(pixels[:, c], quantiles) for c, quantiles in enumerate(learned)]
+    return _as_limits(*np.transpose(parts))
 
 
 def _low_and_high(values: Shaped[Array, " n"], learned: Sequence[float] | None) -> tuple[float, float]:
