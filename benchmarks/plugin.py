@@ -3,8 +3,8 @@
     xvfb-run -a -s "-screen 0 1400x1000x24" python benchmarks/plugin.py
 
 Opening is measured in fresh processes, beside napari alone; standing still by a timer of 20 ms (its longest gap), in a
-window with the generated nuclei. Each the median of three. A stroke is drawn into the annotations of a series, without
-a window, and timed for each event of the mouse; the fastest of eight.
+window with the generated nuclei. Memory is that of the process with the same nuclei. Each the median of three. A stroke
+is drawn into the annotations of a series, without a window; of eight the fastest, for each event of the mouse.
 """
 
 from __future__ import annotations
@@ -45,12 +45,18 @@ def main() -> None:
     if sys.argv[1:] == ["gaps"]:
         print(json.dumps(measure_gaps()))
         return
+    if sys.argv[1:] == ["memory"]:
+        print(json.dumps(measure_memory()))
+        return
     opened = [_last_line([sys.executable, "-c", OPENING]).split() for _ in range(RUNS)]
     alone, dock = (statistics.median(float(run[k]) for run in opened) for k in (0, 1))
     print(f"napari alone {alone:.2f} s, the dock {dock:.2f} s more; torch loaded: {opened[0][2]}")
     gaps = [json.loads(_last_line([sys.executable, __file__, "gaps"])) for _ in range(RUNS)]
     for phase in gaps[0]:
         print(f"{phase}: the longest gap {1000 * statistics.median(run[phase] for run in gaps):.0f} ms")
+    held = [json.loads(_last_line([sys.executable, __file__, "memory"])) for _ in range(RUNS)]
+    for phase in held[0]:
+        print(f"{phase}: {statistics.median(run[phase] for run in held):.0f} MB")
     print(f"a stroke: {1000 * measure_stroke():.1f} ms for each event of the mouse")
 
 
@@ -113,6 +119,58 @@ def measure_gaps() -> dict[str, float]:
     during("applying", nothing, lambda: not dock.session.busy)
     viewer.close()
     return gaps
+
+
+def measure_memory() -> dict[str, float]:
+    """Resident megabytes of the process after each part of the work; the largest during it where it is named so."""
+    import napari
+    from qtpy.QtWidgets import QApplication
+
+    from distillfss_core import DistillSettings, generate_sample
+    from distillfss_core.process import peak_mb, reset_peak, resident_mb
+    from napari_distillfss._widgets.dock import DistillDock
+
+    viewer = napari.Viewer()
+    app = QApplication.instance() or QApplication([])
+    made = generate_sample(planes=12, size=384)
+    viewer.add_image(made.image)
+    viewer.add_labels(made.labels)
+    app.processEvents()
+    viewer.layers.clear()
+    folder = Path(tempfile.mkdtemp())
+    held = {"napari": resident_mb() or 0.0}
+
+    def after(phase: str, until: Callable[[], object]) -> None:
+        reset_peak()
+        while not until():
+            app.processEvents()
+            time.sleep(0.005)
+        time.sleep(1)  # the thread of the job returns its memory
+        held[phase], held[f"{phase}, the most"] = resident_mb() or 0.0, peak_mb() or 0.0
+
+    dock = DistillDock(viewer, folder)
+    widget = viewer.window.add_dock_widget(dock, area="right")
+    viewer.add_image(made.image, name="nuclei")
+    after("the dock, torch loaded", lambda: "omputes" in dock.volume.device.text())
+    assert dock.session.annotations is not None  # the volume made them
+    for z in (1, 4, 6, 9):
+        dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
+    dock.session.painted()
+    dock.preview.on.setChecked(True)
+    after("the instant model", lambda: "is ready" in dock.preview.message.text())
+    dock.distill.settings.setValue(DistillSettings(steps=15, zoom=Fraction(1)))
+    dock.distill.start()
+    after("a training", lambda: not dock.session.busy)
+    after("the preview of the model", lambda: "is ready" in dock.preview.message.text())
+    dock.apply.out.setText(str(folder / "out.ome.zarr"))
+    dock.apply.start()
+    after("Apply", lambda: not dock.session.busy)
+    closing = time.monotonic()
+    viewer.window.remove_dock_widget(widget)
+    dock.session.close()
+    after("the dock is closed", lambda: time.monotonic() > closing + 1)
+    viewer.close()
+    return held
 
 
 def measure_stroke() -> float:

@@ -31,7 +31,7 @@ from .nn.backbones import SPECS, Backbone, BackboneSpec, load_backbone
 from .nn.device import Device, choose_device, leave_a_core_free
 from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
 from .objects.outline import Proposal, propose_object
-from .process import may_change_process
+from .process import may_change_process, return_freed_memory
 from .samples import Sample, generate_sample
 from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
@@ -136,6 +136,7 @@ __all__ = [
     "read_stack",
     "read_thumbnails",
     "refine",
+    "return_freed_memory",
     "sample_volume",
     "segment_lazy",
     "segment_to_zarr",

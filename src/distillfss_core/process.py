@@ -38,10 +38,19 @@ def reset_peak() -> None:
 
 
 def give_back() -> None:
-    """Hand freed memory back to the system (glibc), so that what is taken next is seen to be taken."""
+    """Hand freed memory back to the system, so that what is taken next is seen to be taken."""
     gc.collect()
-    with suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    return_freed_memory()
+
+
+def return_freed_memory() -> None:
+    """Return memory that was freed in small pieces to the system (glibc; elsewhere nothing is done).
+
+    glibc keeps it for what comes next: after a training 0.3 GB. Other threads go on meanwhile.
+    """
+    if may_change_process():
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident_mb() -> float | None:

@@ -17,6 +17,8 @@ class InstantAnswers:
     volume : core.Volume
     annotations : Annotations
         Of this volume.
+    version : int
+        Number of the last fit of an earlier object; those of this one follow.
 
     Attributes
     ----------
@@ -26,16 +28,16 @@ class InstantAnswers:
         Grows with every fit.
     """
 
-    def __init__(self, volume: Any, annotations: Annotations) -> None:
+    def __init__(self, volume: Any, annotations: Annotations, version: int = 0) -> None:
         self.volume, self.annotations = volume, annotations
         self.model: Any = None
-        self.version = 0
+        self.version = self._first = version
         self._slices: dict[int, tuple[Any, core.AnnotatedSlice]] = {}
         self._learned: Any = None
 
     @property
     def is_fitted(self) -> bool:
-        return self.version > 0
+        return self.version > self._first
 
     def follow(self, stop: Event) -> None:
         """Fit the model to the annotations as they are now, if they have changed. Only changed planes are read.

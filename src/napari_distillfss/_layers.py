@@ -553,6 +553,12 @@ def move_layer(viewer: Any, layer: Any, array: Any, place: Mapping[str, Any]) ->
         viewer._update_layers(layers=[layer])
 
 
+def lift(layers: Any, layer: Any, image: Any) -> None:
+    """Put a layer above an image that would cover it, in the list of layers of a viewer."""
+    if image in layers and layers.index(layer) < layers.index(image):
+        layers.move(layers.index(layer), layers.index(image) + 1)
+
+
 def camera_of(viewer: Any) -> Any:
     """Camera of a viewer; since napari 0.9 it belongs to the scene."""
     return getattr(viewer, "scene", viewer).camera

@@ -343,11 +343,12 @@ class Session:
         self.labels_changed.emit()
 
     def close(self) -> None:
-        """End the session: stop the running job and release the annotations."""
+        """End the session: stop the running job, and release the annotations and the model."""
         self.closed.emit()
         if self.annotations is not None:
             self.annotations.close()
-        self.volume = self.annotations = None
+        self.volume = self.annotations = self.model = None
+        core.return_freed_memory()
 
     def _slices(self) -> list[tuple[int, Any]]:
         """Planes that are painted and the state of their files, for comparison."""

@@ -101,7 +101,8 @@ class Job(QObject):
             self._session.busy = self._name
         self.started.emit()
         # no daemon: a program that ends waits for the step under way, and writes what it is writing
-        Thread(target=_run, args=(work, stop, out), name=f"distillfss {self._name}").start()
+        is_long = self._session is not None
+        Thread(target=_run, args=(work, stop, out, is_long), name=f"distillfss {self._name}").start()
 
     def cancel(self) -> None:
         """Stop the work after its present step."""
@@ -217,11 +218,13 @@ class LatestJob(QObject):
             self.idle.emit()
 
 
-def _run(work: Work, stop: Event, out: _Out) -> None:
+def _run(work: Work, stop: Event, out: _Out, is_long: bool) -> None:
     """Run the work and send its result, or its error, to the window's thread."""
     with considerate:
         outcome = _outcome(work, stop, out)
     out.end.emit(stop, outcome)
+    if is_long:
+        core.return_freed_memory()
 
 
 def _outcome(work: Work, stop: Event, out: _Out) -> Any:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from distillfss_core.nn.device import leave_a_core_free
-from distillfss_core.process import KEEP, may_change_process, peak_mb, reset_peak, resident_mb
+from distillfss_core.process import KEEP, may_change_process, peak_mb, reset_peak, resident_mb, return_freed_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
@@ -30,3 +30,14 @@ def test_settings_of_the_process_are_left_where_the_user_wants_them_kept(monkeyp
     leave_a_core_free()
     assert may_change_process() is may
     assert bool(calls) is may
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc keeps what is freed in small pieces")
+def test_memory_that_is_freed_in_small_pieces_returns_to_the_system():
+    pieces = [bytearray(100_000) for _ in range(2000)]
+    last = bytearray(100_000)  # above the others, so that glibc does not return them by itself
+    full = resident_mb()
+    pieces.clear()
+    return_freed_memory()
+    assert resident_mb() < full - 100
+    del last

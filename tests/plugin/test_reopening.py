@@ -1,5 +1,8 @@
 """A dock that is closed leaves its layers hidden, and the next one takes them up."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -15,7 +18,8 @@ def marked(viewer, mark):
 def previewed(qtbot, dock, student):
     """Load a student, and wait for its preview."""
     dock.model.load_from(student)
-    qtbot.waitUntil(lambda: "is ready" in dock.preview.message.text(), timeout=60_000)
+    qtbot.waitUntil(lambda: dock.session.model is not None and not dock.session.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: "is ready" in dock.preview.message.text() and not dock.preview.busy, timeout=60_000)
 
 
 def close(qtbot, dock):
@@ -93,3 +97,65 @@ def test_a_proposed_outline_is_used_again(viewer, nuclei, open_dock, qtbot):
     assert propose(open_dock(viewer)) is outline
     assert outline.visible
     assert len(marked(viewer, ANNOTATIONS)) == 1
+
+
+def test_a_dock_that_is_taken_out_of_its_window_gives_its_annotations_to_the_next(viewer, nuclei, open_dock, qtbot):
+    """napari takes a dock that is closed out of the window; Python deletes it some time later."""
+    from qtpy.QtWidgets import QDockWidget
+
+    frame = QDockWidget()
+    qtbot.addWidget(frame)
+    first = open_dock(viewer)
+    folder = first.session.annotations.folder
+    frame.setWidget(first)
+    frame.setFloating(True)
+    first.support.take_brush()
+    first.session.annotations.put(1, np.ones((96, 96), np.uint8))
+    first.setParent(None)
+    assert first.session.annotations is None
+    assert not (folder / "owner").exists()
+    second = open_dock(viewer)
+    assert second.session.annotations.folder == folder
+    assert second.session.annotations.planes() == [1]
+    assert second.support.layer is marked(viewer, ANNOTATIONS)[0]
+    assert len(marked(viewer, ANNOTATIONS)) == 1
+
+
+def test_a_closed_dock_holds_no_models(viewer, nuclei, open_dock, student, painted_truth, qtbot):
+    dock = open_dock(viewer)
+    dock.session.annotations.put(1, painted_truth[1])
+    dock.session.painted()
+    dock.preview.on.setChecked(True)
+    qtbot.waitUntil(lambda: dock.preview.model() is not None and not dock.preview.busy, timeout=60_000)
+    instant = weakref.ref(dock.preview.model())
+    previewed(qtbot, dock, student)
+    gc.collect()
+    assert instant() is None  # its features are not held while the student is used
+    held = weakref.ref(dock.session.model)
+    close(qtbot, dock)
+    gc.collect()
+    assert held() is None
+
+
+def test_annotations_and_preview_lie_above_an_image_that_is_opened_later(
+    viewer, nuclei, open_dock, student, qtbot, sample
+):
+    dock = open_dock(viewer)
+    dock.support.take_brush()
+    previewed(qtbot, dock, student)
+    layers = viewer.layers
+    later = viewer.add_image(sample.image[::-1].copy(), name="later", scale=(2.5, 1, 1), units=("um",) * 3)
+    assert layers.index(dock.support.layer) < layers.index(later)
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    dock.support.take_brush()
+    qtbot.waitUntil(lambda: dock.preview.layers["labels"].visible, timeout=60_000)
+    assert layers.index(dock.support.layer) > layers.index(later)
+    assert layers.index(dock.preview.layers["labels"]) > layers.index(later)
+    assert layers.selection.active is dock.support.layer
+    order = list(layers)
+    dock.volume.layers.setCurrentIndex(0)
+    dock.volume.layers.activated.emit(0)
+    dock.support.take_brush()
+    qtbot.waitUntil(lambda: dock.preview.layers["labels"].visible, timeout=60_000)
+    assert list(layers) == order  # they lie above this image already

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qtpy.QtCore import QSize, Qt
+from qtpy.QtCore import QEvent, QSize, Qt
 from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
 
 import distillfss_core as core
@@ -42,6 +42,7 @@ class DistillDock(QScrollArea):
 
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__()
+        self._is_docked = False
         session = self.session = Session(folder, lambda: tuple(napari_viewer.layers))
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
@@ -94,6 +95,15 @@ class DistillDock(QScrollArea):
 
     def sizeHint(self) -> QSize:
         return QSize(_WIDTH, 700)
+
+    def event(self, event: QEvent | None) -> bool:
+        """End the session once the dock is taken out of the window: it may live on until Python collects it."""
+        is_handled = super().event(event)
+        if event is not None and event.type() == QEvent.Type.ParentChange:
+            if self._is_docked and self.parent() is None:
+                self.session.close()
+            self._is_docked = self.parent() is not None
+        return is_handled
 
     def unfold(self, content: QWidget) -> None:
         """Unfold a section and scroll to it."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from napari_distillfss._layers import OBJECT, Box, ChosenVolume, leave, move_layer, take_up
+from napari_distillfss._layers import OBJECT, Box, ChosenVolume, leave, lift, move_layer, take_up
 
 _PART = "chosen object"
 _COLOR = "#ffe119"
@@ -42,6 +42,7 @@ class ObjectMark:
             self.layer = self._add(point, chosen.place())
         else:
             move_layer(self._viewer, self.layer, point, chosen.place())
+            lift(self._viewer.layers, self.layer, chosen.layer)
         self.layer.selected_data = set()
         self.layer.size = size
         self.layer.visible = True

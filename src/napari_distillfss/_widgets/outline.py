@@ -11,7 +11,7 @@ from qtpy.QtCore import QObject, Signal
 from qtpy.QtWidgets import QPushButton
 
 from napari_distillfss._annotations import FIRST_CLASS, UNLABELED
-from napari_distillfss._layers import PREVIEW, is_at, leave, move_layer, shows_planes, take_up
+from napari_distillfss._layers import PREVIEW, is_at, leave, lift, move_layer, shows_planes, take_up
 from napari_distillfss._outlines import (
     Draft,
     Outlined,
@@ -285,6 +285,7 @@ class OutlineTool(QObject):
             self._add_layer(array, place)
         else:
             move_layer(self._viewer, self.layer, array, place)
+            lift(self._viewer.layers, self.layer, chosen.layer)
         self.layer.visible = True
 
     def _add_layer(self, array: np.ndarray, place: dict[str, Any]) -> None:

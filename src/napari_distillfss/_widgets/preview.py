@@ -12,7 +12,7 @@ from superqt.utils import qdebounced
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
 from napari_distillfss._instant import InstantAnswers
-from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, leave, move_layer, shows_planes, take_up
+from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, leave, lift, move_layer, shows_planes, take_up
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import (
     Answering,
@@ -194,11 +194,18 @@ class PreviewWidget(QWidget):
 
     def _on_source_activated(self, _: int) -> None:
         self._teacher = None
+        self._release_instant()
         self._clear()
         if self._kind is None:
             self._ask()
         else:
             self._make_teacher()
+
+    def _release_instant(self) -> None:
+        """Let go of the features of the instant model, unless it is the chosen one."""
+        held = self._instant
+        if held is not None and not self._uses_instant:
+            self._instant = InstantAnswers(held.volume, held.annotations, held.version)
 
     def _tell_what_is_needed(self) -> None:
         """Tell how a preview that is off gets its output."""
@@ -283,6 +290,7 @@ class PreviewWidget(QWidget):
     def _on_model_changed(self) -> None:
         if self._session.model is not None:
             self.source.setCurrentText(MODEL)
+            self._release_instant()
             self._clear()
             self.on.setChecked(True)
             self._ask()
@@ -446,6 +454,7 @@ class PreviewWidget(QWidget):
             if layer is not None:
                 if layer.data is not array:
                     move_layer(self._viewer, layer, array, place)
+                    lift(self._viewer.layers, layer, chosen.layer)
                     if name == "labels":
                         self._color_labels()
                 layer.visible = self.shown[name].isChecked() and self._plane != self._corrected
@@ -491,7 +500,8 @@ class PreviewWidget(QWidget):
         self._latest.cancel()
         for name, layer in self._layers.items():
             leave(layer, _NAMES[name])
-        self._layers = {}
+        self._layers, self._arrays, self._probabilities = {}, {}, None
+        self._teacher = self._instant = None
         events = self._viewer.dims.events
         for event in (events.current_step, events.order, events.ndisplay):
             event.disconnect(self._on_view_moved)

@@ -27,7 +27,16 @@ from napari_distillfss._annotations import (
     Annotations,
     Class,
 )
-from napari_distillfss._layers import ANNOTATIONS, PREVIEW, ChosenVolume, choose_labels, has_mark, is_at, move_layer
+from napari_distillfss._layers import (
+    ANNOTATIONS,
+    PREVIEW,
+    ChosenVolume,
+    choose_labels,
+    has_mark,
+    is_at,
+    lift,
+    move_layer,
+)
 from napari_distillfss._painted import PaintedArray
 from napari_distillfss._session import Session
 from napari_distillfss._shapes import outlines_of
@@ -668,6 +677,7 @@ class SupportWidget(QWidget):
             return
         if self.layer.data is not annotations.array:
             move_layer(self._viewer, self.layer, annotations.array, chosen.place())
+            lift(self._viewer.layers, self.layer, chosen.layer)
             self.layer._reset_history()  # strokes of another volume cannot be undone in this one
         annotations.array.is_written_later = True  # after each event of the layer
         self._image = chosen.layer
