@@ -169,8 +169,8 @@ class UinoTeacher(LearnedTeacher):
         mean of the class -- sparse prompt -- MLP ------------'
 
     Before any training r is zero, whatever the reader is, and the dense prompt is zero too. Shots are read one at a
-    time and averaged, weighted by their annotated pixels, so memory does not grow with their number. The correlation
-    is computed once for all classes, which differ in signs only.
+    time and averaged, weighted by their annotated pixels, so the memory for this does not grow with their number.
+    The correlation is computed once for all classes, which differ in signs only.
 
     Parameters
     ----------
