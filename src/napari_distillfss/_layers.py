@@ -70,8 +70,13 @@ class ChosenVolume:
 
     @property
     def first_name(self) -> str:
-        """Name that the layer had when this was first asked. Annotations are under it, so a new name loses none."""
-        return str(self.layer.metadata.setdefault(FIRST_NAME, self.name))
+        """Name of the file, or that the layer had when this was first asked. Annotations are under it.
+
+        So a new name of the layer loses none, and it does not matter which part of napari has opened the file.
+        """
+        location = self.volume.location
+        name = Path(location).name if location else self.name
+        return str(self.layer.metadata.setdefault(FIRST_NAME, name))
 
     @property
     def planes(self) -> int:

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import pytest
 import tifffile
+from napari.layers._source import layer_source
 from qtpy.QtCore import Qt
 
 from distillfss_core import IGNORE, DistillFSSError, SupportSetError, open_volume
@@ -95,6 +96,15 @@ def test_a_file_that_is_no_longer_open_is_read_again_and_is_named_when_it_is_gon
     assert not missing
     file.with_name("moved.ome.tif").rename(file)
     assert len(session.support_maker()()) == 3  # nothing was lost
+
+
+def test_a_file_has_the_same_annotations_whoever_opens_it(session, viewer, file, painted_truth):
+    folder = annotate(session, open_file(viewer, file), painted_truth, [3])
+    with layer_source(path=str(file)):  # as napari's File > Open does
+        layer = viewer.add_image(tifffile.imread(file), name="bright.ome", scale=(2.5, 1, 1), units=("um",) * 3)
+    session.choose_volume(choose_layer(layer))
+    assert session.annotations.folder.name == folder
+    assert session.annotations.planes() == [3]
 
 
 def test_a_file_that_has_changed_is_not_paired_with_the_old_labels(session, viewer, nuclei, file, painted_truth):
@@ -240,7 +250,7 @@ def test_the_dock_lists_and_learns_from_slices_of_two_volumes(
     dock.support.list.itemClicked.emit(dock.support.list.item(1))
     assert "It is of another volume" in dock.support.message.text()
     dock.distill.start()
-    qtbot.waitUntil(lambda: not dock.session.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: not dock.session.busy, timeout=180_000)
     assert dock.session.model.training["support"] == ["bright, plane 3", "plane 1"]
     folder = dock.session.training.support
     again = load_support(folder / "images", folder / "labels", classes=["object"], scribbles=True, same_volume=True)
@@ -251,7 +261,7 @@ def test_the_dock_lists_and_learns_from_slices_of_two_volumes(
     assert last == "bright: 1 slice cannot be used\nit is no file, and not open here"
     before = dock.session.model
     dock.distill.start()
-    qtbot.waitUntil(lambda: not dock.session.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: not dock.session.busy, timeout=180_000)
     assert "bright: is no file, and not open here. Its 1 slice would be left out" in dock.distill.message.text()
     assert dock.session.model is before
 
