@@ -40,6 +40,7 @@ from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment
 from .settings import BackboneSettings, DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
+from .support.unlabeled import load_unlabeled
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
@@ -126,6 +127,7 @@ __all__ = [
     "leave_a_core_free",
     "load_backbone",
     "load_support",
+    "load_unlabeled",
     "may_change_process",
     "open_volume",
     "plan_batch",

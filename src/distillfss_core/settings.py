@@ -237,6 +237,12 @@ class DistillSettings:
         "the student has its head alone.",
         choices=("auto", "none"),
     )
+    foundation: str = _setting(
+        "none",
+        "Foundation model",
+        "Backbone of a probe that helps to segment images without labels, from which the student then learns as well: "
+        "none, or a name such as dinov2_small.",
+    )
     invert_prob: float | Auto = _setting(
         "auto",
         "Inversion probability",

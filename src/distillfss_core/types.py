@@ -47,6 +47,9 @@ _STAGES = {
     "joint": "training",
     "direct": "training",
     "distill": "distilling",
+    "foundation": "fitting a probe on the foundation model",
+    "label": "segmenting unlabeled images",
+    "unlabeled": "training on unlabeled images",
     "pretrain": "meta-training",
     "looking": "looking at planes",
     "judge": "comparing with the truth",
@@ -182,7 +185,8 @@ class TrainStep:
     stage : str
         Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode";
         of a backbone "images" and "teacher".
-        Training: "refine", "joint", "distill" or "direct".
+        Training: "refine", "joint", "distill" or "direct"; then "foundation", "label" and "unlabeled", where there are
+        images without labels.
     """
 
     index: int

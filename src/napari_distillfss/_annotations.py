@@ -26,6 +26,8 @@ import distillfss_core as core
 from napari_distillfss._painted import PaintedArray
 
 UNLABELED, BACKGROUND, FIRST_CLASS = 0, 1, 2
+UNLABELED_IMAGES = "unlabeled"
+"""Folder of images without labels, beside those of the annotated ones."""
 COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLORS)
 BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
@@ -288,13 +290,31 @@ def write_planes(folder: Path, planes: Mapping[str, tuple[np.ndarray, np.ndarray
                 old.unlink()
         for name, (image, labels) in planes.items():
             file = file_of(name)
-            kind = "rgb" if image.ndim == 3 and image.shape[-1] in (3, 4) else "minisblack"
-            tifffile.imwrite(folder / "images" / file, image, photometric=kind)
+            _write_image(folder / "images" / file, image)
             core.write_labels(folder / "labels" / file, labels)
             written += [str(folder / "images" / file), str(folder / "labels" / file)]
     except OSError as error:
         raise core.OutputError(f"cannot write {folder}: {error.strerror or error}") from error
     return written
+
+
+def write_unlabeled(folder: Path, images: Sequence[np.ndarray]) -> None:
+    """Write images without labels as unlabeled/plane_0000.tif and so on.
+
+    Raises
+    ------
+    core.OutputError
+    """
+    try:
+        (folder / UNLABELED_IMAGES).mkdir(parents=True, exist_ok=True)
+        for index, image in enumerate(images):
+            _write_image(folder / UNLABELED_IMAGES / file_of(f"plane {index}"), image)
+    except OSError as error:
+        raise core.OutputError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
+def _write_image(path: Path, image: np.ndarray) -> None:
+    tifffile.imwrite(path, image, photometric="rgb" if image.ndim == 3 and image.shape[-1] in (3, 4) else "minisblack")
 
 
 def to_classes(painted: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from napari_distillfss._annotations import UNLABELED_IMAGES
 from napari_distillfss._session import Session
 
 NO_FILE = "VOLUME.ome.zarr"
@@ -23,6 +24,8 @@ def command_line(session: Session) -> str:
         pixel = session.training.pixel_size
         words += ["--pixel-size", f"{pixel[0]},{pixel[1]}"] if pixel else []
         words += ["--init-from", str(session.training.start)] if session.training.start else []
+        unlabeled = _unlabeled_of(support)
+        words += ["--unlabeled", str(unlabeled)] if unlabeled else []
         for name, value in session.training.settings.items():
             words += [f"--{name.replace('_', '-')}", "none" if value is None else str(value)]
         lines.append(shlex.join(words))
@@ -62,14 +65,16 @@ def python_lines(session: Session) -> str:
         names += ["DistillSettings", "distill", "load_support"]
         pixel = session.training.pixel_size
         start, support = session.training.start, session.training.support or Path("SUPPORT")
-        settings = dict(session.training.settings)
+        settings, unlabeled = dict(session.training.settings), _unlabeled_of(support)
+        names += ["load_unlabeled"] if unlabeled else []
         lines += [
             f"# the student of the session is {_name(session.model_path)}; these lines train it again",
             f"support = load_support({str(support / 'images')!r}, {str(support / 'labels')!r},",
             f"                       classes={list(session.training.classes)!r}, scribbles=True, pixel_size={pixel!r},",
             "                       same_volume=True)",
             f"model = distill(support, DistillSettings.from_json({settings!r})"
-            + (f", init_from=StudentModel.load({str(start)!r}))" if start else ")"),
+            + (f", init_from=StudentModel.load({str(start)!r})" if start else "")
+            + (f", unlabeled=load_unlabeled({str(unlabeled)!r}, support))" if unlabeled else ")"),
             f"model.save({model!r})",
         ]
     else:
@@ -98,6 +103,12 @@ def python_lines(session: Session) -> str:
             f"table={str(free_name(count.table))!r}{options})"
         )
     return "\n".join([f"from distillfss_core import {', '.join(sorted(set(names)))}", "", *lines])
+
+
+def _unlabeled_of(support: Path) -> Path | None:
+    """Folder of the images without labels that a student learned from."""
+    folder = support / UNLABELED_IMAGES
+    return folder if folder.is_dir() else None
 
 
 def free_name(path: Path) -> Path:

@@ -18,7 +18,14 @@ import numpy.typing as npt
 import zarr
 
 import distillfss_core as core
-from napari_distillfss._annotations import BACKGROUND, Annotations, from_classes, painted_from, write_planes
+from napari_distillfss._annotations import (
+    BACKGROUND,
+    Annotations,
+    from_classes,
+    painted_from,
+    write_planes,
+    write_unlabeled,
+)
 from napari_distillfss._instant import InstantAnswers
 from napari_distillfss._layers import volumes_over_time
 from napari_distillfss._shapes import Outline
@@ -129,21 +136,31 @@ def iter_device(stop: Event) -> Generator[Doing, None, str]:
 
 
 def iter_training(
-    make_support: Callable[[], core.SupportSet], settings: Any, start: Any, keep: Path, stop: Event
+    make_support: Callable[[], core.SupportSet],
+    settings: Any,
+    start: Any,
+    keep: Path,
+    stop: Event,
+    volume: core.Volume | None = None,
 ) -> Generator[Any, None, Distilled | None]:
     """Distill, or refine ``start``; save the student in ``keep`` and its slices in a folder beside it.
 
-    Told to stop, it returns the best student so far, or None if there was no step yet.
+    Planes of ``volume`` that have no labels are learned from as well. Told to stop, it returns the best student so far,
+    or None if there was no step yet.
     """
     load_torch()
     yield Doing("reading the annotated slices")
     if stop.is_set():
         return None
     support = make_support()
+    unlabeled: list[Any] = []
+    if volume is not None:
+        yield Doing("reading planes without labels")
+        unlabeled = core.load_unlabeled(volume, support)
     yield Doing("loading the backbone")
     if stop.is_set():
         return None
-    run = core.iter_distill(support, settings, init_from=start)
+    run = core.iter_distill(support, settings, init_from=start, unlabeled=unlabeled)
     begun = False
     for step in run:
         if stop.is_set() and not begun:  # one step makes no student
@@ -159,6 +176,8 @@ def iter_training(
     kept: Path | None = keep.with_suffix("")
     try:
         write_planes(keep.with_suffix(""), {s.source: (s.image, from_classes(s.labels)) for s in support.slices})
+        if unlabeled:
+            write_unlabeled(keep.with_suffix(""), unlabeled)
     except core.OutputError:  # only a script would need them
         kept = None
     try:

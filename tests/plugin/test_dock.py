@@ -809,6 +809,36 @@ def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_la
     assert again.planes_of_one_volume
 
 
+def test_planes_without_labels_are_learned_from_and_belong_to_the_script(
+    dock, qtbot, painted_truth, sample, few, monkeypatch
+):
+    from dataclasses import replace
+
+    import torch
+    from qtpy.QtWidgets import QApplication
+
+    import distillfss_core.training.distillation as module
+    from distillfss_core import StudentModel
+    from distillfss_core.nn.backbones import load_backbone
+
+    # a foundation model that is quick
+    monkeypatch.setattr(module, "load_backbone", lambda name: load_backbone(name, "random"))
+    paint(dock, painted_truth, [1, 3])
+    dock.distill.settings.setValue(replace(few, foundation="lcnet_050"))
+    dock.distill.start()
+    finish(qtbot, dock)
+    card = dock.session.model.training
+    assert (card["foundation"], card["unlabeled"]) == ("lcnet_050", len(sample.image) - 2)
+    dock.model.copy_command()
+    folder = dock.session.training.support / "unlabeled"
+    assert f"--unlabeled {folder}" in QApplication.clipboard().text()
+    dock.model.copy_python()
+    exec(QApplication.clipboard().text(), {})
+    again = StudentModel.load(dock.session.model_path.with_name("student-1-again.safetensors"))
+    for name, value in dock.session.model.head.state_dict().items():
+        assert torch.equal(value, again.head.state_dict()[name]), name
+
+
 def test_a_script_segments_with_the_student_that_did(dock, qtbot, student, tmp_path):
     from qtpy.QtWidgets import QApplication
 
@@ -1216,8 +1246,9 @@ def test_refining_takes_a_fifth_of_the_steps(preset, steps, dock, qtbot, student
 
     seen = []
 
-    def note(maker, settings, model, keep, stop):
+    def note(maker, settings, model, keep, stop, volume):
         seen.append(settings.steps)
+        assert volume is None  # without a foundation model, no planes without labels are read
         yield from ()
         return None
 

@@ -35,8 +35,9 @@ from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 
 if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
+    from distillfss_core.support.support_set import SupportSet
     from distillfss_core.training import DistillRun
-    from distillfss_core.types import TrainStep
+    from distillfss_core.types import Array, TrainStep
 
 
 def add_distill(commands: Any) -> None:
@@ -60,6 +61,13 @@ def add_distill(commands: Any) -> None:
     )
     parser.add_argument(
         "--pixel-size", type=parse_pixel_size, metavar="Y,X", help="micrometers, kept on the model's card"
+    )
+    parser.add_argument(
+        "--unlabeled",
+        default="auto",
+        metavar="auto|none|PATH",
+        help="images without labels that the model learns from as well: auto: other planes or files of IMAGES if "
+        "--foundation names a model, else none; or a file, volume or folder (default auto)",
     )
     parser.add_argument("--init-from", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument(
@@ -106,7 +114,7 @@ def _distill(args: argparse.Namespace) -> int:
     step: TrainStep | None = None
     try:
         with progress("preparing") as bar:
-            run = iter_distill(support, settings, init_from=start)
+            run = iter_distill(support, settings, init_from=start, unlabeled=_unlabeled_images(args, settings, support))
             if args.without_backbone and not can_be_found_again(run.backbone):
                 raise SettingsError(KEEP_BACKBONE)
             for step in run:
@@ -122,6 +130,20 @@ def _distill(args: argparse.Namespace) -> int:
     model.save(args.output, with_backbone=not args.without_backbone)
     _print_model(args, model)
     return FINE
+
+
+def _unlabeled_images(args: argparse.Namespace, settings: DistillSettings, support: SupportSet) -> list[Array]:
+    """The images without labels that the options mean."""
+    from distillfss_core.support.label_volumes import pair_volumes
+    from distillfss_core.support.unlabeled import load_unlabeled
+
+    if args.unlabeled == "none" or (args.unlabeled == "auto" and settings.foundation == "none"):
+        return []
+    if args.unlabeled != "auto":
+        return load_unlabeled(args.unlabeled, support)
+    pairs = pair_volumes(args.images, args.labels)
+    known = [path for pair in pairs for path in pair] if args.images.is_dir() else []
+    return load_unlabeled(args.images, support, leave_out=known, region=args.region, **given_opening(args))
 
 
 def _save_best(args: argparse.Namespace, run: DistillRun, step: TrainStep) -> int:

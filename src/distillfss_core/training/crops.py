@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ from distillfss_core.models.preprocess import Preprocess, resize
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
-from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import IGNORE, Array, TrainStep
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array, TrainStep
 
 STEP = 32  # pixels that sides of crops are multiples of
 
@@ -79,6 +79,19 @@ class Crop:
         return Crop(self.image[:, :0, :0], self.labels[:0, :0], self.slice, self.box, self.plain[:, :0, :0])
 
 
+@runtime_checkable
+class Slices(Protocol):
+    """Slices that crops can be cut from."""
+
+    @property
+    def slices(self) -> Sequence[AnnotatedSlice]:
+        """Images and labels."""
+
+    @property
+    def classes(self) -> int:
+        """K, without background."""
+
+
 class CropSampler:
     """Cut crops from a support set, at native resolution times the model's zoom.
 
@@ -87,11 +100,12 @@ class CropSampler:
 
     Parameters
     ----------
+    support : SupportSet, or any other slices of so many classes
     size : int
         Side of a crop in pixels, after zooming; no more than the longest slice needs.
     """
 
-    def __init__(self, support: SupportSet, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
+    def __init__(self, support: Slices, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
         self.augmentation: Augmentation = augmentation
         self.preprocess: Preprocess = preprocess
         longest = max(max(s.labels.shape) for s in support.slices) * preprocess.zoom_factor

@@ -12,20 +12,23 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
+from torch import nn
 
 from distillfss_core.errors import NoStudentYetError, SettingsError
 from distillfss_core.models.card import thumbnails
 from distillfss_core.models.fewshot import FewShotModel
 from distillfss_core.models.preprocess import Preprocess
+from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
-from distillfss_core.nn.backbones import Backbone, backbone_spec
+from distillfss_core.nn.backbones import Backbone, backbone_spec, load_backbone
 from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import EncodedSupport, cat_pyramids
@@ -37,8 +40,15 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_head, match_start
-from distillfss_core.training.probe import WORTHLESS, ProbePoints, fit_probe, iter_cross_fit, iter_points
+from distillfss_core.training.probe import WORTHLESS, CrossFit, ProbePoints, fit_probe, iter_cross_fit, iter_points
 from distillfss_core.training.student_init import start_from_attention
+from distillfss_core.training.unlabeled import (
+    CROPS,
+    check_unlabeled,
+    iter_foundation,
+    iter_segment_images,
+    iter_unlabeled_crops,
+)
 from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
 
 AUTO_VALIDATION = 8  # slices from which on one is the validation slice by default
@@ -67,6 +77,8 @@ class DistillRun(Iterator[TrainStep]):
         ("refine again"). Its classes must be the support's.
     teacher_only : bool
         TransferFSS: refine the teacher and distill nothing.
+    unlabeled : sequence of array, shape (y, x) or (y, x, c)
+        Images without labels, of which up to 12 are used at the end. Method probe uses none.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ class DistillRun(Iterator[TrainStep]):
         init_from: StudentModel | None = None,
         *,
         teacher_only: bool = False,
+        unlabeled: Sequence[Array] = (),
     ) -> None:
         if init_from is not None:
             init_from, settings = match_start(init_from, support, settings)
@@ -86,6 +99,7 @@ class DistillRun(Iterator[TrainStep]):
         self.settings: DistillSettings = settings
         self.device: Device = choose_device(settings.device, settings.precision)
         self._init_from, self._teacher_only = init_from, teacher_only
+        self._unlabeled = unlabeled
         self._began = time.perf_counter()
         self._validation_index = None if teacher_only else _validation_index(settings, support)
         self._slices = [i for i in range(len(support)) if i != self._validation_index]
@@ -96,7 +110,9 @@ class DistillRun(Iterator[TrainStep]):
         self._stage_began, self._steps_done, self._finished = 0, 0, False
         self._has_student = not teacher_only and settings.method not in ("two-stage", "probe")
         self._probe: Probe | None = None
+        self._fit: CrossFit | None = None
         self._probe_card: dict[str, float | None] = {}
+        self._unlabeled_card: dict[str, Any] = {}
         self._generator = self._run()
 
     def __iter__(self) -> DistillRun:
@@ -136,6 +152,9 @@ class DistillRun(Iterator[TrainStep]):
             self._has_student = self._finished = True
             yield TrainStep(1, 1, stage="fit")
             return
+        check_unlabeled(self._unlabeled, ready.preprocess)
+        uses_foundation = bool(self._unlabeled) and settings.foundation != "none"
+        foundation = load_backbone(settings.foundation) if uses_foundation else None
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
         few = is_trained and not self.support.planes_of_one_volume
         steps = settings.steps or auto_steps(len(self._slices), few=few, again=init_from is not None)
@@ -161,7 +180,42 @@ class DistillRun(Iterator[TrainStep]):
             for step in iter_fit(ready.head, stage, cache, ready.sampler, settings, steps, judge, best, fixed):
                 self._steps_done += 1
                 yield step
+        if self._unlabeled and self._has_student:
+            yield from self._iter_unlabeled(ready, foundation, stage, max(1, steps // 2), validation, fixed)
         self._finished = True
+
+    def _iter_unlabeled(
+        self,
+        ready: Prepared,
+        foundation: Backbone | None,
+        stage: str,
+        steps: int,
+        validation: ValidationCrops | None,
+        fixed: nn.Module | None,
+    ) -> Generator[TrainStep, None, None]:
+        """Segment the images without labels, and go on with these crops as well."""
+        settings = self.settings
+        models: list[Segmenter] = [self.result(measure_halo=False)]
+        if foundation is not None:
+            helper = yield from iter_foundation(
+                foundation, self.support, self._slices, ready.preprocess, settings, self.device
+            )
+            self._unlabeled_card = {"foundation": foundation.spec.name, "foundation_weights": foundation.weights}
+            models.append(helper)
+        images = yield from iter_segment_images(self._unlabeled, models, settings.crop_size, settings.seed)
+        memory = settings.cache_mb << 19
+        cache = FeatureCache(ready.backbone, self.device, memory=memory, limit=min(CROPS, steps * settings.queries))
+        crops = yield from iter_unlabeled_crops(
+            images, ready.preprocess, cache, self._fit, ready.sampler.augmentation, settings
+        )
+        self._unlabeled_card["unlabeled"] = len(images.slices)
+        _, best = self._prepared()
+        best.go_on(ready.head)
+        for step in iter_fit(
+            ready.head, stage, ready.cache, ready.sampler, settings, steps, validation, best, fixed, crops
+        ):
+            self._steps_done += 1
+            yield step
 
     def _iter_points(self, ready: Prepared) -> Generator[TrainStep, None, ProbePoints]:
         settings = self.settings
@@ -173,7 +227,7 @@ class DistillRun(Iterator[TrainStep]):
         fit = yield from iter_cross_fit(points, self.device)
         self._probe_card = {"probe_gain": round(fit.gain, 3), "probe_iou": fit.iou}
         if fit.gain >= WORTHLESS:
-            self._probe, ready.cache.evidence_of = fit.whole, fit.evidence
+            self._fit, self._probe, ready.cache.evidence_of = fit, fit.whole, fit.evidence
 
     def _stages(self) -> list[str]:
         if self._teacher_only:
@@ -230,6 +284,7 @@ class DistillRun(Iterator[TrainStep]):
             "orientation": ready.orientation,
             "orientation_scores": ready.orientation_scores,
             **self._probe_card,
+            **self._unlabeled_card,
             "expected_iou": self._expected_iou(),
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
@@ -273,14 +328,22 @@ class DistillRun(Iterator[TrainStep]):
 
 
 def iter_distill(
-    support: SupportSet, settings: DistillSettings | None = None, *, init_from: StudentModel | None = None
+    support: SupportSet,
+    settings: DistillSettings | None = None,
+    *,
+    init_from: StudentModel | None = None,
+    unlabeled: Sequence[Array] = (),
 ) -> DistillRun:
-    """Distill, step by step: iterate the run for `TrainStep`, then call its ``result()``."""
-    return DistillRun(support, settings or DistillSettings(), init_from)
+    """`distill`, step by step: iterate the run for `TrainStep`, then call its ``result()``."""
+    return DistillRun(support, settings or DistillSettings(), init_from, unlabeled=unlabeled)
 
 
 def distill(
-    support: SupportSet, settings: DistillSettings | None = None, *, init_from: StudentModel | None = None
+    support: SupportSet,
+    settings: DistillSettings | None = None,
+    *,
+    init_from: StudentModel | None = None,
+    unlabeled: Sequence[Array] = (),
 ) -> StudentModel:
     """Make a student from a support set.
 
@@ -290,6 +353,11 @@ def distill(
     settings : DistillSettings, optional
     init_from : StudentModel, optional
         Warm start from an existing student, with new or corrected slices.
+    unlabeled : sequence of array, shape (y, x) or (y, x, c)
+        Images without labels, such as other planes of the volume (`load_unlabeled`). After the training, the student,
+        and a probe on a foundation model if the settings name one, segment up to 12 of them. Then the student goes on
+        for half of the steps again, and learns these labels too where the mean probability is 0.65 or more. Method
+        probe uses none.
 
     Returns
     -------
@@ -300,7 +368,7 @@ def distill(
     ------
     SettingsError, WeightsUnavailableError
     """
-    run = iter_distill(support, settings, init_from=init_from)
+    run = iter_distill(support, settings, init_from=init_from, unlabeled=unlabeled)
     for _ in run:
         pass
     return run.result()

@@ -34,6 +34,7 @@ from distillfss_core.types import IGNORE, TrainStep
 PATIENCE = 5  # looks at the validation slice that found it worse than the best, then training stops
 NOISE = 0.02  # by how much IoU on a single slice must fall to say that more training harms
 REFRESH = 4  # steps between two fresh crops
+UNLABELED_RATE = 0.5  # of the learning rate, where a trained student goes on with images without labels
 TRAIN_KEYS = 256  # support keys a stage in a training step; another draw in every step
 
 
@@ -72,6 +73,21 @@ class ValidationCrops:
     evidence: list[Float[Tensor, "b k hg wg"] | None]
 
 
+@dataclass(frozen=True, eq=False)
+class UnlabeledCrops:
+    """Crops of images without labels, with the labels that an ensemble gives them."""
+
+    cache: FeatureCache
+    sampler: CropSampler
+
+    def loss(self, head: FewShotHead, count: int, rng: np.random.Generator) -> Float[Tensor, ""]:
+        """Loss of the student on a draw of the crops."""
+        chosen = [int(i) for i in rng.choice(len(self.cache), min(count, len(self.cache)), replace=False)]
+        logits = merge_classes(head.student_logits(self.cache.pyramid(chosen))).float()
+        logits = _with_evidence(logits, self.cache.evidence(chosen))
+        return segmentation_loss(logits, self.cache.labels(chosen).long())
+
+
 def iter_fit(
     head: FewShotHead,
     stage: str,
@@ -82,6 +98,7 @@ def iter_fit(
     validation: ValidationCrops | None,
     best: Best,
     fixed_decoder: nn.Module | None = None,
+    unlabeled: UnlabeledCrops | None = None,
 ) -> Iterator[TrainStep]:
     """Train ``head`` in place for ``steps`` steps; ``best`` always holds the best weights so far.
 
@@ -89,11 +106,14 @@ def iter_fit(
     ----------
     fixed_decoder : module, optional
         Decoder of the fixed teacher in the stage "distill".
+    unlabeled : UnlabeledCrops, optional
+        Crops that the student learns from as well, at half the rate. Steps are then called "unlabeled".
     """
     roles = STAGES[stage]
-    rng = np.random.default_rng([settings.seed, list(STAGES).index(stage)])
+    rng = np.random.default_rng([settings.seed, len(STAGES) if unlabeled else list(STAGES).index(stage)])
     trained = [p for p in _trained(head, roles) if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    rate = settings.learning_rate * (UNLABELED_RATE if unlabeled else 1)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
     every = max(10, steps // 12)
     head.train()
@@ -102,6 +122,8 @@ def iter_fit(
             module.eval()  # a fixed teacher has no dropout
     for step in range(steps):
         _refresh(cache, sampler, rng, step)
+        if unlabeled is not None:
+            _refresh(unlabeled.cache, unlabeled.sampler, rng, step)
         episode = draw_episode(
             cache.slices(),
             [v.box for v in cache.crops],
@@ -114,6 +136,8 @@ def iter_fit(
         with cache.device.reproducible():
             with seeded(int(rng.integers(2**31))), cache.device.autocast():
                 losses = episode_losses(head, roles, cache, episode, settings, fixed_decoder, rng.random())
+                if unlabeled is not None:
+                    losses["unlabeled"] = unlabeled.loss(head, settings.queries, rng)
             torch.stack(list(losses.values())).sum().backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -123,9 +147,8 @@ def iter_fit(
         last = step + 1 == steps
         if validation is not None and ((step + 1) % every == 0 or last):
             metrics["iou"] = best.judge(validation, cache)
-        yield TrainStep(
-            step + 1, steps, {name: float(value.detach()) for name, value in losses.items()}, metrics, stage
-        )
+        values = {name: float(value.detach()) for name, value in losses.items()}
+        yield TrainStep(step + 1, steps, values, metrics, "unlabeled" if unlabeled else stage)
         if validation is not None and best.waited >= PATIENCE:
             break
     best.restore(head)
@@ -289,6 +312,11 @@ class Best:
             self.iou, self.score, self.waited, self.best_step = max(self.iou, iou), iou, 0, self.steps
             self.state = {name: value.clone() for name, value in self.average.state_dict().items()}
         return iou
+
+    def go_on(self, head: FewShotHead) -> None:
+        """Let the average begin again at the weights of ``head``, the best so far, and be patient again."""
+        self.average.load_state_dict(head.state_dict())
+        self.waited = 0
 
     def restore(self, head: FewShotHead) -> None:
         """Put the best weights so far into ``head``."""

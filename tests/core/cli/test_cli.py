@@ -23,9 +23,12 @@ from distillfss_core.io.labels import read_labels
 from distillfss_core.io.writing import write_labels
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.support.unlabeled import load_unlabeled
 from distillfss_core.training import DistillRun
 from volumes import write_ome_zarr
 
+GUIDED = ["--foundation=lcnet_050"]
 FEW = ["--steps=3", "--crops=4", "--queries=1", "--shots=1", "--crop-size=64", "--zoom=1", "--device=cpu"]
 
 
@@ -209,6 +212,36 @@ def test_the_options_of_distill_reach_the_model(here, capsys):
     assert card["training"]["settings"]["seed"] == 7
     assert card["training"]["method"] == "direct"
     assert card["bytes"] == (here / "new.safetensors").stat().st_size
+
+
+def test_distill_learns_from_images_without_labels(here, capsys, monkeypatch):
+    read = []
+
+    def note(*args, **options):
+        read.append(load_unlabeled(*args, **options))
+        return read[-1]
+
+    monkeypatch.setattr("distillfss_core.support.unlabeled.load_unlabeled", note)
+    monkeypatch.setattr(
+        "distillfss_core.training.distillation.load_backbone", lambda name: load_backbone(name, "random")
+    )
+    planes = read_stack("stack.tif")
+    for images, labels, options in (("images", "labels", []), ("stack.tif", "stack_labels.tif", ["--planes=0,2"])):
+        card = json_of(
+            capsys, "distill", images, labels, "-o", "new.safetensors", "--overwrite", *FEW, *GUIDED, *options
+        )
+        assert (card["training"]["unlabeled"], card["training"]["foundation"]) == (2, "lcnet_050")
+        assert all(np.array_equal(image, planes[z]) for image, z in zip(read[-1], (1, 3), strict=True))
+        assert card["training"]["steps"] == 4  # and half of the three again
+
+    made = ("distill", "images", "labels", "-o", "new.safetensors", "--overwrite", *FEW)
+    for options in (["--unlabeled=none", *GUIDED], ["--method=probe", *GUIDED], []):
+        assert "unlabeled" not in json_of(capsys, *made, *options)["training"]
+    card = json_of(capsys, *made, "--unlabeled=stack.tif")["training"]
+    assert card["unlabeled"] == 2  # the others are annotated
+    assert "foundation" not in card
+    assert run(*made, "--unlabeled=nowhere") == ERROR
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
 
 
 def test_single_files_and_named_classes(here, capsys):
