@@ -122,6 +122,12 @@ TEACHERS = {"dcama": "default", "uino": "uino", "prototype": "prototype"}
 READERS = ("pool", "attention", "cp4d", "scan")
 """What folds the correlation of teacher uino into a prompt."""
 
+_READER = (
+    "Reader of teacher uino",
+    "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
+    "scan: a selective scan, slow.",
+)
+
 _OLDER_NAMES = {
     "start": "init_from",
     "synthetic": "synthetic_fraction",
@@ -184,13 +190,7 @@ class DistillSettings:
         "pretrain --teacher NAME`.",
         choices=(*FORMS, "uino", "prototype"),
     )
-    uino_reader: str = _setting(
-        "pool",
-        "Reader of teacher uino",
-        "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
-        "scan: a selective scan, slow.",
-        choices=READERS,
-    )
+    uino_reader: str = _setting("pool", *_READER, choices=READERS)
     loss: str = _setting(
         "default",
         "Loss",
@@ -342,13 +342,7 @@ class PretrainSettings:
         "dcama: attention; uino: prompts from signed correlations with the support; prototype: learned prototypes.",
         choices=tuple(TEACHERS),
     )
-    uino_reader: str = _setting(
-        "pool",
-        "Reader of teacher uino",
-        "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
-        "scan: a selective scan, slow.",
-        choices=READERS,
-    )
+    uino_reader: str = _setting("pool", *_READER, choices=READERS)
     learn: str = _setting(
         "all",
         "What learns",

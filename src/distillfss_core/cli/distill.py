@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,13 +133,13 @@ def _distill(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _unlabeled_images(args: argparse.Namespace, settings: DistillSettings, support: SupportSet) -> list[Array]:
+def _unlabeled_images(args: argparse.Namespace, settings: DistillSettings, support: SupportSet) -> Sequence[Array]:
     """The images without labels that the options mean."""
     from distillfss_core.support.label_volumes import pair_volumes
     from distillfss_core.support.unlabeled import load_unlabeled
 
     if args.unlabeled == "none" or (args.unlabeled == "auto" and settings.foundation == "none"):
-        return []
+        return ()
     if args.unlabeled != "auto":
         return load_unlabeled(args.unlabeled, support)
     pairs = pair_volumes(args.images, args.labels)
