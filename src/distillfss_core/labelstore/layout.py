@@ -96,6 +96,7 @@ def plan_layout(
     *,
     dtype: str = "uint8",
     levels: int | None = None,
+    growth: float = 1,
 ) -> Layout:
     """Shards of whole tiles, of about 8 million voxels; each level halves y and x, and z where it is as fine.
 
@@ -108,10 +109,12 @@ def plan_layout(
         Size of a voxel; where it is not known z is not halved.
     levels : int, optional
         How many; by default as many as bring a plane into 512 x 512. (Labels inside an image have as many as it.)
+    growth : float
+        How many times as many voxels a shard may have.
     """
     depth, height, width = (int(n) for n in shape[:3])
     rows, columns = (min(-(-n // t), max(1, _SIDE // t)) * t for n, t in zip((height, width), tile, strict=True))
-    planes = 1 << max(0, int(math.log2(max(1, _SHARD // (rows * columns)))))
+    planes = 1 << max(0, int(math.log2(max(1, growth * _SHARD // (rows * columns)))))
     planes = min(planes, 64, 1 << max(0, (depth - 1).bit_length()))
     chunk = (min(planes, 4), _divisor(rows), _divisor(columns))
     return plan_blocks(shape, (planes, rows, columns), chunk, scale, dtype=dtype, levels=levels)

@@ -23,13 +23,14 @@ from distillfss_core.errors import IntensityWarning, OutOfMemoryError
 from distillfss_core.models.batches import NEVER, PIXELS, PlaneBatches
 from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, Preprocess, resize, sample_step
-from distillfss_core.models.tiling import Tile, split_plane
+from distillfss_core.models.tiling import Tile, largest_window, split_axis, split_plane
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
 from distillfss_core.types import Array, Segmentation, check_image, likeliest
 
 log: logging.Logger = logging.getLogger(__name__)
 TILE = 1024  # inner side of a tile, pixels after zooming
+_INT8 = 2  # windows may have so many times the pixels in int8, where each needs less than half of the memory
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 _HALO_TILE = 192
@@ -132,15 +133,16 @@ class Segmenter:
         """Pixels of the image that tiles must start at multiples of."""
         return self.backbone.spec.multiple * self.preprocess.zoom_factor.denominator
 
-    def predict(self, image: Array, *, tile: int = TILE) -> Segmentation:
+    def predict(self, image: Array, *, tile: int | None = None) -> Segmentation:
         """Segment one plane.
 
         Parameters
         ----------
         image : array, shape (y, x) or (y, x, c)
             Any integer, bool or floating dtype; finite.
-        tile : int
-            Inner side of a tile in pixels after zooming; memory grows with its square, the result stays the same.
+        tile : int, optional
+            Inner side of a tile in pixels after zooming, by default `best_tile`; memory grows with its square, the
+            result stays the same but for single labels where tiles meet.
 
         Returns
         -------
@@ -157,13 +159,13 @@ class Segmenter:
         check_image(image)
         return Segmentation.of(self.predict_region(*self._whole(image), tile=tile))
 
-    def predict_labels(self, image: Array, *, tile: int = TILE) -> npt.NDArray[np.uint8]:
+    def predict_labels(self, image: Array, *, tile: int | None = None) -> npt.NDArray[np.uint8]:
         """Labels alone, shape (y, x), uint8: probabilities of the whole plane are held only where they are blended."""
         check_image(image)
         return self.region_labels(*self._whole(image), tile=tile)
 
     def predict_region(
-        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int | None = None
     ) -> npt.NDArray[np.float32]:
         """Probabilities of a part of a plane: bit for bit those that the whole plane would have there.
 
@@ -188,7 +190,7 @@ class Segmenter:
             Within the plane.
         limits : Limits
             Intensities that become 0 and 1, of the whole plane: see `Preprocess.limits`.
-        tile : int
+        tile : int, optional
             As for `predict`.
 
         Returns
@@ -205,7 +207,7 @@ class Segmenter:
         return probabilities
 
     def region_labels(
-        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int = TILE
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, *, tile: int | None = None
     ) -> npt.NDArray[np.uint8]:
         """Labels of a part of a plane, shape (y1 - y0, x1 - x0); as `predict_region` otherwise."""
         if not self.local:
@@ -223,7 +225,7 @@ class Segmenter:
         return self.device.kind == "cuda" and self.local and self._room == math.inf
 
     def stack_labels(
-        self, read: Window, shape: tuple[int, int], region: Region, limits: Sequence[Limits], *, tile: int = TILE
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Sequence[Limits], *, tile: int | None = None
     ) -> npt.NDArray[np.uint8]:
         """Labels of a part of several planes, shape (n, y1 - y0, x1 - x0), many planes at once (`PlaneBatches`).
 
@@ -254,18 +256,50 @@ class Segmenter:
         self._batch = batches.pixels
         return labels
 
-    def iter_tiles(self, image: Array, *, tile: int = TILE) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
+    def iter_tiles(self, image: Array, *, tile: int | None = None) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """Tiles and the probabilities "k+1 y x" of their inner parts, row by row."""
         check_image(image)
         for where, values in self._windows(*self._whole(image), tile):
             yield where, _probabilities(values)[:, where.crop[0], where.crop[1]]
 
-    def tiles(self, shape: tuple[int, int], *, tile: int = TILE) -> list[Tile]:
+    def tiles(self, shape: tuple[int, int], *, tile: int | None = None) -> list[Tile]:
         """The tiles of a plane of ``shape`` (y, x), row by row."""
         zoom = self.preprocess.zoom_factor
-        return list(split_plane(shape, max(1, round(tile / zoom)), round(self.halo / zoom), self.step))
+        side = max(1, round((tile or self.best_tile(shape)) / zoom))
+        return list(split_plane(shape, side, round(self.halo / zoom), self.step))
 
-    def reach(self, shape: tuple[int, int], region: Region, *, tile: int = TILE) -> Region:
+    def best_tile(self, shape: tuple[int, int]) -> int:
+        """Inner side in zoomed pixels of the tiles of a plane (y, x), by which the fewest pixels are computed.
+
+        Windows, halo included, need no more memory than those of `TILE` in float32. At the border of the plane there is
+        no halo, so a plane that is a little larger than `TILE` is one tile, not four::
+
+            +-------+-------+      +---------------+
+            |       |       |      |               |      both planes have TILE + 2 halo pixels a side
+            +-------+-------+  ->  |               |
+            |       |       |      |               |
+            +-------+-------+      +---------------+
+
+        It is `TILE` where tiles are blended, and on a GPU, which computes many windows at once (`PlaneBatches`).
+        """
+        if not self.local or self.device.kind != "cpu":
+            return TILE
+        zoom = self.preprocess.zoom_factor
+        halo = round(self.halo / zoom)
+        limit = largest_window(round(TILE / zoom), halo, self.step) ** 2
+        limit *= _INT8 if self.device.precision == "int8" else 1
+        sides = [TILE, int((math.isqrt(limit) - 2 * halo) * zoom)]
+        sides += [math.ceil(length * zoom / pieces) for length in shape for pieces in (1, 2)]
+
+        def computed(side: int) -> tuple[int, int]:
+            axes = [split_axis(length, max(1, round(side / zoom)), halo, self.step) for length in shape]
+            windows = [[span.outer[1] - span.outer[0] for span in axis] for axis in axes]
+            return math.prod(map(sum, windows)), math.prod(map(max, windows))
+
+        costs = {side: computed(side) for side in sorted(sides) if side >= TILE}
+        return min((s for s, (_, largest) in costs.items() if s == TILE or largest <= limit), key=lambda s: costs[s][0])
+
+    def reach(self, shape: tuple[int, int], region: Region, *, tile: int | None = None) -> Region:
         """The part of a plane that `predict_region` reads for a region."""
         seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
         (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
@@ -294,7 +328,7 @@ class Segmenter:
         return *_window_of(plane), model.preprocess.limits(plane)
 
     def _blended(
-        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int | None
     ) -> npt.NDArray[np.float32]:
         """Probabilities in which neighboring windows fade into one another across their halos."""
         (y0, y1), (x0, x1) = region
@@ -309,7 +343,7 @@ class Segmenter:
         return total
 
     def _windows(
-        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int
+        self, read: Window, shape: tuple[int, int], region: Region, limits: Limits, tile: int | None
     ) -> Iterator[tuple[Tile, npt.NDArray[np.float32]]]:
         """The tiles that contribute to a region, and the margins "k y x" of their whole windows.
 
@@ -317,7 +351,7 @@ class Segmenter:
         warning).
         """
         zoom = self.preprocess.zoom_factor
-        side, halo = min(max(1, round(tile / zoom)), max(shape)), round(self.halo / zoom)
+        side, halo = min(max(1, round((tile or self.best_tile(shape)) / zoom)), max(shape)), round(self.halo / zoom)
         todo = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
 
         def split(todo: list[Tile], side: int) -> list[Tile]:

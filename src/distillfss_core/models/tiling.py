@@ -100,6 +100,11 @@ def split_axis(length: int, tile: int, halo: int, step: int) -> list[Span]:
     return spans
 
 
+def largest_window(tile: int, halo: int, step: int) -> int:
+    """Side of the window of a tile that has neighbors on both sides."""
+    return _round_up(max(tile, 1), step) + 2 * _round_up(halo, step)
+
+
 def split_plane(shape: tuple[int, int], tile: int, halo: int, step: int) -> Iterator[Tile]:
     """All tiles of a plane of ``shape`` (y, x), row by row."""
     columns = split_axis(shape[1], tile, halo, step)

@@ -18,7 +18,7 @@ import numpy as np
 from distillfss_core.errors import ImageError, InputFileError, IntensityWarning, SettingsError
 from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, sample_step
-from distillfss_core.models.segmenter import TILE, Region, Segmenter, Window
+from distillfss_core.models.segmenter import Region, Segmenter, Window
 from distillfss_core.types import Array, Segmentation, check_image, evenly
 from distillfss_core.volumes.volume import Volume, split_index
 
@@ -38,9 +38,9 @@ class VolumeSegmenter:
     ----------
     volume : Volume
     model : Segmenter
-    tile : int
-        Inner side of a tile in pixels after zooming. The grid of tiles is that of the volume, so any part has the
-        labels of the whole.
+    tile : int, optional
+        Inner side of a tile in pixels after zooming, by default `Segmenter.best_tile`. The grid of tiles is that of the
+        volume, so any part has the labels of the whole.
     limits : Limits, optional
         Intensities that become 0 and 1, the same for all planes; by default those of each plane, or of the training.
 
@@ -50,7 +50,9 @@ class VolumeSegmenter:
         If the volume has other channels than the model.
     """
 
-    def __init__(self, volume: Volume, model: Segmenter, *, tile: int = TILE, limits: Limits | None = None) -> None:
+    def __init__(
+        self, volume: Volume, model: Segmenter, *, tile: int | None = None, limits: Limits | None = None
+    ) -> None:
         channels = volume.shape[3] if volume.ndim == 4 else 1
         wanted = model.preprocess.channels
         if channels != wanted and {channels, wanted} != {1, 3}:
@@ -60,7 +62,7 @@ class VolumeSegmenter:
             )
         self.volume: Volume = volume
         self.model: Segmenter = model
-        self.tile: int = tile
+        self.tile: int = tile or model.best_tile(self.shape)
         self._fixed, self._warning = limits, "" if limits else None
         self._limits: dict[int, Limits] = {}
         self._inference = threading.Lock()  # two inferences at a time only take each other's cores
@@ -327,7 +329,7 @@ class _Outputs:
         return Segmentation.of(chances).uncertainty
 
 
-def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int = TILE) -> da.Array:
+def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile: int | None = None) -> da.Array:
     """Segment a volume as a dask array that computes a tile of a plane on demand.
 
     Whatever region is taken from it has the values of the whole, bit for bit.
@@ -337,8 +339,8 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
     volume : Volume
     model : Segmenter
     what : {"labels", "probabilities", "uncertainty"}
-    tile : int
-        Inner side of a tile in pixels after zooming.
+    tile : int, optional
+        Inner side of a tile in pixels after zooming, by default `Segmenter.best_tile`.
 
     Returns
     -------
@@ -357,7 +359,7 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
         raise SettingsError(f"there is no answer {what!r}; choose one of: {', '.join(KINDS)}")
     segmenter = VolumeSegmenter(volume, model, tile=tile)
     outputs = _Outputs(segmenter, what)
-    grid = model.tiles(segmenter.shape, tile=tile)
+    grid = model.tiles(segmenter.shape, tile=segmenter.tile)
     rows = tuple(t.y.inner[1] - t.y.inner[0] for t in grid if t.x.inner[0] == 0)
     columns = tuple(t.x.inner[1] - t.x.inner[0] for t in grid if t.y.inner[0] == 0)
     chunks = ((1,) * volume.shape[0], rows, columns)

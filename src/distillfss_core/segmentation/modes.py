@@ -21,6 +21,7 @@ log: logging.Logger = logging.getLogger(__name__)
 
 _SIDE = 256  # of a block of consensus, voxels
 _CHUNK = 128
+_GROWTH = 2.5  # of shards of large tiles: a chunk of the image may hold many planes, and is decoded for each shard
 _SAMPLED = 16  # planes that say what is dark and bright in other directions
 
 
@@ -40,13 +41,14 @@ class PlanewiseLabels:
     def __init__(self, volume: Volume, model: Segmenter, *, tile: int | None = None) -> None:
         self.volume: Volume = volume
         self.model: Segmenter = model
-        self.tile: int = tile or TILE
-        self.segmenter: VolumeSegmenter = VolumeSegmenter(volume, model, tile=self.tile)
+        self.segmenter: VolumeSegmenter = VolumeSegmenter(volume, model, tile=tile)
+        self.tile: int = self.segmenter.tile
 
     def layout(self, levels: int | None) -> Layout:
         """Shards that this way of labeling fills without waste; ``levels`` as for `plan_layout`."""
         side = _side(self.model, self.segmenter.shape, self.tile)
-        return plan_layout(self.volume.shape, side, self.volume.scale, levels=levels)
+        growth = min(max(1.0, (self.tile / TILE) ** 2), _GROWTH)
+        return plan_layout(self.volume.shape, side, self.volume.scale, levels=levels, growth=growth)
 
     def compare(self, region: Box) -> str:
         """Compare a region with what this mode requires: in one line why labels may be wrong; "" by default."""
@@ -68,6 +70,9 @@ class SmoothedLabels(PlanewiseLabels):
     """
 
     mode = "smoothed"
+
+    def __init__(self, volume: Volume, model: Segmenter, *, tile: int | None = None) -> None:
+        super().__init__(volume, model, tile=tile or TILE)  # larger ones make shards of fewer planes
 
     def read(self, box: Box) -> Array:
         """Voxels of a box and of its neighboring planes."""

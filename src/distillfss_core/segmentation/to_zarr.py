@@ -159,7 +159,8 @@ def iter_segment(
         Each plane on its own; with its neighbors along z; or the mean of planes in three directions, where voxels are
         about as long as wide (some ten times slower). See `modes`.
     tile : int, optional
-        Inner side of a tile in pixels after zooming.
+        Inner side of a tile in pixels after zooming, by default that with which labels were begun, or the best
+        (`Segmenter.best_tile`; 1024 in mode smoothed).
     cluster : str or Connection, optional
         Workers that segment the shards, as for `cluster.connect`; they load the model anew, on what devices they have.
         By default this process does it, on the device of ``model``.
@@ -193,11 +194,13 @@ def iter_segment(
     return_large_buffers()
     wanted = check_region(volume, region)
     check_size(wanted, volume.shape, volume.name)
+    begun = read_header(Path(out) / JOURNAL).get("settings", {}) if resume and not overwrite else {}
+    tile = tile or begun.get("tile")
     mode_labels = make_mode(mode, volume, model, tile)
     check_shards(mode_labels.layout(None), wanted, volume.name)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
-    if cluster is None and (chosen := _fastest(model, mode_labels, wanted, out, resume=resume)) is not model:
+    if cluster is None and (chosen := _fastest(model, mode_labels, wanted, begun)) is not model:
         model, mode_labels = chosen, make_mode(mode, volume, chosen, tile)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
@@ -413,13 +416,11 @@ def _path_to_image(volume: Volume, out: Path) -> str | None:
     return printable(Path(os.path.relpath(volume.path, out)).as_posix())
 
 
-def _fastest(
-    model: StudentModel, mode_labels: PlanewiseLabels, wanted: Box, out: Path, *, resume: bool
-) -> StudentModel:
-    """The model as the labels were begun, in its precision; or as is the fastest here, where that may be chosen."""
-    begun = str(read_header(out / JOURNAL).get("settings", {}).get("device", "")) if resume else ""
+def _fastest(model: StudentModel, mode_labels: PlanewiseLabels, wanted: Box, begun: Mapping[str, Any]) -> StudentModel:
+    """The model in the precision with which the labels were begun; or as is the fastest here, where it may choose."""
     if begun:
-        return model.in_precision(begun.split()[-1]) if begun.startswith("cpu ") else model
+        kind, _, precision = str(begun.get("device", "")).partition(" ")
+        return model.in_precision(precision) if kind == "cpu" else model
     zoom = model.preprocess.zoom_factor
     largest = max(model.tiles(mode_labels.segmenter.shape, tile=mode_labels.tile), key=lambda tile: tile.area)
     height, width = (int(-(-(s.stop - s.start) // model.step) * model.step * zoom) for s in largest.outer)

@@ -34,5 +34,7 @@ def test_shards_are_made_of_whole_tiles_and_levels_halve_where_the_scale_allows(
     for region in (layout.whole(0), ((3, 17), (1023, 1025), (0, 3000)), ((0, 8), (0, 1024), (0, 1024))):
         assert layout.count(0, region) == len(list(layout.shards(0, region)))
     assert plan_layout((7, 9000, 9000), (736, 736)).shard[1:] == (736, 736)
+    assert plan_layout((99, 9000, 9000), (1536, 1536)).shard == (2, 1536, 1536)
+    assert plan_layout((99, 9000, 9000), (1536, 1536), growth=2.5).shard == (8, 1536, 1536)
     boxes = [layout.box(0, at) for at in layout.shards(0, ((0, 1000), (0, 5000), (0, 3000)))]
     assert sum(np.prod([b - a for a, b in box]) for box in boxes) == 1000 * 5000 * 3000

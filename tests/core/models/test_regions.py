@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import zarr
 
 from distillfss_core.models.preprocess import sample_step
+from distillfss_core.models.segmenter import TILE
 from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.device import Device
+from distillfss_core.segmentation.lazy import segment_lazy
+from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.training import distill
+from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 
 pytestmark = pytest.mark.slow
@@ -47,6 +54,62 @@ def test_a_region_is_that_of_the_whole(request, kind, region):
     assert np.array_equal(labels, whole.labels[y0:y1, x0:x1])
     if region == ((0, 96), (96, 192)) and model.local:
         assert asked == [(slice(0, 128), slice(64, 224))] * 2  # the one tile, with its halo
+
+
+@pytest.fixture
+def sized(plain_student):
+    """The student with another halo and precision, and without a computation."""
+
+    def make(halo: int, precision: str = "float32", zoom: str = "1") -> StudentModel:
+        model = copy.copy(plain_student)
+        model.halo, model.device = halo, Device("cpu", precision)
+        model.preprocess = replace(model.preprocess, zoom=zoom)
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("zoom", ["1/2", "1", "2"])
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+@pytest.mark.parametrize("shape", [(700, 900), (1040, 1392), (2304, 2304), (500, 9000), (4096, 5000)])
+def test_the_best_tile_computes_no_more_pixels_and_needs_no_more_memory(sized, shape, precision, zoom):
+    model = sized(128, precision, zoom)
+    area = {side: [tile.area for tile in model.tiles(shape, tile=side)] for side in (TILE, model.best_tile(shape))}
+    largest = max(tile.area for tile in model.tiles((99999, 99999), tile=TILE))
+    best = area[model.best_tile(shape)]
+    assert sum(best) <= sum(area[TILE])
+    assert max(best) <= largest * (2 if precision == "int8" else 1)
+    assert [tile.area for tile in model.tiles(shape)] == best
+
+
+def test_planes_a_little_larger_than_a_tile_are_one_tile(sized):
+    assert [len(sized(128).tiles((side, side))) for side in (1024, 1280, 1312, 2304, 2336)] == [1, 1, 4, 4, 9]
+    assert len(sized(128, "int8").tiles((1792, 1792))) == 1
+    assert sized(128, "int8").best_tile((9999, 9999)) > sized(128).best_tile((9999, 9999)) == TILE
+
+
+def test_tiles_stay_as_they_are_on_a_gpu_and_where_they_are_blended(sized, blending):
+    on_gpu = sized(128)
+    on_gpu.device = Device("cuda", "bfloat16")
+    sides = [model.best_tile((1280, 1280)) for model in (sized(128), on_gpu, blending)]
+    assert sides == [1280, TILE, TILE]
+
+
+def test_planes_that_are_one_tile_are_segmented_as_in_several(plain_student, tmp_path):
+    plane = np.tile(blobs(3, 260).image, (4, 5))[:1030, :1080]
+    whole = plain_student.predict_labels(plane)
+    assert len(plain_student.tiles(plane.shape)) == 1 < len(plain_student.tiles(plane.shape, tile=TILE))
+    assert (whole == plain_student.predict_labels(plane, tile=TILE)).mean() > 0.999
+    volume = open_volume(plane[None])
+    assert np.array_equal(segment_lazy(volume, plain_student)[0, 1000:1030, 500:700].compute(), whole[1000:, 500:700])
+    segment_to_zarr(volume, plain_student, tmp_path / "new.zarr")
+    assert np.array_equal(zarr.open_array(tmp_path / "new.zarr" / "0", mode="r")[0], whole)
+    part = ((0, 1), (0, 1030), (0, 100))
+    segment_to_zarr(volume, plain_student, tmp_path / "old.zarr", region=part, tile=TILE)
+    segment_to_zarr(volume, plain_student, tmp_path / "old.zarr", resume=True)  # in the tiles it was begun with
+    assert np.array_equal(
+        zarr.open_array(tmp_path / "old.zarr" / "0", mode="r")[0], plain_student.predict_labels(plane, tile=TILE)
+    )
 
 
 @pytest.mark.parametrize("shape", [(40, 50), (1500, 1100), (1, 3_000_000), (1500, 1100, 3)])
