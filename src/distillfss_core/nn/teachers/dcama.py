@@ -252,19 +252,8 @@ class DcamaTeacher(LearnedTeacher):
     def encode(self, support: EncodedSupport, *, max_keys: int | None = None, offset: float = 0.0) -> DcamaKeys:
         """Project the support's tokens and keep them with their mask values.
 
-        IGNORE pixels are no keys. A class without an example in this support is marked absent.
-
-        Parameters
-        ----------
-        max_keys : int, optional
-            A smaller budget than the settings'.
-        offset : float
-            0..1: which of the evenly spaced keys are kept where there are more than the budget.
-
-        Raises
-        ------
-        ValueError
-            If no pixel of the support is annotated.
+        IGNORE pixels are no keys. A class without an example in this support is marked absent. Parameters and errors
+        are those of `LearnedTeacher.encode`.
         """
         check_annotated(support)
         budget = max_keys or self.settings.max_keys
