@@ -334,7 +334,7 @@ class PretrainSettings:
         "none",
         "Initial weights",
         "What the head starts from: none: nothing; packaged: the meta-trained head of this package; or the path of a "
-        "head file, whose backbone is taken too where it was trained.",
+        "head file, whose backbone is taken too where it was trained. A head of another teacher gives its decoder.",
     )
     teacher: str = _setting(
         "dcama",

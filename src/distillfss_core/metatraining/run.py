@@ -53,7 +53,7 @@ from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
-from distillfss_core.nn.pretrained import HeadWeights, halved, load_head, packaged_head, save_head
+from distillfss_core.nn.pretrained import HeadWeights, halved, head_form, load_head, packaged_head, save_head
 from distillfss_core.nn.teachers import LearnedTeacher
 from distillfss_core.settings import TEACHERS, PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
@@ -118,8 +118,10 @@ class PretrainRun(Iterator[TrainStep]):
         with seeded(settings.seed):
             form = HeadForm("default", "default", TEACHERS[settings.teacher], settings.width, settings.uino_reader)
             head = FewShotHead(self.backbone.spec, 1, form)
-        if head_weights:
+        if head_weights and head_weights.form == _form(settings):
             head_weights.put_into(head)
+        elif head_weights:
+            head_weights.put_decoder_into(head)
         self._start = dict(head_weights.card) if head_weights else None
         self.teacher: LearnedTeacher = head.teacher
         self.teacher.to(self.device.torch)
@@ -435,13 +437,20 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
             f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "
             f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
         )
-    form = {"teacher": TEACHERS[settings.teacher], "uino_reader": settings.uino_reader}
-    for name, own in weights.form.items():
-        if own != form[name]:
-            raise SettingsError(
-                f"head {weights.source} has {name} {own}, but the settings say {form[name]}; give those of the head"
-            )
+    if settings.learn == "prompts" and weights.form != _form(settings):
+        raise SettingsError(
+            f"learn is 'prompts', and head {weights.source} has {_words(weights.form)}, but the settings say "
+            f"{_words(_form(settings))}; give those of the head, or learn 'all'"
+        )
     return weights
+
+
+def _form(settings: PretrainSettings) -> dict[str, str]:
+    return head_form({"teacher": TEACHERS[settings.teacher], "uino_reader": settings.uino_reader})
+
+
+def _words(form: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
 def _teacher_card(settings: PretrainSettings) -> dict[str, str]:

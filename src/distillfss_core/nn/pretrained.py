@@ -106,6 +106,23 @@ class HeadWeights:
                 f"and does not fit this head ({str(error).splitlines()[-1].strip()})"
             ) from error
 
+    def put_decoder_into(self, head: FewShotHead) -> None:
+        """Start only the decoder from these weights, because the teacher of the head is another.
+
+        Raises
+        ------
+        ModelFileError
+            If the decoder is of another form than that of the head.
+        """
+        prefix = "decoder."
+        own = {name.removeprefix(prefix): value for name, value in self.tensors.items() if name.startswith(prefix)}
+        try:
+            head.decoder.load_state_dict(own)
+        except RuntimeError as error:
+            raise ModelFileError(
+                f"{self.source}: its decoder does not fit this head ({str(error).splitlines()[-1].strip()})"
+            ) from error
+
 
 def save_head(path: str | Path, teacher: LearnedTeacher, backbone: Backbone, card: Mapping[str, Any]) -> None:
     """Write a teacher's weights in half precision, and those of its backbone if they were trained with it.

@@ -358,15 +358,30 @@ def test_prompts_alone_need_a_head_to_start_from(tmp_path):
         PretrainRun(replace(UINO, learn="prompts"), tmp_path)
 
 
-def test_heads_of_other_teachers_are_refused(uino, whole, support, tiny, tmp_path):
-    head = str(uino.finish())
-    for settings, said in (
-        (replace(TINY, init_from=head), "teacher uino, but the settings say default"),
-        (replace(UINO, init_from=head, uino_reader="cp4d"), "uino_reader pool, but the settings say cp4d"),
-        (replace(UINO, init_from=str(whole.finish())), "teacher default, but the settings say uino"),
+def test_a_head_of_another_teacher_gives_decoder_and_backbone_only(uino, whole, tmp_path):
+    for head, settings in (
+        (uino.finish(), TINY),
+        (whole.finish(), UINO),
+        (uino.finish(), replace(UINO, uino_reader="cp4d")),
+    ):
+        given = load_head(head)
+        run = PretrainRun(replace(settings, init_from=str(head)), tmp_path / f"{settings.teacher}_{settings.uino_reader}")
+        own = {name: value for name, value in run.teacher.state_dict().items() if name.startswith("decoder.")}
+        assert own and all(torch.equal(value, given.tensors[name]) for name, value in own.items())
+        assert run.card()["training"]["start"]["backbone"] == given.card["backbone"]
+        run.close()
+
+
+def test_where_only_prompts_learn_the_head_must_have_the_same_reader(uino, whole, tmp_path):
+    for head, settings, said in (
+        (uino.finish(), replace(UINO, uino_reader="cp4d"), "uino_reader pool, but the settings say teacher uino"),
+        (whole.finish(), UINO, "has teacher default, but the settings say teacher uino"),
     ):
         with pytest.raises(SettingsError, match=said):
-            PretrainRun(settings, tmp_path / "new")
+            PretrainRun(replace(settings, init_from=str(head), learn="prompts"), tmp_path / "new")
+
+
+def test_a_head_of_another_teacher_is_refused_by_a_training_on_few_slices(whole, support, tiny):
     with pytest.raises(ModelFileError, match="teacher default and does not fit"):
         unrefined_teacher(support, replace(tiny, width=8, head=str(whole.finish()), teacher="uino"))
 
