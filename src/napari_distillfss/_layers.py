@@ -28,6 +28,9 @@ FIRST_NAME = "distillfss_name"
 
 _LEFT = "distillfss_left"  # key of a layer's metadata: its part in a dock that is closed
 
+_OPAQUE = 0.9  # opacity from which on hardly anything is seen through a layer
+_COVERING = ("opaque", "translucent", "translucent_no_depth")  # ways of blending
+
 LEAD_NAMES = {"t": "time", "c": "channel"}
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -562,6 +565,39 @@ def lift(layers: Any, layer: Any, image: Any) -> None:
     """Put a layer above an image that would cover it, in the list of layers of a viewer."""
     if image in layers and layers.index(layer) < layers.index(image):
         layers.move(layers.index(layer), layers.index(image) + 1)
+
+
+def covers_of(layers: Any, layer: Any, image: Any) -> list[Any]:
+    """Images above a layer in the list of layers of a viewer that hide an image, or half of it or more.
+
+    Such an image is visible and opaque. Where it lies along the axes that are not displayed is not asked.
+
+    Parameters
+    ----------
+    layers : napari LayerList
+    layer : napari layer
+        The image itself, or a layer that should be seen on it.
+    image : napari Image layer
+    """
+    if layer not in layers or image not in layers:
+        return []
+    low, high = image.extent.world[:, -2:]
+    area = np.prod(high - low)
+    found = []
+    for other in layers[layers.index(layer) + 1 :]:
+        if is_image(other) and other.visible and other.opacity >= _OPAQUE and str(other.blending) in _COVERING:
+            first, last = other.extent.world[:, -2:]
+            if np.prod(np.clip(np.minimum(high, last) - np.maximum(low, first), 0, None)) >= area / 2:
+                found.append(other)
+    return found
+
+
+def hide_covers(layers: Any, layer: Any, image: Any) -> list[Any]:
+    """Hide the images of `covers_of`, and return them. They stay where they are in the list."""
+    covers = covers_of(layers, layer, image)
+    for cover in covers:
+        cover.visible = False
+    return covers
 
 
 def camera_of(viewer: Any) -> Any:

@@ -33,6 +33,7 @@ from napari_distillfss._layers import (
     ChosenVolume,
     choose_labels,
     has_mark,
+    hide_covers,
     is_at,
     lift,
     move_layer,
@@ -522,6 +523,9 @@ class SupportWidget(QWidget):
         if self._show_layer():
             self._viewer.layers.selection.active = self.layer
             self.layer.mode = "paint"
+            hidden = hide_covers(self._viewer.layers, self.layer, self._image)
+            if hidden:
+                self.message.tell(f"{hidden[-1].name!r} covered this volume, and is hidden")
 
     def _on_remove_clicked(self) -> None:
         item = self.list.currentItem()

@@ -19,7 +19,9 @@ from napari_distillfss._layers import (
     LEAD_NAMES,
     ChosenVolume,
     choose_layer,
+    covers_of,
     finest_shape,
+    hide_covers,
     is_image,
     layer_axes,
     layer_of_file,
@@ -60,7 +62,7 @@ class VolumePicker(QWidget):
         self._value: ChosenVolume | None = None
         self._opened: ChosenVolume | None = None  # as the latest file was opened
         self.layers = combo("The image layer to segment")
-        self.layers.activated.connect(self._on_choice_changed)
+        self.layers.activated.connect(self._on_layer_activated)
         self.open_file = button(
             "File…", "Open an image, a TIFF stack, MRC, NIfTI or an .npy file lazily", self._on_open_file_clicked
         )
@@ -167,6 +169,21 @@ class VolumePicker(QWidget):
         if current is None and images:
             self.layers.setCurrentIndex(0)
             self._on_choice_changed()
+        elif self._value is not None:
+            covers = covers_of(self._viewer.layers, self._value.layer, self._value.layer)
+            note = f"\n{_names(covers)} covers it: choose it again to see it" if covers else ""
+            self.message.tell(f"{fmt.volume(self._value)}{note}")
+
+    def _on_layer_activated(self) -> None:
+        """Choose the volume and show it: opaque images above it are hidden, and stay where they are in the list."""
+        self._on_choice_changed()
+        if self._value is None:
+            return
+        image = self._value.layer
+        image.visible = True
+        hidden = hide_covers(self._viewer.layers, image, image)
+        if hidden:
+            self.message.tell(f"{fmt.volume(self._value)}\n{_names(hidden)} covered it and is hidden")
 
     def _on_choice_changed(self, *_: object) -> None:
         index = self.layers.currentIndex()
@@ -284,6 +301,11 @@ def _iter_opening(path: str | Path, stop: Event) -> Generator[Doing, None, Chose
     with suppress(core.DistillFSSError):  # the session says why it keeps no annotations
         _ = opened.volume.identity  # read here, as it is kept
     return None if stop.is_set() else opened
+
+
+def _names(layers: list[Any]) -> str:
+    first, *rest = (repr(layer.name) for layer in layers)
+    return f"{first} and {fmt.count(len(rest), 'image')} more" if rest else first
 
 
 def _set(box: Any, value: int, high: int | None = None) -> None:
