@@ -45,7 +45,17 @@ from .training.backbone import DistilledBackbone, distill_backbone, iter_distill
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
 from .training.volumes import VolumeSlices, join_volumes
-from .types import CLASS_COLORS, IGNORE, AnnotatedSlice, Run, Segmentation, TrainStep, describe_step, finish
+from .types import (
+    CLASS_COLORS,
+    IGNORE,
+    AnnotatedSlice,
+    Run,
+    Segmentation,
+    TrainStep,
+    UnlabeledImage,
+    describe_step,
+    finish,
+)
 from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
 
 __version__: str
@@ -94,6 +104,7 @@ __all__ = [
     "Thumbnails",
     "TrainStep",
     "UnfinishedError",
+    "UnlabeledImage",
     "Volume",
     "VolumeReport",
     "VolumeSlices",

@@ -285,6 +285,11 @@ class DistillSettings:
         form = dict.fromkeys(("student", "decoder", "teacher", "loss"), name)
         return cls(**form | {"probe": "none" if name == "published" else "auto"} | changes)
 
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether images without labels are learned from of their own accord, where there are any."""
+        return self.foundation != "none" and self.method != "probe"
+
     def to_json(self) -> dict[str, Any]:
         """The values, as model cards hold them; a zoom is a text such as "1/2"."""
         values = {setting.name: getattr(self, setting.name) for setting in fields(self)}

@@ -102,6 +102,22 @@ class AnnotatedSlice:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class UnlabeledImage:
+    """An image without labels, or a window of one.
+
+    Parameters
+    ----------
+    pixels : array, shape (y, x) or (y, x, c)
+        Any integer, bool or floating dtype; finite.
+    sample : array, shape (y, x) or (y, x, c)
+        Every so manieth row and column of the whole image, from which its intensity limits are taken.
+    """
+
+    pixels: Array
+    sample: Array
+
+
 def check_image(image: Array, source: str = "image") -> None:
     """Raise ImageError unless ``image`` is a finite, non-empty array of shape (y, x) or (y, x, c)."""
     if image.ndim not in (2, 3):

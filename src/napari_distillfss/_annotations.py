@@ -298,8 +298,8 @@ def write_planes(folder: Path, planes: Mapping[str, tuple[np.ndarray, np.ndarray
     return written
 
 
-def write_unlabeled(folder: Path, images: Sequence[np.ndarray]) -> None:
-    """Write images without labels as unlabeled/plane_0000.tif and so on.
+def write_unlabeled(folder: Path, images: Sequence[core.UnlabeledImage]) -> None:
+    """Write images without labels as unlabeled/plane_0000.tif and so on; of windows, without samples of their planes.
 
     Raises
     ------
@@ -308,7 +308,7 @@ def write_unlabeled(folder: Path, images: Sequence[np.ndarray]) -> None:
     try:
         (folder / UNLABELED_IMAGES).mkdir(parents=True, exist_ok=True)
         for index, image in enumerate(images):
-            _write_image(folder / UNLABELED_IMAGES / file_of(f"plane {index}"), image)
+            _write_image(folder / UNLABELED_IMAGES / file_of(f"plane {index}"), image.pixels)
     except OSError as error:
         raise core.OutputError(f"cannot write {folder}: {error.strerror or error}") from error
 

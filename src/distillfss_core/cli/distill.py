@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from distillfss_core.models.student import StudentModel
     from distillfss_core.support.support_set import SupportSet
     from distillfss_core.training import DistillRun
-    from distillfss_core.types import Array, TrainStep
+    from distillfss_core.types import TrainStep, UnlabeledImage
 
 
 def add_distill(commands: Any) -> None:
@@ -86,6 +86,11 @@ def _distill(args: argparse.Namespace) -> int:
     if args.init_from and args.preset != "default":
         raise SettingsError("--preset does not go with --init-from: the model has its form; leave the option out")
     settings = DistillSettings.preset(args.preset, **options)
+    if settings.method == "probe" and args.unlabeled not in ("auto", "none"):
+        raise SettingsError(
+            f"--unlabeled {args.unlabeled} does not go with method probe, which learns from the slices alone; leave it "
+            "out, or choose another method"
+        )
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
     reads = [args.images, args.labels, *filter(None, [args.init_from]), Path(settings.weights), Path(settings.head)]
@@ -133,12 +138,14 @@ def _distill(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _unlabeled_images(args: argparse.Namespace, settings: DistillSettings, support: SupportSet) -> Sequence[Array]:
+def _unlabeled_images(
+    args: argparse.Namespace, settings: DistillSettings, support: SupportSet
+) -> Sequence[UnlabeledImage]:
     """The images without labels that the options mean."""
     from distillfss_core.support.label_volumes import pair_volumes
     from distillfss_core.support.unlabeled import load_unlabeled
 
-    if args.unlabeled == "none" or (args.unlabeled == "auto" and settings.foundation == "none"):
+    if args.unlabeled == "none" or (args.unlabeled == "auto" and not settings.uses_unlabeled):
         return ()
     if args.unlabeled != "auto":
         return load_unlabeled(args.unlabeled, support)

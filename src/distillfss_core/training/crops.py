@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from distillfss_core.models.preprocess import Preprocess, resize
+from distillfss_core.models.preprocess import Limits, Preprocess, resize
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
@@ -103,16 +103,26 @@ class CropSampler:
     support : SupportSet, or any other slices of so many classes
     size : int
         Side of a crop in pixels, after zooming; no more than the longest slice needs.
+    limits : sequence of Limits, optional
+        Intensities that become 0 and 1 in each slice; by default those of the slice, or of the support.
     """
 
-    def __init__(self, support: Slices, preprocess: Preprocess, size: int, augmentation: Augmentation) -> None:
+    def __init__(
+        self,
+        support: Slices,
+        preprocess: Preprocess,
+        size: int,
+        augmentation: Augmentation,
+        *,
+        limits: Sequence[Limits] | None = None,
+    ) -> None:
         self.augmentation: Augmentation = augmentation
         self.preprocess: Preprocess = preprocess
         longest = max(max(s.labels.shape) for s in support.slices) * preprocess.zoom_factor
         self.size: int = min(size, STEP * math.ceil(longest / STEP))
         self._images = [preprocess.as_channels(s.image, s.source) for s in support.slices]
         self._labels = [s.labels for s in support.slices]
-        self._limits = [preprocess.limits(image) for image in self._images]
+        self._limits = list(limits or map(preprocess.limits, self._images))
         self._anchors = [_anchors(labels, support.classes) for labels in self._labels]
 
     def with_size(self, size: int) -> CropSampler:

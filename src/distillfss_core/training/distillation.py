@@ -11,6 +11,7 @@ References
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -49,7 +50,9 @@ from distillfss_core.training.unlabeled import (
     iter_segment_images,
     iter_unlabeled_crops,
 )
-from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, evenly, finish
+from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, UnlabeledImage, evenly, finish
+
+log: logging.Logger = logging.getLogger(__name__)
 
 AUTO_VALIDATION = 8  # slices from which on one is the validation slice by default
 AUTO_STEPS = (300, 16)  # for up to five slices, and for each one more
@@ -77,7 +80,7 @@ class DistillRun(Iterator[TrainStep]):
         ("refine again"). Its classes must be the support's.
     teacher_only : bool
         TransferFSS: refine the teacher and distill nothing.
-    unlabeled : sequence of array, shape (y, x) or (y, x, c)
+    unlabeled : sequence of array, shape (y, x) or (y, x, c), or of UnlabeledImage
         Images without labels, of which up to 12 are used at the end. Method probe uses none.
     """
 
@@ -88,8 +91,10 @@ class DistillRun(Iterator[TrainStep]):
         init_from: StudentModel | None = None,
         *,
         teacher_only: bool = False,
-        unlabeled: Sequence[Array] = (),
+        unlabeled: Sequence[Array | UnlabeledImage] = (),
     ) -> None:
+        if settings.foundation != "none" and settings.method == "probe":
+            log.warning("foundation %s is not used: method probe learns from the slices alone", settings.foundation)
         if init_from is not None:
             init_from, settings = match_start(init_from, support, settings)
         else:
@@ -152,8 +157,8 @@ class DistillRun(Iterator[TrainStep]):
             self._has_student = self._finished = True
             yield TrainStep(1, 1, stage="fit")
             return
-        check_unlabeled(self._unlabeled, ready.preprocess)
-        uses_foundation = bool(self._unlabeled) and settings.foundation != "none"
+        unlabeled = check_unlabeled(self._unlabeled, ready.preprocess)
+        uses_foundation = bool(unlabeled) and settings.foundation != "none"
         foundation = load_backbone(settings.foundation) if uses_foundation else None
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
         few = is_trained and not self.support.planes_of_one_volume
@@ -180,13 +185,14 @@ class DistillRun(Iterator[TrainStep]):
             for step in iter_fit(ready.head, stage, cache, ready.sampler, settings, steps, judge, best, fixed):
                 self._steps_done += 1
                 yield step
-        if self._unlabeled and self._has_student:
-            yield from self._iter_unlabeled(ready, foundation, stage, max(1, steps // 2), validation, fixed)
+        if unlabeled and self._has_student:
+            yield from self._iter_unlabeled(ready, unlabeled, foundation, stage, max(1, steps // 2), validation, fixed)
         self._finished = True
 
     def _iter_unlabeled(
         self,
         ready: Prepared,
+        unlabeled: Sequence[UnlabeledImage],
         foundation: Backbone | None,
         stage: str,
         steps: int,
@@ -202,7 +208,7 @@ class DistillRun(Iterator[TrainStep]):
             )
             self._unlabeled_card = {"foundation": foundation.spec.name, "foundation_weights": foundation.weights}
             models.append(helper)
-        images = yield from iter_segment_images(self._unlabeled, models, settings.crop_size, settings.seed)
+        images = yield from iter_segment_images(unlabeled, models, settings.crop_size, settings.seed)
         memory = settings.cache_mb << 19
         cache = FeatureCache(ready.backbone, self.device, memory=memory, limit=min(CROPS, steps * settings.queries))
         crops = yield from iter_unlabeled_crops(
@@ -332,7 +338,7 @@ def iter_distill(
     settings: DistillSettings | None = None,
     *,
     init_from: StudentModel | None = None,
-    unlabeled: Sequence[Array] = (),
+    unlabeled: Sequence[Array | UnlabeledImage] = (),
 ) -> DistillRun:
     """`distill`, step by step: iterate the run for `TrainStep`, then call its ``result()``."""
     return DistillRun(support, settings or DistillSettings(), init_from, unlabeled=unlabeled)
@@ -343,7 +349,7 @@ def distill(
     settings: DistillSettings | None = None,
     *,
     init_from: StudentModel | None = None,
-    unlabeled: Sequence[Array] = (),
+    unlabeled: Sequence[Array | UnlabeledImage] = (),
 ) -> StudentModel:
     """Make a student from a support set.
 
@@ -353,7 +359,7 @@ def distill(
     settings : DistillSettings, optional
     init_from : StudentModel, optional
         Warm start from an existing student, with new or corrected slices.
-    unlabeled : sequence of array, shape (y, x) or (y, x, c)
+    unlabeled : sequence of array, shape (y, x) or (y, x, c), or of UnlabeledImage
         Images without labels, such as other planes of the volume (`load_unlabeled`). After the training, the student,
         and a probe on a foundation model if the settings name one, segment up to 12 of them. Then the student goes on
         for half of the steps again, and learns these labels too where the mean probability is 0.65 or more. Method

@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -19,7 +20,9 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from distillfss_core.models.preprocess import Preprocess
+from distillfss_core.errors import IntensityWarning
+from distillfss_core.models.intensities import CHECKED
+from distillfss_core.models.preprocess import Limits, Preprocess, sample_pixels, sample_step
 from distillfss_core.models.segmenter import HALO, Segmenter
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
@@ -29,7 +32,7 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.loop import UnlabeledCrops
 from distillfss_core.training.probe import CrossFit, fit_probe, iter_points
-from distillfss_core.types import IGNORE, AnnotatedSlice, Array, TrainStep, check_image, evenly
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array, TrainStep, UnlabeledImage, check_image, evenly
 
 IMAGES = 12
 """Images without labels that are used at most."""
@@ -71,18 +74,36 @@ class SegmentedImages:
     slices : list of AnnotatedSlice
     classes : int
         K, without background.
+    limits : list of Limits
+        Intensities that become 0 and 1 in each, as for the annotated slices: of the whole image, or of the volume.
     """
 
     slices: list[AnnotatedSlice]
     classes: int
+    limits: list[Limits]
 
 
-def check_unlabeled(images: Sequence[Array], preprocess: Preprocess) -> None:
-    """Raise ImageError if an image has other channels than the support, or values that are not finite."""
-    for index, image in enumerate(images):
+def check_unlabeled(images: Sequence[Array | UnlabeledImage], preprocess: Preprocess) -> list[UnlabeledImage]:
+    """The images, each with a sample for its limits.
+
+    Raises
+    ------
+    ImageError
+        If an image has other channels than the support, or values that are not finite.
+    """
+    checked = []
+    for index, given in enumerate(images):
         source = f"image {index} without labels"
-        check_image(image, source)
-        preprocess.as_channels(image, source)
+        for part in (given.pixels, given.sample) if isinstance(given, UnlabeledImage) else (given,):
+            check_image(part, source)
+            preprocess.as_channels(part, source)
+        checked.append(given if isinstance(given, UnlabeledImage) else _of_array(given))
+    return checked
+
+
+def _of_array(image: Array) -> UnlabeledImage:
+    step = sample_step((image.shape[0], image.shape[1]))
+    return UnlabeledImage(image, image[::step, ::step])
 
 
 def iter_foundation(
@@ -107,32 +128,54 @@ def iter_foundation(
 
 
 def iter_segment_images(
-    images: Sequence[Array], models: Sequence[Segmenter], crop_size: int, seed: int
+    images: Sequence[UnlabeledImage], models: Sequence[Segmenter], crop_size: int, seed: int
 ) -> Generator[TrainStep, None, SegmentedImages]:
     """Segment a window of each of up to `IMAGES` images by the mean of some models; yields steps of the stage "label".
 
     Parameters
     ----------
-    images : sequence of array, shape (y, x) or (y, x, c)
+    images : sequence of UnlabeledImage
         Of larger ones a window of `WINDOW` crops a side is used, which is drawn at random.
     models : sequence of Segmenter
         The first is the student.
     crop_size : int
         Side of a crop in pixels after the student's zoom.
+
+    Warns
+    -----
+    IntensityWarning
+        If the images are unlike the annotated slices, so that their labels may be wrong.
     """
     rng = np.random.default_rng(seed)
+    preprocess = _matched(models[0].preprocess, images)
     side = int(WINDOW * crop_size / models[0].preprocess.zoom_factor)
     chosen = evenly(len(images), IMAGES)
-    slices = []
+    slices, limits = [], []
     for number, index in enumerate(chosen, 1):
-        image = images[index]
+        image = images[index].pixels
+        limits.append(preprocess.sample_limits(images[index].sample))
         y, x = (int(rng.integers(max(0, n - side) + 1)) for n in image.shape[:2])
         window = image[y : y + side, x : x + side]
-        mean = np.mean([model.predict(window, tile=TILE).probabilities for model in models], axis=0)
+        mean = np.mean([_probabilities(model, window, limits[-1]) for model in models], axis=0)
         labels = np.where(mean.max(0) < SURE, IGNORE, mean.argmax(0)).astype(np.uint8)
         slices.append(AnnotatedSlice(window, labels, f"image {index} without labels"))
         yield TrainStep(number, len(chosen), stage="label")
-    return SegmentedImages(slices, len(models[0].class_names))
+    return SegmentedImages(slices, len(models[0].class_names), limits)
+
+
+def _matched(preprocess: Preprocess, images: Sequence[UnlabeledImage]) -> Preprocess:
+    """That of the annotated slices, or where these images are on another intensity scale, its limits on theirs."""
+    pixels = [sample_pixels(preprocess.as_channels(image.sample), CHECKED // len(images)) for image in images]
+    sample = np.concatenate(pixels)[None, :, None]
+    matched, warning = preprocess.matched_to(sample, "images without labels", is_plane=len(images) == 1)
+    if warning:
+        warnings.warn(warning, IntensityWarning, stacklevel=2)
+    return matched
+
+
+def _probabilities(model: Segmenter, image: Array, limits: Limits) -> Float[Array, "k1 y x"]:
+    shape = (image.shape[0], image.shape[1])
+    return model.predict_region(lambda y, x: image[y, x], shape, ((0, shape[0]), (0, shape[1])), limits, tile=TILE)
 
 
 def iter_unlabeled_crops(
@@ -152,7 +195,7 @@ def iter_unlabeled_crops(
     fit : CrossFit, optional
         Its probe, which has seen none of the images, gives the evidence.
     """
-    sampler = CropSampler(images, preprocess, settings.crop_size, augmentation)
+    sampler = CropSampler(images, preprocess, settings.crop_size, augmentation, limits=images.limits)
     if fit is not None:
         cache.evidence_of = replace(fit, without=dict.fromkeys(range(len(images.slices)), fit.whole)).evidence
     rng = np.random.default_rng(settings.seed)

@@ -80,7 +80,7 @@ class DistillWidget(QWidget):
                 settings = replace(settings, steps=max(1, settings.steps // _REFINING))
             keep = self._session.next_model_path()
             assert keep is not None  # there are annotations
-            chosen = self._session.volume if settings.foundation != "none" else None
+            chosen = self._session.volume if settings.uses_unlabeled else None
             volume = chosen.volume if chosen else None
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop, volume))
             start = self._session.model_path if model is not None else None

@@ -231,12 +231,19 @@ def test_distill_learns_from_images_without_labels(here, capsys, monkeypatch):
             capsys, "distill", images, labels, "-o", "new.safetensors", "--overwrite", *FEW, *GUIDED, *options
         )
         assert (card["training"]["unlabeled"], card["training"]["foundation"]) == (2, "lcnet_050")
-        assert all(np.array_equal(image, planes[z]) for image, z in zip(read[-1], (1, 3), strict=True))
+        assert all(np.array_equal(image.pixels, planes[z]) for image, z in zip(read[-1], (1, 3), strict=True))
         assert card["training"]["steps"] == 4  # and half of the three again
 
     made = ("distill", "images", "labels", "-o", "new.safetensors", "--overwrite", *FEW)
+    read.clear()
     for options in (["--unlabeled=none", *GUIDED], ["--method=probe", *GUIDED], []):
         assert "unlabeled" not in json_of(capsys, *made, *options)["training"]
+    assert not read
+    assert run(*made, "--method=probe", *GUIDED) == FINE
+    assert "foundation lcnet_050 is not used: method probe learns from the slices alone" in capsys.readouterr().err
+    assert run(*made, "--method=probe", "--unlabeled=stack.tif") == ERROR
+    assert "--unlabeled stack.tif does not go with method probe" in capsys.readouterr().err
+    assert not read
     card = json_of(capsys, *made, "--unlabeled=stack.tif")["training"]
     assert card["unlabeled"] == 2  # the others are annotated
     assert "foundation" not in card

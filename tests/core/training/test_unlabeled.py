@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,13 +13,15 @@ import torch
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError, WeightsUnavailableError
 from distillfss_core.metrics import evaluate
+from distillfss_core.models.preprocess import Limits, fit_preprocess
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.support.unlabeled import load_unlabeled
 from distillfss_core.training import distill, distillation, iter_distill
 from distillfss_core.training import unlabeled as module
-from distillfss_core.training.unlabeled import iter_segment_images
-from distillfss_core.types import IGNORE, AnnotatedSlice, GeneratorRun, Segmentation, finish
+from distillfss_core.training.crops import PLAIN, CropSampler
+from distillfss_core.training.unlabeled import check_unlabeled, iter_segment_images
+from distillfss_core.types import IGNORE, AnnotatedSlice, GeneratorRun, UnlabeledImage, finish
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 
@@ -31,9 +34,10 @@ class Oracle(Segmenter):
     def __init__(self, slices: list[AnnotatedSlice], like: Segmenter) -> None:
         self.slices, self.preprocess, self.class_names = slices, like.preprocess, like.class_names
 
-    def predict(self, image, *, tile: int = 0) -> Segmentation:
+    def predict_region(self, read, shape, region, limits, *, tile: int = 0) -> np.ndarray:
+        image = read(*(slice(*side) for side in region))
         labels = next(s.labels for s in self.slices if np.array_equal(s.image, image))
-        return Segmentation.of(np.eye(len(self.class_names) + 1, dtype=np.float32)[labels].transpose(2, 0, 1))
+        return np.eye(len(self.class_names) + 1, dtype=np.float32)[labels].transpose(2, 0, 1)
 
 
 # -- the run -----------------------------------------------------------------------------------------------
@@ -142,19 +146,62 @@ def test_what_cannot_be_used_is_refused_before_the_training(support, tiny, monke
 
 
 def test_of_many_images_a_dozen_are_used_and_of_large_ones_a_window(student) -> None:
-    images = [np.pad(OTHERS[i % 4], 100, mode="wrap") for i in range(30)]
+    images = check_unlabeled([np.pad(OTHERS[i % 4], 100, mode="wrap") for i in range(30)], student.preprocess)
     made = finish(GeneratorRun(iter_segment_images(images, [student], 32, 0)))
     assert len(made.slices) == module.IMAGES
     assert {labeled.image.shape for labeled in made.slices} == {(64, 64)}
 
 
+@pytest.mark.parametrize("scope", ["image", "volume"])
+def test_a_window_has_the_limits_that_a_slice_would_have(scope: str) -> None:
+    bright = blobs(3, size=512).image.astype(np.uint16) + 300
+    bright[:128, :128] //= 8  # a window that shows this corner alone has another range
+    support = SupportSet(tuple(blobs(i) for i in range(3)), ("blob",))
+    dark = [s.image for s in support.slices]
+    preprocess = fit_preprocess([*dark, bright], scope=scope)
+    sample = bright[::2, ::2]
+    (image,) = check_unlabeled([UnlabeledImage(bright[:128, :128], sample)], preprocess)
+
+    class Blind(Oracle):
+        def predict_region(self, read, shape, region, limits, *, tile: int = 0) -> np.ndarray:
+            seen.append(limits)
+            return np.stack([np.full(shape, 0.9, np.float32), np.full(shape, 0.1, np.float32)])
+
+    seen: list[Limits] = []
+    model = Blind([], SimpleNamespace(preprocess=preprocess, class_names=("blob",)))
+    made = finish(GeneratorRun(iter_segment_images([image], [model], 32, 0)))
+    expected = preprocess.fitted if scope == "volume" else preprocess.sample_limits(sample)
+    assert made.limits == seen == [expected]
+    assert expected != preprocess.limits(bright[:128, :128]) or scope == "volume"
+    sampler = CropSampler(made, preprocess, 64, PLAIN, limits=made.limits)
+    shown = sampler.grid(0, 1)[0].image
+    low, high = expected.low[0], expected.high[0]
+    (y0, x0, y1, x1) = sampler.grid(0, 1)[0].box
+    plain = (made.slices[0].image[y0:y1, x0:x1].astype(float) - low) / (high - low)
+    np.testing.assert_allclose(shown[0].numpy(), plain.clip(0, 1), atol=1e-6)
+
+
+def test_images_on_another_scale_are_brought_to_that_of_the_volume(student) -> None:
+    slices = [blobs(i) for i in range(6)]
+    preprocess = fit_preprocess([s.image for s in slices[:3]], scope="volume")
+    model = Oracle([replace(s, image=s.image.astype(np.uint16) * 200) for s in slices[3:]], student)
+    model.preprocess = preprocess
+    images = check_unlabeled([s.image for s in model.slices], preprocess)
+    made = finish(GeneratorRun(iter_segment_images(images, [model], 96, 0)))
+    assert made.limits == [made.limits[0]] * 3  # one scale for all
+    low, high = (side[0] / 200 for side in (made.limits[0].low, made.limits[0].high))
+    assert low == pytest.approx(preprocess.fitted.low[0], abs=10)
+    assert high == pytest.approx(preprocess.fitted.high[0], abs=10)
+
+
 def test_pixels_of_which_the_ensemble_is_not_sure_are_not_labeled(student) -> None:
     class Torn(Oracle):
-        def predict(self, image, *, tile: int = 0) -> Segmentation:
-            shares = np.linspace(0, 1, image.size, dtype=np.float32).reshape(image.shape)
-            return Segmentation.of(np.stack([1 - shares, shares]))
+        def predict_region(self, read, shape, region, limits, *, tile: int = 0) -> np.ndarray:
+            shares = np.linspace(0, 1, np.prod(shape), dtype=np.float32).reshape(shape)
+            return np.stack([1 - shares, shares])
 
-    (made,) = finish(GeneratorRun(iter_segment_images(OTHERS[:1], [Torn([], student)], 64, 0))).slices
+    images = check_unlabeled(OTHERS[:1], student.preprocess)
+    (made,) = finish(GeneratorRun(iter_segment_images(images, [Torn([], student)], 64, 0))).slices
     shares = np.linspace(0, 1, OTHERS[0].size).reshape(OTHERS[0].shape)
     np.testing.assert_array_equal(made.labels == 0, shares < 0.35)
     np.testing.assert_array_equal(made.labels == 1, shares > 0.65)
@@ -170,12 +217,24 @@ def test_planes_of_a_volume_are_spread_and_none_is_annotated() -> None:
     labels[4:9, 4:9] = 1
     annotated = SupportSet(tuple(AnnotatedSlice(planes[z], labels) for z in (0, 20, 39)))
     images = load_unlabeled(open_volume(planes), annotated, limit=8)
-    where = [next(z for z in range(40) if np.array_equal(planes[z], image)) for image in images]
+    where = [next(z for z in range(40) if np.array_equal(planes[z], image.pixels)) for image in images]
     assert len(where) == len(set(where)) == 8
     assert not {0, 20, 39} & set(where)
     assert max(where) - min(where) > 20
     part = load_unlabeled(open_volume(planes), annotated, limit=4, region=((10, 20), (None, None), (0, 8)))
-    assert [image.shape for image in part] == [(16, 8)] * 4
+    assert [image.pixels.shape for image in part] == [(16, 8)] * 4
+
+
+@pytest.mark.parametrize("side", [3000, 9000])
+def test_of_a_large_plane_a_window_is_read_with_a_sample_of_the_whole(side: int, support) -> None:
+    plane = np.broadcast_to(np.arange(side, dtype=np.uint16), (3, side, side))  # each column has its own value
+    (image,) = load_unlabeled(open_volume(plane), support, limit=1)
+    assert image.pixels.shape == (2048, 2048)
+    assert np.ptp(image.pixels) == 2047
+    step = -(-side // 1024)
+    np.testing.assert_array_equal(image.sample[0], np.arange(0, side, step))
+    rows = -(-side // step)
+    assert image.sample.shape[0] == rows if side**2 < 1 << 26 else rows * 0.7 < image.sample.shape[0] < rows
 
 
 def test_a_folder_is_read_without_annotated_files_labels_and_images_of_other_channels(tmp_path: Path) -> None:
@@ -188,6 +247,6 @@ def test_a_folder_is_read_without_annotated_files_labels_and_images_of_other_cha
     annotated = SupportSet((slices[0],))
     images = load_unlabeled(tmp_path, annotated, leave_out=[tmp_path / "0_mask.tif"])
     assert len(images) == 4
-    assert all(np.array_equal(image, s.image) for image, s in zip(images, slices[1:], strict=True))
+    assert all(np.array_equal(image.pixels, s.image) for image, s in zip(images, slices[1:], strict=True))
     with pytest.raises(InputFileError, match="no such file or folder"):
         load_unlabeled(tmp_path / "nowhere", annotated)
