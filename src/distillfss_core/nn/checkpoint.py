@@ -43,7 +43,7 @@ def write_card_file(
     """
     held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps({"format": kind.name, "format_version": kind.version} | dict(card))
-    metadata = {"format": kind.name, "card": text, "card_digest": _digest_text(text), "digest": _digest(held)}
+    metadata = {"format": kind.name, "card": text, "card_digest": _digest_text(text), "digest": digest_tensors(held)}
     payload = save(held, metadata=metadata | header)
     with atomic_path(Path(path)) as temporary:
         temporary.write_bytes(payload)
@@ -129,7 +129,7 @@ def read_card_file(
             f"{path}: format version {version} is newer than this program reads ({kind.version}); "
             "upgrade napari-distillfss"
         )
-    if tensors and _digest(tensors_read) != header.get("digest"):
+    if tensors and digest_tensors(tensors_read) != header.get("digest"):
         raise ModelFileError(f"{path}: its contents do not match their checksum; the file is damaged")
     return card, tensors_read, header
 
@@ -138,7 +138,7 @@ def _digest_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes, in the order of names."""
     sha = hashlib.sha256()
     for name in sorted(tensors):

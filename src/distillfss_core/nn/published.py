@@ -13,27 +13,19 @@ References
 
 from __future__ import annotations
 
-import pickle
-import re
-import struct
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, WeightsUnavailableError
 from distillfss_core.nn.backbones import IMPORTED, SPECS, Backbone, BackboneSpec, backbone_from_tensors
-from distillfss_core.nn.checkpoint import kind_of
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.teachers import position_encoding
+from distillfss_core.nn.tensor_files import match_tensors, read_tensors
 from distillfss_core.types import IGNORE
 
 PUBLISHED_FORM = HeadForm("published", "published", "published", 32)
@@ -44,24 +36,6 @@ BACKBONES: tuple[BackboneSpec, ...] = tuple(
 )
 """Backbones that heads were published for."""
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-_TRAINING = (
-    *("args", "config", "epoch", "iteration", "step", "global_step", "loss", "best_loss", "miou", "best_miou"),
-    *("optimizer", "optimizer_state_dict", "scheduler", "scheduler_state_dict", "lr_scheduler", "scaler", "rng_state"),
-)
-_UNREADABLE = (
-    SafetensorError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-)
 _FIRST = "model.DCAMA_blocks.0.linears.0.weight"
 _ENCODING = 1e-2  # float32 sines of positions up to 10,000 differ from exact ones by a thousandth
 
@@ -114,7 +88,7 @@ def read_published(path: str | Path, *, with_backbone: bool = True) -> Published
     """
     path = Path(path)
     weights = f"{IMPORTED}{path.name}"
-    return map_published(_read_tensors(path), str(path), weights=weights, with_backbone=with_backbone)
+    return map_published(read_tensors(path), str(path), weights=weights, with_backbone=with_backbone)
 
 
 def map_published(
@@ -161,9 +135,9 @@ def map_published(
     wanted = places.teacher.state_dict()
     _refuse_support_skip(head, wanted, spec, prefixes[0], source)
     names = {name: name.removeprefix("decoder.") for name in wanted}
-    teacher = _matched(head, names, wanted, prefixes[0], source)
+    teacher = match_tensors(head, names, wanted, prefixes[0], source)
     names = {name: name.removeprefix("classes.") for name in places.student.state_dict()} if is_distilled else {}
-    matched = _matched(parts.get(students, {}), names, places.student.state_dict(), students, source)
+    matched = match_tensors(parts.get(students, {}), names, places.student.state_dict(), students, source)
     kept = parts[prefixes[1]] if with_backbone else {}
     backbone = _backbone(kept, spec, weights, f"{source}, {prefixes[1]}*")
     return PublishedCheckpoint(spec, teacher, matched, classes, backbone)
@@ -253,30 +227,6 @@ def _refuse_support_skip(
         )
 
 
-def _matched(
-    tensors: Mapping[str, Tensor], names: Mapping[str, str], wanted: Mapping[str, Tensor], prefix: str, source: str
-) -> dict[str, Tensor]:
-    """The tensors under the names that they have here; ``names`` gives the name in the file for each of these."""
-    places = set(names.values())
-    for key in tensors:
-        if key not in places:
-            raise ModelFileError(f"{source}: tensor {prefix + key!r} has no place in this network; give another file")
-    matched = {}
-    for name, key in names.items():
-        shape = tuple(wanted[name].shape)
-        if key not in tensors:
-            raise ModelFileError(f"{source}: tensor {prefix + key!r} of shape {shape} is missing; give another file")
-        value = tensors[key]
-        if tuple(value.shape) != shape:
-            raise ModelFileError(
-                f"{source}: tensor {prefix + key!r} has shape {tuple(value.shape)}, expected {shape}; give another file"
-            )
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            raise ModelFileError(f"{source}: tensor {prefix + key!r} holds values that are no finite floating numbers")
-        matched[name] = value.float()
-    return matched
-
-
 def _backbone(tensors: Mapping[str, Tensor], spec: BackboneSpec, weights: str, source: str) -> Backbone | None:
     if not tensors:
         return None
@@ -288,62 +238,3 @@ def _backbone(tensors: Mapping[str, Tensor], spec: BackboneSpec, weights: str, s
         if not bool(torch.isfinite(value).all()):
             raise ModelFileError(f"{source}: tensor {key!r} holds values that are no finite floating numbers")
     return backbone
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The flat dictionary of tensors in a file."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from error
-    if start[8:] == b"{" and not start.startswith(b"PK"):
-        if (kind := kind_of(path) or "").startswith("distillfss-"):
-            raise ModelFileError(f"{path}: a file of this package already ({kind}); it needs no import")
-        with _one_line(path):
-            return dict(load_file(path))
-    with _one_line(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of pickles that torch did not write
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    return _tensors_in(content, path)
-
-
-@contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Errors of reading as one line."""
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found:
-            raise ModelFileError(
-                f"{path}: holds objects other than tensors ({found[1]}), which could run code and are not loaded; give "
-                "a file of its state_dict() alone"
-            ) from error
-        raise ModelFileError(f"{path}: no checkpoint of torch or safetensors, or damaged; download it again") from error
-    except _UNREADABLE as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-        raise ModelFileError(
-            f"{path}: no checkpoint of torch or safetensors, or damaged ({reason}); download it again"
-        ) from error
-
-
-def _tensors_in(content: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict, alone or as an entry beside the state of a training."""
-    if not isinstance(content, Mapping) or not content:
-        raise ModelFileError(f"{path}: holds a {type(content).__name__}, no dictionary of tensors; give a state dict")
-    wrapped = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
-    if len(wrapped) > 1:
-        raise ModelFileError(f"{path}: holds several state dicts ({', '.join(wrapped)}); give a file with one of them")
-    if wrapped:
-        unknown = [key for key in content if key != wrapped[0] and key not in _TRAINING]
-        if unknown:
-            raise ModelFileError(f"{path}: entry {unknown[0]!r} beside {wrapped[0]!r} is not known; remove it first")
-        content = content[wrapped[0]]
-    for key, value in content.items():
-        is_plain = (
-            isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_quantized)
-        )
-        if not isinstance(key, str) or not is_plain:
-            raise ModelFileError(f"{path}: entry {key!r} is no plain tensor; give a state dict")
-    return dict(content)
