@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pint
 
 import distillfss_core as core
@@ -33,6 +34,7 @@ _COVERING = ("opaque", "translucent", "translucent_no_depth")  # ways of blendin
 
 LEAD_NAMES = {"t": "time", "c": "channel"}
 
+Point = Sequence[float] | npt.NDArray[np.float64]
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
 
@@ -138,13 +140,17 @@ class ChosenVolume:
             "axis_labels": layer.axis_labels,
         }
 
-    def plane_at(self, point: Sequence[float]) -> int:
+    def plane_at(self, point: Point) -> int:
         """Plane that napari shows at a point of the world; the nearest plane for a point outside the volume."""
         if "z" not in self.axes:
             return 0
         f = self.factors[0]
         z = (self.layer.world_to_data(point)[self.axes.index("z") - len(self.axes)] - (f - 1) / 2) / f
         return int(np.clip(np.round(z), 0, self.planes - 1))  # as napari does, where a point lies between two planes
+
+    def plane_on(self, dims: Any) -> int:
+        """Plane at napari's sliders, whose units may be others than the layer's."""
+        return self.plane_at(point_on(self.layer, dims))
 
     def point_of(self, z: float, y: float | None = None, x: float | None = None) -> np.ndarray:
         """World coordinates of a voxel, one number for each axis of the layer; by default the middle of plane ``z``."""
@@ -252,7 +258,7 @@ def lead_axes(layer: Image | Labels) -> str:
     return "".join(a for a in layer_axes(layer) if a in LEAD_NAMES)
 
 
-def lead_at(layer: Image | Labels, point: Sequence[float]) -> dict[str, int]:
+def lead_at(layer: Image | Labels, point: Point) -> dict[str, int]:
     """Positions at a point of napari's world along the axes of `lead_axes`, the nearest that the layer has."""
     places = zip(layer_axes(layer), layer.world_to_data(point[-layer.ndim :]), finest_shape(layer), strict=False)
     return {a: int(np.clip(round(float(place)), 0, n - 1)) for a, place, n in places if a in LEAD_NAMES}
@@ -269,6 +275,48 @@ def is_at(layer: Image | Labels, point: Sequence[float], displayed: Sequence[int
 def shows_planes(dims: Any) -> bool:
     """Whether napari shows planes (y, x) of volumes: in 2D, and in their own order of axes."""
     return bool(dims.ndisplay == 2 and tuple(dims.displayed) == (dims.ndim - 2, dims.ndim - 1))
+
+
+def point_on(layer: Image | Labels, dims: Any) -> np.ndarray:
+    """Where napari's sliders are, in the units of a layer: the world has the smallest unit of all layers."""
+    point = np.array(dims.point, float)
+    point[-layer.ndim :] *= _units_of_world(layer, dims)
+    return point
+
+
+def to_world(layer: Image | Labels, dims: Any, place: Point) -> np.ndarray:
+    """A place in the units of a layer, one number for each of its axes, in those of napari's world."""
+    return np.asarray(place / _units_of_world(layer, dims))
+
+
+def _units_of_world(layer: Image | Labels, dims: Any) -> np.ndarray:
+    """Units of napari's world over those of a layer; 1 where the layers have no units in common."""
+    world = getattr(dims, "units", None)  # since napari 0.9
+    if world is None:
+        return np.ones(layer.ndim)
+    pairs = zip(world[-layer.ndim :], layer.units, strict=True)
+    return np.array([1.0 if a == b else float((1 * a).to(b).magnitude) for a, b in pairs])
+
+
+def units_beside(layer: Image | Labels, layers: Sequence[Any]) -> str:
+    """What follows from the units of other images for a layer, in one sentence; "" where all have the same."""
+    own = layer.units[-1]
+    for other in layers:
+        unit = other.units[-1] if is_image(other) else own
+        if _micrometers(own) is None and _micrometers(unit) is not None:
+            return f"beside {other.name!r} napari takes its scale to be in {unit}s"
+        if _micrometers(own) not in (None, _micrometers(unit)) and _micrometers(unit) is not None:
+            return f"{other.name!r} is in {unit}s, this layer in {own}s: give both one unit, or napari's brush misses"
+    return ""
+
+
+def take_units(layers: Sequence[Any], image: Image) -> None:
+    """Give hidden layers of the dock the units of an image: they would keep napari from one unit for all layers."""
+    for layer in layers:
+        if has_mark(layer, ANNOTATIONS, PREVIEW, OBJECT) and not layer.visible:
+            units = (*layer.units[: -image.ndim], *image.units)[-layer.ndim :]
+            if units != layer.units:
+                layer.units = units
 
 
 def finest_shape(layer: Image | Labels) -> tuple[int, ...]:

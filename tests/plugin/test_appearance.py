@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from qtpy.QtCore import QPoint, Qt
+from qtpy.QtCore import QPoint, QRect, Qt
 from qtpy.QtGui import QColor
 from qtpy.QtWidgets import (
     QAbstractButton,
@@ -20,6 +20,8 @@ from qtpy.QtWidgets import (
     QStyleOptionComboBox,
 )
 
+from napari_distillfss._annotations import Class
+from napari_distillfss._tasks import THUMBNAIL
 from napari_distillfss._widgets._colors import ERROR, IOU, LOSS, contrast
 from napari_distillfss._widgets._common import JobBar, Message, Section
 
@@ -245,3 +247,33 @@ def test_the_whole_of_an_elided_message_is_copied(qtbot):
     message.actions()[0].trigger()
     assert QApplication.clipboard().text() == LONG
     assert np.char.find(LONG, "\u200b") == -1
+
+
+def test_rows_of_slices_fit_the_dock_whatever_their_classes_and_sources(drawn, qtbot, painted_truth, sample):
+    viewer, dock = drawn
+    classes = (Class("mitochondria", "#112233"), Class("endoplasmic reticulum", "#445566"))
+    other = viewer.add_image(
+        sample.image * 2, name="fixed_2026-03-11_well_B07_position_3.ome.tif", scale=(2.5, 1, 1), units=("um",) * 3
+    )
+    for index in (1, 0):
+        dock.volume.layers.setCurrentIndex(index)
+        dock.volume.layers.activated.emit(index)
+        dock.session.set_classes(classes)
+        for z in (1, 6):
+            dock.session.annotations.put(z, np.where(painted_truth[z] == 2, 3, painted_truth[z]))
+        dock.session.painted()
+    dock.session.use_also([dock.session.others()[0].key])
+    dock.support.suggest_slices()
+    rows = dock.support.list
+    qtbot.waitUntil(lambda: not dock.support.selecting.running and not dock.support._thumbnails.busy, timeout=60_000)
+    qtbot.wait(300)
+    assert other in viewer.layers
+    assert rows.count() > 5
+    for number in range(rows.count()):
+        item = rows.item(number)
+        place = rows.visualItemRect(item)
+        assert place.right() <= rows.viewport().width()
+        room = place.width() - (THUMBNAIL if not item.icon().isNull() else 0) - 30  # the check box
+        needed = rows.fontMetrics().boundingRect(QRect(0, 0, room, 1000), Qt.TextFlag.TextWordWrap, item.text())
+        assert needed.height() <= place.height(), item.text()
+        assert needed.width() <= room, item.text()

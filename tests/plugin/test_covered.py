@@ -42,11 +42,11 @@ def test_an_image_covers_what_it_hides_half_of(viewer, nuclei, later, shift, cov
 def test_a_volume_that_is_chosen_is_shown_and_no_layer_is_moved(viewer, nuclei, open_dock, sample):
     dock = open_dock(viewer)
     later = viewer.add_image(sample.image[::-1].copy(), name="later", **MICROMETERS)
-    assert dock.volume.message.text().endswith("'later' covers it: choose it again to see it")
+    assert dock.volume.message.text().startswith("'later' covers it: choose it again to see it")
     order = list(viewer.layers)
     choose(dock, 0)
     assert (nuclei.visible, later.visible) == (True, False)
-    assert dock.volume.message.text().endswith("'later' covered it and is hidden")
+    assert dock.volume.message.text().startswith("'later' covered it and is hidden")
     choose(dock, 1)
     assert (nuclei.visible, later.visible) == (True, True)
     assert "hidden" not in dock.volume.message.text()

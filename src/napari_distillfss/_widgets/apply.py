@@ -27,6 +27,7 @@ from napari_distillfss._layers import (
     choose_labels,
     has_mark,
     move_layer,
+    to_world,
 )
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
@@ -514,8 +515,8 @@ class ObjectsWidget(QWidget):
         if self._running is None or self.layer not in self._viewer.layers:
             return
         chosen = self._running.chosen
-        place = chosen.point_of(*middle_of(box))
         dims = self._viewer.dims
+        place = to_world(chosen.layer, dims, chosen.point_of(*middle_of(box)))
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
         camera_of(self._viewer).center = (0, *place[-2:])

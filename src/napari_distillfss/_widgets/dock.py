@@ -10,7 +10,7 @@ from qtpy.QtCore import QEvent, QSize, Qt
 from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
 
 import distillfss_core as core
-from napari_distillfss._layers import ChosenVolume
+from napari_distillfss._layers import ChosenVolume, take_units
 from napari_distillfss._session import Session
 from napari_distillfss._widgets._common import Section, WheelGuard
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
@@ -114,6 +114,8 @@ class DistillDock(QScrollArea):
     def _on_volume_chosen(self, chosen: ChosenVolume | None) -> None:
         with suppress(core.OutputError, core.InputFileError):  # the training slices say it; all else goes on
             self.session.choose_volume(chosen)
+        if chosen is not None:
+            take_units(self.session.layers(), chosen.layer)
 
     def _on_model_changed(self) -> None:
         for widget in (self.apply, self.model):

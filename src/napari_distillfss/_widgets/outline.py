@@ -114,7 +114,7 @@ class OutlineTool(QObject):
             self._message.warn("the eraser is chosen; choose the class of the object")
             return
         stroke = within(points, chosen.plane_shape)
-        draft = self._draft or Draft(chosen.plane_at(self._viewer.dims.point), label)
+        draft = self._draft or Draft(chosen.plane_on(self._viewer.dims), label)
         if not len(stroke):
             return
         if take_away and not draft.inside:
@@ -233,7 +233,7 @@ class OutlineTool(QObject):
             return
         if not shows_planes(dims):
             self.switch_off()
-        elif self._draft is not None and chosen.plane_at(dims.point) != self._draft.plane:
+        elif self._draft is not None and chosen.plane_on(dims) != self._draft.plane:
             self.drop()
 
     def _on_mode_changed(self) -> None:

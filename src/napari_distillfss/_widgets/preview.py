@@ -319,7 +319,7 @@ class PreviewWidget(QWidget):
         if not shows_planes(dims):
             self.message.tell("the preview is of planes (y, x): show the volume in 2D, in its own order of axes")
             return
-        z = chosen.plane_at(dims.point)
+        z = chosen.plane_on(dims)
         if self._uses_instant:
             self._ask_instant(chosen, z)
             return
@@ -405,7 +405,7 @@ class PreviewWidget(QWidget):
             self.message.warn("there is no preview of this plane yet; tick the preview")
             return
         chosen = self._session.volume
-        if chosen is None or chosen.plane_at(self._viewer.dims.point) != self._plane:
+        if chosen is None or chosen.plane_on(self._viewer.dims) != self._plane:
             self.message.warn("the preview is of another plane; wait until this one is computed")
             return
         labels = self._arrays["labels"].reshape(chosen.plane_shape)

@@ -37,6 +37,7 @@ from napari_distillfss._layers import (
     is_at,
     lift,
     move_layer,
+    to_world,
 )
 from napari_distillfss._painted import PaintedArray
 from napari_distillfss._session import Session
@@ -116,10 +117,7 @@ class SupportWidget(QWidget):
             "Fill rest as background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
             self.fill_rest,
         )  # fmt: skip
-        self.list = QListWidget()
-        self.list.setToolTip("Click to go there; untick to leave a slice out of the training")
-        self.list.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
-        self.list.setAccessibleName("Annotated slices")
+        self.list = _list_of_slices()
         self.way.setAccessibleName("Way of choosing slices")
         self.count.setAccessibleName("Number of slices")
         self.list.hide()
@@ -267,7 +265,7 @@ class SupportWidget(QWidget):
         if chosen is None:
             return
         dims = self._viewer.dims
-        place = chosen.point_of(z)
+        place = to_world(chosen.layer, dims, chosen.point_of(z))
         for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
             dims.set_point(axis, value)
 
@@ -303,7 +301,7 @@ class SupportWidget(QWidget):
     def plane(self) -> int:
         """The plane on screen."""
         chosen = self._session.volume
-        return chosen.plane_at(self._viewer.dims.point) if chosen else 0
+        return chosen.plane_on(self._viewer.dims) if chosen else 0
 
     def import_labels(self, path: Path, kind: str = "masks") -> None:
         """Import the labels of a file."""
@@ -779,6 +777,19 @@ def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
     if first > BACKGROUND:
         colors[BACKGROUND] = BACKGROUND_COLOR
     return DirectLabelColormap(color_dict=colors | {None: "#ff00ff", 0: "transparent"})
+
+
+def _list_of_slices() -> QListWidget:
+    """A list whose rows have the width of the dock: their text is wrapped."""
+    made = QListWidget()
+    made.setToolTip("Click to go there; untick to leave a slice out of the training")
+    made.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
+    made.setAccessibleName("Annotated slices")
+    made.setWordWrap(True)
+    made.setResizeMode(QListWidget.ResizeMode.Adjust)
+    made.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
+    made.setVerticalScrollMode(QListWidget.ScrollMode.ScrollPerPixel)
+    return made
 
 
 def _lie_on_each_other(layer: Any, other: Any) -> bool:

@@ -27,6 +27,9 @@ from napari_distillfss._layers import (
     layer_of_file,
     lead_at,
     lead_axes,
+    point_on,
+    to_world,
+    units_beside,
 )
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing, iter_device
@@ -171,8 +174,8 @@ class VolumePicker(QWidget):
             self._on_choice_changed()
         elif self._value is not None:
             covers = covers_of(self._viewer.layers, self._value.layer, self._value.layer)
-            note = f"\n{_names(covers)} covers it: choose it again to see it" if covers else ""
-            self.message.tell(f"{fmt.volume(self._value)}{note}")
+            note = f"{_names(covers)} covers it: choose it again to see it\n" if covers else ""
+            self.message.tell(f"{note}{self._text()}")
 
     def _on_layer_activated(self) -> None:
         """Choose the volume and show it: opaque images above it are hidden, and stay where they are in the list."""
@@ -183,7 +186,7 @@ class VolumePicker(QWidget):
         image.visible = True
         hidden = hide_covers(self._viewer.layers, image, image)
         if hidden:
-            self.message.tell(f"{fmt.volume(self._value)}\n{_names(hidden)} covered it and is hidden")
+            self.message.tell(f"{_names(hidden)} covered it and is hidden\n{self._text()}")
 
     def _on_choice_changed(self, *_: object) -> None:
         index = self.layers.currentIndex()
@@ -212,7 +215,8 @@ class VolumePicker(QWidget):
     def _on_lead_edited(self) -> None:
         self._on_choice_changed()
         if self._value is not None:
-            dims, place, axes = self._viewer.dims, self._value.point_of(0), self._value.axes
+            dims, axes, layer = self._viewer.dims, self._value.axes, self._value.layer
+            place = to_world(layer, dims, self._value.point_of(0))
             for letter in self._value.lead:
                 axis = axes.index(letter)
                 dims.set_point(dims.ndim - len(axes) + axis, place[axis])
@@ -231,7 +235,7 @@ class VolumePicker(QWidget):
 
     def _follow_sliders(self, layer: Any) -> bool:
         """Show the time and channel of napari's sliders. Returns whether one of them is another than before."""
-        lead = lead_at(layer, self._viewer.dims.point)
+        lead = lead_at(layer, point_on(layer, self._viewer.dims))
         before = [self.lead[letter].value() for letter in lead]
         for letter, place in lead.items():
             _set(self.lead[letter], place)
@@ -254,7 +258,7 @@ class VolumePicker(QWidget):
     def _take(self, value: ChosenVolume | None) -> None:
         self._value = value
         if value is not None:
-            self.message.tell(fmt.volume(value))
+            self.message.tell(self._text())
             if not self.device.text() and not self._job.running:
                 self.device.tell("looking for a GPU")
                 self._job.start(iter_device)
@@ -262,6 +266,13 @@ class VolumePicker(QWidget):
             for box in (*self.lead.values(), self.level, *self._lead_labels.values(), self._level_label):
                 box.hide()
         self.valueChanged.emit(value)
+
+    def _text(self) -> str:
+        """What the units of other images mean for the chosen volume, which comes first, then its size and memory."""
+        if self._value is None:
+            return ""
+        note = units_beside(self._value.layer, self._viewer.layers)
+        return "\n".join(filter(None, (fmt.sentence(note), fmt.volume(self._value))))
 
     def _on_open_file_clicked(self) -> None:
         path, _ = QFileDialog.getOpenFileName(self, "Open a volume")
