@@ -169,6 +169,10 @@ class Annotations(PaintedLabels):
         super().__init__(folder, array, index)
         self._volume = volume
         self._also: tuple[str, ...] = tuple(self.notes.get("also", ()))
+        self._declined: set[str] = set(self.notes.get("declined", ()))  # unticked by the user
+        self._left_out: dict[str, frozenset[int]] = {
+            name: frozenset(planes) for name, planes in self.notes.get("left_out", {}).items()
+        }
         if self._notes_path.is_file() and volume is not None and self.notes.get("volume") != volume:
             self._write_notes()
 
@@ -184,7 +188,18 @@ class Annotations(PaintedLabels):
 
     @also.setter
     def also(self, names: Sequence[str]) -> None:
+        self._declined = (self._declined | set(self._also)) - set(names)
         self._also = tuple(names)
+        self._write_notes()
+
+    def left_out(self, name: str) -> frozenset[int]:
+        """Planes of another volume, by the name of its folder, that are not part of the support."""
+        return self._left_out.get(name, frozenset())
+
+    def leave_out(self, name: str, z: int, out: bool = True) -> None:
+        """Whether a plane of another volume is left out of the support."""
+        planes = self.left_out(name)
+        self._left_out[name] = planes | {z} if out else planes - {z}
         self._write_notes()
 
     def take_over(self, earlier: Annotations) -> None:
@@ -199,11 +214,17 @@ class Annotations(PaintedLabels):
                 self._write_notes()
 
     def take_over_slices(self, earlier: Annotations) -> None:
-        """Use the slices of an earlier time point, and those used there; on disk once something is painted."""
+        """Use the slices of an earlier time point, and those used there; on disk once something is painted.
+
+        What the user has unticked, here or there, stays unticked.
+        """
         names = (earlier.folder.name, *earlier.also) if earlier.enabled() else earlier.also
-        wanted = tuple(name for name in dict.fromkeys((*self._also, *names)) if name != self.folder.name)
-        if wanted != self._also:
-            self._also = wanted
+        declined = self._declined | (earlier._declined - set(self._also))
+        unwanted = {*declined, self.folder.name}
+        wanted = (*self._also, *(name for name in names if name not in self._also and name not in unwanted))
+        if (wanted, declined) != (self._also, self._declined):
+            self._left_out |= {name: earlier.left_out(name) for name in wanted if name not in self._also}
+            self._also, self._declined = wanted, declined
             if not self._is_new:
                 self._write_notes()
 
@@ -242,6 +263,8 @@ class Annotations(PaintedLabels):
             "classes": [asdict(c) for c in self._classes],
             "disabled": sorted(self._disabled),
             "also": list(self._also),
+            "declined": sorted(self._declined),
+            "left_out": {name: sorted(planes) for name, planes in self._left_out.items() if planes},
             "volume": self._volume,
         }
         write_json(self._notes_path, notes)

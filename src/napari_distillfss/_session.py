@@ -231,6 +231,11 @@ class Session:
             self.set_classes(used[0].labels.classes)
         self.slices_changed.emit()
 
+    def leave_out(self, key: str, z: int, out: bool = True) -> None:
+        """Whether a slice of another volume, by `OtherSlices.key` and its plane, is left out."""
+        if self.annotations is not None:
+            self.annotations.leave_out(key, z, out)
+
     def used(self) -> tuple[list[OtherSlices], list[str]]:
         """Slices of other volumes that are used, and the names of folders that cannot be read."""
         if self.annotations is None:
@@ -244,7 +249,8 @@ class Session:
             with suppress(core.SupportSetError):
                 found[key] = OtherSlices(self.annotations.folder.with_name(key))
         self._others = found
-        return list(found.values()), [key for key in self.annotations.also if key not in found]
+        used = [other.without(self.annotations.left_out(key)) for key, other in found.items()]
+        return used, [key for key in self.annotations.also if key not in found]
 
     @property
     def has_slices(self) -> bool:

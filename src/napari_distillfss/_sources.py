@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,11 @@ class OtherSlices:
     folder : path
         Of its annotations.
 
+    Attributes
+    ----------
+    left_out : frozenset of int
+        Planes that are not used for the chosen volume.
+
     Raises
     ------
     core.SupportSetError
@@ -53,6 +59,7 @@ class OtherSlices:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.left_out: frozenset[int] = frozenset()
         try:
             self._version = (folder / NOTES).stat().st_mtime_ns
             notes = read_notes(folder)
@@ -75,6 +82,17 @@ class OtherSlices:
         lead: Mapping[str, int] = self.record.get("lead", {})
         parts = [str(self.record.get("name") or self.folder.name.rpartition("-")[0])]
         return ", ".join([*parts, *(f"{LEAD_NAMES[a]} {n}" for a, n in lead.items())])
+
+    @property
+    def planes(self) -> list[int]:
+        """Numbers of the annotated planes that are used, ascending."""
+        return [z for z in self.labels.enabled() if z not in self.left_out]
+
+    def without(self, planes: frozenset[int]) -> OtherSlices:
+        """The same slices without those of these planes."""
+        result = copy(self)
+        result.left_out = planes
+        return result
 
     @property
     def is_current(self) -> bool:
@@ -139,13 +157,13 @@ class OtherSlices:
         volume, numbers = self.open(layers), np.arange(256, dtype=np.uint8)
         for own, class_name in enumerate(self.class_names, FIRST_CLASS - 1):
             numbers[own] = list(class_names).index(class_name) + FIRST_CLASS - 1
-        slices = [read_slice(volume, self.labels, z, f"{name}, plane {z}") for z in self.labels.enabled()]
+        slices = [read_slice(volume, self.labels, z, f"{name}, plane {z}") for z in self.planes]
         slices = [replace(s, labels=numbers[s.labels]) for s in slices]
         size = self.record["pixel_size"]
         return core.VolumeSlices(name, slices, tuple(size) if size else None, core.sample_volume(volume)[0])
 
     def _left_out(self, problem: str) -> str:
-        count = fmt.count(len(self.labels.enabled()), "slice")
+        count = fmt.count(len(self.planes), "slice")
         return f"{self.name}: {problem}. Its {count} would be left out; untick it under Other volumes…, or open it"
 
     def _is_name_of(self, layer: Any) -> bool:
@@ -190,7 +208,7 @@ def support_of(
         If one of them cannot be read, or they make no support set.
     """
     volumes, taken = [own()], set[str]()
-    for other in others:
+    for other in (o for o in others if o.planes):
         name, number = other.name, 1
         while file_of(f"{name}, plane 0") in taken:
             number += 1

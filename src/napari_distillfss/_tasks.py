@@ -6,8 +6,8 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -587,13 +587,26 @@ def iter_drawing(
 
 
 def iter_thumbnails(
-    volume: Any, planes: Sequence[int], stop: Event
-) -> Generator[tuple[int, npt.NDArray[np.uint8]], None, None]:
-    """Make thumbnails of planes, see `thumbnail`."""
-    for z in planes:
-        if stop.is_set():
-            return
-        yield z, thumbnail(volume.plane(z))
+    wanted: Mapping[str, tuple[Callable[[], Any], Sequence[int]]], stop: Event
+) -> Generator[tuple[tuple[str, int], npt.NDArray[np.uint8] | None], None, None]:
+    """Make thumbnails of planes, see `thumbnail`; None for planes that cannot be read.
+
+    Parameters
+    ----------
+    wanted : mapping
+        Under a key for each volume, a function that opens it, and the planes.
+    """
+    for key, (open_, planes) in wanted.items():
+        volume: Any = None
+        with suppress(core.DistillFSSError):  # another volume may be gone
+            volume = open_()
+        for z in planes:
+            if stop.is_set():
+                return
+            picture = None
+            with suppress(core.DistillFSSError):
+                picture = None if volume is None else thumbnail(volume.plane(z))
+            yield (key, z), picture
 
 
 def thumbnail(plane: npt.NDArray[Any], side: int = THUMBNAIL) -> npt.NDArray[np.uint8]:

@@ -265,7 +265,7 @@ def test_rows_of_slices_fit_the_dock_whatever_their_classes_and_sources(drawn, q
     dock.session.use_also([dock.session.others()[0].key])
     dock.support.suggest_slices()
     rows = dock.support.list
-    qtbot.waitUntil(lambda: not dock.support.selecting.running and not dock.support._thumbnails.busy, timeout=60_000)
+    qtbot.waitUntil(lambda: not dock.support.selecting.running and not dock.support.list.busy, timeout=60_000)
     qtbot.wait(300)
     assert other in viewer.layers
     assert rows.count() > 5

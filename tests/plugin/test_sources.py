@@ -304,3 +304,100 @@ def test_the_file_of_a_volume_opens_the_same_voxels(file, viewer, session, paint
     np.testing.assert_array_equal(
         open_volume(record["location"], **record["opening"]).plane(3), tifffile.imread(file)[3]
     )
+
+
+def test_a_slice_of_another_volume_is_left_out_singly_and_after_a_restart(
+    session, viewer, nuclei, sample, painted_truth
+):
+    bright = viewer.add_image(sample.image * 8, name="bright", scale=(2.5, 1, 1), units=("um",) * 3)
+    other = annotate(session, bright, painted_truth, [3, 5])
+    annotate(session, nuclei, painted_truth, [1])
+    session.use_also([other])
+    session.leave_out(other, 3)
+    assert sources(session.support_maker()()) == ["bright, plane 5", "plane 1"]
+    session.close()
+    again = Session(session.folder, session.layers)
+    again.choose_volume(choose_layer(nuclei))
+    assert sources(again.support_maker()()) == ["bright, plane 5", "plane 1"]
+    again.leave_out(other, 5)
+    assert sources(again.support_maker()()) == ["plane 1"]
+    viewer.layers.remove(bright)
+    assert sources(again.support_maker()()) == ["plane 1"]  # nothing is needed of it
+    viewer.layers.append(bright)
+    again.leave_out(other, 3, False)
+    assert sources(again.support_maker()()) == ["bright, plane 3", "plane 1"]
+    again.choose_volume(choose_layer(bright))
+    assert again.annotations.enabled() == [3, 5]  # there all are used
+    again.close()
+
+
+def test_a_time_point_that_was_unticked_stays_so(session, viewer, sample, painted_truth):
+    layer = viewer.add_image(np.stack([sample.image] * 4), name="series", axis_labels=("t", "z", "y", "x"))
+
+    def go_to(time):
+        session.choose_volume(choose_layer(layer, lead={"t": time}))
+
+    folders = [annotate(session, layer, painted_truth, [1], t=time) for time in (0, 1)]
+    assert session.annotations.also == (folders[0],)
+    go_to(2)
+    assert set(session.annotations.also) == set(folders)
+    session.leave_out(folders[1], 1)
+    session.use_also([folders[1]])
+    for time in (1, 2, 0, 2):
+        go_to(time)
+    assert session.annotations.also == (folders[1],)
+    assert session.annotations.left_out(folders[1]) == {1}
+    go_to(3)  # as at the time before
+    assert session.annotations.also == (folders[1],)
+    assert session.annotations.left_out(folders[1]) == {1}
+    go_to(0)
+    go_to(3)
+    assert session.annotations.also == (folders[1],)
+    session.use_also(folders)
+    session.close()
+    session.choose_volume(choose_layer(layer, lead={"t": 1}))
+    go_to(3)
+    assert set(session.annotations.also) == set(folders)
+
+
+def test_the_dock_shows_thumbnails_of_other_volumes_and_unticks_their_slices(
+    viewer, nuclei, sample, painted_truth, open_dock, qtbot
+):
+    bright = viewer.add_image(sample.image * 8, name="bright", scale=(2.5, 1, 1), units=("um",) * 3)
+    dock = open_dock(viewer)
+    for index, planes in ((1, (3, 5)), (0, (1,))):
+        dock.volume.layers.setCurrentIndex(index)
+        dock.volume.layers.activated.emit(index)
+        for z in planes:
+            dock.session.annotations.put(z, painted_truth[z])
+        dock.session.painted()
+    key = dock.session.others()[0].key
+    dock.session.use_also([key])
+    rows = dock.support.list
+    qtbot.waitUntil(lambda: not rows.busy, timeout=60_000)
+    icons = [rows.item(n).icon().pixmap(48).toImage() for n in range(3)]
+    assert all(not image.isNull() for image in icons)
+    assert icons[1] != icons[2]
+    assert icons[1] == icon_of(dock, qtbot, 1, 3)  # as where the volume is on screen
+    dock.volume.layers.setCurrentIndex(0)
+    dock.volume.layers.activated.emit(0)
+    strokes = []
+    dock.session.stroked.connect(lambda: strokes.append(1))
+    rows.item(1).setCheckState(Qt.CheckState.Unchecked)
+    assert sources(dock.session.support_maker()()) == ["bright, plane 5", "plane 1"]
+    assert strokes
+    dock.session.slices_changed.emit()
+    assert [rows.item(n).checkState() == Qt.CheckState.Checked for n in range(3)] == [True, False, True]
+    dock.session.leave_out(key, 5)
+    viewer.layers.remove(bright)
+    assert rows.item(1).text() == "bright: 0 slices cannot be used\nit is no file, and not open here"
+
+
+def icon_of(dock, qtbot, index, plane):
+    """Thumbnail of a slice of the volume with this place in the list of layers."""
+    dock.volume.layers.setCurrentIndex(index)
+    dock.volume.layers.activated.emit(index)
+    rows = dock.support.list
+    qtbot.waitUntil(lambda: not rows.busy, timeout=60_000)
+    (row,) = (n for n in range(rows.count()) if rows.item(n).text().startswith(f"plane {plane}:"))
+    return rows.item(row).icon().pixmap(48).toImage()

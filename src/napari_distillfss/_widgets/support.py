@@ -6,14 +6,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from napari.utils.notifications import show_warning
-from qtpy.QtCore import QSize, Qt
-from qtpy.QtGui import QIcon, QImage, QPixmap
-from qtpy.QtWidgets import QFileDialog, QInputDialog, QListWidget, QListWidgetItem, QMessageBox, QWidget
+from qtpy.QtWidgets import QFileDialog, QInputDialog, QListWidgetItem, QMessageBox, QWidget
 from superqt.utils import qdebounced
 
 import distillfss_core as core
@@ -43,17 +42,13 @@ from napari_distillfss._painted import PaintedArray
 from napari_distillfss._session import Session
 from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
-    THUMBNAIL,
     Work,
     iter_different,
     iter_drawing,
     iter_import,
     iter_least_sure,
-    iter_thumbnails,
-    pick,
 )
-from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._colors import ERROR
+from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import (
     JobBar,
     Message,
@@ -61,13 +56,13 @@ from napari_distillfss._widgets._common import (
     button,
     column,
     combo,
-    fit_rows,
     row,
     spin,
     until_closed,
 )
 from napari_distillfss._widgets.classes import ClassList
 from napari_distillfss._widgets.outline import OutlineTool
+from napari_distillfss._widgets.slices import SliceList, SliceRow
 from napari_distillfss._widgets.sources import ask_for_sources
 
 DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
@@ -75,7 +70,6 @@ DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
 
 _LEFT = "left"  # by a dock that is closed
-_MOST_ROWS = 2.5  # of slices that are shown at a time
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 _WAIT = 300  # milliseconds without a stroke before its plane is counted
 _SUGGESTION, _IMPORT = "Slice suggestion", "Label import"
@@ -102,8 +96,6 @@ class SupportWidget(QWidget):
         self.suggested: list[int] = []
         self._image: Any = None  # the layer of the volume whose annotations are shown
         self._colored: tuple[Class, ...] = ()  # classes that the colors of the layer are of
-        self._pictures: dict[int, np.ndarray] = {}
-        self._painted: dict[int, tuple[Any, np.ndarray]] = {}  # stamps and thumbnails of painted labels
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that represent all others best in brightness, texture and position; evenly: both "
@@ -117,10 +109,9 @@ class SupportWidget(QWidget):
             "Fill rest as background", "Label all unlabeled pixels of this slice as background (Ctrl+Z undoes it)",
             self.fill_rest,
         )  # fmt: skip
-        self.list = _list_of_slices()
+        self.list = SliceList()
         self.way.setAccessibleName("Way of choosing slices")
         self.count.setAccessibleName("Number of slices")
-        self.list.hide()
         self.remove = button(
             "Remove slice", "Remove all labels of the chosen slice (Ctrl+Z undoes it)", self._on_remove_clicked
         )
@@ -150,7 +141,6 @@ class SupportWidget(QWidget):
         self._question: _Question | None = None
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
         self._answered_question: _Question | None = None
-        self._thumbnails = LatestJob(self)
         self._soon = until_closed(session, qdebounced(self._on_painted, timeout=_WAIT))
         importing = QWidget()
         column(importing, row(self.import_file, self.import_layer, self.also), row("Import as", self.kind), margin=0)
@@ -180,12 +170,11 @@ class SupportWidget(QWidget):
         self.selecting.done.connect(self._on_selected)
         self.selecting.failed.connect(self.message.warn)
         self.selecting.ended.connect(self._on_selection_ended)
-        self._thumbnails.answered.connect(self._on_picture)
         self.classes.valueChanged.connect(self._on_classes_edited)
         self.classes.brushChanged.connect(self._on_brush_changed)
         self.classes.refused.connect(self.message.warn)
         self.list.itemClicked.connect(self._on_item_clicked)
-        self.list.itemChanged.connect(self._on_item_changed)
+        self.list.toggled.connect(self._on_slice_toggled)
         self.list.currentRowChanged.connect(self._on_state_changed)
         session.volume_changed.connect(self._on_volume_changed)
         session.classes_changed.connect(self._on_classes_changed)
@@ -345,9 +334,7 @@ class SupportWidget(QWidget):
     def _on_volume_changed(self) -> None:
         self.selecting.cancel()
         self._question = None
-        self._thumbnails.cancel()
-        self._pictures.clear()
-        self._painted.clear()
+        self.list.cancel()
         self.suggested = []
         annotations, chosen = self._session.annotations, self._session.volume
         image = None if chosen is None or annotations is None else chosen.layer
@@ -413,62 +400,68 @@ class SupportWidget(QWidget):
         attempt(self.message, self._session.painted)
 
     def _on_slices_changed(self) -> None:
-        annotations = self._session.annotations
-        slices = annotations.slices() if annotations else []
-        names = annotations.class_names if annotations else ()
-        painted = {s.plane for s in slices}
-        chosen_row = self.list.currentRow()
-        self.list.blockSignals(True)
-        self.list.clear()
-        for slice_ in slices:
-            item = QListWidgetItem(self._icon(slice_.plane), fmt.painted(slice_, names))
-            item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
-            item.setCheckState(Qt.CheckState.Checked if slice_.enabled else Qt.CheckState.Unchecked)
-            item.setData(Qt.ItemDataRole.UserRole, slice_.plane)
-            self.list.addItem(item)
-        for z in self.suggested:
-            if z not in painted:
-                item = QListWidgetItem(f"plane {z}: suggested, not painted yet")
-                item.setData(Qt.ItemDataRole.UserRole, z)
-                self.list.addItem(item)
-        self._add_others(names)
+        chosen, annotations = self._session.volume, self._session.annotations
+        rows: list[SliceRow] = []
+        painted: set[int] = set()
+        if annotations is not None and chosen is not None:
+            volume, names = chosen.volume, annotations.class_names
+            colors = dict(enumerate((c.color for c in annotations.classes), FIRST_CLASS))
+            for s in annotations.slices():
+                painted.add(s.plane)
+                rows.append(
+                    SliceRow(
+                        fmt.painted(s, names),
+                        plane=s.plane,
+                        labels=annotations,
+                        number=s.plane,
+                        colors=colors,
+                        open=lambda: volume,
+                        is_used=s.enabled,
+                    )
+                )
+            left = [z for z in self.suggested if z not in painted]
+            rows += [SliceRow(f"plane {z}: suggested, not painted yet", plane=z) for z in left]
+            rows += self._rows_of_others(annotations)
         if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("Paint in"):
             self.message.tell("Every suggested slice has labels. Press Train, or label more of them")
-        self.list.setCurrentRow(min(chosen_row, self.list.count() - 1))
-        self.list.blockSignals(False)
-        self.list.setVisible(bool(self.list.count()))
-        fit_rows(self.list, _MOST_ROWS)
+        self.list.setRows(rows)
         self._on_state_changed()
-        missing = [z for z in painted if z not in self._pictures]
-        if missing and self._session.volume is not None:
-            volume = self._session.volume.volume
-            self._thumbnails.ask(lambda stop: iter_thumbnails(volume, missing, stop))
 
-    def _add_others(self, class_names: tuple[str, ...]) -> None:
-        """Add the slices of other volumes that are used, or why they cannot be."""
+    def _rows_of_others(self, annotations: Annotations) -> list[SliceRow]:
+        """Slices of other volumes that are used, or why they cannot be."""
         used, missing = self._session.used()
-        layers = self._session.layers()
-        rows = [(f"{key}: no longer in the folder of annotations", True) for key in missing]
+        layers = tuple(self._session.layers())
+        lost = [f"{key}: no longer in the folder of annotations" for key in missing]
+        rows = [SliceRow(text, tooltip=text, is_problem=True) for text in lost]
+        color_of = {c.name: c.color for c in annotations.classes}
         for other in used:
-            problem = other.problem(class_names, layers)
-            slices = [s for s in other.labels.slices() if s.enabled]
+            problem = other.problem(annotations.class_names, layers)
             if problem:
-                rows.append((f"{other.name}: {fmt.count(len(slices), 'slice')} cannot be used\nit {problem}", True))
-            else:
-                rows += [(fmt.painted(s, other.class_names, other.name), False) for s in slices]
-        for text, is_problem in rows:
-            item = QListWidgetItem(text)
-            item.setToolTip("Of another volume; choose that volume to paint in it" if not is_problem else text)
-            if is_problem:
-                item.setForeground(ERROR.on(self.palette().window().color()))
-            self.list.addItem(item)
+                text = f"{other.name}: {fmt.count(len(other.planes), 'slice')} cannot be used\nit {problem}"
+                rows.append(SliceRow(text, tooltip=text, is_problem=True))
+                continue
+            colors = {n: color_of[name] for n, name in enumerate(other.class_names, FIRST_CLASS)}
+            rows += [
+                SliceRow(
+                    fmt.painted(s, other.class_names, other.name),
+                    tooltip="Of another volume; choose that volume to paint in it",
+                    labels=other.labels,
+                    number=s.plane,
+                    colors=colors,
+                    open=partial(other.open, layers),
+                    is_used=s.plane not in other.left_out,
+                )
+                for s in other.labels.slices()
+                if s.enabled
+            ]
+        return rows
 
     def _on_item_clicked(self, item: QListWidgetItem) -> None:
-        z = item.data(Qt.ItemDataRole.UserRole)
-        if z is None:
+        row = self.list.row_of(item)
+        if row is None or row.plane is None:
             self.message.tell(f"{item.text().splitlines()[0]}. It is of another volume: choose that one to paint in it")
         else:
-            self.go_to(z)
+            self.go_to(row.plane)
 
     def _on_also_clicked(self) -> None:
         annotations = self._session.annotations
@@ -494,27 +487,21 @@ class SupportWidget(QWidget):
         for part in parts:
             part.setEnabled(has_volume)
         self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
-        item = self.list.currentItem()
-        self.remove.setEnabled(item is not None and item.data(Qt.ItemDataRole.UserRole) is not None)
+        row = self.list.row_of(self.list.currentItem())
+        self.remove.setEnabled(row is not None and row.plane is not None)
 
     def _on_restorable_changed(self) -> None:
         self.restore.setEnabled(bool(self._session.restorable()))
 
-    def _on_picture(self, thumbnail: tuple[int, np.ndarray]) -> None:
-        z, picture = thumbnail
-        self._pictures[z] = picture
-        for index in range(self.list.count()):
-            item = self.list.item(index)
-            if item is not None and item.data(Qt.ItemDataRole.UserRole) == z:
-                self.list.blockSignals(True)
-                item.setIcon(self._icon(z))
-                self.list.blockSignals(False)
-
-    def _on_item_changed(self, item: QListWidgetItem) -> None:
-        if self._session.annotations is not None:
-            on = item.checkState() == Qt.CheckState.Checked
-            self._session.annotations.enable(item.data(Qt.ItemDataRole.UserRole), on)
-            self._session.stroked.emit()
+    def _on_slice_toggled(self, row: SliceRow, on: bool) -> None:
+        annotations = self._session.annotations
+        if annotations is None or row.labels is None:
+            return
+        if row.labels is annotations:
+            annotations.enable(row.number, on)
+        else:
+            self._session.leave_out(row.labels.folder.name, row.number, not on)
+        self._session.stroked.emit()
 
     def take_brush(self) -> None:
         """Show the annotation layer and take the brush."""
@@ -526,11 +513,11 @@ class SupportWidget(QWidget):
                 self.message.tell(f"{hidden[-1].name!r} covered this volume, and is hidden")
 
     def _on_remove_clicked(self) -> None:
-        item = self.list.currentItem()
-        if item is None or item.data(Qt.ItemDataRole.UserRole) is None or self._session.annotations is None:
+        row = self.list.row_of(self.list.currentItem())
+        if row is None or row.plane is None or self._session.annotations is None:
             self.message.warn("no slice of this volume is chosen; click one in the list")
             return
-        z = item.data(Qt.ItemDataRole.UserRole)
+        z = row.plane
         self.suggested = [s for s in self.suggested if s != z]
         before = self._session.annotations.plane(z)
         self._session.annotations.remove(z)
@@ -614,6 +601,7 @@ class SupportWidget(QWidget):
     def _on_layers_changed(self) -> None:
         """The volume of other slices may be open or closed now."""
         if self._session.annotations is not None and self._session.annotations.also:
+            self.list.try_again()
             self._on_slices_changed()
 
     # parts
@@ -736,29 +724,10 @@ class SupportWidget(QWidget):
             self._session.annotations.array.write()
             self._session.annotations.array.is_written_later = False
 
-    def _icon(self, z: int) -> QIcon:
-        annotations = self._session.annotations
-        if z not in self._pictures or annotations is None:
-            return QIcon()
-        picture = np.repeat(self._pictures[z][..., None], 3, -1).astype(np.float32)
-        labels = self._thumbnail_of_labels(annotations, z)
-        for number, class_ in enumerate(self.classes.value(), FIRST_CLASS):
-            rgb = [int(class_.color[i : i + 2], 16) for i in (1, 3, 5)]
-            picture[labels == number] = 0.4 * picture[labels == number] + 0.6 * np.array(rgb)
-        pixels = np.ascontiguousarray(picture.astype(np.uint8))
-        image = QImage(pixels.tobytes(), THUMBNAIL, THUMBNAIL, 3 * THUMBNAIL, QImage.Format.Format_RGB888)
-        return QIcon(QPixmap.fromImage(image.copy()))
-
-    def _thumbnail_of_labels(self, annotations: Annotations, z: int) -> np.ndarray:
-        stamp = annotations.stamp(z)
-        if z not in self._painted or self._painted[z][0] != stamp:
-            self._painted[z] = stamp, pick(annotations.plane(z))
-        return self._painted[z][1]
-
     def _forget_viewer(self) -> None:
         self._question = None
         self.selecting.cancel()
-        self._thumbnails.cancel()
+        self.list.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
         self._viewer.layers.events.removed.disconnect(self._on_layers_changed)
         self._viewer.layers.events.inserted.disconnect(self._on_layers_changed)
@@ -777,19 +746,6 @@ def colors_of(classes: tuple[Class, ...], *, first: int = FIRST_CLASS) -> Any:
     if first > BACKGROUND:
         colors[BACKGROUND] = BACKGROUND_COLOR
     return DirectLabelColormap(color_dict=colors | {None: "#ff00ff", 0: "transparent"})
-
-
-def _list_of_slices() -> QListWidget:
-    """A list whose rows have the width of the dock: their text is wrapped."""
-    made = QListWidget()
-    made.setToolTip("Click to go there; untick to leave a slice out of the training")
-    made.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
-    made.setAccessibleName("Annotated slices")
-    made.setWordWrap(True)
-    made.setResizeMode(QListWidget.ResizeMode.Adjust)
-    made.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-    made.setVerticalScrollMode(QListWidget.ScrollMode.ScrollPerPixel)
-    return made
 
 
 def _lie_on_each_other(layer: Any, other: Any) -> bool:
