@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distillfss_core.cli.console import FINE, add_common, format_mb, print_json
-from distillfss_core.errors import ModelFileError
+from distillfss_core.cli.options import add_engine_options
+from distillfss_core.errors import ModelFileError, WeightsUnavailableError
 
 Card = dict[str, Any]
 
@@ -19,7 +20,8 @@ def add_info(commands: Any) -> None:
         "info", help="say what is in a model file", description="Say what is in a model, head or backbone file."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a model, a head, or a distilled backbone")
-    add_common(parser, _info, threads=False)
+    add_engine_options(parser.add_argument_group("engine", "how a model would be run here"))
+    add_common(parser, _info)
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -35,17 +37,31 @@ def _info(args: argparse.Namespace) -> int:
     }
     read, describe = kinds.get(kind_of(args.file), (read_card, _card_lines))
     card = read(args.file)
-    if args.json:
-        print_json(card)
-        return FINE
     try:
         lines = describe(card)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelFileError(f"{args.file}: its card is damaged ({type(error).__name__} {error})") from error
+    if describe is _card_lines:
+        card["engine"] = _engine_lines(args)
+        lines += [("engine", text) for text in card["engine"]]
+    if args.json:
+        print_json(card)
+        return FINE
     print(f"{'file':12}{args.file}, {format_mb(card['bytes'])}")
     for name, text in lines:
         print(f"{name:12}{text}")
     return FINE
+
+
+def _engine_lines(args: argparse.Namespace) -> list[str]:
+    """What would run a model here, and why."""
+    from distillfss_core.models.student import StudentModel
+
+    try:
+        model = StudentModel.load(args.file, device=args.device, precision=args.precision, engine=args.engine)
+    except WeightsUnavailableError as error:
+        return [f"not known without the weights of the backbone ({error})"]
+    return model.explain_engine()
 
 
 def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:

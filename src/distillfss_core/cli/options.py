@@ -55,6 +55,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="micrometers of a pixel here: zooms as the model needs, which must have been given its own",
     )
     add_overwrite(parser)
+    add_engine_options(parser)
+    parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
+
+
+def add_engine_options(parser: argparse._ActionsContainer) -> None:
+    """Add device, precision and engine."""
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     parser.add_argument(
         "--precision",
@@ -68,7 +74,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="what runs the network: torch, torch-compiled (takes a minute first), onnxruntime, openvino, or auto, "
         "the fastest that is installed: timed once, before a long run (default)",
     )
-    parser.add_argument("--weights", default="auto", help="backbone weights, if the model was saved without (auto)")
 
 
 def add_label_options(parser: argparse.ArgumentParser) -> None:

@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ log: logging.Logger = logging.getLogger(__name__)
 Form = tuple[str, str]
 """An engine and a precision."""
 
-_FORMAT, _VERSION = "distillfss-engines", 1
+_FORMAT, _VERSION = "distillfss-engines", 2
 _SECONDS = 0.5  # that each form is timed at least
 _GAIN = 0.95  # a form is taken before an exacter one if it takes less than this part of its time
 
@@ -62,20 +64,54 @@ def fastest_form(
     (str, str) or None
         None where nothing is known of them.
     """
-    key = _key(forms, network, window)
-    times = _cached(key, forms)
+    key = _key(forms, network)
+    known = _cached(key, forms)
+    times = known.get(window)
     if times is None and measure:
         times = _time_forms(forms, make, window, clock)
-        _keep(key, times)
+        _keep(key, known | {window: times})
     if not times:
         return None
+    timed = Timed(window, _best(forms, times), times)
+    log.info("%s; %s is taken", timed, _name(timed.best))
+    return timed.best
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Engines and precisions that were timed here.
+
+    Parameters
+    ----------
+    window : (int, int)
+        Height and width in zoomed pixels.
+    best : (str, str)
+        Engine and precision that are taken.
+    times : mapping of str to float
+        Seconds of a window, by engine and precision.
+    """
+
+    window: tuple[int, int]
+    best: Form
+    times: Mapping[str, float]
+
+    def __str__(self) -> str:
+        listed = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in self.times.items())
+        return f"a window of {self.window[0]} x {self.window[1]} takes: {listed}"
+
+
+def timed_forms(forms: Sequence[Form], network: StudentNetwork) -> list[Timed]:
+    """What the cache knows of some engines and precisions, by windows, the smallest first; nothing is timed."""
+    known = _cached(_key(forms, network), forms)
+    return [Timed(window, _best(forms, known[window]), known[window]) for window in sorted(known)]
+
+
+def _best(forms: Sequence[Form], times: Mapping[str, float]) -> Form:
     known = [form for form in forms if _name(form) in times]
     best = known[0]
     for form in known[1:]:
         if times[_name(form)] < _GAIN * times[_name(best)]:
             best = form
-    listed = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in times.items())
-    log.info("a window of %d x %d takes: %s; %s is taken", *window, listed, _name(best))
     return best
 
 
@@ -119,8 +155,8 @@ def _name(form: Form) -> str:
     return " ".join(form)
 
 
-def _key(forms: Sequence[Form], network: StudentNetwork, window: tuple[int, int]) -> str:
-    """A hash of all that times depend on: processor, threads, libraries, form of the network, and window."""
+def _key(forms: Sequence[Form], network: StudentNetwork) -> str:
+    """A hash of all that times depend on, but for the window: processor, threads, libraries, form of the network."""
     probe = network.probe
     facts = {
         "processor": [_processor(), platform.machine(), os.cpu_count()],
@@ -130,7 +166,6 @@ def _key(forms: Sequence[Form], network: StudentNetwork, window: tuple[int, int]
         "backbone": network.backbone.spec.name,
         "head": [network.head.form.to_json(), network.head.classes],
         "probe": None if probe is None else [probe.inputs, probe.alone],
-        "window": window,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -143,15 +178,19 @@ def _processor() -> str:
     return platform.processor()
 
 
-def _cached(key: str, forms: Sequence[Form]) -> dict[str, float] | None:
-    """Times in the cache, if they are of these forms."""
-    times = _read().get(key)
+def _cached(key: str, forms: Sequence[Form]) -> dict[tuple[int, int], dict[str, float]]:
+    """Times in the cache by window, where they are of these forms."""
+    windows = _read().get(key)
+    if not isinstance(windows, Mapping):
+        return {}
     names = {_name(form) for form in forms}
-    if not isinstance(times, Mapping) or not times or not names.issuperset(times):
-        return None
-    if not all(isinstance(seconds, float) and seconds > 0 for seconds in times.values()):
-        return None
-    return dict(times)
+    known = {}
+    for window, times in windows.items():
+        size = re.fullmatch(r"(\d+) x (\d+)", window)
+        is_known = isinstance(times, Mapping) and times and names.issuperset(times)
+        if size and is_known and all(isinstance(seconds, float) and seconds > 0 for seconds in times.values()):
+            known[int(size[1]), int(size[2])] = dict(times)
+    return known
 
 
 def _read() -> dict[str, Any]:
@@ -165,12 +204,13 @@ def _read() -> dict[str, Any]:
     return {}
 
 
-def _keep(key: str, times: Mapping[str, float]) -> None:
+def _keep(key: str, times: Mapping[tuple[int, int], Mapping[str, float]]) -> None:
     """Put times into the cache; where it cannot be written, they are measured again the next time."""
     file = cache_file()
     if file is None or not times:
         return
-    content = {"format": _FORMAT, "version": _VERSION, "times": _read() | {key: dict(times)}}
+    windows = {f"{height} x {width}": dict(part) for (height, width), part in times.items() if part}
+    content = {"format": _FORMAT, "version": _VERSION, "times": _read() | {key: windows}}
     with suppress(OSError, OutputError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as temporary:

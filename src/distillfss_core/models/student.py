@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.models.batches import PIXELS
-from distillfss_core.models.calibration import fastest_form
+from distillfss_core.models.calibration import Form, fastest_form, timed_forms
 from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
 from distillfss_core.models.engines import Runner, StudentNetwork, auto_forms, choose_engine, choose_precision
 from distillfss_core.models.preprocess import Preprocess
@@ -146,8 +146,7 @@ class StudentModel(Segmenter):
         measure : bool
             Whether to time them, some seconds in all, where no times are in the user's cache.
         """
-        precision, engine = self._asked
-        forms = auto_forms(precision, self.device, self.network) if engine == "auto" else []
+        forms = self._forms()
         if len(forms) < 2:
             return self
 
@@ -158,6 +157,31 @@ class StudentModel(Segmenter):
         if fastest is None or fastest == (self.engine, self.device.precision):
             return self
         return self._as_form(*fastest)
+
+    def _forms(self) -> list[Form]:
+        """Engines and precisions from which the fastest may be chosen; one or none where there is no choice."""
+        precision, engine = self._asked
+        return auto_forms(precision, self.device, self.network) if engine == "auto" else []
+
+    def explain_engine(self) -> list[str]:
+        """What runs this student here, and why: a line, or one for each size of window that was timed here before.
+
+        Nothing is timed.
+
+        Examples
+        --------
+        "onnxruntime float32 on cpu: the fastest, as a window of 640 x 640 takes: onnxruntime float32 300 ms, ..."
+        """
+        place = f"on {self.device.name}"
+        chosen = f"{self.engine} {self.device.precision} {place}"
+        forms = self._forms()
+        if self._asked[1] != "auto":
+            return [f"{chosen}: the engine was given"]
+        if len(forms) < 2:
+            return [f"{chosen}: the only engine that is installed and runs this model here"]
+        if timed := timed_forms(forms, self.network):
+            return [f"{' '.join(one.best)} {place}: the fastest, as {one}" for one in timed]
+        return [f"{chosen}: the usual choice, as engines were not timed here yet; a long run on a volume times them"]
 
     def _as_form(self, engine: str, precision: str) -> StudentModel:
         other = copy.copy(self)

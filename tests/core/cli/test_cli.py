@@ -18,6 +18,7 @@ from PIL import Image
 from distillfss_core import DistillSettings, SettingsError, generate_sample
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, USAGE
 from distillfss_core.cli.main import build_parser, main
+from distillfss_core.errors import WeightsUnavailableError
 from distillfss_core.io.images import read_image, read_stack
 from distillfss_core.io.labels import read_labels
 from distillfss_core.io.writing import write_labels
@@ -286,11 +287,31 @@ def test_without_backbone_is_smaller_and_segments_the_same(here, capsys):
         assert run("segment", "stack.tif", "-m", f"{name}.safetensors", "-o", f"{name}.tif") == FINE
     np.testing.assert_array_equal(read_stack("model.tif"), read_stack("without.tif"))
     capsys.readouterr()
-    assert run("info", "without.safetensors") == FINE
-    assert "not in the file" in capsys.readouterr().out
+    assert run("info", "without.safetensors", "--engine=torch") == FINE
+    printed = capsys.readouterr().out
+    assert "not in the file" in printed
+    assert "torch float32 on cpu: the engine was given" in printed
     assert "random" in error_of(
         capsys, "distill", "images", "labels", "-o", "new.safetensors", "--without-backbone", "--weights=random"
     )
+
+
+def test_info_explains_the_engine_and_times_nothing(here, capsys, monkeypatch):
+    def timed(*_: object) -> None:
+        raise AssertionError("an engine was timed")
+
+    monkeypatch.setattr("distillfss_core.models.calibration._time_forms", timed)
+    (line,) = json_of(capsys, "info", "model.safetensors", "--device=cpu", "--precision=float32")["engine"]
+    assert " float32 on cpu: the " in line
+    refused = error_of(capsys, "info", "model.safetensors", "--device=cpu", "--precision=int8", "--engine=torch")
+    assert "engine torch does not compute in int8" in refused
+
+    def gone(*_: object) -> None:
+        raise WeightsUnavailableError("no package")
+
+    monkeypatch.setattr("distillfss_core.models.student.backbone_from_state", gone)
+    (line,) = json_of(capsys, "info", "model.safetensors")["engine"]
+    assert line == "not known without the weights of the backbone (no package)"
 
 
 def test_a_model_to_start_from_keeps_its_form(here, capsys):
@@ -584,7 +605,7 @@ def test_evaluate_names_what_does_not_fit(here, capsys):
 
 def test_info_prints_the_card(here, capsys):
     card = json_of(capsys, "info", "model.safetensors")
-    del card["bytes"], card["backbone_inside"]
+    del card["bytes"], card["backbone_inside"], card["engine"]
     assert card == json.loads(json.dumps(StudentModel.load("model.safetensors").card))
     assert run("info", "model.safetensors") == FINE
     text = capsys.readouterr().out

@@ -11,7 +11,7 @@ import torch
 
 from distillfss_core.errors import SettingsError
 from distillfss_core.models import calibration
-from distillfss_core.models.calibration import Form, fastest_form
+from distillfss_core.models.calibration import Form, fastest_form, timed_forms
 from distillfss_core.models.engines import auto_forms
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
@@ -134,6 +134,36 @@ def test_an_engine_that_fails_is_not_taken(network, cache):
     assert not machine.made
     broken = Machine(dict.fromkeys(FORMS, RuntimeError("nothing works")))
     assert broken.fastest(network, forms=FORMS[:2]) is None
+
+
+def test_what_was_timed_is_listed_by_window(network, cache):
+    assert timed_forms(FORMS, network) == []
+    Machine({ORT: 0.3, VINO: 0.2, ROUNDED: 0.5}).fastest(network)
+    larger = (128, 96)
+    keys = json.loads(cache.read_text())
+    (windows,) = keys["times"].values()
+    windows["128 x 96"] = {"onnxruntime float32": 0.4, "openvino float32": 0.5}
+    windows |= {"wide": windows["64 x 96"], "9 x 9": {"openvino float32": -1.0}}  # of nothing, and damaged
+    cache.write_text(json.dumps(keys))
+    assert [(one.window, one.best) for one in timed_forms(FORMS, network)] == [(WINDOW, VINO), (larger, ORT)]
+    assert timed_forms(FORMS[:1], network) == []
+
+
+def test_a_student_says_why_an_engine_would_run_it(network, plain_student, cache, monkeypatch):
+    def explain(precision: str, engine: str) -> list[str]:
+        return copy.copy(plain_student).to("cpu", precision, engine).explain_engine()
+
+    assert explain("auto", "torch") == ["torch float32 on cpu: the engine was given"]
+    (line,) = explain("float32", "auto")
+    assert line.startswith("onnxruntime float32 on cpu: the usual choice, as engines were not timed here yet")
+    Machine({ORT: 0.3, VINO: 0.2, ROUNDED: 0.5}).fastest(network, forms=FORMS[:2])
+    assert explain("float32", "auto") == [
+        "openvino float32 on cpu: the fastest, as a window of 64 x 96 takes: onnxruntime float32 300 ms, "
+        "openvino float32 200 ms"
+    ]
+    monkeypatch.setattr("distillfss_core.models.student.auto_forms", lambda *_: FORMS[:1])
+    (line,) = explain("float32", "auto")
+    assert line == "onnxruntime float32 on cpu: the only engine that is installed and runs this model here"
 
 
 def test_int8_is_never_chosen_by_itself(network):
