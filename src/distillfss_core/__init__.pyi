@@ -44,7 +44,7 @@ from .support.unlabeled import load_unlabeled
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
-from .training.volumes import VolumeSlices, join_volumes
+from .training.volumes import VolumeSlices, join_volumes, match_volumes
 from .types import (
     CLASS_COLORS,
     IGNORE,
@@ -139,6 +139,7 @@ __all__ = [
     "load_backbone",
     "load_support",
     "load_unlabeled",
+    "match_volumes",
     "may_change_process",
     "open_volume",
     "plan_batch",

@@ -450,7 +450,8 @@ def iter_instant(
     model = instant.model
     yield Answering(z, instant.version, model.class_names)
     finished = shown[1] if shown[0] == instant.version else ()
-    yield from iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile)
+    for part in iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile):
+        yield Noticed("; ".join(filter(None, (part.text, instant.left_out)))) if isinstance(part, Noticed) else part
 
 
 def tiles_on_screen(

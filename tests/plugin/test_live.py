@@ -229,3 +229,89 @@ def test_a_preview_that_is_off_names_what_its_source_needs(dock):
     assert dock.preview.message.text().startswith("Train a model")
     dock.preview.source.setCurrentText("instant")
     assert "paint" in dock.preview.message.text()
+
+
+@pytest.fixture
+def with_bright(viewer, dock, qtbot, sample, painted_truth):
+    """A dock whose first volume has no slice and uses plane 3 of another that is eight times as bright."""
+    viewer.add_image(sample.image * 8, name="bright", scale=(2.5, 1, 1), units=("um",) * 3)
+    choose(dock, 1)
+    for z in (3, 5):
+        dock.session.annotations.put(z, painted_truth[z])
+    dock.session.painted()
+    choose(dock, 0)
+    key = dock.session.others()[0].key
+    dock.session.use_also([key])
+    dock.session.leave_out(key, 5)
+    dock.support.go_to(2)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.on.setChecked(True)
+    return dock, key
+
+
+def choose(dock, index):
+    dock.volume.layers.setCurrentIndex(index)
+    dock.volume.layers.activated.emit(index)
+
+
+def overlap(shown, truth):
+    return (shown & truth).sum() / (shown | truth).sum()
+
+
+def test_slices_of_another_volume_are_learned_from_on_the_scale_of_this_one(with_bright, sample, qtbot):
+    dock, key = with_bright
+    shown = dock.preview.layers["labels"].data[0] > 0
+    assert overlap(shown, sample.labels[2] > 0) > 0.6
+    (learned,) = dock.preview._instant._read_others(("object",)).values()
+    np.testing.assert_allclose(learned.image, sample.image[3], rtol=0.02, atol=6)
+    earlier = version(dock)
+    dock.session.leave_out(key, 5, False)
+    dock.session.stroked.emit()
+    wait_for_fit(qtbot, dock, earlier)
+    assert len(dock.preview._instant._read_others(("object",))) == 2
+
+
+def test_a_slice_of_another_volume_that_is_unticked_is_not_learned_from(with_bright, qtbot):
+    dock, _ = with_bright
+    (row,) = (n for n in range(dock.support.list.count()) if "plane 3" in dock.support.list.item(n).text())
+    item = dock.support.list.item(row)
+    item.setCheckState(item.checkState().__class__.Unchecked)
+    qtbot.waitUntil(lambda: "no slice is annotated" in dock.preview.message.text(), timeout=60_000)
+
+
+def test_only_what_changes_is_read_again(with_bright, qtbot, monkeypatch, painted_truth):
+    from napari_distillfss._sources import OtherSlices
+
+    dock, key = with_bright
+    reads, encoded = [], []
+    read, encode = OtherSlices.read, type(dock.preview.model())._encode
+    monkeypatch.setattr(OtherSlices, "read", lambda self, *args: (reads.append(self.key), read(self, *args))[1])
+    monkeypatch.setattr(
+        type(dock.preview.model()), "_encode", lambda self, *args: (encoded.append(1), encode(self, *args))[1]
+    )
+    earlier = version(dock)
+    paint_rows(dock, painted_truth, 2, 4)  # the plane on screen was encoded for its preview
+    wait_for_fit(qtbot, dock, earlier)
+    assert (reads, encoded) == ([], [])
+    earlier = version(dock)
+    dock.session.leave_out(key, 5, False)
+    dock.session.stroked.emit()
+    wait_for_fit(qtbot, dock, earlier)
+    assert reads == []
+    assert encoded
+
+
+def test_the_instant_model_goes_on_without_a_volume_that_is_closed_and_names_it(
+    with_bright, viewer, qtbot, painted_truth
+):
+    dock, _ = with_bright
+    paint_rows(dock, painted_truth, 2, 4)
+    wait_until_at_rest(qtbot, dock)
+    earlier = version(dock)
+    viewer.layers.remove("bright")
+    stroke(dock, 2, 50, 50, 2)
+    wait_for_fit(qtbot, dock, earlier)
+    wait_until_at_rest(qtbot, dock)
+    assert dock.preview.message.text() == (
+        "Preview of plane 2 is ready, but without bright, which is no file, and not open here"
+    )

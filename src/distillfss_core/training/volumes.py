@@ -42,10 +42,9 @@ class VolumeSlices:
 
 
 def join_volumes(volumes: Sequence[VolumeSlices], class_names: Sequence[str] = ("object",)) -> SupportSet:
-    """Make one support set of annotated planes of several volumes of one kind.
+    """Make one support set of annotated planes of several volumes of one kind, as `match_volumes` gives them.
 
-    A volume on another intensity scale is brought to that of the first, as a student does with a volume that it
-    segments. So the limits of the support suit all volumes. The planes keep the dtype of the first volume.
+    So the limits of the support suit all volumes.
 
     Parameters
     ----------
@@ -81,20 +80,59 @@ def join_volumes(volumes: Sequence[VolumeSlices], class_names: Sequence[str] = (
     >>> [int(s.image.max()) for s in joined.slices]
     [63, 63]
     """
-    volumes = [volume for volume in volumes if volume.slices]
-    if not volumes:
+    slices = match_volumes(volumes)
+    if not slices:
         raise SupportSetError("the support set is empty; annotate at least one slice")
-    first, *others = volumes
-    size = _common_pixel_size(volumes)
+    return SupportSet(tuple(slices), class_names, _common_pixel_size(_used(volumes)), planes_of_one_volume=True)
+
+
+def match_volumes(volumes: Sequence[VolumeSlices]) -> list[AnnotatedSlice]:
+    """Bring annotated planes of several volumes of one kind to the intensity scale of the first.
+
+    It is done as a student does with a volume that it segments. The planes keep the dtype of the first volume.
+
+    Parameters
+    ----------
+    volumes : sequence of VolumeSlices
+        The first may have a sample and no slices. Others without slices are left out. Sizes of pixels may differ by a
+        quarter.
+
+    Returns
+    -------
+    list of AnnotatedSlice
+        Of all volumes, in their order.
+
+    Raises
+    ------
+    SupportSetError
+        If the sizes of pixels differ too much.
+    ImageError
+        If the volumes differ in channels.
+
+    Warns
+    -----
+    IntensityWarning
+        If the intensities of a volume cannot be brought to the scale of the first.
+    """
+    used = _used(volumes)
+    _common_pixel_size(used)
+    if not used:
+        return []
+    first, *others = used
     slices = list(first.slices)
     if others:
         reference = _reference(first)
-        dtype = np.result_type(*(s.image.dtype for s in slices))
+        dtype = np.result_type(*([s.image.dtype for s in slices] or [np.asarray(first.sample).dtype]))
         for volume in others:
             _check_channels(volume, reference, first.name)
             limits = _limits_of(volume, reference)
             slices += [_mapped(s, limits, reference.fitted, dtype) for s in volume.slices]
-    return SupportSet(tuple(slices), class_names, size, planes_of_one_volume=True)
+    return slices
+
+
+def _used(volumes: Sequence[VolumeSlices]) -> list[VolumeSlices]:
+    """Volumes with slices, and the first one if it has a sample, as the scale is that of the chosen volume."""
+    return [v for number, v in enumerate(volumes) if v.slices or (number == 0 and v.sample is not None)]
 
 
 def _reference(volume: VolumeSlices) -> Preprocess:
@@ -135,7 +173,7 @@ def _limits_of(volume: VolumeSlices, reference: Preprocess) -> Limits:
     is_plane = volume.sample is None and len(volume.slices) == 1
     matched, warning = reference.matched_to(sample, volume.name, is_plane=is_plane)
     if warning:
-        warnings.warn(warning, IntensityWarning, stacklevel=3)
+        warnings.warn(warning, IntensityWarning, stacklevel=4)
     return matched.fitted
 
 

@@ -11,7 +11,7 @@ from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss._annotations import COLORS, Class, from_classes
-from napari_distillfss._instant import InstantAnswers
+from napari_distillfss._instant import InstantAnswers, Others
 from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, leave, lift, move_layer, shows_planes, take_up
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import (
@@ -205,7 +205,7 @@ class PreviewWidget(QWidget):
         """Let go of the features of the instant model, unless it is the chosen one."""
         held = self._instant
         if held is not None and not self._uses_instant:
-            self._instant = InstantAnswers(held.volume, held.annotations, held.version)
+            self._instant = InstantAnswers(held.volume, held.annotations, held.pixel_size, held.version)
 
     def _tell_what_is_needed(self) -> None:
         """Tell how a preview that is off gets its output."""
@@ -336,7 +336,8 @@ class PreviewWidget(QWidget):
             self.message.warn(self._session.no_annotations)
             return
         if self._instant is None or self._instant.annotations is not annotations:
-            self._instant = InstantAnswers(chosen.volume, annotations)
+            self._instant = InstantAnswers(chosen.volume, annotations, chosen.pixel_size)
+        self._instant.others = Others(*self._session.used(), tuple(self._session.layers()))
         instant, on_screen, is_here = self._instant, chosen.on_screen(), z == self._plane
         shown = (self._version, frozenset(self._painted_tiles)) if is_here else (0, frozenset[tuple[int, int]]())
         refit = self.live.isChecked() or not is_here

@@ -17,7 +17,7 @@ from distillfss_core.segmentation.lazy import sample_volume, segment_lazy
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.distillation import distill
-from distillfss_core.training.volumes import VolumeSlices, join_volumes
+from distillfss_core.training.volumes import VolumeSlices, join_volumes, match_volumes
 from distillfss_core.types import AnnotatedSlice
 from distillfss_core.volumes.volume import open_volume
 
@@ -122,3 +122,18 @@ def test_volumes_of_other_channels_and_no_slices_are_refused() -> None:
         join_volumes([volume_of("a", FIRST.image, FIRST.labels), volume_of("b", colors, FIRST.labels)])
     with pytest.raises(SupportSetError, match="empty"):
         join_volumes([VolumeSlices("a", ())])
+
+
+def test_a_first_volume_without_slices_gives_its_scale_by_its_sample() -> None:
+    bright = (SECOND.image * 8.0).astype(np.float32)
+    own = VolumeSlices("own", (), sample=sample_volume(open_volume(FIRST.image)))
+    alone = match_volumes([own, volume_of("bright", bright, SECOND.labels)])
+    with_own = match_volumes(
+        [VolumeSlices("own", slices_of(FIRST.image, FIRST.labels), sample=own.sample),
+         volume_of("bright", bright, SECOND.labels)]
+    )  # fmt: skip
+    assert {s.image.dtype for s in alone} == {FIRST.image.dtype}
+    np.testing.assert_array_equal([s.image for s in alone], [s.image for s in with_own[3:]])
+    np.testing.assert_allclose(alone[0].image, SECOND.image[1], rtol=0.05, atol=20)  # of a range of 700
+    assert len(join_volumes([own, volume_of("bright", bright, SECOND.labels)]).slices) == 3
+    assert match_volumes([own]) == []
