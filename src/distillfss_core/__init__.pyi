@@ -37,10 +37,11 @@ from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
 from .segmentation.lazy import compare_intensities, sample_volume, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
-from .settings import BackboneSettings, DistillSettings, PretrainSettings
+from .settings import AdapterSettings, BackboneSettings, DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
 from .support.unlabeled import load_unlabeled
+from .training.adapter import DistilledAdapter, distill_adapter, iter_distill_adapter
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
 from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
 from .training.instant import InstantModel
@@ -64,6 +65,7 @@ __all__ = [
     "CLASS_COLORS",
     "IGNORE",
     "SPECS",
+    "AdapterSettings",
     "AnnotatedSlice",
     "Backbone",
     "BackboneSettings",
@@ -76,6 +78,7 @@ __all__ = [
     "DistillFSSError",
     "DistillRun",
     "DistillSettings",
+    "DistilledAdapter",
     "DistilledBackbone",
     "FewShotModel",
     "ImageError",
@@ -118,6 +121,7 @@ __all__ = [
     "describe_expectation",
     "describe_step",
     "distill",
+    "distill_adapter",
     "distill_backbone",
     "evaluate",
     "export_bioimageio",
@@ -127,6 +131,7 @@ __all__ = [
     "import_checkpoint",
     "iter_batch",
     "iter_distill",
+    "iter_distill_adapter",
     "iter_distill_backbone",
     "iter_diverse_planes",
     "iter_instances",

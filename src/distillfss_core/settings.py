@@ -99,6 +99,15 @@ def _temperature(value: Any) -> float | str:
     return number
 
 
+def _sizes(value: Any) -> str:
+    """Sides of images in ascending order, divided by commas."""
+    parts = [part.strip() for part in str(value).split(",")]
+    sides = [int(part) if part.isdecimal() else 0 for part in parts]
+    if sides != sorted(set(sides)) or any(side % 32 or not 64 <= side <= 1024 for side in sides):
+        raise SettingsError(f"sizes is {value!r}; give multiples of 32 from 64 to 1024, ascending, such as 128,256,512")
+    return ",".join(map(str, sides))
+
+
 def format_setting(value: Any) -> str:
     """Text of a value, as the command line and the plugin's form take it.
 
@@ -126,6 +135,11 @@ _READER = (
     "Reader of teacher uino",
     "pool: strongest and mean correlations; attention: softmax with values of +1 and -1; cp4d: 4-D convolutions; "
     "scan: a selective scan, slow.",
+)
+
+_UINO_WIDTH = (
+    "Width of teacher uino",
+    "Channels of adapter and prompts of teacher uino; 256 with an adapter from SAM.",
 )
 
 _OLDER_NAMES = {
@@ -191,6 +205,7 @@ class DistillSettings:
         choices=(*FORMS, "uino", "prototype"),
     )
     uino_reader: str = _setting("pool", *_READER, choices=READERS)
+    uino_width: int = _setting(64, *_UINO_WIDTH, low=32, high=512)
     loss: str = _setting(
         "default",
         "Loss",
@@ -320,6 +335,7 @@ class DistillSettings:
         _check_all(self)
         if self.crop_size % 32:
             raise SettingsError(f"crop_size is {self.crop_size}; give a multiple of 32")
+        _check_uino_width(self.uino_width)
 
 
 @_documented
@@ -348,6 +364,13 @@ class PretrainSettings:
         choices=tuple(TEACHERS),
     )
     uino_reader: str = _setting("pool", *_READER, choices=READERS)
+    uino_width: int = _setting(64, *_UINO_WIDTH, low=32, high=512)
+    adapter: str = _setting(
+        "none",
+        "Adapter",
+        "Of teacher uino. none: it learns with the episodes; or the path of an adapter that was distilled from SAM, "
+        "which stays as it is and has width 256.",
+    )
     learn: str = _setting(
         "all",
         "What learns",
@@ -396,6 +419,7 @@ class PretrainSettings:
         _check_all(self)
         if self.size % 32:
             raise SettingsError(f"size is {self.size}; give a multiple of 32")
+        _check_uino_width(self.uino_width)
 
 
 @_documented
@@ -480,7 +504,55 @@ class BackboneSettings:
             raise SettingsError(f"size is {self.size}; give a multiple of 32")
 
 
-def _check_all(settings: DistillSettings | PretrainSettings | BackboneSettings) -> None:
+@_documented
+@dataclass(frozen=True)
+class AdapterSettings:
+    """How the adapter of teacher uino is distilled from SAM on images without labels.
+
+    Raises
+    ------
+    SettingsError
+        If a value lies outside its limits; the message names the setting, the value and the limits.
+    """
+
+    backbone: str = _setting(
+        "efficientnet_lite0",
+        "Backbone",
+        "Frozen backbone whose early features the adapter reads: its name, or the file of a head with its backbone.",
+    )
+    weights: str = _setting("auto", "Backbone weights", "auto, packaged, hub, random, or the path of a file.")
+    sizes: str = _setting(
+        "128,256,512",
+        "Sizes",
+        "Sides in pixels at which the backbone sees a view, from coarse to fine; each for an equal share of the steps.",
+        parse=_sizes,
+    )
+    steps: int = _setting(3000, "Steps", "Optimizer steps of all sizes together.", low=1, high=100_000_000)
+    batch: int = _setting(16, "Batch", "Views in a step.", low=1, high=4096)
+    views: int = _setting(4, "Views", "Fixed augmented views of each image.", low=1, high=10_000)
+    learning_rate: float = _setting(
+        1e-3, "Learning rate", "AdamW's first rate, which falls to 1e-5 along a cosine.", low=1e-7, high=1.0
+    )
+    weight_decay: float = _setting(5e-2, "Weight decay", "AdamW's weight decay.", low=0.0, high=1.0)
+    cache_mb: int = _setting(
+        4000, "Cache", "Megabytes of SAM's embeddings on disk, at most; a view has 2.1.", low=0, high=100_000_000
+    )
+    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
+    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
+    precision: str = _setting(
+        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        _check_all(self)
+
+
+def _check_uino_width(width: int) -> None:
+    if width % 16:
+        raise SettingsError(f"uino_width is {width}; give a multiple of 16")
+
+
+def _check_all(settings: DistillSettings | PretrainSettings | BackboneSettings | AdapterSettings) -> None:
     """Give each setting its type, and raise SettingsError for a value outside its limits."""
     for setting in fields(settings):
         value = getattr(settings, setting.name)

@@ -31,7 +31,7 @@ CLASS_COLORS: tuple[Rgb, ...] = (
 )
 """Colors of the classes 1, 2, ...: those of Okabe and Ito, distinct with every common kind of color blindness."""
 
-PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode", "images", "teacher")
+PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode", "images", "teacher", "embed")
 """Stages of a run before its first training step."""
 
 _STAGES = {
@@ -43,6 +43,7 @@ _STAGES = {
     "encode": "preparing augmented crops",
     "images": "looking at images",
     "teacher": "fitting the scale of the teacher's features",
+    "embed": "embedding images with SAM",
     "refine": "training the teacher",
     "joint": "training",
     "direct": "training",
@@ -200,7 +201,7 @@ class TrainStep:
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
         Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode";
-        of a backbone "images" and "teacher".
+        of a backbone "images" and "teacher"; of an adapter "images" and "embed".
         Training: "refine", "joint", "distill" or "direct"; then "foundation", "label" and "unlabeled", where there are
         images without labels.
     """

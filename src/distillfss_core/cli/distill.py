@@ -173,14 +173,9 @@ def _save_best(args: argparse.Namespace, run: DistillRun, step: TrainStep) -> in
 
 def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> DistillSettings:
     """The settings given, with those that a model to start from has already decided."""
-    form = start.head.form
     decided = {
         "backbone": start.backbone.spec.name,
-        "student": form.student,
-        "decoder": form.decoder,
-        "teacher": form.teacher,
-        **({"uino_reader": form.uino_reader} if form.teacher == "uino" else {}),
-        "width": form.width,
+        **start.head.form.to_json(),
         "zoom": parse_zoom(start.preprocess.zoom),
         "normalization": f"per-{start.preprocess.scope}",
     }

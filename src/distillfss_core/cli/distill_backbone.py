@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distillfss_core.cli.console import (
-    FINE,
-    INTERRUPTED,
-    add_common,
-    format_mb,
-    print_json,
-    progress,
-    say,
-    show_step,
-)
+from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, format_mb, print_json
 from distillfss_core.cli.options import add_overwrite, add_settings, given_settings
-from distillfss_core.cli.stopping import hold_signals
+from distillfss_core.cli.resumable import follow
 from distillfss_core.errors import OutputError
 from distillfss_core.settings import BackboneSettings
-
-if TYPE_CHECKING:
-    from distillfss_core.types import TrainStep
 
 
 def add_distill_backbone(commands: Any) -> None:
@@ -63,19 +51,7 @@ def _distill_backbone(args: argparse.Namespace) -> int:
 
     checkpoint = args.output.with_suffix(".checkpoint.safetensors")
     run = backbone.iter_distill_backbone(args.images, settings, checkpoint=checkpoint)
-    step: TrainStep | None = None
-    try:
-        with progress("preparing") as bar:
-            for step in run:
-                show_step(bar, step)
-        hold_signals()
-    except KeyboardInterrupt:
-        hold_signals()
-        run.close()
-        if checkpoint.exists() and step is not None:
-            say(f"interrupted at step {step.index} of {step.total}; the same command goes on from {checkpoint}")
-        else:
-            say("interrupted before the first state was kept; nothing was saved")
+    if not follow(run, checkpoint):
         return INTERRUPTED
     distilled = run.result()
     distilled.save(args.output)

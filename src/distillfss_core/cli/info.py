@@ -17,15 +17,18 @@ Card = dict[str, Any]
 def add_info(commands: Any) -> None:
     """Add the command ``distillfss info`` to the subparsers of the program."""
     parser = commands.add_parser(
-        "info", help="say what is in a model file", description="Say what is in a model, head or backbone file."
+        "info",
+        help="say what is in a model file",
+        description="Say what is in a model, head, backbone or adapter file.",
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a model, a head, or a distilled backbone")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a model, a head, a distilled backbone or adapter")
     add_engine_options(parser.add_argument_group("engine", "how a model would be run here"))
     add_common(parser, _info)
 
 
 def _info(args: argparse.Namespace) -> int:
     from distillfss_core.models.card import read_card
+    from distillfss_core.nn.adapter_file import ADAPTER_FILE, read_adapter_card
     from distillfss_core.nn.backbone_file import read_backbone_card
     from distillfss_core.nn.backbones.weights import BACKBONE_FILE
     from distillfss_core.nn.checkpoint import kind_of
@@ -34,6 +37,7 @@ def _info(args: argparse.Namespace) -> int:
     kinds: dict[str | None, tuple[Callable[[Path], Card], Callable[[Card], list[tuple[str, str]]]]] = {
         HEAD_FILE.name: (read_head_card, _head_lines),
         BACKBONE_FILE.name: (read_backbone_card, _backbone_lines),
+        ADAPTER_FILE.name: (read_adapter_card, _adapter_lines),
     }
     read, describe = kinds.get(kind_of(args.file), (read_card, _card_lines))
     card = read(args.file)
@@ -107,7 +111,9 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     from distillfss_core.nn.pretrained import head_form
 
     training, form = card["training"], head_form(card)
-    reader = f", reader {form['uino_reader']}, adapter {card['adapter']}" if form["teacher"] == "uino" else ""
+    reader = ""
+    if form["teacher"] == "uino":
+        reader = f", reader {form['uino_reader']}, width {form['uino_width']}, adapter {card['adapter']}"
     scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
     return [
         ("name", card.get("name", "")),
@@ -141,6 +147,19 @@ def _backbone_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         ("start", card["start"]),
         ("training", f"{card['steps']} steps on {card['images']} images, {card['seconds']:.0f} s on {card['device']}"),
         ("loss", f"{card['settings']['loss']}; {', '.join(losses)}"),
+        *(("images", f"{row['name']} ({row['images']})") for row in card["sources"]),
+    ]
+
+
+def _adapter_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """A distilled adapter's card in words."""
+    sam = card["sam"]
+    return [
+        ("backbone", _backbone_text(card)),
+        ("SAM", f"{sam['name']}, from {sam['file']}, SHA-256 {sam['digest']}"),
+        ("width", str(card["width"])),
+        ("training", f"{card['steps']} steps on {card['images']} images, {card['seconds']:.0f} s on {card['device']}"),
+        ("loss", f"mean squared error {card['losses']['embedding']:.4f}; sizes {card['settings']['sizes']}"),
         *(("images", f"{row['name']} ({row['images']})") for row in card["sources"]),
     ]
 

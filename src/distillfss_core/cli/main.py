@@ -24,6 +24,7 @@ from distillfss_core.cli.console import (
 )
 from distillfss_core.cli.demo import add_demo
 from distillfss_core.cli.distill import add_distill
+from distillfss_core.cli.distill_adapter import add_distill_adapter
 from distillfss_core.cli.distill_backbone import add_distill_backbone
 from distillfss_core.cli.evaluate import add_evaluate
 from distillfss_core.cli.export import add_export
@@ -126,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_demo(commands)
     add_pretrain(commands)
     add_distill_backbone(commands)
+    add_distill_adapter(commands)
     add_bench(commands)
     return parser
 

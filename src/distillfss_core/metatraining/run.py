@@ -31,6 +31,7 @@ from distillfss_core.metatraining.curves import draw_curves
 from distillfss_core.metatraining.episodes import Episode, EpisodeMix, held_out_task, with_foreign_masks
 from distillfss_core.metatraining.real import RealSource
 from distillfss_core.metatraining.task import U8, Task
+from distillfss_core.nn.adapter_file import load_adapter
 from distillfss_core.nn.backbones import (
     SPECS,
     TRAINED,
@@ -54,7 +55,8 @@ from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyram
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, head_form, load_head, packaged_head, save_head
-from distillfss_core.nn.teachers import LearnedTeacher
+from distillfss_core.nn.sam import WIDTH as SAM_WIDTH
+from distillfss_core.nn.teachers import LearnedTeacher, UinoTeacher
 from distillfss_core.settings import TEACHERS, PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
 
@@ -69,6 +71,8 @@ COOL_DOWN = 0.3  # share of the steps in which the rate falls to nothing
 KEYS = 128  # support keys a stage in a training step; another draw in every step
 NORM_TASKS = 32  # tasks on which the decoder's skip features are standardized
 LOGGED = 50  # steps that one line of the history stands for
+NECK = "trained with the episodes: a neck, not distilled from SAM"
+FROZEN, TRAINED_ON = ", not changed since", ", then trained with the episodes"
 MAY_CHANGE = {"steps", "workers", "eval_every", "eval_tasks", "device", "precision"}
 """Settings that a training may go on with another value of."""
 
@@ -116,7 +120,8 @@ class PretrainRun(Iterator[TrainStep]):
             real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
-            form = HeadForm("default", "default", TEACHERS[settings.teacher], settings.width, settings.uino_reader)
+            reader, width = settings.uino_reader, _uino_width(settings)
+            form = HeadForm("default", "default", TEACHERS[settings.teacher], settings.width, reader, width)
             head = FewShotHead(self.backbone.spec, 1, form)
         if head_weights and head_weights.form == _form(settings):
             head_weights.put_into(head)
@@ -124,6 +129,7 @@ class PretrainRun(Iterator[TrainStep]):
             head_weights.put_decoder_into(head)
         self._start = dict(head_weights.card) if head_weights else None
         self.teacher: LearnedTeacher = head.teacher
+        self._adapter: str = self._take_adapter()
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
         self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
@@ -194,7 +200,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "digest": backbone.digest(),
             },
             "width": self.settings.width,
-            **_teacher_card(self.settings),
+            **_teacher_card(self.settings, self._adapter),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
             "training": {
                 "steps": self.step,
@@ -313,6 +319,24 @@ class PretrainRun(Iterator[TrainStep]):
             for module in self.teacher.prompt_modules:
                 module.requires_grad_(True)
         return [parameter for parameter in self.teacher.parameters() if parameter.requires_grad]
+
+    def _take_adapter(self) -> str:
+        """Give teacher uino the distilled adapter, if there is one, and freeze it; where the adapter comes from."""
+        settings, teacher = self.settings, self.teacher
+        starts_whole = self._start is not None and head_form(self._start) == _form(settings)
+        if settings.adapter == "none":
+            origin = (
+                str(self._start["adapter"]) if self._start and starts_whole and settings.teacher == "uino" else NECK
+            )
+            return origin.replace(FROZEN, TRAINED_ON) if settings.learn == "all" else origin
+        if not isinstance(teacher, UinoTeacher):
+            raise SettingsError(f"adapter is {settings.adapter!r}, but teacher {settings.teacher} has none; give uino")
+        if starts_whole:
+            raise SettingsError(f"init_from is {settings.init_from!r}, a head with an adapter; give adapter none")
+        weights = load_adapter(settings.adapter)
+        weights.put_into(teacher, self.backbone)
+        teacher.adapter.requires_grad_(False)
+        return weights.origin + FROZEN
 
     def _averaged(self, module: nn.Module) -> AveragedModel:
         return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(self.settings.ema_decay), use_buffers=True)
@@ -445,20 +469,24 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     return weights
 
 
-def _form(settings: PretrainSettings) -> dict[str, str]:
-    return head_form({"teacher": TEACHERS[settings.teacher], "uino_reader": settings.uino_reader})
+def _form(settings: PretrainSettings) -> dict[str, Any]:
+    reader, width = settings.uino_reader, _uino_width(settings)
+    return head_form({"teacher": TEACHERS[settings.teacher], "uino_reader": reader, "uino_width": width})
 
 
-def _words(form: dict[str, str]) -> str:
+def _uino_width(settings: PretrainSettings) -> int:
+    return settings.uino_width if settings.adapter == "none" else SAM_WIDTH
+
+
+def _words(form: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
-def _teacher_card(settings: PretrainSettings) -> dict[str, str]:
+def _teacher_card(settings: PretrainSettings, adapter: str) -> dict[str, Any]:
     """What the card says of a teacher other than DCAMA."""
-    if settings.teacher != "uino":
-        return {} if settings.teacher == "dcama" else {"teacher": TEACHERS[settings.teacher]}
-    adapter = "trained with the episodes: a neck, not distilled from SAM"
-    return {"teacher": "uino", "uino_reader": settings.uino_reader, "adapter": adapter}
+    if settings.teacher == "dcama":
+        return {}
+    return _form(settings) | ({"adapter": adapter} if settings.teacher == "uino" else {})
 
 
 def _check_backbone(settings: PretrainSettings) -> None:

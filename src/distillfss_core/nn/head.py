@@ -23,6 +23,7 @@ from distillfss_core.nn.teachers import (
     LearnedTeacher,
     UinoSettings,
     UinoTeacher,
+    uino_heads,
 )
 
 _OLDER_DEFAULTS = ("light", "slim", "ours")
@@ -37,19 +38,20 @@ class HeadForm:
     teacher: str
     width: int
     uino_reader: str = "pool"
+    uino_width: int = 64
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeadForm:
         """From the card of a file; older ones have other words for the default."""
         parts = {name: str(values[name]) for name in ("student", "decoder", "teacher")}
         default = {name: "default" for name, value in parts.items() if value in _OLDER_DEFAULTS}
-        reader = str(values.get("uino_reader", cls.uino_reader))
-        return cls(**(parts | default), width=int(values["width"]), uino_reader=reader)
+        reader, width = str(values.get("uino_reader", cls.uino_reader)), int(values.get("uino_width", cls.uino_width))
+        return cls(**(parts | default), width=int(values["width"]), uino_reader=reader, uino_width=width)
 
     def to_json(self) -> dict[str, Any]:
-        """Fields by name, as the card of a model stores them; the reader for teacher uino only."""
+        """Fields by name, as the card of a model stores them; those of teacher uino for it only."""
         fields = asdict(self)
-        return fields if self.teacher == "uino" else {n: value for n, value in fields.items() if n != "uino_reader"}
+        return {n: value for n, value in fields.items() if self.teacher == "uino" or not n.startswith("uino_")}
 
 
 class FewShotHead(nn.Module):
@@ -95,7 +97,8 @@ class FewShotHead(nn.Module):
 def _new_teacher(spec: BackboneSpec, form: HeadForm, decoder: Decoder) -> LearnedTeacher:
     """The teacher of a form."""
     if form.teacher == "uino":
-        return UinoTeacher(spec, decoder, UinoSettings(reader=form.uino_reader))
+        heads = uino_heads(form.uino_width)
+        return UinoTeacher(spec, decoder, UinoSettings(reader=form.uino_reader, width=form.uino_width, heads=heads))
     if form.teacher == "prototype":
         return AlignmentTeacher(spec, decoder, AlignmentSettings())
     coarse, settings = _three(spec.coarse_channels), PUBLISHED if form.teacher == "published" else DcamaSettings()

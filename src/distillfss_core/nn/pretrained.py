@@ -13,7 +13,7 @@ from torch import Tensor
 from distillfss_core.errors import ModelFileError, SettingsError, WeightsUnavailableError
 from distillfss_core.nn.backbones import Backbone, backbone_from_state, load_backbone
 from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
-from distillfss_core.nn.head import FewShotHead
+from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.teachers import LearnedTeacher
 
 HEAD_FILE = FileKind("distillfss-head", "meta-trained DistillFSS head", 1)
@@ -60,7 +60,7 @@ class HeadWeights:
         return str(self.card.get("preset", "default"))
 
     @property
-    def form(self) -> dict[str, str]:
+    def form(self) -> dict[str, Any]:
         """What the settings of a training must say of the teacher of this head."""
         return head_form(self.card)
 
@@ -177,10 +177,13 @@ def load_head(path: str | Path) -> HeadWeights:
     )
 
 
-def head_form(card: Mapping[str, Any]) -> dict[str, str]:
-    """Of the card of a head: the settings ``teacher`` and, for teacher uino, ``uino_reader`` that go with it."""
-    form = {"teacher": str(card.get("teacher", card.get("preset", "default")))}
-    return form | {"uino_reader": str(card["uino_reader"])} if form["teacher"] == "uino" else form
+def head_form(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the card of a head: the settings ``teacher`` and, for teacher uino, those of its reader and width."""
+    teacher = str(card.get("teacher", card.get("preset", "default")))
+    if teacher != "uino":
+        return {"teacher": teacher}
+    width = int(card.get("uino_width", HeadForm.uino_width))
+    return {"teacher": teacher, "uino_reader": str(card["uino_reader"]), "uino_width": width}
 
 
 def _upgraded(card: Mapping[str, Any]) -> dict[str, Any]:

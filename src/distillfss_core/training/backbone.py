@@ -10,11 +10,9 @@ References
 
 from __future__ import annotations
 
-import math
-import time
 import warnings
-from collections.abc import Generator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distillfss_core.errors import ModelFileError, SettingsError
+from distillfss_core.errors import SettingsError
 from distillfss_core.nn.backbone_file import save_backbone
 from distillfss_core.nn.backbones import (
     Backbone,
@@ -32,28 +30,16 @@ from distillfss_core.nn.backbones import (
     backbone_spec,
     load_backbone,
 )
-from distillfss_core.nn.checkpoint import (
-    FileKind,
-    read_card_file,
-    restore_training,
-    training_tensors,
-    under,
-    write_card_file,
-)
+from distillfss_core.nn.checkpoint import FileKind, under
 from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.token_losses import TokenLoss, mask_images
 from distillfss_core.settings import BackboneSettings
 from distillfss_core.training.backbone_teacher import Maps, TeacherTokens, last_map, load_teacher, stage_of
 from distillfss_core.training.backbone_views import Image, Views
+from distillfss_core.training.resumable import ResumableTraining
 from distillfss_core.types import TrainStep, as_run, finish
 
 CHECKPOINT_FILE = FileKind("distillfss-backbone-training", "checkpoint of a backbone distillation", 1)
-
-KEEP_EVERY = 60.0  # seconds between two checkpoints
-LAST_RATE = 1e-5
-MEAN_OF = 50  # steps of which the card holds the mean loss
-MAY_CHANGE = {"cache_mb", "device", "precision"}
-"""Settings that a training may go on with another value of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,16 +140,16 @@ def distill_backbone(
     return finish(iter_distill_backbone(images, settings, checkpoint=checkpoint))
 
 
-class _Training:
-    """Student, projections and optimizer of a training, and their state in a checkpoint."""
+class _Training(ResumableTraining):
+    """Student and projections of a training."""
 
     def __init__(
         self, settings: BackboneSettings, tokens: TeacherTokens, device: Device, checkpoint: Path | None
     ) -> None:
+        super().__init__(CHECKPOINT_FILE, settings, checkpoint)
         self.settings: BackboneSettings = settings
         self.tokens: TeacherTokens = tokens
         self.device: Device = device
-        self.checkpoint: Path | None = checkpoint
         start = _load_student(settings)
         self.start: str = start.weights
         self.student: DistillingBackbone = DistillingBackbone(start).to(device.torch)
@@ -179,42 +165,12 @@ class _Training:
                 for name in passes
                 for stride in tokens.strides
             }
-        self.losses: nn.ModuleDict = nn.ModuleDict(modules).to(device.torch)
-        self._kept: dict[str, nn.Module] = {"student": self.student, "losses": self.losses}
-        parameters = [p for module in self._kept.values() for p in module.parameters()]
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.step: int = 0
-        self.seconds: float = 0.0
-        self.history: list[dict[str, float]] = []
+        self.projections: nn.ModuleDict = nn.ModuleDict(modules).to(device.torch)
+        self.begin({"student": self.student, "losses": self.projections})
 
-    def steps(self) -> Generator[TrainStep, None, None]:
-        """Train to the last step; what is interrupted within a step is not kept."""
-        saved = began = time.monotonic()
-        whole = True
-        try:
-            while self.step < self.settings.steps:
-                whole = False
-                losses = self._train()
-                self.step += 1
-                self.history = [*self.history[1 - MEAN_OF :], losses]
-                now = time.monotonic()
-                self.seconds, began = self.seconds + now - began, now
-                whole = True
-                if now - saved > KEEP_EVERY:
-                    self.keep()
-                    saved = now
-                yield TrainStep(self.step, self.settings.steps, losses, stage="distill")
-                began = time.monotonic()
-        finally:
-            if whole:
-                self.keep()
-
-    def _train(self) -> dict[str, float]:
-        for group in self.optimizer.param_groups:
-            group["lr"] = _rate(self.settings.learning_rate, self.step, self.settings.steps)
-        images, teacher = self.tokens.batch(self._indices())
+    def train(self) -> dict[str, float]:
+        """One step on both passes."""
+        images, teacher = self.tokens.batch(self.indices(len(self.tokens.views), self.step))
         self.student.train()
         with self.device.autocast():
             losses = {"features": self._loss("features", images, teacher)}
@@ -233,18 +189,8 @@ class _Training:
         """Mean of the losses of all strides."""
         pyramid = self.student(images)
         spec = self.student.spec
-        each = [self.losses[f"{name}_{s}"](last_map(pyramid, spec, s), teacher[s]) for s in self.tokens.strides]
+        each = [self.projections[f"{name}_{s}"](last_map(pyramid, spec, s), teacher[s]) for s in self.tokens.strides]
         return torch.stack(each).mean()
-
-    def _indices(self) -> list[int]:
-        """Views of this step: every view once in an epoch, in an order that follows from the seed."""
-        count, batch = len(self.tokens.views), self.settings.batch
-        places = range(self.step * batch, (self.step + 1) * batch)
-        orders = {
-            epoch: np.random.default_rng([self.settings.seed, 1, epoch]).permutation(count)
-            for epoch in {place // count for place in places}
-        }
-        return [int(orders[place // count][place % count]) for place in places]
 
     def _masked(self, images: Tensor) -> Tensor:
         """The batch with blocks of its first half masked, as large as a cell of the coarsest map."""
@@ -261,7 +207,7 @@ class _Training:
         state = {name: value.detach().cpu() for name, value in self.student.state().items()}
         teacher = self.tokens.backbone
         backbone = backbone_from_state(self.student.spec.name, state, f"distilled:{teacher.spec.name}")
-        spec, names = backbone.spec, sorted({name for losses in self.history for name in losses})
+        spec = backbone.spec
         card = {
             "backbone": {
                 "name": spec.name,
@@ -271,7 +217,7 @@ class _Training:
             },
             "start": self.start,
             "teacher": self._teacher(),
-            "losses": {name: float(np.mean([losses[name] for losses in self.history])) for name in names},
+            "losses": self.losses(),
             "images": self.tokens.views.images,
             "sources": self.tokens.views.sources(),
             "steps": self.step,
@@ -286,45 +232,18 @@ class _Training:
         teacher = self.tokens.backbone
         return {"name": teacher.spec.name, "weights": teacher.weights, "digest": teacher.digest()}
 
-    def keep(self) -> None:
-        """Write the state, if there is a file for it."""
-        if self.checkpoint is None:
-            return
-        tensors = training_tensors(self._kept, self.optimizer)
-        tensors |= {f"norms.{name}": value for name, value in self.tokens.norms().items()}
-        card = {"step": self.step, "seconds": self.seconds, "history": self.history, "start": self.start}
-        card |= {"settings": asdict(self.settings), "teacher": self._teacher(), "sources": self.tokens.views.sources()}
-        write_card_file(self.checkpoint, CHECKPOINT_FILE, card, tensors)
+    def provenance(self) -> dict[str, tuple[Any, str]]:
+        """Teacher and images."""
+        sources = self.tokens.views.sources()
+        return {"teacher": (self._teacher(), "another teacher"), "sources": (sources, "other images")}
 
-    def restore(self) -> bool:
-        """Go on from the checkpoint, if there is one; whether there was."""
-        path = self.checkpoint
-        if path is None or not path.exists():
-            return False
-        card, tensors, _ = read_card_file(path, CHECKPOINT_FILE)
-        self._check_same(path, card)
-        try:
-            restore_training(self._kept, self.optimizer, tensors)
-            self.tokens.restore(under("norms.", tensors))
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise ModelFileError(f"{path}: its tensors do not fit ({str(error).splitlines()[0]})") from error
-        self.step, self.seconds, self.history = card["step"], card["seconds"], card["history"]
-        return True
+    def more_tensors(self) -> dict[str, Tensor]:
+        """The scale of the teacher's channels."""
+        return {f"norms.{name}": value for name, value in self.tokens.norms().items()}
 
-    def _check_same(self, path: Path, card: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other settings, another teacher or other images."""
-        now = asdict(self.settings)
-        for setting in fields(BackboneSettings):
-            then = card["settings"].get(setting.name, setting.default)
-            if setting.name not in MAY_CHANGE and then != now[setting.name]:
-                raise SettingsError(
-                    f"{path} was made with {setting.name} {then!r}, now it is {now[setting.name]!r}; "
-                    "give the same settings to go on, or remove the file to start anew"
-                )
-        for name, value in (("teacher", self._teacher()), ("sources", self.tokens.views.sources())):
-            if card[name] != value:
-                what = {"teacher": "another teacher", "sources": "other images"}[name]
-                raise SettingsError(f"{path} was made with {what}; give the same, or remove the file to start anew")
+    def restore_more(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take that scale from a checkpoint."""
+        self.tokens.restore(under("norms.", tensors))
 
 
 def _check_strides(spec: BackboneSpec, strides: Sequence[int]) -> None:
@@ -345,9 +264,3 @@ def _load_student(settings: BackboneSettings) -> Backbone:
 
 def _start_license(spec: BackboneSpec, weights: str) -> str:
     return "random" if weights.startswith("random:") else spec.license
-
-
-def _rate(first: float, step: int, steps: int) -> float:
-    """A cosine from the first rate to the last."""
-    last = min(LAST_RATE, first)
-    return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -74,6 +74,11 @@ def stage_of(spec: BackboneSpec, stride: int) -> int | None:
     return max((i for i, s in enumerate(strides) if s == stride), default=None)
 
 
+def token_size(size: int, spec: BackboneSpec) -> int:
+    """Side of an image that gives a grid of ``size`` / 16: smaller for a DINO with patches of 14 pixels."""
+    return size // MAIN * spec.multiple if spec.family == "vit" else size
+
+
 class TeacherTokens:
     """Feature maps of a frozen teacher for views, standardized, in half precision, cached within a byte budget.
 
@@ -190,7 +195,7 @@ class TeacherTokens:
         spec = self.backbone.spec
         x = self.device.upload(images) / 255.0
         if spec.family == "vit" and spec.multiple != MAIN:
-            side = images.shape[-1] // MAIN * spec.multiple
+            side = token_size(images.shape[-1], spec)
             x = F.interpolate(x, (side, side), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
         with self.device.autocast():
             pyramid = self.backbone(x)

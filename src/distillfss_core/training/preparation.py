@@ -188,7 +188,14 @@ def _backbone_of(weights: HeadWeights, settings: DistillSettings) -> Backbone | 
 def _new_head(
     settings: DistillSettings, backbone: Backbone, support: SupportSet, weights: HeadWeights | None
 ) -> FewShotHead:
-    form = HeadForm(settings.student, settings.decoder, settings.teacher, settings.width, settings.uino_reader)
+    form = HeadForm(
+        settings.student,
+        settings.decoder,
+        settings.teacher,
+        settings.width,
+        settings.uino_reader,
+        settings.uino_width,
+    )
     with seeded(settings.seed):
         head = FewShotHead(backbone.spec, support.classes, form)
     if weights is not None:

@@ -16,7 +16,13 @@ import tifffile
 from distillfss_core.cli.main import build_parser, main
 from distillfss_core.cli.options import option_flag
 from distillfss_core.demo import DEMO_STEPS
-from distillfss_core.settings import BackboneSettings, DistillSettings, PretrainSettings, format_setting
+from distillfss_core.settings import (
+    AdapterSettings,
+    BackboneSettings,
+    DistillSettings,
+    PretrainSettings,
+    format_setting,
+)
 from pictures import blobs
 
 STACK = np.stack([blobs(seed, 64).image for seed in range(3)])
@@ -26,6 +32,7 @@ BATCH = ["batch", "volumes", "-m", "m.safetensors", "-o", "out"]
 INSTANCES = ["instances", "labels.tif", "-o", "objects.ome.zarr"]
 DISTILL = ["distill", "stack.tif", "labels.tif", "-o", "new.safetensors"]
 BACKBONE = ["distill-backbone", "stack.tif", "-o", "small.safetensors"]
+ADAPTER = ["distill-adapter", "stack.tif", "--sam", "sam.pth", "-o", "adapter.safetensors"]
 EXPORT = ["export", "m.safetensors", "-o"]
 CORE = "distillfss_core"
 
@@ -51,6 +58,12 @@ CASES = [
         f"{CORE}.training.backbone",
         "iter_distill_backbone",
         {"settings": BackboneSettings(), "checkpoint": "given"},
+    ),
+    (
+        ADAPTER,
+        f"{CORE}.training.adapter",
+        "iter_distill_adapter",
+        {"settings": AdapterSettings(), "cache": "given", "checkpoint": "given"},
     ),
 ]
 
@@ -113,6 +126,7 @@ def test_a_command_without_options_takes_the_defaults_of_the_function(
         (["demo"], DistillSettings),
         (["pretrain", "-o", "run"], PretrainSettings),
         (BACKBONE, BackboneSettings),
+        (ADAPTER, AdapterSettings),
     ],
 )
 def test_a_setting_that_is_not_given_has_its_declared_default(command, settings):

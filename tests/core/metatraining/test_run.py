@@ -12,13 +12,21 @@ import pytest
 import tifffile
 import torch
 
-from distillfss_core import ModelFileError, PretrainSettings, SettingsError, load_backbone
+from distillfss_core import (
+    AdapterSettings,
+    ModelFileError,
+    PretrainSettings,
+    SettingsError,
+    distill_adapter,
+    load_backbone,
+)
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED
 from distillfss_core.cli.main import main
 from distillfss_core.metatraining.episodes import EpisodeMix, sparsely, with_foreign_masks
 from distillfss_core.metatraining.run import CHECKPOINT, CHECKPOINT_FILE, CURVES, HEAD, PretrainRun, sources
 from distillfss_core.metatraining.synthetic import synthetic_task
 from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.adapter_file import load_adapter
 from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
@@ -27,6 +35,7 @@ from distillfss_core.training import distill, iter_distill, refine, unrefined_te
 from distillfss_core.types import IGNORE
 from layouts import write_pairs
 from pictures import blobs
+from sam_files import small_sam
 
 pytestmark = pytest.mark.slow
 
@@ -317,7 +326,7 @@ def test_another_teacher_does_not_go_on_from_a_checkpoint(tmp_path, whole):
 def test_the_head_of_uino_says_so_and_is_distilled_and_refined(uino, support, tiny, tmp_path):
     head = uino.finish({"name": "tiny uino"})
     card = load_head(head).card
-    assert (card["teacher"], card["uino_reader"]) == ("uino", "pool")
+    assert (card["teacher"], card["uino_reader"], card["uino_width"]) == ("uino", "pool", 64)
     assert "not distilled from SAM" in card["adapter"]
     settings = replace(tiny, width=8, head=str(head))
     run = iter_distill(support, settings)
@@ -330,6 +339,7 @@ def test_the_head_of_uino_says_so_and_is_distilled_and_refined(uino, support, ti
         "teacher": "uino",
         "width": 8,
         "uino_reader": "pool",
+        "uino_width": 64,
     }
     student.save(tmp_path / "student.safetensors")
     again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
@@ -393,6 +403,68 @@ def test_other_readers_are_meta_trained_and_distilled_too(tmp_path, support, tin
     run = finished(tmp_path, replace(UINO, steps=1, uino_reader=reader))
     student = distill(support, replace(tiny, steps=1, width=8, head=str(run.finish())))
     assert student.head.form.uino_reader == reader
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> str:
+    """The file of an adapter that was distilled from a small SAM."""
+    folder = tmp_path_factory.mktemp("adapter")
+    torch.save(small_sam(), folder / "small_sam.pth")
+    settings = AdapterSettings(sizes="64", steps=2, batch=2, views=1, device="cpu", precision="float32")
+    images = [blobs(seed, 96).image for seed in range(2)]
+    distill_adapter(images, folder / "small_sam.pth", settings).save(folder / "adapter.safetensors")
+    return str(folder / "adapter.safetensors")
+
+
+def test_a_distilled_adapter_stays_as_it_is_and_its_head_says_from_what_it_is(adapter, support, tiny, tmp_path):
+    settings = replace(UINO, adapter=adapter, learning_rate=0.1)
+    run = finished(tmp_path / "run", settings)
+    given = load_adapter(adapter)
+    for state in (run.teacher.state_dict(), run.best_teacher.state_dict()):
+        assert all(torch.equal(state[f"adapter.{name}"], value) for name, value in given.tensors.items())
+    head = run.finish()
+    card = load_head(head).card
+    assert card["uino_width"] == 256
+    assert card["adapter"] == f"{given.origin}, not changed since"
+    assert "distilled from SAM vit_32 (small_sam.pth, SHA-256 " in card["adapter"]
+    student = distill(support, replace(tiny, steps=1, width=8, head=str(head)))
+    assert student.head.form.uino_width == 256
+    student.save(tmp_path / "student.safetensors")
+    image = support.slices[0].image
+    again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    np.testing.assert_array_equal(again.predict(image).probabilities, student.predict(image).probabilities)
+    assert distill(support, replace(tiny, steps=1), init_from=again).head.form == student.head.form
+
+
+def test_a_training_from_a_head_with_a_distilled_adapter_tells_whether_it_learned(adapter, tmp_path):
+    head = str(finished(tmp_path / "run", replace(UINO, steps=1, adapter=adapter)).finish())
+    origin = load_adapter(adapter).origin
+    for learn, told in (("prompts", ", not changed since"), ("all", ", then trained with the episodes")):
+        settings = replace(UINO, steps=1, init_from=head, learn=learn, uino_width=256)
+        assert load_head(finished(tmp_path / learn, settings).finish()).card["adapter"] == origin + told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": "dcama"}, "but teacher dcama has none; give uino"),
+        (
+            {"backbone": "lcnet_050", "weights": "random"},
+            "was distilled on efficientnet_lite0 .* the backbone is lcnet_050",
+        ),
+        ({"adapter": "none.safetensors"}, "there is no such file"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*has random weights.*:UserWarning")
+def test_an_adapter_that_does_not_fit_is_refused(adapter, changes, message, tmp_path):
+    with pytest.raises((SettingsError, ModelFileError), match=message):
+        PretrainRun(replace(UINO, **{"adapter": adapter} | changes), tmp_path / "new")
+
+
+def test_a_head_with_an_adapter_takes_no_other_one(adapter, tmp_path):
+    head = str(finished(tmp_path / "run", replace(UINO, steps=1, adapter=adapter)).finish())
+    with pytest.raises(SettingsError, match="a head with an adapter; give adapter none"):
+        PretrainRun(replace(UINO, adapter=adapter, init_from=head), tmp_path / "new")
 
 
 def test_learned_prototypes_are_meta_trained_with_their_alignment_and_distilled(tmp_path, support, tiny):

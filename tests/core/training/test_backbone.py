@@ -35,6 +35,7 @@ from distillfss_core.nn.checkpoint import read_card_file
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.pretrained import packaged_head
 from distillfss_core.training import backbone as module
+from distillfss_core.training import resumable
 from distillfss_core.training.backbone import CHECKPOINT_FILE
 from distillfss_core.training.backbone_teacher import TeacherTokens, load_teacher
 from distillfss_core.training.backbone_views import Views
@@ -121,7 +122,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, whole
 
 @pytest.mark.slow
 def test_a_training_that_was_killed_goes_on_from_its_last_state_to_the_same_weights(tmp_path, monkeypatch, whole):
-    monkeypatch.setattr(module, "KEEP_EVERY", -1.0)
+    monkeypatch.setattr(resumable, "KEEP_EVERY", -1.0)
     checkpoint, copy = tmp_path / "state.safetensors", tmp_path / "copy.safetensors"
     for step in iter_distill_backbone(IMAGES, TINY, checkpoint=checkpoint):
         if step.stage == "distill" and step.index == 2:
@@ -474,7 +475,7 @@ def test_a_command_that_is_interrupted_goes_on_to_the_same_weights(folder, tmp_p
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("distillfss_core.cli.distill_backbone.show_step", interrupt)
+        patch.setattr("distillfss_core.cli.resumable.show_step", interrupt)
         assert main(command) == INTERRUPTED
     assert "interrupted at step 2 of 3; the same command goes on" in capsys.readouterr().err
     assert not stopped.exists()

@@ -4,7 +4,7 @@ from distillfss_core.nn.teachers.alignment import AlignmentSettings, AlignmentTe
 from distillfss_core.nn.teachers.dcama import PUBLISHED, DcamaSettings, DcamaTeacher, position_encoding
 from distillfss_core.nn.teachers.protocol import LearnedKeys, LearnedTeacher, SupportKeys, Teacher, vote
 from distillfss_core.nn.teachers.prototype import PrototypeTeacher
-from distillfss_core.nn.teachers.uino import UinoSettings, UinoTeacher
+from distillfss_core.nn.teachers.uino import UinoSettings, UinoTeacher, uino_heads
 from distillfss_core.nn.teachers.voting import VotingTeacher
 
 __all__ = [
@@ -22,5 +22,6 @@ __all__ = [
     "UinoTeacher",
     "VotingTeacher",
     "position_encoding",
+    "uino_heads",
     "vote",
 ]

@@ -53,7 +53,7 @@ class UinoSettings:
     width : int
         Channels of adapter and prompts; half of them in its self-attention. Published: 256.
     heads : int
-        Of the self-attention. With width 256 it is 8.
+        Of the self-attention; see `uino_heads`.
     late : int
         Blocks of the mid and the deep stage that are correlated, the last ones of each.
     max_keys : int
@@ -69,6 +69,23 @@ class UinoSettings:
     late: int = 4
     max_keys: int = 256
     gain: float = 20.0
+
+
+def uino_heads(width: int) -> int:
+    """Heads of the adapter's self-attention: 8 with the published width of 256, 4 with 64."""
+    return min(8, width // 16)
+
+
+def early_stage(spec: BackboneSpec) -> int:
+    """Index of the stage that the adapter reads."""
+    return next(i for i, stride in enumerate(spec.strides) if stride >= EARLY_STRIDE)
+
+
+def early_features(query: FeaturePyramid, stage: int) -> Float[Tensor, "b c h w"]:
+    """What the adapter reads: the last block of a stage, on the grid of the mid stage."""
+    early, grid = query.stages[stage][-1], _grid(query)
+    is_finer = early.shape[-2] >= grid[0]
+    return F.adaptive_avg_pool2d(early, grid) if is_finer else resize_like(early, query.coarse[1][0])
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -186,7 +203,7 @@ class UinoTeacher(LearnedTeacher):
         super().__init__(decoder)
         self.settings: UinoSettings = settings
         channels, blocks = spec.coarse_channels, spec.coarse_blocks
-        self.early: int = next(i for i, stride in enumerate(spec.strides) if stride >= EARLY_STRIDE)
+        self.early: int = early_stage(spec)
         self.late: tuple[int, ...] = tuple(min(settings.late, n) for n in blocks[1:])
         width, late = settings.width, sum(self.late)
         self.adapter: BottleneckAdapter = BottleneckAdapter(spec.channels[self.early], width, settings.heads)
@@ -288,10 +305,7 @@ class UinoTeacher(LearnedTeacher):
 
     def embedding(self, query: FeaturePyramid) -> Float[Tensor, "b c h w"]:
         """Adapted early features on the grid of the mid stage."""
-        early, grid = query.stages[self.early][-1], _grid(query)
-        is_finer = early.shape[-2] >= grid[0]
-        pooled = F.adaptive_avg_pool2d(early, grid) if is_finer else resize_like(early, query.coarse[1][0])
-        result: Float[Tensor, "b c h w"] = self.adapter(pooled)
+        result: Float[Tensor, "b c h w"] = self.adapter(early_features(query, self.early))
         return result
 
     def dense_prompt(self, query: FeaturePyramid, keys: UinoKeys) -> Float[Tensor, "b k c h w"]:
