@@ -31,7 +31,19 @@ CLASS_COLORS: tuple[Rgb, ...] = (
 )
 """Colors of the classes 1, 2, ...: those of Okabe and Ito, distinct with every common kind of color blindness."""
 
-PREPARATION = ("load", "zoom", "orientation", "probe", "fit", "encode", "images", "teacher", "embed")
+PREPARATION = (
+    "load",
+    "zoom",
+    "orientation",
+    "images",
+    "teacher",
+    "specialize",
+    "compare",
+    "probe",
+    "fit",
+    "encode",
+    "embed",
+)
 """Stages of a run before its first training step."""
 
 _STAGES = {
@@ -44,6 +56,8 @@ _STAGES = {
     "images": "looking at images",
     "teacher": "fitting the scale of the teacher's features",
     "embed": "embedding images with SAM",
+    "specialize": "specializing the backbone",
+    "compare": "comparing it with the backbone before",
     "refine": "training the teacher",
     "joint": "training",
     "direct": "training",
@@ -201,7 +215,8 @@ class TrainStep:
         Loss terms of this step; scores measured at it (e.g. ``iou`` on the validation slice), often empty.
     stage : str
         Preparation: "load", "zoom", "orientation", "probe", "fit" (the last one of method probe) or "encode";
-        of a backbone "images" and "teacher"; of an adapter "images" and "embed".
+        of a backbone "images" and "teacher", and if it is specialized "specialize" and "compare"; of an adapter
+        "images" and "embed".
         Training: "refine", "joint", "distill" or "direct"; then "foundation", "label" and "unlabeled", where there are
         images without labels.
     """

@@ -68,7 +68,7 @@ def add_distill(commands: Any) -> None:
         default="auto",
         metavar="auto|none|PATH",
         help="images without labels that the model learns from as well: auto: other planes or files of IMAGES if "
-        "--foundation names a model, else none; or a file, volume or folder (default auto)",
+        "--foundation or --specialize is given, else none; or a file, volume or folder (default auto)",
     )
     parser.add_argument("--init-from", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument(
@@ -86,13 +86,15 @@ def _distill(args: argparse.Namespace) -> int:
     if args.init_from and args.preset != "default":
         raise SettingsError("--preset does not go with --init-from: the model has its form; leave the option out")
     settings = DistillSettings.preset(args.preset, **options)
-    if settings.method == "probe" and args.unlabeled not in ("auto", "none"):
+    if settings.method == "probe" and not settings.specialize and args.unlabeled not in ("auto", "none"):
         raise SettingsError(
             f"--unlabeled {args.unlabeled} does not go with method probe, which learns from the slices alone; leave it "
             "out, or choose another method"
         )
     if args.without_backbone and settings.weights == "random":
         raise SettingsError("random backbone weights cannot be found again; leave --without-backbone out")
+    if args.without_backbone and settings.specialize:
+        raise SettingsError("a specialized backbone cannot be found again; leave --without-backbone out")
     reads = [args.images, args.labels, *filter(None, [args.init_from]), Path(settings.weights), Path(settings.head)]
     check_model_file(args.output, reads, overwrite=args.overwrite)
 
@@ -178,6 +180,7 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
         **start.head.form.to_json(),
         "zoom": parse_zoom(start.preprocess.zoom),
         "normalization": f"per-{start.preprocess.scope}",
+        "specialize": 0,
     }
     for name, value in decided.items():
         if options.get(name, value) != value:
@@ -189,7 +192,7 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
 
 
 def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
-    from distillfss_core.models.card import describe_expectation
+    from distillfss_core.models.card import describe_expectation, describe_specialization
 
     size = args.output.stat().st_size
     if args.json:
@@ -201,6 +204,6 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     line = f"{made} in {record['seconds']:.0f} s on {record['device']}"
     if record.get("validation_iou") is not None:
         line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
-    if expectation := describe_expectation(record):
-        line += f"; {expectation}"
+    for phrase in filter(None, (describe_specialization(record), describe_expectation(record))):
+        line += f"; {phrase}"
     print(line)

@@ -113,6 +113,7 @@ def add_settings(parser: argparse.ArgumentParser, kind_of: type = DistillSetting
             type=_argument_type(details["parse"]) if "parse" in details else kind,
             default=argparse.SUPPRESS,
             choices=details.get("choices"),
+            **({"nargs": "?", "const": details["alone"]} if "alone" in details else {}),
             metavar=None if "choices" in details else {int: "N", float: "X"}.get(kind, "TEXT"),
             help=f"{details['help']} Default: {format_setting(setting.default)}.".replace("%", "%%"),
         )

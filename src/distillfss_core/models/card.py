@@ -57,6 +57,21 @@ def describe_expectation(training: Mapping[str, Any]) -> str | None:
     return None if value is None else f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices"
 
 
+def describe_specialization(training: Mapping[str, Any]) -> str | None:
+    """A phrase that says whether a specialized backbone was kept; None where none was made.
+
+    Parameters
+    ----------
+    training : mapping
+        Of the card of a student.
+    """
+    made = training.get("specialization")
+    if made is None:
+        return None
+    kept = "backbone specialized" if made["kept"] else "specialized backbone dropped"
+    return f"{kept} (IoU on held-out slices {made['iou_before']:.3f} before, {made['iou_after']:.3f} after)"
+
+
 def read_card(path: str | Path) -> dict[str, Any]:
     """The card of a student file, without loading the model (its tensors are not checked).
 

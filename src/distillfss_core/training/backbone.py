@@ -114,17 +114,47 @@ def iter_distill_backbone(
         for done, total in views.scan():
             yield TrainStep(done, total, stage="images")
         device = choose_device(settings.device, settings.precision)
-        teacher = load_teacher(settings.teacher, settings.teacher_weights).to(device.torch)
-        tokens = TeacherTokens(teacher, views, strides, device, settings.cache_mb << 20)
-        training = _Training(settings, tokens, device, Path(checkpoint) if checkpoint else None)
-        if not training.restore():
-            for done, total in tokens.fit():
-                yield TrainStep(done, total, stage="teacher")
-        with device.reproducible():
-            yield from training.steps()
-        return training.result()
+        teacher = load_teacher(settings.teacher, settings.teacher_weights)
+        path = Path(checkpoint) if checkpoint else None
+        return (yield from iter_features(views, teacher, _load_student(settings), settings, device, path))
     finally:
         views.close()
+
+
+def iter_features(
+    views: Views,
+    teacher: Backbone,
+    start: Backbone,
+    settings: BackboneSettings,
+    device: Device,
+    checkpoint: Path | None = None,
+) -> Generator[TrainStep, None, DistilledBackbone]:
+    """Have a backbone learn the features of another one; yields steps of the stages "teacher" and "distill".
+
+    Parameters
+    ----------
+    views : Views
+        Scanned.
+    start : Backbone
+        What the student starts from; it stays as it is.
+    settings : BackboneSettings
+        Those of teacher and student are not looked at.
+
+    Raises
+    ------
+    SettingsError
+        If the student has no map of one of the strides, or the checkpoint is of another training.
+    """
+    strides = [int(stride) for stride in settings.strides.split(",")]
+    _check_strides(start.spec, strides)
+    tokens = TeacherTokens(teacher.to(device.torch), views, strides, device, settings.cache_mb << 20)
+    training = _Training(settings, tokens, start, device, checkpoint)
+    if not training.restore():
+        for done, total in tokens.fit():
+            yield TrainStep(done, total, stage="teacher")
+    with device.reproducible():
+        yield from training.steps()
+    return training.result()
 
 
 def distill_backbone(
@@ -144,13 +174,17 @@ class _Training(ResumableTraining):
     """Student and projections of a training."""
 
     def __init__(
-        self, settings: BackboneSettings, tokens: TeacherTokens, device: Device, checkpoint: Path | None
+        self,
+        settings: BackboneSettings,
+        tokens: TeacherTokens,
+        start: Backbone,
+        device: Device,
+        checkpoint: Path | None,
     ) -> None:
         super().__init__(CHECKPOINT_FILE, settings, checkpoint)
         self.settings: BackboneSettings = settings
         self.tokens: TeacherTokens = tokens
         self.device: Device = device
-        start = _load_student(settings)
         self.start: str = start.weights
         self.student: DistillingBackbone = DistillingBackbone(start).to(device.torch)
         passes = ["features", "mask"] if settings.mask_weight else ["features"]

@@ -45,7 +45,7 @@ class Views:
     """Square views of images, a fixed number of each image.
 
     View i is a random square of image i // count, turned, mirrored, and varied in intensity. Its side is 0.5 to 2
-    times ``size`` in pixels of the image, as far as the image reaches. It is a pure function of ``seed`` and i.
+    times ``size`` in pixels of the zoomed image, as far as the image reaches. It is a pure function of ``seed`` and i.
 
     Parameters
     ----------
@@ -57,6 +57,8 @@ class Views:
     count : int
         Views of each image.
     seed : int
+    preprocess : sequence of Preprocess, optional
+        Channels, intensity limits (``fitted``) and zoom of each image; by default they are fitted, and the zoom is 1.
 
     Raises
     ------
@@ -64,7 +66,9 @@ class Views:
         From `scan`: if there is no image, or one cannot be read.
     """
 
-    def __init__(self, images: Sequence[Image], size: int, count: int, seed: int) -> None:
+    def __init__(
+        self, images: Sequence[Image], size: int, count: int, seed: int, preprocess: Sequence[Preprocess] = ()
+    ) -> None:
         self.size: int = size
         self.count: int = count
         self.seed: int = seed
@@ -74,7 +78,7 @@ class Views:
         self._groups: dict[str, list[str]] = {}
         self._counts: dict[str, int] = {}
         self._open: OrderedDict[Path, Volume] = OrderedDict()
-        self._fitted: dict[int, Preprocess] = {}
+        self._fitted: dict[int, Preprocess] = dict(enumerate(preprocess))
 
     def scan(self) -> Iterator[tuple[int, int]]:
         """Note size and digest of every image; yields how many sources are done, and how many there are."""
@@ -108,14 +112,14 @@ class Views:
         rng = np.random.default_rng([self.seed, index])
         source = self._volume(plane.source)
         height, width = source.shape[1:3] if isinstance(source, Volume) else source.shape[:2]
-        scale = np.exp(rng.uniform(np.log(NEAREST), np.log(FARTHEST)))
+        preprocess = self._preprocess(plane.source)
+        scale = np.exp(rng.uniform(np.log(NEAREST), np.log(FARTHEST))) / float(preprocess.zoom_factor)
         side = max(1, min(round(self.size * scale), height, width))
         y, x = (int(rng.integers(n - side + 1)) for n in (height, width))
         if isinstance(source, Volume):
             pixels = source.read(slice(plane.z, plane.z + 1), slice(y, y + side), slice(x, x + side))[0]
         else:
             pixels = source[y : y + side, x : x + side]
-        preprocess = self._preprocess(plane.source)
         crop = preprocess.to_tensor(preprocess.as_channels(pixels), preprocess.fitted)
         crop = torch.rot90(resize(crop[None], (self.size, self.size))[0].clamp(0, 1), int(rng.integers(4)), (1, 2))
         crop = crop.flip(2) if rng.integers(2) else crop

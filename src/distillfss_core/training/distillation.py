@@ -29,7 +29,7 @@ from distillfss_core.models.fewshot import FewShotModel
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
-from distillfss_core.nn.backbones import Backbone, backbone_spec, load_backbone
+from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.device import Device, choose_device
 from distillfss_core.nn.features import EncodedSupport, cat_pyramids
@@ -42,6 +42,7 @@ from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCach
 from distillfss_core.training.loop import Best, ValidationCrops, iter_fit
 from distillfss_core.training.preparation import Prepared, iter_prepare, match_head, match_start
 from distillfss_core.training.probe import WORTHLESS, CrossFit, ProbePoints, fit_probe, iter_cross_fit, iter_points
+from distillfss_core.training.specialization import check_specialize, iter_specialize
 from distillfss_core.training.student_init import start_from_attention
 from distillfss_core.training.unlabeled import (
     CROPS,
@@ -99,7 +100,7 @@ class DistillRun(Iterator[TrainStep]):
             init_from, settings = match_start(init_from, support, settings)
         else:
             settings = match_head(settings)
-        backbone_spec(settings.backbone)
+        check_specialize(settings)
         self.support: SupportSet = support
         self.settings: DistillSettings = settings
         self.device: Device = choose_device(settings.device, settings.precision)
@@ -118,6 +119,7 @@ class DistillRun(Iterator[TrainStep]):
         self._fit: CrossFit | None = None
         self._probe_card: dict[str, float | None] = {}
         self._unlabeled_card: dict[str, Any] = {}
+        self._specialization: dict[str, Any] = {}
         self._generator = self._run()
 
     def __iter__(self) -> DistillRun:
@@ -141,7 +143,7 @@ class DistillRun(Iterator[TrainStep]):
         return self._prepared()[0].preprocess
 
     def _prepared(self) -> tuple[Prepared, Best]:
-        """Iterate to the end of the stages "load", "zoom" and "orientation"."""
+        """Iterate to the end of the stages "load", "zoom", "orientation" and "compare"."""
         while self._ready is None or self._best is None:
             if next(self._generator, None) is None:
                 raise NoStudentYetError("the run was closed before its backbone was loaded; start another run")
@@ -149,15 +151,20 @@ class DistillRun(Iterator[TrainStep]):
 
     def _run(self) -> Generator[TrainStep, None, None]:
         settings, init_from = self.settings, self._init_from
-        ready = self._ready = yield from iter_prepare(self.support, settings, self.device, init_from)
-        self._best = Best(ready.head)
+        ready = yield from iter_prepare(self.support, settings, self.device, init_from)
+        unlabeled = check_unlabeled(self._unlabeled, ready.preprocess)
+        if settings.specialize:
+            ready, self._specialization = yield from iter_specialize(
+                ready, self.support, unlabeled, settings, self.device
+            )
+            unlabeled = unlabeled if settings.foundation != "none" else []
+        self._ready, self._best = ready, Best(ready.head)
         if settings.method == "probe" and not self._teacher_only:
             points = yield from self._iter_points(ready)
             self._probe = fit_probe(points, alone=True).to(self.device.torch)
             self._has_student = self._finished = True
             yield TrainStep(1, 1, stage="fit")
             return
-        unlabeled = check_unlabeled(self._unlabeled, ready.preprocess)
         uses_foundation = bool(unlabeled) and settings.foundation != "none"
         foundation = load_backbone(settings.foundation) if uses_foundation else None
         is_trained = init_from is not None or (ready.weights is not None and settings.method != "direct")
@@ -291,6 +298,7 @@ class DistillRun(Iterator[TrainStep]):
             "orientation_scores": ready.orientation_scores,
             **self._probe_card,
             **self._unlabeled_card,
+            **({"specialization": self._specialization} if self._specialization else {}),
             "expected_iou": self._expected_iou(),
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
@@ -363,7 +371,8 @@ def distill(
         Images without labels, such as other planes of the volume (`load_unlabeled`). After the training, the student,
         and a probe on a foundation model if the settings name one, segment up to 12 of them. Then the student goes on
         for half of the steps again, and learns these labels too where the mean probability is 0.65 or more. Method
-        probe uses none.
+        probe uses none. With ``settings.specialize`` the backbone learns from them first, and no labels are made where
+        the settings name no foundation model.
 
     Returns
     -------

@@ -121,6 +121,7 @@ def match_start(
         backbone=init_from.backbone.spec.name,
         zoom=parse_zoom(preprocess.zoom),
         normalization=f"per-{preprocess.scope}",
+        specialize=0,
     )
     return init_from, replace(settings, **form.to_json())
 

@@ -122,7 +122,7 @@ def iter_foundation(
     finer = max(zoom for zoom in ZOOMS if zoom <= max(ZOOMS[0], 2 * preprocess.zoom_factor))
     enlarged = replace(preprocess, zoom=str(finer))
     cache = FeatureCache(backbone, device, memory=1, limit=1)
-    points = yield from _iter_as("foundation", iter_points(support, slices, enlarged, cache, TILE, settings.seed))
+    points = yield from iter_as("foundation", iter_points(support, slices, enlarged, cache, TILE, settings.seed))
     probe = fit_probe(points, alone=True).to(device.torch)
     return FoundationProbe(backbone, probe, enlarged, support.class_names, device=device)
 
@@ -199,11 +199,11 @@ def iter_unlabeled_crops(
     if fit is not None:
         cache.evidence_of = replace(fit, without=dict.fromkeys(range(len(images.slices)), fit.whole)).evidence
     rng = np.random.default_rng(settings.seed)
-    yield from _iter_as("label", cache.iter_fill(sampler, range(len(images.slices)), rng))
+    yield from iter_as("label", cache.iter_fill(sampler, range(len(images.slices)), rng))
     return UnlabeledCrops(cache, sampler)
 
 
-def _iter_as(stage: str, steps: Generator[TrainStep, None, Made]) -> Generator[TrainStep, None, Made]:
+def iter_as(stage: str, steps: Generator[TrainStep, None, Made]) -> Generator[TrainStep, None, Made]:
     """Steps under another name: they are no preparation, since a student is there."""
     while True:
         try:

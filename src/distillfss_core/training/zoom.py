@@ -81,6 +81,19 @@ def iter_zoom(
     return next(zoom for zoom in candidates[0 if coarse else 1 :] if scores[str(zoom)] > best - WORTH), scores
 
 
+def iter_score(
+    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
+) -> Generator[None, None, float]:
+    """Mean IoU on held-out slices at the zoom of the preprocessing, as `iter_zoom` finds it.
+
+    Yields once the features are there, and after each fold.
+    """
+    rng = np.random.default_rng(seed)
+    sampler = CropSampler(support, preprocess, int(_SIDE * preprocess.zoom_factor), PLAIN)
+    crops = draw_crops(sampler, len(support), rng)
+    return (yield from _iter_probe(crops, cache, support.classes, rng, teacher))
+
+
 def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> list[Crop]:
     """A dozen crops, or up to twice as many for many slices, of the slices in turn; each holds an annotated pixel."""
     order = [int(i) for i in rng.permutation(slices)]

@@ -35,6 +35,10 @@ IMPORTED = f"{TRAINED}imported:"
 """How it begins where they came with a published checkpoint; the name of its file follows."""
 
 
+SPECIALIZED = f"{TRAINED}specialized:"
+"""How it begins where they were specialized for the data of a student; the teacher's name follows."""
+
+
 class Encoder(nn.Module):
     """A network that gives the output of every block.
 
@@ -114,6 +118,9 @@ class Backbone(Encoder):
     @property
     def license(self) -> str:
         """License of the weights; that of an imported checkpoint is not known here."""
+        if self.weights.startswith(SPECIALIZED):
+            teacher = backbone_spec(self.weights.removeprefix(SPECIALIZED))
+            return f"{self.spec.license}; of the teacher {teacher.license}"
         return "that of the checkpoint" if self.weights.startswith(IMPORTED) else self.spec.license
 
     def state(self) -> dict[str, Tensor]:
