@@ -142,6 +142,14 @@ _UINO_WIDTH = (
     "Channels of adapter and prompts of teacher uino; 256 with an adapter from SAM.",
 )
 
+UINO_DECODERS = ("default", "sam")
+"""What the prompts of teacher uino go to."""
+
+_UINO_DECODER = (
+    "Decoder of teacher uino",
+    "default: prompts move the coarse maps, which the student's decoder reads; sam: SAM's mask decoder, of width 256.",
+)
+
 _OLDER_NAMES = {
     "start": "init_from",
     "synthetic": "synthetic_fraction",
@@ -206,6 +214,7 @@ class DistillSettings:
     )
     uino_reader: str = _setting("pool", *_READER, choices=READERS)
     uino_width: int = _setting(64, *_UINO_WIDTH, low=32, high=512)
+    uino_decoder: str = _setting("default", *_UINO_DECODER, choices=UINO_DECODERS)
     loss: str = _setting(
         "default",
         "Loss",
@@ -380,18 +389,25 @@ class PretrainSettings:
     )
     uino_reader: str = _setting("pool", *_READER, choices=READERS)
     uino_width: int = _setting(64, *_UINO_WIDTH, low=32, high=512)
+    uino_decoder: str = _setting("default", *_UINO_DECODER, choices=UINO_DECODERS)
     adapter: str = _setting(
         "none",
         "Adapter",
         "Of teacher uino. none: it learns with the episodes; or the path of an adapter that was distilled from SAM, "
         "which stays as it is and has width 256.",
     )
+    sam: str = _setting(
+        "none",
+        "SAM checkpoint",
+        "What SAM's mask decoder in teacher uino starts from: none: random weights, or the head to start from; or the "
+        "path of a checkpoint of SAM or MobileSAM.",
+    )
     learn: str = _setting(
         "all",
         "What learns",
-        "all: teacher and decoder; prompts: of the teacher only what reads the support, from a head that is given to "
-        "start from.",
-        choices=("all", "prompts"),
+        "all: teacher and decoder; but-sam: all but SAM's mask decoder; prompts: of the teacher only what reads the "
+        "support, from a head that is given to start from.",
+        choices=("all", "but-sam", "prompts"),
     )
     width: int = _setting(32, "Decoder width", "Channels of the default decoder.", low=4, high=512)
     steps: int = _setting(20_000, "Steps", "Optimizer steps.", low=1, high=100_000_000)

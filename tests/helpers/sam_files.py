@@ -269,3 +269,53 @@ def reference_mobile(tensors: Tensors, image: Tensor) -> Tensor:
             x = F.gelu(read.conv_norm(f"{down}.conv2", x, 2 if layer < 2 else 1))  # the last one keeps the grid
             x = read.conv_norm(f"{down}.conv3", x)
     return read.neck(x)[0]
+
+
+def reference_mask(tensors: Tensors, embedding: Tensor, prompts: Tensor) -> Tensor:
+    """Logits "4h 4w" of the first mask, of an embedding "256 h w" and prompt tokens "n 256", in double precision."""
+    read = Reader({name.removeprefix("mask_decoder."): value for name, value in tensors.items()})
+    own, (_, height, width) = read.tensors, embedding.shape
+    pixels = embedding.double() + own["prompt_encoder.no_mask_embed.weight"].reshape(256, 1, 1)
+    pixels = pixels.reshape(256, -1).T
+    gaussian = own["prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"]
+    places = []
+    for row, column in product(range(height), range(width)):
+        x, y = 2 * (column + 0.5) / width - 1, 2 * (row + 0.5) / height - 1
+        phase = 2 * torch.pi * (x * gaussian[0] + y * gaussian[1])
+        places.append(torch.cat([phase.sin(), phase.cos()]))
+    where = torch.stack(places)
+    start = torch.cat([own["iou_token.weight"], own["mask_tokens.weight"], prompts.double()])
+
+    def attend(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (read.linear(f"{name}.{part}_proj", x) for part, x in (("q", q), ("k", k), ("v", v)))
+        size = q.shape[1] // 8
+        heads = []
+        for head in range(8):
+            part = slice(head * size, (head + 1) * size)
+            heads.append((q[:, part] @ k[:, part].T / size**0.5).softmax(1) @ v[:, part])
+        return read.linear(f"{name}.out_proj", torch.cat(heads, 1))
+
+    tokens = start
+    for number in range(2):
+        layer = f"transformer.layers.{number}"
+        if number == 0:
+            tokens = attend(f"{layer}.self_attn", tokens, tokens, tokens)
+        else:
+            tokens = tokens + attend(f"{layer}.self_attn", tokens + start, tokens + start, tokens)
+        tokens = read.norm(f"{layer}.norm1", tokens, 1e-5)
+        found = attend(f"{layer}.cross_attn_token_to_image", tokens + start, pixels + where, pixels)
+        tokens = read.norm(f"{layer}.norm2", tokens + found, 1e-5)
+        hidden = read.linear(f"{layer}.mlp.lin1", tokens).clamp_min(0)
+        tokens = read.norm(f"{layer}.norm3", tokens + read.linear(f"{layer}.mlp.lin2", hidden), 1e-5)
+        found = attend(f"{layer}.cross_attn_image_to_token", pixels + where, tokens + start, tokens)
+        pixels = read.norm(f"{layer}.norm4", pixels + found, 1e-5)
+    found = attend("transformer.final_attn_token_to_image", tokens + start, pixels + where, pixels)
+    token = read.norm("transformer.norm_final_attn", tokens + found, 1e-5)[1]
+    fine = pixels.T.reshape(1, 256, height, width)
+    fine = F.conv_transpose2d(fine, own["output_upscaling.0.weight"], own["output_upscaling.0.bias"], stride=2)
+    fine = F.gelu(read.norm("output_upscaling.1", fine.movedim(1, -1), 1e-6).movedim(-1, 1))
+    fine = F.conv_transpose2d(fine, own["output_upscaling.3.weight"], own["output_upscaling.3.bias"], stride=2)
+    for layer in range(3):
+        token = read.linear(f"output_hypernetworks_mlps.0.layers.{layer}", token)
+        token = token.clamp_min(0) if layer < 2 else token
+    return (token[:, None, None] * F.gelu(fine)[0]).sum(0)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -56,6 +56,7 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, head_form, load_head, packaged_head, save_head
 from distillfss_core.nn.sam import WIDTH as SAM_WIDTH
+from distillfss_core.nn.sam_decoder import load_sam_decoder
 from distillfss_core.nn.teachers import LearnedTeacher, UinoTeacher
 from distillfss_core.settings import TEACHERS, PretrainSettings, upgrade_settings
 from distillfss_core.types import IGNORE, TrainStep
@@ -120,9 +121,7 @@ class PretrainRun(Iterator[TrainStep]):
             real, synthetic=settings.synthetic_fraction, size=settings.size, shots=settings.shots, seed=settings.seed
         )
         with seeded(settings.seed):
-            reader, width = settings.uino_reader, _uino_width(settings)
-            form = HeadForm("default", "default", TEACHERS[settings.teacher], settings.width, reader, width)
-            head = FewShotHead(self.backbone.spec, 1, form)
+            head = FewShotHead(self.backbone.spec, 1, _head_form(settings))
         if head_weights and head_weights.form == _form(settings):
             head_weights.put_into(head)
         elif head_weights:
@@ -130,6 +129,7 @@ class PretrainRun(Iterator[TrainStep]):
         self._start = dict(head_weights.card) if head_weights else None
         self.teacher: LearnedTeacher = head.teacher
         self._adapter: str = self._take_adapter()
+        self._sam: str = self._take_sam()
         self.teacher.to(self.device.torch)
         self._average = self._averaged(self.teacher)
         self._kept: dict[str, nn.Module] = {"teacher": self.teacher, "average": self._average}
@@ -200,7 +200,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "digest": backbone.digest(),
             },
             "width": self.settings.width,
-            **_teacher_card(self.settings, self._adapter),
+            **_teacher_card(self.settings, self._adapter, self._sam),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
             "training": {
                 "steps": self.step,
@@ -278,6 +278,7 @@ class PretrainRun(Iterator[TrainStep]):
         features = self._encode(self._encoder, np.concatenate([e.task.images for e in episodes]))
         labels = torch.from_numpy(np.concatenate([e.task.labels for e in episodes])).to(self.device.torch)
         maps, query_parts, supports, start = [], [], [], 0
+        own_logits: list[Tensor] = []
         for episode in episodes:
             for question in episode.questions:
                 support = features[torch.tensor(question.support) + start]
@@ -285,7 +286,9 @@ class PretrainRun(Iterator[TrainStep]):
                 supports.append(EncodedSupport.of(support, annotated, 1))
                 keys = self.teacher.encode(supports[-1], max_keys=KEYS, offset=float(rng.random()))
                 queries = torch.tensor(question.queries) + start
-                maps.append(self.teacher.coarse(features[queries], keys))
+                found, own = self.teacher.outputs(features[queries], keys)
+                maps.append(found)
+                own_logits += [] if own is None else [own]
                 query_parts.append(queries)
             start += len(episode.task)
         coarse = CoarseMaps(*(torch.cat(stage) for stage in zip(*maps, strict=True)))
@@ -293,8 +296,9 @@ class PretrainRun(Iterator[TrainStep]):
         logits = merge_classes(self._decode(coarse, features[query_images])).float()
         target = labels[query_images].long()
         present = torch.ones(1, dtype=torch.bool, device=target.device)
-        each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
-        losses = {"teacher": torch.stack(each).mean(), "attention": 0.3 * map_loss(coarse, target, present)}
+        losses = {"teacher": _loss_of_each(logits, target), "attention": 0.3 * map_loss(coarse, target, present)}
+        if own_logits:
+            losses["mask"] = _loss_of_each(merge_classes(torch.cat(own_logits)).float(), target)
         predicted = logits.argmax(1).split([len(part) for part in query_parts])
         aligned = [
             loss
@@ -320,6 +324,24 @@ class PretrainRun(Iterator[TrainStep]):
                 module.requires_grad_(True)
         return [parameter for parameter in self.teacher.parameters() if parameter.requires_grad]
 
+    def _take_sam(self) -> str:
+        """Start SAM's mask decoder from its checkpoint, if there is one; from what it starts."""
+        settings, teacher = self.settings, self.teacher
+        decoder = teacher.sam if isinstance(teacher, UinoTeacher) else None
+        if decoder is None and (settings.sam != "none" or settings.learn == "but-sam"):
+            raise SettingsError(
+                "sam or learn 'but-sam' is given, but the teacher has no decoder of SAM; give teacher "
+                "'uino' and uino_decoder 'sam'"
+            )
+        if decoder is None:
+            return ""
+        if settings.sam != "none":
+            load_sam_decoder(settings.sam, decoder.decoder)
+        if settings.learn == "but-sam":
+            decoder.decoder.requires_grad_(False)
+        start = str(self._start.get("sam", "")) if self._start else ""
+        return Path(settings.sam).name if settings.sam != "none" else start or "random weights"
+
     def _take_adapter(self) -> str:
         """Give teacher uino the distilled adapter, if there is one, and freeze it; where the adapter comes from."""
         settings, teacher = self.settings, self.teacher
@@ -328,7 +350,7 @@ class PretrainRun(Iterator[TrainStep]):
             origin = (
                 str(self._start["adapter"]) if self._start and starts_whole and settings.teacher == "uino" else NECK
             )
-            return origin.replace(FROZEN, TRAINED_ON) if settings.learn == "all" else origin
+            return origin if settings.learn == "prompts" else origin.replace(FROZEN, TRAINED_ON)
         if not isinstance(teacher, UinoTeacher):
             raise SettingsError(f"adapter is {settings.adapter!r}, but teacher {settings.teacher} has none; give uino")
         if starts_whole:
@@ -444,6 +466,12 @@ def _sets_text(data: dict[str, list[str]]) -> str:
     return f"{', '.join(data['real'])} (kept out: {', '.join(data['kept_out']) or 'none'})"
 
 
+def _loss_of_each(logits: Float[Tensor, "b k1 h w"], target: Int[Tensor, "b h w"]) -> Float[Tensor, ""]:
+    """Mean of the losses of single queries."""
+    each = [segmentation_loss(z[None], y[None]) for z, y in zip(logits, target, strict=True)]
+    return torch.stack(each).mean()
+
+
 def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     if settings.init_from == "none":
         if settings.learn == "prompts":
@@ -469,24 +497,28 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
     return weights
 
 
+def _head_form(settings: PretrainSettings) -> HeadForm:
+    from_sam = settings.adapter != "none" or settings.uino_decoder == "sam"
+    width, decoder = SAM_WIDTH if from_sam else settings.uino_width, settings.uino_decoder
+    return HeadForm(
+        "default", "default", TEACHERS[settings.teacher], settings.width, settings.uino_reader, width, decoder
+    )
+
+
 def _form(settings: PretrainSettings) -> dict[str, Any]:
-    reader, width = settings.uino_reader, _uino_width(settings)
-    return head_form({"teacher": TEACHERS[settings.teacher], "uino_reader": reader, "uino_width": width})
-
-
-def _uino_width(settings: PretrainSettings) -> int:
-    return settings.uino_width if settings.adapter == "none" else SAM_WIDTH
+    return head_form(_head_form(settings).to_json())
 
 
 def _words(form: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
-def _teacher_card(settings: PretrainSettings, adapter: str) -> dict[str, Any]:
+def _teacher_card(settings: PretrainSettings, adapter: str, sam: str) -> dict[str, Any]:
     """What the card says of a teacher other than DCAMA."""
     if settings.teacher == "dcama":
         return {}
-    return _form(settings) | ({"adapter": adapter} if settings.teacher == "uino" else {})
+    origins = {"adapter": adapter, "sam": sam} if sam else {"adapter": adapter}
+    return _form(settings) | (origins if settings.teacher == "uino" else {})
 
 
 def _check_backbone(settings: PretrainSettings) -> None:

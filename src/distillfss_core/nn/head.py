@@ -13,6 +13,7 @@ from distillfss_core.errors import SettingsError
 from distillfss_core.nn.backbones import BackboneSpec
 from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder
 from distillfss_core.nn.features import FeaturePyramid
+from distillfss_core.nn.sam import WIDTH as SAM_WIDTH
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
 from distillfss_core.nn.teachers import (
     PUBLISHED,
@@ -39,14 +40,22 @@ class HeadForm:
     width: int
     uino_reader: str = "pool"
     uino_width: int = 64
+    uino_decoder: str = "default"
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> HeadForm:
         """From the card of a file; older ones have other words for the default."""
         parts = {name: str(values[name]) for name in ("student", "decoder", "teacher")}
         default = {name: "default" for name, value in parts.items() if value in _OLDER_DEFAULTS}
-        reader, width = str(values.get("uino_reader", cls.uino_reader)), int(values.get("uino_width", cls.uino_width))
-        return cls(**(parts | default), width=int(values["width"]), uino_reader=reader, uino_width=width)
+        reader, decoder = (str(values.get(name, getattr(cls, name))) for name in ("uino_reader", "uino_decoder"))
+        uino_width = int(values.get("uino_width", cls.uino_width))
+        return cls(
+            **(parts | default),
+            width=int(values["width"]),
+            uino_reader=reader,
+            uino_width=uino_width,
+            uino_decoder=decoder,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Fields by name, as the card of a model stores them; those of teacher uino for it only."""
@@ -97,17 +106,20 @@ class FewShotHead(nn.Module):
 def _new_teacher(spec: BackboneSpec, form: HeadForm, decoder: Decoder) -> LearnedTeacher:
     """The teacher of a form."""
     if form.teacher == "uino":
-        heads = uino_heads(form.uino_width)
-        return UinoTeacher(spec, decoder, UinoSettings(reader=form.uino_reader, width=form.uino_width, heads=heads))
+        width = form.uino_width
+        if form.uino_decoder == "sam" and width != SAM_WIDTH:
+            raise SettingsError(f"uino_width is {width}, but SAM's mask decoder has {SAM_WIDTH}; give uino_width 256")
+        settings = UinoSettings(form.uino_reader, width=width, heads=uino_heads(width), decoder=form.uino_decoder)
+        return UinoTeacher(spec, decoder, settings)
     if form.teacher == "prototype":
         return AlignmentTeacher(spec, decoder, AlignmentSettings())
-    coarse, settings = _three(spec.coarse_channels), PUBLISHED if form.teacher == "published" else DcamaSettings()
-    if any(c % settings.heads for c in coarse):
+    coarse, dcama = _three(spec.coarse_channels), PUBLISHED if form.teacher == "published" else DcamaSettings()
+    if any(c % dcama.heads for c in coarse):
         raise SettingsError(
-            f"backbone {spec.name} has {coarse} channels, which {settings.heads} attention heads do not divide; "
+            f"backbone {spec.name} has {coarse} channels, which {dcama.heads} attention heads do not divide; "
             "choose another backbone or teacher=default"
         )
-    return DcamaTeacher(coarse, decoder, settings)
+    return DcamaTeacher(coarse, decoder, dcama)
 
 
 def _three(values: tuple[int, ...]) -> tuple[int, int, int]:

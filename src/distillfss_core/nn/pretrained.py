@@ -178,12 +178,13 @@ def load_head(path: str | Path) -> HeadWeights:
 
 
 def head_form(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the card of a head: the settings ``teacher`` and, for teacher uino, those of its reader and width."""
+    """Of the card of a head: the settings ``teacher`` and, for teacher uino, those whose names begin with it."""
     teacher = str(card.get("teacher", card.get("preset", "default")))
     if teacher != "uino":
         return {"teacher": teacher}
-    width = int(card.get("uino_width", HeadForm.uino_width))
-    return {"teacher": teacher, "uino_reader": str(card["uino_reader"]), "uino_width": width}
+    width, decoder = card.get("uino_width", HeadForm.uino_width), card.get("uino_decoder", HeadForm.uino_decoder)
+    own = {"uino_reader": str(card["uino_reader"]), "uino_width": int(width), "uino_decoder": str(decoder)}
+    return {"teacher": teacher, **own}
 
 
 def _upgraded(card: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,9 @@ DOWNLOADS = {
 }
 """Where the published checkpoints are, by the names that they have in segment-anything and MobileSAM."""
 
-_ENCODER = "image_encoder."
-_OTHERS = ("prompt_encoder.", "mask_decoder.")
+ENCODER, PROMPTS, DECODER = "image_encoder.", "prompt_encoder.", "mask_decoder."
+"""How the names of tensors begin in each part of a checkpoint."""
+
 _UNUSED = ("image_encoder.norm_head.", "image_encoder.head.")  # MobileSAM's classifier, which is never run
 _WIDTHS = {1280: "vit_h", 1024: "vit_l", 768: "vit_b"}
 
@@ -103,12 +104,23 @@ def read_sam(path: str | Path) -> SamEncoder:
     ModelFileError
         If the file is damaged, of another kind, or a tensor does not fit; one line with the name of the first one.
     """
+    encoder = map_sam(open_sam(path), str(path))
+    encoder.file = Path(path).name
+    return encoder
+
+
+def open_sam(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, unchecked.
+
+    Raises
+    ------
+    WeightsUnavailableError, ModelFileError
+        As `read_sam` does.
+    """
     path = Path(path)
     if not path.is_file():
         raise WeightsUnavailableError(_missing(path))
-    encoder = map_sam(read_tensors(path), str(path))
-    encoder.file = path.name
-    return encoder
+    return read_tensors(path)
 
 
 def map_sam(tensors: Mapping[str, Tensor], source: str) -> SamEncoder:
@@ -127,11 +139,11 @@ def map_sam(tensors: Mapping[str, Tensor], source: str) -> SamEncoder:
         As `read_sam` does.
     """
     for key in tensors:
-        if not key.startswith((_ENCODER, *_OTHERS)):
-            wanted = ", ".join(f"{part}*" for part in (_ENCODER, *_OTHERS))
+        if not key.startswith((ENCODER, PROMPTS, DECODER)):
+            wanted = ", ".join(f"{part}*" for part in (ENCODER, PROMPTS, DECODER))
             raise ModelFileError(f"{source}: tensor {key!r} has no place in a checkpoint of {wanted}; give one of SAM")
-    is_mobile = f"{_ENCODER}patch_embed.seq.0.c.weight" in tensors
-    own = {key: value for key, value in tensors.items() if key.startswith(_ENCODER)}
+    is_mobile = f"{ENCODER}patch_embed.seq.0.c.weight" in tensors
+    own = {key: value for key, value in tensors.items() if key.startswith(ENCODER)}
     if is_mobile:
         own = {k: v for k, v in own.items() if not k.startswith(_UNUSED) and not k.endswith("num_batches_tracked")}
     encoder = _new_mobile() if is_mobile else _new_vit(own, source)
@@ -153,14 +165,14 @@ def _new_vit(tensors: Mapping[str, Tensor], source: str) -> SamEncoder:
     import timm
 
     def shape(name: str, length: int) -> tuple[int, ...]:
-        key = f"{_ENCODER}{name}"
+        key = f"{ENCODER}{name}"
         if key not in tensors or tensors[key].ndim != length or 0 in tensors[key].shape:
             what = f"has shape {tuple(tensors[key].shape)}" if key in tensors else "is missing"
             raise ModelFileError(f"{source}: tensor {key!r} {what}; give a checkpoint of SAM or MobileSAM")
         return tuple(tensors[key].shape)
 
     _, grid, _, width = shape("pos_embed", 4)
-    depth = len({key.split(".")[2] for key in tensors if key.startswith(f"{_ENCODER}blocks.")})
+    depth = len({key.split(".")[2] for key in tensors if key.startswith(f"{ENCODER}blocks.")})
     rows = [shape(f"blocks.{number}.attn.rel_pos_h", 2) for number in range(depth)]
     windowed = [(length + 1) // 2 for length, _ in rows if length != 2 * grid - 1]
     with torch.device("meta"):
@@ -180,7 +192,7 @@ def _new_vit(tensors: Mapping[str, Tensor], source: str) -> SamEncoder:
 
 def _vit_name(name: str) -> str:
     """Name in a published checkpoint of a tensor of `SamEncoder`."""
-    return _ENCODER + name.removeprefix("net.").replace(".mlp.fc", ".mlp.lin")
+    return ENCODER + name.removeprefix("net.").replace(".mlp.fc", ".mlp.lin")
 
 
 def _new_mobile() -> SamEncoder:
@@ -208,4 +220,4 @@ def _mobile_name(name: str) -> str:
     if stages == "stages":
         number, _, part = rest.partition(".")
         name = f"layers.{int(number) - part.startswith('downsample.')}.{part}"
-    return _ENCODER + name
+    return ENCODER + name

@@ -173,14 +173,15 @@ def episode_losses(
     """
     query, labels = cache.pyramid(episode.query), cache.labels(episode.query).long()
     k = head.classes
-    teacher_maps = student_maps = None
+    teacher_maps = student_maps = own = None
     support = cache.support(episode.support, k) if roles.uses_teacher else None
     present = torch.ones(k, dtype=torch.bool, device=labels.device)
     if support is not None:
         with torch.set_grad_enabled(roles.teacher):
             budget = None if head.teacher.max_keys is None else TRAIN_KEYS
             keys = head.teacher.encode(support, max_keys=budget, offset=offset)
-            teacher_maps, present = head.teacher.coarse(query, keys), keys.present
+            teacher_maps, own = head.teacher.outputs(query, keys)
+            present = keys.present
     if roles.student:
         student_maps = head.student(query)
 
@@ -190,7 +191,9 @@ def episode_losses(
         teacher_logits, student_logits = decoded[:, :k], decoded[:, k:]
     else:
         teacher_logits = student_logits = None
-        if teacher_maps is not None:
+        if own is not None and roles.student:
+            teacher_logits = own
+        elif teacher_maps is not None:
             with torch.set_grad_enabled(roles.teacher):
                 teacher_logits = (fixed_decoder or head.decoder)(teacher_maps, query)
         if student_maps is not None:
@@ -202,12 +205,15 @@ def episode_losses(
     if student_logits is not None:
         student_logits = _with_evidence(merge_classes(student_logits).float(), cache.evidence(episode.query))
     out = _Outputs(teacher_logits, student_logits, teacher_maps, student_maps, labels, visible, present)
+    mask = {}
+    if own is not None and roles.teacher:
+        mask = {"mask": segmentation_loss(merge_classes(hide_absent(own, present)).float(), visible)}
     if settings.loss == "published":
-        return _published_terms(roles, out)
+        return _published_terms(roles, out) | mask
     aligned = None
     if roles.teacher and support is not None and teacher_logits is not None:
         aligned = head.teacher.alignment(query, teacher_logits.argmax(1), support)
-    return _balanced_terms(roles, out) | ({} if aligned is None else {"alignment": 0.3 * aligned})
+    return _balanced_terms(roles, out) | mask | ({} if aligned is None else {"alignment": 0.3 * aligned})
 
 
 def _with_evidence(

@@ -196,6 +196,7 @@ def _new_head(
         settings.width,
         settings.uino_reader,
         settings.uino_width,
+        settings.uino_decoder,
     )
     with seeded(settings.seed):
         head = FewShotHead(backbone.spec, support.classes, form)

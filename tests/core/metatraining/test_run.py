@@ -30,6 +30,7 @@ from distillfss_core.nn.adapter_file import load_adapter
 from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
+from distillfss_core.nn.sam_decoder import SamMaskDecoder, load_sam_decoder
 from distillfss_core.settings import DistillSettings
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
 from distillfss_core.types import IGNORE
@@ -340,6 +341,7 @@ def test_the_head_of_uino_says_so_and_is_distilled_and_refined(uino, support, ti
         "width": 8,
         "uino_reader": "pool",
         "uino_width": 64,
+        "uino_decoder": "default",
     }
     student.save(tmp_path / "student.safetensors")
     again = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
@@ -465,6 +467,54 @@ def test_a_head_with_an_adapter_takes_no_other_one(adapter, tmp_path):
     head = str(finished(tmp_path / "run", replace(UINO, steps=1, adapter=adapter)).finish())
     with pytest.raises(SettingsError, match="a head with an adapter; give adapter none"):
         PretrainRun(replace(UINO, adapter=adapter, init_from=head), tmp_path / "new")
+
+
+SAM = replace(UINO, steps=2, eval_every=9, uino_decoder="sam")
+
+
+def test_sam_s_mask_decoder_is_meta_trained_from_its_checkpoint_and_distilled(support, tiny, tmp_path):
+    torch.save(small_sam(), tmp_path / "small_sam.pth")
+    run = PretrainRun(replace(SAM, sam=str(tmp_path / "small_sam.pth")), tmp_path / "run")
+    start = SamMaskDecoder()
+    load_sam_decoder(tmp_path / "small_sam.pth", start)
+    own = {f"sam.decoder.{name}": value for name, value in start.state_dict().items()}
+    assert all(torch.equal(run.teacher.state_dict()[name], value) for name, value in own.items())
+    assert set(next(run).losses) == {"teacher", "attention", "mask"}
+    run.close()
+    again = PretrainRun(replace(SAM, sam=str(tmp_path / "small_sam.pth")), tmp_path / "run")
+    assert {step.index for step in again} == {2}
+    head = again.finish()
+    card = load_head(head).card
+    assert (card["uino_decoder"], card["uino_width"], card["sam"]) == ("sam", 256, "small_sam.pth")
+    few = replace(tiny, steps=1, width=8, head=str(head))
+    training = iter_distill(support, few)
+    assert {"teacher", "mask", "student", "coarse"} <= {name for step in training for name in step.losses}
+    student = training.result()
+    assert (student.head.form.uino_decoder, student.head.form.decoder) == ("sam", "default")
+    student.save(tmp_path / "student.safetensors")
+    image = support.slices[0].image
+    loaded = StudentModel.load(tmp_path / "student.safetensors", device="cpu")
+    np.testing.assert_array_equal(loaded.predict(image).probabilities, student.predict(image).probabilities)
+    two_stage = distill(support, replace(few, method="two-stage"))
+    assert two_stage.head.form == student.head.form
+
+
+def test_sam_s_mask_decoder_stays_as_it_is_where_all_but_it_learns(tmp_path):
+    torch.save(small_sam(), tmp_path / "small_sam.pth")
+    settings = replace(SAM, steps=1, sam=str(tmp_path / "small_sam.pth"), learn="but-sam", learning_rate=0.1)
+    run = PretrainRun(settings, tmp_path / "run")
+    before = {name: value.clone() for name, value in run.teacher.state_dict().items()}
+    for _ in run:
+        pass
+    unchanged = {name for name, value in run.teacher.state_dict().items() if torch.equal(before[name], value)}
+    assert {name for name in before if name.startswith("sam.decoder.")} <= unchanged
+    assert not {"sam.gain", "dense.weight", "sparse.1.weight", "adapter.leave.weight", "decoder.out.weight"} & unchanged
+
+
+@pytest.mark.parametrize("changes", [{"sam": "sam.pth"}, {"learn": "but-sam"}, {"teacher": "dcama", "sam": "sam.pth"}])
+def test_a_sam_without_a_place_for_its_decoder_is_refused(changes, tmp_path):
+    with pytest.raises(SettingsError, match="give teacher 'uino' and uino_decoder 'sam'"):
+        PretrainRun(replace(UINO, **changes), tmp_path / "new")
 
 
 def test_learned_prototypes_are_meta_trained_with_their_alignment_and_distilled(tmp_path, support, tiny):

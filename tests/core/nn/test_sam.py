@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 from distillfss_core.errors import ModelFileError, WeightsUnavailableError
 from distillfss_core.nn.backbones.spec import IMAGENET_MEAN, IMAGENET_STD
 from distillfss_core.nn.sam import _mobile_name, _new_mobile, _new_vit, _vit_name, map_sam, read_sam
+from distillfss_core.nn.sam_decoder import SamMaskDecoder, load_sam_decoder
 from sam_files import (
     SMALL_VIT,
     decoder_shapes,
     filled,
     mobile_shapes,
+    reference_mask,
     reference_mobile,
     reference_vit,
     small_sam,
@@ -190,3 +192,48 @@ def test_objects_in_a_file_are_not_run(tmp_path: Path) -> None:
     torch.save({"model": small_sam(), "config": Loud()}, path)
     with pytest.raises(ModelFileError, match="objects other than tensors"):
         read_sam(path)
+
+
+# the mask decoder
+
+
+@pytest.fixture(scope="module")
+def decoder_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("sam") / "small_sam.pth"
+    torch.save(small_sam(), path)
+    return path
+
+
+def test_the_mask_decoder_gives_the_mask_of_the_published_formulas(decoder_file: Path) -> None:
+    decoder = SamMaskDecoder()
+    load_sam_decoder(decoder_file, decoder)
+    generator = torch.Generator().manual_seed(0)
+    embedding = torch.randn(2, 256, 5, 7, generator=generator)
+    prompts = torch.randn(2, 3, 256, generator=generator)
+    with torch.no_grad():
+        found = decoder(embedding, prompts)
+    assert found.shape == (2, 1, 20, 28)
+    expected = torch.stack([reference_mask(small_sam(), e, p) for e, p in zip(embedding, prompts, strict=True)])
+    torch.testing.assert_close(found[:, 0].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_the_mask_decoder_has_the_published_parameters_that_one_mask_depends_on() -> None:
+    unused = ("iou_prediction_head", "mlps.1", "mlps.2", "mlps.3", "point", "mask_downscaling", "gaussian")
+    wanted = {name: shape for name, shape in decoder_shapes().items() if not any(part in name for part in unused)}
+    assert sum(p.numel() for p in SamMaskDecoder().parameters()) == parameters(wanted)
+    assert parameters({n: s for n, s in decoder_shapes().items() if n.startswith("mask_decoder.")}) == 4_058_340
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_with("mask_decoder.hf_token.weight", torch.ones(1, 256)), "'mask_decoder.hf_token.weight' has no place"),
+        (_without("mask_decoder.iou_token.weight"), r"'mask_decoder.iou_token.weight' of shape \(1, 256\) is missing"),
+        (_without("prompt_encoder.no_mask_embed.weight"), "'prompt_encoder.no_mask_embed.weight' .* is missing"),
+        (lambda tensors: {k: v for k, v in tensors.items() if k.startswith("image_encoder")}, "holds no mask decoder"),
+    ],
+)
+def test_a_mask_decoder_that_does_not_fit_is_refused_with_its_tensor(change, message: str, tmp_path: Path) -> None:
+    torch.save(change(small_sam()), tmp_path / "sam.pth")
+    with pytest.raises(ModelFileError, match=message):
+        load_sam_decoder(tmp_path / "sam.pth", SamMaskDecoder())

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distillfss_core.errors import SettingsError
 from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, merge_classes
@@ -279,6 +280,78 @@ def test_a_support_without_annotation_is_refused() -> None:
     support = _support(1)
     with pytest.raises(ValueError, match="annotated"):
         _teacher().encode(EncodedSupport(support.features, support.masks, torch.zeros(1, 64, 64)))
+
+
+# SAM's mask decoder
+
+
+def _sam_teacher() -> UinoTeacher:
+    torch.manual_seed(0)
+    decoder = SlimDecoder(SMALL_SPEC.coarse_blocks, SMALL_SPEC.skip_channels, width=8)
+    return UinoTeacher(SMALL_SPEC, decoder, UinoSettings(width=256, heads=8, decoder="sam")).eval()
+
+
+def test_sam_s_decoder_gives_logits_of_the_query_size_and_its_mask_moves_the_maps() -> None:
+    teacher, query, support = _sam_teacher(), random_pyramid(64, 2), _support(3, classes=2)
+    with torch.no_grad():
+        keys = teacher.encode(support)
+        maps, logits = teacher.outputs(query, keys)
+        assert logits is not None
+        assert torch.equal(teacher(query, keys).logits, logits)
+        assert logits.shape == (2, 2, 2, 64, 64)
+        mask = logits[:, :, 1] - logits[:, :, 0]
+        assert float(mask.std()) > 0
+        assert teacher.sam is not None
+        teacher.sam.gain.fill_(1.0)
+        moved, _ = teacher.outputs(query, keys)
+    plain = UinoTeacher(SMALL_SPEC, teacher.decoder, UinoSettings(width=256, heads=8)).eval()
+    with torch.no_grad():
+        for before, unmoved in zip(maps, plain.coarse(query, plain.encode(support)), strict=True):
+            torch.testing.assert_close(before, unmoved)  # the factors of the mask begin at zero
+    # the mask has four cells for each of the 4 x 4 of the mid stage; each map has its mean over a cell
+    for before, after in zip(maps, moved, strict=True):
+        cells = after.shape[-2:]
+        added = (torch.logit(after.double()) - torch.logit(before.double()))[:, :, 0]
+        assert added.shape == (2, 2, *cells)
+        with torch.no_grad():
+            fine = teacher.sam.decoder(
+                (teacher.embedding(query)[:, None] + teacher.dense_prompt(query, keys)).flatten(0, 1),
+                keys.sparse.repeat(2, 1)[:, None],
+            ).unflatten(0, (2, 2))[:, :, 0]
+        step = 16 // cells[0]
+        expected = fine.unfold(2, step, step).unfold(3, step, step).mean((4, 5))
+        torch.testing.assert_close(added.float(), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_shots_of_a_teacher_with_sam_s_decoder_have_no_order() -> None:
+    teacher, query, support = _sam_teacher(), random_pyramid(64), _support(4)
+    shuffled = support[torch.tensor([3, 0, 2, 1])]
+    torch.testing.assert_close(
+        _logits(teacher, query, support), _logits(teacher, query, shuffled), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_frozen_sam_decoder_stays_and_all_other_modules_of_the_teacher_move() -> None:
+    teacher = _sam_teacher()
+    assert teacher.sam is not None
+    teacher.sam.decoder.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in teacher.parameters() if p.requires_grad], lr=0.01)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    maps, logits = teacher.outputs(random_pyramid(64), teacher.encode(_support(2)))
+    assert logits is not None
+    target = torch.ones(1, 64, 64, dtype=torch.long)
+    (
+        segmentation_loss(merge_classes(logits), target) + map_loss(maps, target, torch.ones(1, dtype=torch.bool))
+    ).backward()
+    optimizer.step()
+    moved = {name for name, value in teacher.state_dict().items() if not torch.equal(value, before[name])}
+    assert not [name for name in moved if name.startswith("sam.decoder.")]
+    assert {"adapter", "dense", "sparse", "sam", "evidence"} == {name.partition(".")[0] for name in moved}
+
+
+def test_sam_s_decoder_needs_its_width() -> None:
+    with pytest.raises(SettingsError, match="uino_width is 64, but SAM's mask decoder has 256; give uino_width 256"):
+        FewShotHead(SMALL_SPEC, 1, HeadForm("default", "default", "uino", 8, uino_decoder="sam"))
 
 
 # memory

@@ -98,6 +98,10 @@ class LearnedTeacher(nn.Module):
         """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
         raise NotImplementedError
 
+    def outputs(self, query: FeaturePyramid, keys: LearnedKeys) -> tuple[CoarseMaps, Float[Tensor, "b k 2 h w"] | None]:
+        """Coarse maps, and logits of a decoder that is the teacher's own; None where it has none."""
+        return self.coarse(query, keys), None
+
     def alignment(
         self, query: FeaturePyramid, predicted: Int[Tensor, "b h w"], support: EncodedSupport
     ) -> Float[Tensor, ""] | None:
@@ -107,8 +111,9 @@ class LearnedTeacher(nn.Module):
     def forward(self, query: FeaturePyramid, keys: SupportKeys) -> Prediction:
         """Coarse maps and logits; the foreground of an absent class is -inf."""
         assert isinstance(keys, LearnedKeys)
-        coarse = self.coarse(query, keys)
-        return Prediction(coarse, hide_absent(self.decoder(coarse, query), keys.present))
+        coarse, own = self.outputs(query, keys)
+        logits = self.decoder(coarse, query) if own is None else own
+        return Prediction(coarse, hide_absent(logits, keys.present))
 
 
 def check_annotated(support: EncodedSupport) -> None:

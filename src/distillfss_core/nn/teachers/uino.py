@@ -1,7 +1,8 @@
 """UINO-FSS [1]_ for any backbone: prompts from a 4-D correlation adapt maps that are computed from the same features.
 
-The published form has SAM's decoder, and SAM teaches its adapter. Here neither is needed: the adapter is an ordinary
-neck that learns with the episodes, and the student's decoder reads coarse maps. So a student can be distilled from it.
+The published form has SAM's decoder, and SAM teaches its adapter. Here neither is needed: without them the adapter is
+an ordinary neck that learns with the episodes, and the student's decoder reads coarse maps. There are coarse maps in
+each case, so a student can be distilled.
 
 References
 ----------
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from distillfss_core.nn.backbones.spec import BackboneSpec
 from distillfss_core.nn.decoder import Decoder, resize_like
 from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid
+from distillfss_core.nn.sam_decoder import SamMaskDecoder
 from distillfss_core.nn.teachers.correlation import (
     Queries,
     Shot,
@@ -60,6 +62,8 @@ class UinoSettings:
         Positions of each shot, in each stage, with which the coarse maps compare a query.
     gain : float
         Log-odds at first for a difference of one between the cosines of both sides.
+    decoder : str
+        What the prompts go to: "default", inner products; or "sam", SAM's mask decoder, with a width of 256.
     """
 
     reader: str = "pool"
@@ -69,6 +73,7 @@ class UinoSettings:
     late: int = 4
     max_keys: int = 256
     gain: float = 20.0
+    decoder: str = "default"
 
 
 def uino_heads(width: int) -> int:
@@ -134,6 +139,33 @@ class BottleneckAdapter(nn.Module):
         return embedding
 
 
+class SamPrompted(nn.Module):
+    """SAM's mask decoder, prompted by a support; its mask moves the coarse maps too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decoder: SamMaskDecoder = SamMaskDecoder()
+        self.gain: nn.Parameter = nn.Parameter(torch.zeros(3))
+
+    def forward(
+        self,
+        prompted: Float[Tensor, "bk c h w"],
+        sparse: Float[Tensor, "k c"],
+        grids: Sequence[Tensor],
+        size: tuple[int, int],
+    ) -> tuple[list[Float[Tensor, "b k _h _w"]], Float[Tensor, "b k 2 hq wq"]]:
+        """What the mask adds to the log-odds of each stage, on its grid; and logits at a size."""
+        classes = len(sparse)
+        tokens = sparse.repeat(len(prompted) // classes, 1)[:, None]
+        mask = self.decoder(prompted, tokens).reshape(-1, classes, 4 * prompted.shape[2], 4 * prompted.shape[3])
+        added = [
+            gain * F.adaptive_avg_pool2d(mask, (grid.shape[-2], grid.shape[-1]))
+            for gain, grid in zip(self.gain, grids, strict=True)
+        ]
+        half = F.interpolate(mask, size, mode="bilinear", align_corners=False) / 2
+        return added, torch.stack([-half, half], 2)
+
+
 @dataclass(frozen=True, eq=False)
 class StageShot:
     """The positions of one shot that a stage compares a query with, thinned out.
@@ -185,6 +217,9 @@ class UinoTeacher(LearnedTeacher):
         late features -- reader ----'                         |
         mean of the class -- sparse prompt -- MLP ------------'
 
+    SAM's mask decoder may take the place of the 3x3, the inner product and the MLP. Then r is a learned factor times
+    its mask, and the mask gives the teacher's logits. The student keeps the decoder that it has.
+
     Before any training r is zero, whatever the reader is, and the dense prompt is zero too. Shots are read one at a
     time and averaged, weighted by their annotated pixels, so the memory for this does not grow with their number.
     The correlation is computed once for all classes, which differ in signs only.
@@ -210,10 +245,15 @@ class UinoTeacher(LearnedTeacher):
         self.reader: Reader = READERS[settings.reader](late)
         self.dense: nn.Linear = nn.Linear(self.reader.numbers + late, width)
         self.sparse: nn.Sequential = nn.Sequential(nn.LayerNorm(sum(channels[1:])), nn.Linear(sum(channels[1:]), width))
-        self.join: nn.Conv2d = nn.Conv2d(width, width, 3, padding=1)
-        self.masks: nn.Sequential = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * width))
         self.evidence: Evidence = Evidence(blocks, settings.gain)
-        for last in (self.dense, self.masks[-1]):
+        self.join: nn.Conv2d | None = None
+        self.sam: SamPrompted | None = None
+        if settings.decoder == "sam":
+            self.sam = SamPrompted()
+        else:
+            self.join = nn.Conv2d(width, width, 3, padding=1)
+            self.masks: nn.Sequential = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, 3 * width))
+        for last in (self.dense, *(self.masks[-1:] if self.join is not None else ())):
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
@@ -221,7 +261,8 @@ class UinoTeacher(LearnedTeacher):
     @property
     def own_modules(self) -> Sequence[nn.Module]:
         """Adapter, prompts, and what makes maps of them."""
-        return (self.adapter, *self.prompt_modules, self.join, self.masks, self.evidence)
+        decoder = [self.join, self.masks] if self.join is not None else [self.sam]
+        return (self.adapter, *self.prompt_modules, *(m for m in decoder if m is not None), self.evidence)
 
     @property
     def prompt_modules(self) -> Sequence[nn.Module]:
@@ -285,23 +326,33 @@ class UinoTeacher(LearnedTeacher):
 
     def coarse(self, query: FeaturePyramid, keys: LearnedKeys) -> CoarseMaps:
         """Coarse maps of a batch of queries against one support; every value lies in [0, 1]."""
+        return self.outputs(query, keys)[0]
+
+    def outputs(self, query: FeaturePyramid, keys: LearnedKeys) -> tuple[CoarseMaps, Float[Tensor, "b k 2 h w"] | None]:
+        """Coarse maps, and the logits of SAM's mask decoder where the teacher has it."""
         assert isinstance(keys, UinoKeys)
-        added = self._added(query, keys)  # b k 3 h w
+        added, logits = self._prompted(query, keys)
         maps = []
         for stage, (blocks, difference) in enumerate(zip(query.coarse, _differences(query, keys), strict=True)):
             odds = self.evidence(stage, difference).unflatten(-1, blocks[0].shape[-2:])
-            moved = resize_like(added[:, :, stage], blocks[0])
-            maps.append(torch.sigmoid(odds + moved[:, :, None]))
-        return CoarseMaps(*maps)
+            maps.append(torch.sigmoid(odds + added[stage][:, :, None]))
+        return CoarseMaps(*maps), logits
 
-    def _added(self, query: FeaturePyramid, keys: UinoKeys) -> Float[Tensor, "b k 3 h w"]:
-        """What the prompts add to the log-odds of the three stages, on the grid of the mid stage."""
-        dense = self.dense_prompt(query, keys)
-        embedding = self.embedding(query)
-        pixels = torch.relu(self.join((embedding[:, None] + dense).flatten(0, 1)))
+    def _prompted(
+        self, query: FeaturePyramid, keys: UinoKeys
+    ) -> tuple[list[Float[Tensor, "b k _h _w"]], Float[Tensor, "b k 2 h w"] | None]:
+        """What the prompts add to the log-odds of each stage, on its grid; and logits at the size of the query."""
+        prompted = (self.embedding(query)[:, None] + self.dense_prompt(query, keys)).flatten(0, 1)
+        grids = [blocks[0] for blocks in query.coarse]
+        if self.sam is not None:
+            moved, logits = self.sam(prompted, keys.sparse, grids, query.size)
+            return moved, logits
+        assert self.join is not None
+        pixels = torch.relu(self.join(prompted))
         tokens = self.masks(keys.sparse).unflatten(-1, (3, -1))  # k 3 c
         split = pixels.unflatten(0, (query.batch, -1))
-        return torch.einsum("bkchw,kmc->bkmhw", split, tokens.to(split.dtype))
+        added = torch.einsum("bkchw,kmc->bkmhw", split, tokens.to(split.dtype))
+        return [resize_like(added[:, :, stage], grid) for stage, grid in enumerate(grids)], None
 
     def embedding(self, query: FeaturePyramid) -> Float[Tensor, "b c h w"]:
         """Adapted early features on the grid of the mid stage."""
