@@ -87,6 +87,7 @@ class Session:
         self._busy = ""
         self._seen_slices: list[tuple[int, Any]] = []
         self._others: dict[str, OtherSlices] = {}
+        self._resumed: tuple[Path | None, Training | None] = (None, None)
 
     @property
     def busy(self) -> str:
@@ -321,8 +322,23 @@ class Session:
         self.set_model(model, path=path, training=training)
 
     def load_student(self, model: Any, path: Path) -> None:
-        """Take the student of a file, with its provenance where that lies beside it."""
-        self.set_model(model, path=path, training=read_training(path, tuple(model.class_names), model.pixel_size))
+        """Take the student of a file, with its provenance where that is known, or lies beside it."""
+        resumed, training = self._resumed
+        if training is None or path != resumed:
+            training = read_training(path, tuple(model.class_names), model.pixel_size)
+        self._resumed = (None, None)
+        self.set_model(model, path=path, training=training)
+
+    def resume(self, path: Path | None, training: Training | None) -> None:
+        """Begin with the student of an earlier session, once it is loaded."""
+        self._resumed = path, training
+
+    def first_student(self) -> Path | None:
+        """The student to begin with: that of the session that is resumed, or the latest of this volume."""
+        resumed, _ = self._resumed
+        if resumed is not None and resumed.is_file():
+            return resumed
+        return next(iter(self.students()), None)
 
     def is_present(self, student: KeptStudent) -> bool:
         """Whether a kept student is the present one, which may have been saved in another place since."""

@@ -159,3 +159,123 @@ def test_annotations_and_preview_lie_above_an_image_that_is_opened_later(
     dock.support.take_brush()
     qtbot.waitUntil(lambda: dock.preview.layers["labels"].visible, timeout=60_000)
     assert list(layers) == order  # they lie above this image already
+
+
+@pytest.fixture
+def docked(viewer, open_dock):
+    """Opens a dock within a frame, as napari does; the function that comes with it takes the dock out again."""
+    from qtpy.QtWidgets import QDockWidget
+
+    def opened():
+        dock = open_dock(viewer)
+        dock.frame = QDockWidget()  # it lives as long as the dock
+        dock.frame.setWidget(dock)
+        return dock, lambda: dock.setParent(None)
+
+    return opened
+
+
+def test_a_dock_that_is_closed_by_mistake_comes_back_with_its_session(
+    viewer, nuclei, sample, docked, student, painted_truth, qtbot, tmp_path
+):
+    series = np.stack([sample.image[::-1], sample.image])
+    viewer.add_image(series, name="series", scale=(1, 2.5, 1, 1), units=("pixel", "um", "um", "um"))
+    first, close_first = docked()
+    first.volume.layers.setCurrentIndex(1)
+    first.volume.layers.activated.emit(1)
+    first.volume.lead["t"].setValue(1)
+    first.session.annotations.put(3, painted_truth[3])
+    first.session.painted()
+    first.support.count.setValue(3)
+    first.support.way.setCurrentText("evenly")
+    first.support.suggest_slices()
+    previewed(qtbot, first, student)
+    out = tmp_path / "elsewhere.ome.zarr"
+    first.apply.out.setText(str(out))
+    first.apply.start()
+    qtbot.waitUntil(lambda: not first.session.busy and first.session.applied is not None, timeout=120_000)
+    first.preview.source.setCurrentText("instant")
+    first.preview.drawn_as.setCurrentText("outlines")
+    first.preview.on.setChecked(False)
+    first.distill.settings.setPreset("quick")
+    first.sections[first.distill].heading.setChecked(False)
+    created, layers = first.session.model.created, list(viewer.layers)
+    close_first()
+    assert first.session.annotations is None
+
+    second, close_second = docked()
+    assert second.volume.value().name == "series"
+    assert second.session.volume.lead == {"t": 1}
+    assert second.session.annotations.planes() == [3]
+    assert second.support.suggested == first.support.suggested
+    assert second.session.applied.out == out
+    assert second.apply.out.text() == str(out)
+    assert second.apply.layer is first.apply.layer
+    qtbot.waitUntil(lambda: second.session.model is not None and not second.session.busy, timeout=60_000)
+    assert second.session.model.created == created
+    assert second.session.model_path == student
+    assert second.preview.source.currentText() == "instant"
+    assert second.preview.drawn_as.currentText() == "outlines"
+    assert not second.preview.on.isChecked()
+    assert second.distill.settings.preset.currentText() == "quick"
+    assert not second.sections[second.distill].heading.isChecked()
+    assert second.support.count.value() == 3
+    assert list(viewer.layers) == layers
+    close_second()
+    assert len([layer for layer in viewer.layers if "distillfss_session" in layer.metadata]) == 1
+
+
+def test_a_model_that_could_not_be_saved_is_there_again(viewer, nuclei, docked, student, qtbot):
+    first, close_first = docked()
+    previewed(qtbot, first, student)
+    model = first.session.model
+    first.session.set_model(model, path=None, training=None)
+    close_first()
+    second, _ = docked()
+    assert second.session.model is model
+    assert second.session.model_path is None
+    assert second.preview.on.isChecked()
+
+
+def test_a_layer_that_has_changed_since_begins_a_session_of_its_own(viewer, nuclei, docked, sample):
+    series = viewer.add_image(np.stack([sample.image] * 3), name="series")
+    first, close_first = docked()
+    first.volume.layers.setCurrentIndex(1)
+    first.volume.layers.activated.emit(1)
+    first.volume.lead["t"].setValue(2)
+    close_first()
+    series.data = np.zeros((2, 2, 2, 8, 96, 96), np.uint8)  # of too many axes
+    second, _ = docked()
+    assert second.session.volume.layer is nuclei
+
+
+def test_the_menu_of_napari_opens_a_closed_dock_with_its_session(
+    display, npe2pm, make_napari_viewer, root, monkeypatch, tmp_path, sample
+):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    from npe2 import PluginManifest
+
+    npe2pm.register(PluginManifest.from_file(root / "src" / "napari_distillfss" / "napari.yaml"))
+    viewer = make_napari_viewer()
+    for name in ("first", "second"):
+        viewer.add_image(sample.image if name == "first" else sample.image[::-1].copy(), name=name)
+
+    def open_by_menu():
+        return viewer.window.add_plugin_dock_widget("napari-distillfss", "Label, distill, segment")
+
+    frame, dock = open_by_menu()
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    dock.session.annotations.put(2, np.ones((96, 96), np.uint8))
+    dock.session.painted()
+    frame.setFloating(True)
+    frame.close()  # by the frame of the system: hidden, and shown again
+    assert open_by_menu() == (frame, dock)
+    assert dock.session.annotations.planes() == [2]
+    frame.destroyOnClose()  # by napari's button
+    assert dock.session.annotations is None
+    _, again = open_by_menu()
+    assert again is not dock
+    assert again.session.volume.name == "second"
+    assert again.session.annotations.planes() == [2]
+    again.session.close()

@@ -149,6 +149,15 @@ class ApplyWidget(QWidget):
 
         attempt(self.message, start)
 
+    def shown(self) -> tuple[Any, Path | None]:
+        """The layer of results, and the path of the labels that it shows."""
+        return self.layer, self._shown
+
+    def setShown(self, layer: Any, out: Path | None) -> None:
+        """Go on with a layer of results."""
+        if layer in self._viewer.layers:
+            self.layer, self._shown = layer, out
+
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Written):
             self._written = True

@@ -19,6 +19,7 @@ from napari_distillfss._widgets.model import ModelWidget
 from napari_distillfss._widgets.notices import show_notices
 from napari_distillfss._widgets.preview import MODEL, PreviewWidget
 from napari_distillfss._widgets.removal import guard_removals
+from napari_distillfss._widgets.reopening import leave, take_up
 from napari_distillfss._widgets.shortcuts import bind_shortcuts
 from napari_distillfss._widgets.support import SupportWidget
 from napari_distillfss._widgets.volume import VolumePicker
@@ -91,16 +92,21 @@ class DistillDock(QScrollArea):
         application = QApplication.instance()
         assert application is not None  # no widget is made without one
         application.aboutToQuit.connect(session.close)
-        self._on_volume_chosen(self.volume.value())
+        if not take_up(self):
+            self._on_volume_chosen(self.volume.value())
 
     def sizeHint(self) -> QSize:
         return QSize(_WIDTH, 700)
 
     def event(self, event: QEvent | None) -> bool:
-        """End the session once the dock is taken out of the window: it may live on until Python collects it."""
+        """End the session once the dock is taken out of the window: it may live on until Python collects it.
+
+        The next dock of the window goes on with it.
+        """
         is_handled = super().event(event)
         if event is not None and event.type() == QEvent.Type.ParentChange:
             if self._is_docked and self.parent() is None:
+                leave(self)
                 self.session.close()
             self._is_docked = self.parent() is not None
         return is_handled

@@ -106,10 +106,10 @@ class ModelWidget(QWidget):
         self.message.tell(f"loaded {self._loading}; preview or apply it")
 
     def _on_volume_changed(self) -> None:
-        """Load the latest student of this volume where the session has none yet."""
-        students = self._session.students()
-        if self._session.model is None and not self._session.busy and students:
-            self.load_from(students[0])
+        """Load the student to begin with where the session has none yet."""
+        student = self._session.first_student()
+        if self._session.model is None and not self._session.busy and student is not None:
+            self.load_from(student)
 
     def _on_model_changed(self) -> None:
         model = self._session.model

@@ -125,7 +125,7 @@ class VolumePicker(QWidget):
     def value(self) -> ChosenVolume | None:
         return self._value
 
-    def setValue(self, value: ChosenVolume | None) -> None:
+    def setValue(self, value: ChosenVolume | None, level: int | None = None) -> None:
         if value is None:
             self.layers.setCurrentIndex(-1)
             self._take(None)
@@ -134,7 +134,7 @@ class VolumePicker(QWidget):
         self._fit_boxes(value.layer)
         for letter, index in value.lead.items():
             _set(self.lead[letter], index)
-        _set(self.level, int(value.opening.get("level", self.level.value())))
+        _set(self.level, int(value.opening.get("level", self.level.value())) if level is None else level)
         self._take(value)
 
     def open_path(self, path: str | Path) -> None:
