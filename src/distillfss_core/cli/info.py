@@ -116,6 +116,7 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     reader = ""
     if form["teacher"] == "uino":
         reader = f", reader {form['uino_reader']}, width {form['uino_width']}, adapter {card['adapter']}"
+        reader += f", SAM's mask decoder from {card['sam']}" if "sam" in card else ""
     scores = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in card["scores"].items() if name != "step"]
     return [
         ("name", card.get("name", "")),

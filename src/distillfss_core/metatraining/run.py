@@ -324,36 +324,36 @@ class PretrainRun(Iterator[TrainStep]):
                 module.requires_grad_(True)
         return [parameter for parameter in self.teacher.parameters() if parameter.requires_grad]
 
+    def _taken(self) -> dict[str, Any]:
+        """The card of the head that the teacher was taken from, not its decoder alone; empty if there is none."""
+        return self._start if self._start and head_form(self._start) == _form(self.settings) else {}
+
     def _take_sam(self) -> str:
         """Start SAM's mask decoder from its checkpoint, if there is one; from what it starts."""
         settings, teacher = self.settings, self.teacher
-        decoder = teacher.sam if isinstance(teacher, UinoTeacher) else None
-        if decoder is None and (settings.sam != "none" or settings.learn == "but-sam"):
-            raise SettingsError(
-                "sam or learn 'but-sam' is given, but the teacher has no decoder of SAM; give teacher "
-                "'uino' and uino_decoder 'sam'"
-            )
-        if decoder is None:
+        prompted = teacher.sam if isinstance(teacher, UinoTeacher) else None
+        if prompted is None:
+            if settings.sam != "none" or settings.learn == "but-sam":
+                raise SettingsError(
+                    f"sam is {settings.sam!r} and learn is {settings.learn!r}, but the teacher has no decoder of SAM; "
+                    "give teacher 'uino' and uino_decoder 'sam'"
+                )
             return ""
         if settings.sam != "none":
-            load_sam_decoder(settings.sam, decoder.decoder)
+            load_sam_decoder(settings.sam, prompted.decoder)
         if settings.learn == "but-sam":
-            decoder.decoder.requires_grad_(False)
-        start = str(self._start.get("sam", "")) if self._start else ""
-        return Path(settings.sam).name if settings.sam != "none" else start or "random weights"
+            prompted.decoder.requires_grad_(False)
+        return str(self._taken().get("sam", "random weights")) if settings.sam == "none" else Path(settings.sam).name
 
     def _take_adapter(self) -> str:
         """Give teacher uino the distilled adapter, if there is one, and freeze it; where the adapter comes from."""
         settings, teacher = self.settings, self.teacher
-        starts_whole = self._start is not None and head_form(self._start) == _form(settings)
         if settings.adapter == "none":
-            origin = (
-                str(self._start["adapter"]) if self._start and starts_whole and settings.teacher == "uino" else NECK
-            )
+            origin = str(self._taken().get("adapter", NECK))
             return origin if settings.learn == "prompts" else origin.replace(FROZEN, TRAINED_ON)
         if not isinstance(teacher, UinoTeacher):
             raise SettingsError(f"adapter is {settings.adapter!r}, but teacher {settings.teacher} has none; give uino")
-        if starts_whole:
+        if self._taken():
             raise SettingsError(f"init_from is {settings.init_from!r}, a head with an adapter; give adapter none")
         weights = load_adapter(settings.adapter)
         weights.put_into(teacher, self.backbone)

@@ -499,7 +499,7 @@ def test_sam_s_mask_decoder_is_meta_trained_from_its_checkpoint_and_distilled(su
     assert two_stage.head.form == student.head.form
 
 
-def test_sam_s_mask_decoder_stays_as_it_is_where_all_but_it_learns(tmp_path):
+def test_sam_s_mask_decoder_stays_as_it_is_where_all_but_it_learns(tmp_path, capsys):
     torch.save(small_sam(), tmp_path / "small_sam.pth")
     settings = replace(SAM, steps=1, sam=str(tmp_path / "small_sam.pth"), learn="but-sam", learning_rate=0.1)
     run = PretrainRun(settings, tmp_path / "run")
@@ -509,6 +509,12 @@ def test_sam_s_mask_decoder_stays_as_it_is_where_all_but_it_learns(tmp_path):
     unchanged = {name for name, value in run.teacher.state_dict().items() if torch.equal(before[name], value)}
     assert {name for name in before if name.startswith("sam.decoder.")} <= unchanged
     assert not {"sam.gain", "dense.weight", "sparse.1.weight", "adapter.leave.weight", "decoder.out.weight"} & unchanged
+    head = str(run.finish())
+    assert main(["info", head]) == FINE
+    assert "SAM's mask decoder from small_sam.pth" in capsys.readouterr().out
+    for reader, origin in (("pool", "small_sam.pth"), ("cp4d", "random weights")):  # of another reader, it is not taken
+        again = PretrainRun(replace(SAM, init_from=head, uino_reader=reader), tmp_path / reader)
+        assert again.card()["sam"] == origin
 
 
 @pytest.mark.parametrize("changes", [{"sam": "sam.pth"}, {"learn": "but-sam"}, {"teacher": "dcama", "sam": "sam.pth"}])
