@@ -114,9 +114,9 @@ def planes(name: str, draw: int, seen: Stack, other: Stack, classes: int, *, scr
     return _task(name, draw, support, queries, classes, one_volume=True)
 
 
-def sample(kind: str, seed: int) -> Stack:
+def sample(kind: str, seed: int, planes: int = 12) -> Stack:
     """A stack of the package."""
-    made = generate_sample(kind, planes=12, size=384, seed=seed)
+    made = generate_sample(kind, planes=planes, size=384, seed=seed)
     return made.image, made.labels > 0
 
 

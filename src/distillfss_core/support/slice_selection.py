@@ -107,7 +107,7 @@ def iter_diverse_planes(
     for index, z in enumerate(looked_at, 1):
         described.append(describe_plane(volume.read(slice(z, z + 1), *middle)[0]))
         yield TrainStep(index, len(looked_at), stage="looking")
-    features = _comparable(np.array(looked_at, np.float32), described)
+    features = comparable(np.array(looked_at, np.float32), described)
     blank = [not texture.any() for _, texture, _ in described]
     taken_rows = [i for i, z in enumerate(looked_at) if z in taken]
     free = [i for i, z in enumerate(looked_at) if z not in taken and not blank[i]]
@@ -189,7 +189,7 @@ def choose_medoids(features: F32, count: int, free: Sequence[int], taken: Sequen
     return chosen
 
 
-def _comparable(places: F32, described: Sequence[tuple[F32, F32, F32]]) -> F32:
+def comparable(places: F32, described: Sequence[tuple[F32, F32, F32]]) -> F32:
     """Place, brightness, texture and layout side by side, of the same spread, but place of twice. Shape (n, d)."""
     groups = [places[:, None], *(np.stack(group) for group in zip(*described, strict=True))]
     spread = []
