@@ -129,7 +129,8 @@ def choose(way: str, slices: list[AnnotatedSlice], chosen: list[int], count: int
     if way != "spread disagreement":
         return sorted(free, key=lambda i: -worth[i])[:more]
     distance = np.sqrt(((features[:, None] - features[None]) ** 2).sum(-1))
-    nearest, picked = distance[:, chosen].min(1), []
+    nearest = distance[:, chosen].min(1)
+    picked: list[int] = []
     for _ in range(min(more, len(free))):
         best = min(set(free) - set(picked), key=lambda i: float((worth * np.minimum(nearest, distance[i])).sum()))
         picked.append(best)

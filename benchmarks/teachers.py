@@ -1,7 +1,10 @@
 """Teachers side by side: IoU with 1, 5 and 10 annotated images, on tasks of sets that none was trained on.
 
-    python benchmarks/teachers.py ../shared/train packaged NAME=HEAD.safetensors ... -o teachers.jsonl [--seeds 5]
+    python benchmarks/teachers.py run ../shared/train packaged NAME=HEAD.safetensors ... -o teachers.jsonl [--seeds 5]
     python benchmarks/teachers.py table teachers.jsonl
+    python benchmarks/teachers.py picture packaged NAME=HEAD.safetensors ... -o docs/images/teachers.png
+
+The picture has the coarse maps of each teacher on a generated stack, and the answer of a probe.
 
 Every head segments the same query of the same task from the same images, refined by nothing. Those that share a
 backbone are also joined in pairs, by the mean of their probabilities. A row is a seed of 60 tasks of 192 pixels. Rows
@@ -10,10 +13,10 @@ that the file has are not computed again.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -30,10 +33,15 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import load_head, packaged_head
 from distillfss_core.nn.teachers import PrototypeTeacher
 from distillfss_core.nn.teachers.protocol import Teacher
-from distillfss_core.types import IGNORE, Array
+from distillfss_core.samples import generate_sample
+from distillfss_core.settings import DistillSettings, parse_zoom
+from distillfss_core.support.support_set import SupportSet
+from distillfss_core.training import distill
+from distillfss_core.types import IGNORE, AnnotatedSlice, Array
 
 HELD_OUT = ("tnbc_nuclei", "axon_myelin_em", "brain_tumour_brisc", "vessels_fives", "solar_panels_aerial", "wbc_krd")
 SHOTS, TASKS, SIDE = (1, 5, 10), 60, 192
+STAGES = ("stride 8", "stride 16", "stride 32")
 FIRST_SEED = 100  # no seed of a training, so tasks by which its length was chosen are not these
 
 
@@ -83,10 +91,7 @@ def iou(labels: Array, truth: Array) -> float:
 
 
 def run(folder: Path, names: list[str], out: Path, seeds: int) -> None:
-    pairs = [name.rpartition("=") for name in names]
-    teachers = {(label or file): load(file) for label, _, file in pairs}
-    backbone, _ = next(iter(teachers.values()))
-    teachers["prototypes without parameters"] = (backbone, PrototypeTeacher())
+    teachers = loaded(names)
     _, source = sources([folder], HELD_OUT)
     assert source is not None
     known = {(row["teacher"], row["seed"]) for row in rows_of(out)} if out.exists() else set()
@@ -114,19 +119,71 @@ def table(path: Path) -> None:
         print(f"| {name} | " + " | ".join(cells) + " |")
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["table"]:
-        table(Path(sys.argv[2]))
-        return
-    import argparse
+@torch.no_grad()
+def picture(names: list[str], out: Path) -> None:
+    """A plane of a generated stack, its truth, and what each teacher sees in it by four other planes."""
+    import matplotlib
 
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    made = generate_sample("mitochondria", planes=9, size=256, seed=3)
+    query, shown = 4, [0, 2, 6, 8]
+    slices = [AnnotatedSlice(made.image[z], (made.labels[z] > 0).astype(np.uint8)) for z in shown]
+    support = SupportSet(slices, ("mitochondrion",), planes_of_one_volume=True)
+    probe = distill(support, DistillSettings(method="probe", zoom=parse_zoom("1")))
+    image = made.image[query]
+    low, high = np.percentile(made.image, (0.5, 99.5))
+    gray = np.clip((made.image - low) / (high - low), 0, 1).astype(np.float32)
+    planes = torch.from_numpy(gray[[*shown, query]])[:, None].expand(-1, 3, -1, -1).contiguous()
+    labels = torch.from_numpy(np.stack([s.labels for s in slices]))
+    teachers = loaded(names)
+    panels: list[tuple[str, Array, str]] = [("image", image, "gray"), ("truth", made.labels[query] > 0, "gray")]
+    for name, (backbone, teacher) in teachers.items():
+        features = backbone(planes).lean()
+        keys = teacher.encode(EncodedSupport.of(features[:-1], labels, 1))
+        maps = teacher(features[-1:], keys).coarse
+        panels += [
+            (f"{name}: {stage}", m[0, 0].mean(0).numpy(), "viridis") for stage, m in zip(STAGES, maps, strict=True)
+        ]
+    panels.append(("probe", probe.predict(image).probabilities[1], "viridis"))
+    columns = 1 + len(teachers)
+    figure, axes = plt.subplots(3, columns, figsize=(2.2 * columns, 7), layout="constrained")
+    order = [panels[0], panels[1], panels[-1], *panels[2:-1]]
+    for axis, (title, values, colors) in zip(axes.T.flat, order, strict=True):
+        axis.imshow(values, cmap=colors, **({"vmin": 0, "vmax": 1} if colors == "viridis" else {}))
+        axis.set_title(title, fontsize=8)
+        axis.axis("off")
+    figure.savefig(out, dpi=110)
+
+
+def loaded(names: list[str]) -> dict[str, tuple[Backbone, Teacher]]:
+    """Backbones and teachers by name, with the prototypes that need no head."""
+    pairs = [name.rpartition("=") for name in names]
+    teachers = {(label or file): load(file) for label, _, file in pairs}
+    backbone, _ = next(iter(teachers.values()))
+    return teachers | {"prototypes without parameters": (backbone, PrototypeTeacher())}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the folder of sets")
-    parser.add_argument("heads", nargs="+", help="packaged, FILE or NAME=FILE")
-    parser.add_argument("-o", "--out", type=Path, default=Path("teachers.jsonl"))
-    parser.add_argument("--seeds", type=int, default=5)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("folder", type=Path, help="the folder of sets")
+    runs.add_argument("heads", nargs="+", help="packaged, FILE or NAME=FILE")
+    runs.add_argument("-o", "--out", type=Path, default=Path("teachers.jsonl"))
+    runs.add_argument("--seeds", type=int, default=5)
+    commands.add_parser("table").add_argument("rows", type=Path)
+    drawn = commands.add_parser("picture")
+    drawn.add_argument("heads", nargs="+", help="packaged, FILE or NAME=FILE")
+    drawn.add_argument("-o", "--out", type=Path, default=Path("teachers.png"))
     options = parser.parse_args()
-    run(options.folder, options.heads, options.out, options.seeds)
+    if options.command == "run":
+        run(options.folder, options.heads, options.out, options.seeds)
+    elif options.command == "table":
+        table(options.rows)
+    else:
+        picture(options.heads, options.out)
 
 
 if __name__ == "__main__":
