@@ -6,7 +6,15 @@ import sys
 import pytest
 
 from distillfss_core.nn.device import leave_a_core_free
-from distillfss_core.process import KEEP, may_change_process, peak_mb, reset_peak, resident_mb, return_freed_memory
+from distillfss_core.process import (
+    KEEP,
+    leave_triton_out,
+    may_change_process,
+    peak_mb,
+    reset_peak,
+    resident_mb,
+    return_freed_memory,
+)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the unit of ru_maxrss is that of Linux")
@@ -41,3 +49,18 @@ def test_memory_that_is_freed_in_small_pieces_returns_to_the_system():
     return_freed_memory()
     assert resident_mb() < full - 100
     del last
+
+
+def test_triton_is_left_out_unless_it_is_there_or_the_user_forbids_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", "loaded before")
+    leave_triton_out()
+    assert sys.modules["triton"] == "loaded before"
+    monkeypatch.delitem(sys.modules, "triton")
+    monkeypatch.setenv(KEEP, "1")
+    leave_triton_out()
+    assert "triton" not in sys.modules
+    monkeypatch.delenv(KEEP)
+    leave_triton_out()
+    with pytest.raises(ImportError):
+        import triton  # noqa: F401
+    monkeypatch.delitem(sys.modules, "triton")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distillfss_core.errors import OutputError, SettingsError
+from distillfss_core.process import leave_triton_out
 from distillfss_core.settings import DistillSettings, format_setting
 
 if TYPE_CHECKING:
@@ -250,10 +251,13 @@ def check_no_volume_options(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace) -> StudentModel:
     """The model that the options name, at the pixel size they name."""
     from distillfss_core.models.student import StudentModel
+    from distillfss_core.nn.device import choose_device
 
     device, precision = args.device, args.precision
     if args.cluster:
         device, precision = "cpu", "float32" if precision == "auto" else precision
+    if choose_device(device, precision).kind == "cpu" and args.engine != "torch-compiled":
+        leave_triton_out()
     model = StudentModel.load(args.model, device=device, precision=precision, weights=args.weights, engine=args.engine)
     return model.at_pixel_size(args.pixel_size) if args.pixel_size else model
 

@@ -7,7 +7,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ from distillfss_core.errors import ImageError, InputFileError, IntensityWarning,
 from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, sample_step
 from distillfss_core.models.segmenter import Region, Segmenter, Window
+from distillfss_core.segmentation.rows import RowReader
 from distillfss_core.types import Array, Segmentation, check_image, evenly
 from distillfss_core.volumes.volume import Volume, split_index
 
@@ -65,6 +66,7 @@ class VolumeSegmenter:
         self.tile: int = tile or model.best_tile(self.shape)
         self._fixed, self._warning = limits, "" if limits else None
         self._limits: dict[int, Limits] = {}
+        self._rows: RowReader | None = None
         self._inference = threading.Lock()  # two inferences at a time only take each other's cores
         self._matching = threading.Lock()
 
@@ -131,7 +133,13 @@ class VolumeSegmenter:
         if self._fixed is None:
             self._look_up(z.start, z.stop)
         (y0, y1), (x0, x1) = self.model.reach(self.shape, region, tile=self.tile)
+        if self._rows is not None:
+            return self._rows.read(z, slice(y0, y1), slice(x0, x1), region[1][1])
         return self.volume.read(z, slice(y0, y1), slice(x0, x1))
+
+    def read_in_rows(self) -> None:
+        """From now on, parts are read in rows along x: what neighbors share is decoded once (`RowReader`)."""
+        self._rows = RowReader(self.volume)
 
     def labels(self, z: int, region: Region, pixels: Array | None = None) -> Array:
         """Labels of a region of plane ``z``, shape (y, x), uint8.
@@ -193,16 +201,19 @@ class VolumeSegmenter:
             raise ImageError(f"{self.volume.name} plane {z}: {text}") from error
 
     def _look_up(self, start: int, stop: int) -> None:
-        """Limits of those planes that are not known yet; each chunk is decoded once for all planes that it holds."""
+        """Limits of those planes that are not known yet, and of others in the same chunks, which are decoded anyway."""
         rows, columns = self._sampled()
         depth = min(self.volume.chunks[0], max(1, _SAMPLES // (rows * columns)))
         for first in range(start - start % depth, stop, depth):
-            todo = [z for z in range(max(first, start), min(first + depth, stop)) if z not in self._limits]
-            if todo:
-                samples = self._samples(todo[0], todo[-1] + 1)
-                self._match_by(partial(_thinned_planes, samples))
-                for z in todo:
-                    self._limits[z] = self._judge([z], [samples[z - todo[0]]])
+            group = range(first, min(first + depth, self.volume.shape[0]))
+            asked = [z for z in group if start <= z < stop and z not in self._limits]
+            if not asked:
+                continue
+            samples = self._samples(group.start, group.stop)
+            self._match_by(partial(_thinned_planes, samples[asked[0] - first : asked[-1] + 1 - first]))
+            for z in (z for z in group if z not in self._limits):
+                with nullcontext() if z in asked else suppress(ImageError):  # of others it is told when they are asked
+                    self._limits[z] = self._judge([z], [samples[z - first]])
 
     def _judge(self, planes: Sequence[int], samples: Sequence[Array]) -> Limits:
         for z, sample in zip(planes, samples, strict=True):
@@ -231,10 +242,10 @@ class VolumeSegmenter:
         return samples
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_inference", "_matching")}
+        return {name: value for name, value in vars(self).items() if name not in ("_inference", "_matching", "_rows")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _inference=threading.Lock(), _matching=threading.Lock())
+        vars(self).update(state, _rows=None, _inference=threading.Lock(), _matching=threading.Lock())
 
 
 def compare_intensities(volume: Volume, model: Segmenter) -> str:

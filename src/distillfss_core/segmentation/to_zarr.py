@@ -336,8 +336,12 @@ def _segmented(
         return index
 
     threads = _io_threads(mode_labels.model.device)
+    in_rows = mode_labels.model.device.kind == "cpu" and mode_labels.volume.location is not None
+    if in_rows:
+        mode_labels.segmenter.read_in_rows()
     noting = threading.Lock()
-    readers, writers = ThreadPoolExecutor(threads.readers), ThreadPoolExecutor(threads.writers)
+    readers = ThreadPoolExecutor(1 if in_rows else threads.readers)  # rows are read in their order
+    writers = ThreadPoolExecutor(threads.writers)
     ahead = iter(todo.items())
     reading: deque[tuple[Index, list[Box], Future[list[Array]]]] = deque()
     writing: deque[Future[Index]] = deque()

@@ -104,6 +104,19 @@ def test_a_block_takes_its_limits_from_one_look_at_every_chunk(plain_student, mo
         assert counted.decoded <= most * 3 * 5 * 4
 
 
+def test_planes_that_are_seen_one_by_one_share_a_look_at_their_chunks(plain_student):
+    model = with_scope(plain_student, "image")
+    array = np.random.default_rng(0).integers(0, 9999, (8, 96, 100)).astype(np.float32)
+    expected = [model.preprocess.limits(plane) for plane in array]
+    array[5, 3, 3] = np.nan
+    counted = Counted(array, (4, 96, 50))
+    segmenter = VolumeSegmenter(open_volume(counted, axes="zyx"), model)
+    assert [segmenter.limits(z) for z in (0, 1, 2, 3, 4, 6, 7)] == expected[:5] + expected[6:]
+    assert counted.decoded == 2 * 2
+    with pytest.raises(ImageError, match="plane 5: 1 of 9600 pixels are NaN"):  # only where it is asked
+        segmenter.limits(5)
+
+
 def test_what_cannot_be_segmented_is_said(plain_student):
     with pytest.raises(SettingsError, match="no answer 'colors'"):
         segment_lazy(open_volume(STACK), plain_student, what="colors")

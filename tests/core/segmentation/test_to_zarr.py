@@ -26,7 +26,7 @@ from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.labelstore.store import JOURNAL
 from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
-from distillfss_core.volumes.volume import open_volume
+from distillfss_core.volumes.volume import Volume, open_volume
 from pictures import blobs
 from volumes import write_ome_zarr
 
@@ -71,6 +71,23 @@ def test_labels_on_disk_are_those_in_memory(volume, plain_student, expected, tmp
     report = segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)  # all is there
     assert report.computed == 0
     assert report.finished == 3 * 3 * 3
+
+
+def test_chunks_under_a_halo_are_read_once_in_a_row(plain_student, expected, tmp_path, monkeypatch):
+    image = open_volume(write_ome_zarr(tmp_path / "image.ome.zarr", STACK, levels=1, chunks=(1, 40, 40)))
+    read, asked = Volume.read, []
+
+    def note(self, z, y, x):
+        asked.append((z, y, x))
+        return read(self, z, y, x)
+
+    monkeypatch.setattr(Volume, "read", note)
+    segment_to_zarr(image, plain_student, tmp_path / "labels.ome.zarr", tile=TILE)
+    np.testing.assert_array_equal(labels_of(tmp_path / "labels.ome.zarr"), expected)
+    blocks = [(z.start, y.start, y.stop, x) for z, y, x in asked if x.stop - x.start < 200]
+    for row in {block[:3] for block in blocks}:
+        seen = [c for *place, x in blocks if tuple(place) == row for c in range(x.start // 40, -(-x.stop // 40))]
+        assert len(seen) == len(set(seen))
 
 
 def test_the_pyramid_holds_what_most_voxels_have(volume, plain_student, expected, tmp_path):

@@ -217,4 +217,4 @@ def test_the_option_alone_takes_the_usual_number_of_steps():
     from distillfss_core.cli.main import build_parser
 
     parsed = build_parser().parse_args(["distill", "images", "labels", "-o", "m.safetensors", "--specialize"])
-    assert parsed.specialize == 400
+    assert parsed.specialize == 150
