@@ -547,7 +547,7 @@ class Monkey:
             return f"the layer shows {shown}" if layer.visible else "the layer is hidden"
         items: Any = self.dock.support.list
         rows = [items.item(k) for k in range(items.count())]
-        listed = {row.data(0x0100) for row in rows if "not painted" not in row.text()}  # Qt.UserRole
+        listed = {items.row_of(row).plane for row in rows if "not painted" not in row.text()} - {None}  # of others
         painted = {k for k, plane in enumerate(array) if plane.any()}
         return "" if listed == painted else f"planes {sorted(listed)} are listed, not {sorted(painted)}"
 

@@ -173,6 +173,7 @@ class Annotations(PaintedLabels):
         self._left_out: dict[str, frozenset[int]] = {
             name: frozenset(planes) for name, planes in self.notes.get("left_out", {}).items()
         }
+        self._written: str | None = self.notes.get("written")
         if self._notes_path.is_file() and volume is not None and self.notes.get("volume") != volume:
             self._write_notes()
 
@@ -191,6 +192,17 @@ class Annotations(PaintedLabels):
         self._declined = (self._declined | set(self._also)) - set(names)
         self._also = tuple(names)
         self._write_notes()
+
+    @property
+    def written(self) -> Path | None:
+        """Where the latest labels of the volume were written."""
+        return Path(self._written) if self._written else None
+
+    @written.setter
+    def written(self, path: Path) -> None:
+        self._written = str(path)
+        if not self._is_new:
+            self._write_notes()
 
     def left_out(self, name: str) -> frozenset[int]:
         """Planes of another volume, by the name of its folder, that are not part of the support."""
@@ -265,6 +277,7 @@ class Annotations(PaintedLabels):
             "also": list(self._also),
             "declined": sorted(self._declined),
             "left_out": {name: sorted(planes) for name, planes in self._left_out.items() if planes},
+            "written": self._written,
             "volume": self._volume,
         }
         write_json(self._notes_path, notes)

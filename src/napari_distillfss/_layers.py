@@ -19,6 +19,7 @@ import distillfss_core as core
 if TYPE_CHECKING:
     from napari.layers import Image, Labels
 
+_CANVAS = 1024  # pixels that fill a canvas, so that napari shows no finer level of a pyramid at first
 _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an array are compared
 
 FROM_FILE = "distillfss"
@@ -546,6 +547,46 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
     if volume.unit:
         options["units"] = ("pixel",) * lead + (volume.unit,) * 3
     return levels, options
+
+
+def hold_shown(levels: Sequence[Any], options: Mapping[str, Any], point: Sequence[float] | None) -> list[Any]:
+    """Read the planes that napari shows first, so that it finds them in memory when the layer is added.
+
+    napari reads them in the thread of the window, which would wait for the disk or the server.
+
+    Parameters
+    ----------
+    levels : sequence of dask arrays
+        Of `layer_of_file`, finest first, a plane a chunk.
+    options : mapping
+        Of `layer_of_file`.
+    point : sequence of float, optional
+        Of napari's sliders; None where there is no layer yet, so that napari shows the middle.
+
+    Returns
+    -------
+    list of dask arrays
+        With the same names. Of a pyramid the coarse levels are held, up to one that fills a canvas.
+    """
+    import dask.array as da
+
+    axes = len(options["axis_labels"]) - 2
+    sizes = np.array(levels[0].shape[:axes])
+    place = (sizes - 1) / 2
+    if point is not None and len(point) >= axes + 2:
+        world = np.array(point)[-axes - 2 : -2]
+        place = (world - np.array(options["translate"])[:axes]) / np.array(options["scale"])[:axes]
+    held = list(levels)
+    for number in reversed(range(len(levels))):
+        level = levels[number]
+        shape = np.array(level.shape[:axes])
+        index = np.clip(np.round(place * shape / sizes), 0, shape - 1).astype(int).tolist()
+        key = (level.name, *index, *(0,) * (level.ndim - axes))
+        plane = np.asarray(level[tuple(slice(i, i + 1) for i in index)])
+        held[number] = da.Array({**level.dask, key: plane}, level.name, level.chunks, meta=level)
+        if min(level.shape[axes : axes + 2]) >= _CANVAS:
+            break
+    return held
 
 
 class OnGrid:

@@ -362,6 +362,10 @@ class Session:
 
     def set_applied(self, applied: Applied) -> None:
         self.applied, self.counted = applied, None
+        volume = self.volume
+        is_here = volume is not None and (volume.layer, volume.lead) == (applied.volume.layer, applied.volume.lead)
+        if self.annotations is not None and is_here and not applied.is_earlier:
+            self.annotations.written = applied.out
         self.labels_changed.emit()
 
     def close(self) -> None:

@@ -6,13 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
+from napari.layers import Image
 from napari.utils.notifications import notification_manager
 from qtpy.QtCore import QTimer
 from qtpy.QtWidgets import QPushButton
 
-from distillfss_core import DistillFSSError
+from distillfss_core import DistillFSSError, Volume
 from napari_distillfss import _reader
-from napari_distillfss._layers import layer_of_file
+from napari_distillfss._layers import hold_shown, layer_of_file
 from napari_distillfss._widgets import volume
 from napari_distillfss._widgets._common import JobBar
 
@@ -162,3 +164,45 @@ def test_naparis_own_file_dialog_reads_in_another_thread(qtbot, tmp_path, monkey
     assert threading.main_thread() not in threads
     with pytest.raises(DistillFSSError):
         _reader.get_reader("none.zarr")("none.zarr")
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A stack, a series and a pyramid, with their images."""
+    rng = np.random.default_rng(0)
+    series = rng.integers(0, 255, (3, 9, 64, 48), np.uint8)
+    tifffile.imwrite(tmp_path / "stack.tif", series[0], metadata={"axes": "ZYX"})
+    tifffile.imwrite(tmp_path / "series.ome.tif", series, metadata={"axes": "TZYX"})
+    group = zarr.open_group(tmp_path / "pyramid.zarr", mode="w", zarr_format=2)
+    for n in (1, 2):
+        group.create_array(str(n), data=np.ascontiguousarray(series[0][:, ::n, ::n]))
+    scales = [{"path": str(n), "coordinateTransformations": [{"type": "scale", "scale": [2, n, n]}]} for n in (1, 2)]
+    axes = [{"name": a, "type": "space"} for a in "zyx"]
+    group.attrs["multiscales"] = [{"version": "0.4", "axes": axes, "datasets": scales}]
+    return {
+        tmp_path / "stack.tif": series[0],
+        tmp_path / "series.ome.tif": series,
+        tmp_path / "pyramid.zarr": series[0],
+    }
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_napari_reads_nothing_when_a_layer_of_a_file_is_added(number, files, viewer, monkeypatch):
+    path, image = list(files.items())[number]
+    reads, read = [], Volume.__getitem__
+    monkeypatch.setattr(Volume, "__getitem__", lambda self, key: (reads.append(key), read(self, key))[1])
+    for point in (None, 2.0):
+        if point is not None:
+            viewer.dims.set_point(viewer.dims.ndim - 3, point)
+        levels, options = layer_of_file(path)
+        held = hold_shown(levels, options, None if point is None else viewer.dims.point)
+        assert [level.name for level in held] == [level.name for level in levels]
+        layer = Image(held if options["multiscale"] else held[0], **options)
+        assert reads
+        reads.clear()
+        viewer.add_layer(layer)
+        assert reads == []
+        index = tuple(round(x) for x in layer.world_to_data(viewer.dims.point)[:-2])
+        data = layer.data[0] if options["multiscale"] else layer.data
+        np.testing.assert_array_equal(np.asarray(data[index]), image[index])
+        np.testing.assert_array_equal(np.asarray(data), image)

@@ -279,3 +279,32 @@ def test_the_menu_of_napari_opens_a_closed_dock_with_its_session(
     assert again.session.volume.name == "second"
     assert again.session.annotations.planes() == [2]
     again.session.close()
+
+
+def test_labels_that_were_written_elsewhere_are_found_by_the_next_napari(
+    viewer, nuclei, open_dock, painted_truth, qtbot, tmp_path
+):
+    import zarr
+
+    from napari_distillfss._session import Applied
+
+    out = tmp_path / "elsewhere.ome.zarr"
+    zarr.create_array(out / "0", data=painted_truth)
+    dock = open_dock(viewer)
+    default = dock.apply.out.text()
+    dock.session.annotations.put(1, painted_truth[1])
+    dock.session.set_applied(Applied(dock.session.volume, out, "planes", None, None, ("object",)))
+    close(qtbot, dock)
+    again = open_dock(viewer)
+    assert (again.session.applied.out, again.session.applied.is_earlier) == (out, True)
+    assert again.apply.out.text() == str(out)
+    close(qtbot, again)
+    out.rename(out.with_name("moved.ome.zarr"))
+    assert open_dock(viewer).apply.out.text() == default
+
+
+def test_the_preview_of_a_volume_that_was_removed_asks_for_another(viewer, nuclei, open_dock, student, qtbot):
+    dock = open_dock(viewer)
+    previewed(qtbot, dock, student)
+    viewer.layers.remove(nuclei)
+    assert dock.preview.message.text() == "Choose a volume first"

@@ -247,7 +247,9 @@ class ApplyWidget(QWidget):
             path = chosen.volume.path
             folder = path.parent if path else Path.home()
             stem = (path.name if path else chosen.name.replace("/", "_")).partition(".")[0].strip()
-            self.out.setText(str(folder / f"{stem}-labels.ome.zarr"))
+            earlier = self._session.annotations.written if self._session.annotations else None
+            is_there = earlier is not None and earlier.is_dir()
+            self.out.setText(str(earlier if is_there else folder / f"{stem}-labels.ome.zarr"))
             self._take_earlier(chosen, Path(self.out.text()))
 
     def _take_earlier(self, chosen: ChosenVolume, out: Path) -> None:

@@ -298,6 +298,8 @@ class PreviewWidget(QWidget):
     def _on_volume_changed(self) -> None:
         self._teacher = self._instant = None  # they have learned from slices of another volume
         self._hide_layers()
+        if self._session.volume is None:
+            self.message.tell("choose a volume first" if self.on.isChecked() else _HINT)
         if self.on.isChecked() and self._kind is not None and self._session.annotations is not None:
             self._make_teacher()
         else:

@@ -22,6 +22,7 @@ from napari_distillfss._layers import (
     covers_of,
     finest_shape,
     hide_covers,
+    hold_shown,
     is_image,
     layer_axes,
     layer_of_file,
@@ -144,7 +145,8 @@ class VolumePicker(QWidget):
         abandoned.
         """
         self.opening.abandon()
-        self.opening.start(lambda stop: _iter_opening(path, stop))
+        point = tuple(self._viewer.dims.point) if self._viewer.layers else None
+        self.opening.start(lambda stop: _iter_opening(path, stop, point))
 
     def _on_opened(self, opened: ChosenVolume | None) -> None:
         if opened is None or self.opening.was_stopped:
@@ -301,13 +303,19 @@ class VolumePicker(QWidget):
         self._before_action.disarm()
 
 
-def _iter_opening(path: str | Path, stop: Event) -> Generator[Doing, None, ChosenVolume | None]:
-    """Open a path or address and make its layer, which reads a plane or two. Returns None if it was stopped."""
+def _iter_opening(
+    path: str | Path, stop: Event, point: tuple[float, ...] | None
+) -> Generator[Doing, None, ChosenVolume | None]:
+    """Open a path or address and make its layer, which reads a plane or two. Returns None if it was stopped.
+
+    The planes at ``point`` of napari's sliders are in memory then.
+    """
     yield Doing(f"opening {path}")
     levels, options = layer_of_file(path)
     if stop.is_set():
         return None
     yield Doing(f"reading {options['name']}")
+    levels = hold_shown(levels, options, point)
     opened = choose_layer(Image(levels if options["multiscale"] else levels[0], **options))
     with suppress(core.DistillFSSError):  # the session says why it keeps no annotations
         _ = opened.volume.identity  # read here, as it is kept

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from distillfss_core import generate_sample, propose_object
 from distillfss_core.errors import ImageError, SettingsError
-from distillfss_core.objects.outline import _IMPOSSIBLE, _closed_paths
+from distillfss_core.objects.outline import _IMPOSSIBLE, _closed_paths, _own_part, _Window, _window
 
 SIDE = 160
 
@@ -97,6 +97,27 @@ def test_evidence_decides_where_the_image_does_not() -> None:
     evidence = np.where(truth, 0.9, 0.1)
     assert iou(propose_object(image, [click(80, 80)]).mask, truth) < 0.6
     assert iou(propose_object(image, [click(80, 80)], evidence=evidence).mask, truth) > 0.9
+
+
+def test_a_neighbor_in_a_contour_is_cut_off_where_it_is_less_likely_between_them() -> None:
+    first, second = ellipse((80, 60), (20, 20)), ellipse((80, 96), (20, 20))
+    both = first | second
+
+    def part(stroke: np.ndarray, between: float | None) -> np.ndarray:
+        evidence = np.where(both, 0.9, 0.1)
+        if between is not None:
+            evidence[:, 75:82] = np.where(both[:, 75:82], between, 0.1)
+        near = _window([stroke], both.shape)
+        window = _Window.of(both * 100.0, near, [stroke], [], None, evidence)
+        result = np.zeros_like(both)
+        result[near] = _own_part(window, both[near])
+        return result
+
+    for center, truth in ((60, first), (96, second)):
+        assert iou(part(click(80, center), 0.6), truth) > 0.95
+        assert iou(part(click(80, center), None), both) == 1
+        assert iou(part(click(80, center), 0.85), both) == 1
+    assert iou(part(np.array([[80.0, 45.0], [80.0, 110.0]]), 0.6), both) == 1  # the stroke lies in both
 
 
 def test_more_clicks_extend_the_object_and_clicks_outside_take_away() -> None:
