@@ -208,8 +208,8 @@ class DistillSettings:
         "default",
         "Teacher attention",
         "default: normalized tokens, balanced keys, no positional encoding; published: DCAMA as published; uino: "
-        "prompts from signed correlations; prototype: learned prototypes. The last two are meta-trained by `distillfss "
-        "pretrain --teacher NAME`.",
+        "prompts from signed correlations, meta-trained by `distillfss pretrain --teacher uino`; prototype: learned "
+        "prototypes.",
         choices=(*FORMS, "uino", "prototype"),
     )
     uino_reader: str = _setting("pool", *_READER, choices=READERS)

@@ -489,10 +489,12 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
             f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "
             f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
         )
-    if settings.learn == "prompts" and weights.form != _form(settings):
+    own, wanted = weights.form, _form(settings)
+    other = [name for name in own if wanted.get(name) != own[name]]
+    if settings.learn == "prompts" and other:
         raise SettingsError(
-            f"learn is 'prompts', and head {weights.source} has {_words(weights.form)}, but the settings say "
-            f"{_words(_form(settings))}; give those of the head, or learn 'all'"
+            f"learn is 'prompts', and head {weights.source} has {other[0]} {own[other[0]]}, but the settings say "
+            f"{wanted.get(other[0])}; give those of the head, or learn 'all'"
         )
     return weights
 
@@ -507,10 +509,6 @@ def _head_form(settings: PretrainSettings) -> HeadForm:
 
 def _form(settings: PretrainSettings) -> dict[str, Any]:
     return head_form(_head_form(settings).to_json())
-
-
-def _words(form: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in form.items())
 
 
 def _teacher_card(settings: PretrainSettings, adapter: str, sam: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,11 @@ from distillfss_core.nn.teachers import LearnedTeacher
 
 HEAD_FILE = FileKind("distillfss-head", "meta-trained DistillFSS head", 1)
 
-PACKAGED = {"efficientnet_lite0": "efficientnet_lite0.safetensors"}
-"""Heads in this package, by backbone."""
+PACKAGED = {
+    ("efficientnet_lite0", "default"): "efficientnet_lite0.safetensors",
+    ("efficientnet_lite0", "prototype"): "efficientnet_lite0_prototype.safetensors",
+}
+"""Heads in this package, by backbone and teacher. Those of a backbone share it, and the default one holds it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,12 +212,15 @@ def read_head_card(path: str | Path) -> dict[str, Any]:
     return _upgraded(card) | {"backbone_inside": header.get("backbone") == "true", "bytes": Path(path).stat().st_size}
 
 
-def packaged_head(backbone: str) -> HeadWeights | None:
-    """The head that comes with this package for a backbone, if there is one."""
-    if backbone not in PACKAGED:
+def packaged_head(backbone: str, teacher: str = "default") -> HeadWeights | None:
+    """The head that comes with this package for a backbone and a teacher, if there is one."""
+    if (backbone, teacher) not in PACKAGED:
         return None
-    with as_file(files("distillfss_core") / "weights" / PACKAGED[backbone]) as path:
-        return load_head(path)
+    with as_file(files("distillfss_core") / "weights" / PACKAGED[backbone, teacher]) as path:
+        head = load_head(path)
+    if head.backbone_tensors or (default := packaged_head(backbone)) is None:
+        return head
+    return replace(head, backbone_tensors=default.backbone_tensors)
 
 
 def can_be_found_again(backbone: Backbone) -> bool:

@@ -164,8 +164,8 @@ def load_start(settings: DistillSettings) -> tuple[Backbone, HeadWeights | None]
     if settings.head not in ("auto", "none"):
         weights = load_head(settings.head)
         return _backbone_of(weights, settings) or load_backbone(settings.backbone, settings.weights), weights
-    is_default = settings.head == "auto" and (settings.decoder, settings.teacher) == ("default", "default")
-    head_weights = packaged_head(settings.backbone) if is_default else None
+    is_wanted = settings.head == "auto" and settings.decoder == "default"
+    head_weights = packaged_head(settings.backbone, settings.teacher) if is_wanted else None
     if head_weights is None or head_weights.width != settings.width:
         return load_backbone(settings.backbone, settings.weights), None
     own = head_weights.trained_backbone() if settings.weights == "auto" else None

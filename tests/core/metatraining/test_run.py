@@ -388,8 +388,8 @@ def test_a_head_of_another_teacher_gives_decoder_and_backbone_only(uino, whole, 
 
 def test_where_only_prompts_learn_the_head_must_have_the_same_reader(uino, whole, tmp_path):
     for head, settings, said in (
-        (uino.finish(), replace(UINO, uino_reader="cp4d"), "uino_reader pool, but the settings say teacher uino"),
-        (whole.finish(), UINO, "has teacher default, but the settings say teacher uino"),
+        (uino.finish(), replace(UINO, uino_reader="cp4d"), "uino_reader pool, but the settings say cp4d"),
+        (whole.finish(), UINO, "has teacher default, but the settings say uino"),
     ):
         with pytest.raises(SettingsError, match=said):
             PretrainRun(replace(settings, init_from=str(head), learn="prompts"), tmp_path / "new")
@@ -703,7 +703,7 @@ def test_the_packaged_head_is_small_and_says_where_it_comes_from():
     backbone = told.trained_backbone()
     assert backbone is not None
     assert told.backbone_digest == backbone.digest() != load_backbone("efficientnet_lite0").digest()
-    with as_file(files("distillfss_core") / "weights" / PACKAGED["efficientnet_lite0"]) as path:
+    with as_file(files("distillfss_core") / "weights" / PACKAGED["efficientnet_lite0", "default"]) as path:
         assert path.stat().st_size < 8e6
     assert told.width == DistillSettings().width
     assert told.card["training"]["steps"] > 1000
@@ -711,6 +711,23 @@ def test_the_packaged_head_is_small_and_says_where_it_comes_from():
     assert all(row["license"] for row in told.card["data"])
     assert {row["name"] for row in told.card["data"]}.isdisjoint(row["name"] for row in told.card["held_out"])
     assert packaged_head("resnet18") is None
+
+
+def test_the_packaged_prototypes_share_the_backbone_of_the_packaged_attention(support, tiny):
+    told, default = packaged_head("efficientnet_lite0", "prototype"), packaged_head("efficientnet_lite0")
+    assert told is not None
+    assert default is not None
+    with as_file(files("distillfss_core") / "weights" / PACKAGED["efficientnet_lite0", "prototype"]) as path:
+        assert path.stat().st_size < 3e5
+        assert not load_head(path).backbone_tensors
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert told.backbone_digest == default.backbone_digest == backbone.digest()
+    assert told.form == {"teacher": "prototype"}
+    assert told.card["held_out"] == default.card["held_out"]
+    student = distill(support, replace(tiny, steps=1, teacher="prototype"))
+    assert student.training["head"] == told.name != default.name
+    assert student.backbone.digest() == told.backbone_digest
 
 
 def test_it_is_the_default_where_it_fits(support, tiny):
