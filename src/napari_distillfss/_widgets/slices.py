@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,11 @@ class SliceRow:
         return (self.labels.folder.name, self.number) if self.labels is not None else None
 
 
+def _wrappable(text: str) -> str:
+    """A text whose long names, such as those of files, may be wrapped too: with zero-width spaces in them."""
+    return re.sub(r"(?<=\w)([_.-])(?=\w)", "\\1\u200b", text)
+
+
 class SliceList(QListWidget):
     """Lists slices. ``toggled`` emits the `SliceRow` of a slice that the user ticks or unticks, and its state.
 
@@ -100,7 +106,8 @@ class SliceList(QListWidget):
         self.blockSignals(True)
         self.clear()
         for row in self._rows:
-            item = QListWidgetItem(self._icon(row), row.text)
+            item = QListWidgetItem(self._icon(row), _wrappable(row.text))
+            item.setData(Qt.ItemDataRole.AccessibleTextRole, row.text)
             item.setToolTip(row.tooltip)
             if row.labels is not None:
                 item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)

@@ -822,7 +822,7 @@ def test_the_command_trains_uino_and_info_shows_its_reader(tmp_path, capsys):
     assert main(["pretrain", "-o", str(tmp_path), "--steps=1", *chosen, *options]) == FINE
     capsys.readouterr()
     assert main(["info", str(tmp_path / HEAD)]) == FINE
-    assert "uino, reader attention, adapter trained with the episodes" in capsys.readouterr().out
+    assert "uino, reader attention, width 64, adapter trained with the episodes" in capsys.readouterr().out
 
 
 def test_an_interrupted_command_says_how_to_go_on(tmp_path, capsys, monkeypatch):
