@@ -9,7 +9,7 @@ from typing import Any
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, format_mb, print_json
 from distillfss_core.cli.options import add_overwrite, add_settings, given_settings
-from distillfss_core.cli.resumable import follow
+from distillfss_core.cli.resumable import add_unlabeled_images, follow
 from distillfss_core.errors import OutputError
 from distillfss_core.settings import AdapterSettings
 
@@ -23,13 +23,7 @@ def add_distill_adapter(commands: Any) -> None:
         "stopped at any moment (Ctrl-C, kill): the same command goes on where it was.",
     )
     parser.usage = f"{parser.prog} IMAGES ... --sam FILE -o ADAPTER [options]"
-    parser.add_argument(
-        "images",
-        type=Path,
-        nargs="+",
-        metavar="IMAGES",
-        help="image files, volumes, folders of images, or folders of sets (with images/)",
-    )
+    add_unlabeled_images(parser)
     parser.add_argument(
         "--sam", type=Path, required=True, metavar="FILE", help="checkpoint of SAM (ViT-B, ViT-L, ViT-H) or MobileSAM"
     )

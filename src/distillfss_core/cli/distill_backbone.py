@@ -8,7 +8,7 @@ from typing import Any
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, format_mb, print_json
 from distillfss_core.cli.options import add_overwrite, add_settings, given_settings
-from distillfss_core.cli.resumable import follow
+from distillfss_core.cli.resumable import add_unlabeled_images, follow
 from distillfss_core.errors import OutputError
 from distillfss_core.settings import BackboneSettings
 
@@ -22,13 +22,7 @@ def add_distill_backbone(commands: Any) -> None:
         "stopped at any moment (Ctrl-C, kill): the same command goes on where it was.",
     )
     parser.usage = f"{parser.prog} IMAGES ... -o BACKBONE [options]"
-    parser.add_argument(
-        "images",
-        type=Path,
-        nargs="+",
-        metavar="IMAGES",
-        help="image files, volumes, folders of images, or folders of sets (with images/)",
-    )
+    add_unlabeled_images(parser)
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="BACKBONE", help="file to write, NAME.safetensors"
     )

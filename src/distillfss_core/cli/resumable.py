@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,17 @@ from distillfss_core.cli.stopping import hold_signals
 
 if TYPE_CHECKING:
     from distillfss_core.types import Run, TrainStep
+
+
+def add_unlabeled_images(parser: argparse.ArgumentParser) -> None:
+    """Add the images without labels that such a command learns from."""
+    parser.add_argument(
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGES",
+        help="image files, volumes, folders of images, or folders of sets (with images/)",
+    )
 
 
 def follow(run: Run[TrainStep, Any], checkpoint: Path) -> bool:
