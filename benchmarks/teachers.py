@@ -144,7 +144,7 @@ def picture(names: list[str], out: Path) -> None:
         keys = teacher.encode(EncodedSupport.of(features[:-1], labels, 1))
         maps = teacher(features[-1:], keys).coarse
         panels += [
-            (f"{name}: {stage}", m[0, 0].mean(0).numpy(), "viridis") for stage, m in zip(STAGES, maps, strict=True)
+            (f"{name}\n{stage}", m[0, 0].mean(0).numpy(), "viridis") for stage, m in zip(STAGES, maps, strict=True)
         ]
     panels.append(("probe", probe.predict(image).probabilities[1], "viridis"))
     columns = 1 + len(teachers)
