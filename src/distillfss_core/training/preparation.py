@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import Backbone, load_backbone
 from distillfss_core.nn.device import Device, seeded
 from distillfss_core.nn.head import FewShotHead, HeadForm
-from distillfss_core.nn.pretrained import HeadWeights, head_form, load_head, packaged_head, read_head_card
+from distillfss_core.nn.pretrained import PACKAGED, HeadWeights, head_form, load_head, packaged_head, read_head_card
 from distillfss_core.nn.teachers import Teacher
 from distillfss_core.settings import FORMS, DistillSettings, parse_zoom
 from distillfss_core.support.support_set import SupportSet
@@ -39,6 +39,8 @@ class Prepared:
         Meta-trained weights that the head starts from.
     head : FewShotHead
         On the device, in evaluation mode, its parameters require gradients.
+    judges : list of Teacher
+        Meta-trained teachers that judge on held-out slices; none where the head has learned nothing yet.
     preprocess : Preprocess
     zoom_scores : dict
         Mean IoU of each zoom that was tried; empty where the settings fix the zoom.
@@ -54,6 +56,7 @@ class Prepared:
     backbone: Backbone
     weights: HeadWeights | None
     head: FewShotHead
+    judges: list[Teacher]
     preprocess: Preprocess
     zoom_scores: dict[str, float]
     orientation: str
@@ -86,19 +89,19 @@ def iter_prepare(
     head = head.requires_grad_(True).eval()
     head.to(device.torch)
     cache = FeatureCache(backbone, device, memory=settings.cache_mb << 20, limit=settings.crops)
+    judges = _judges(head, weights, backbone, support, settings, device)
     yield TrainStep(1, 1, stage="load")
     if init_from is not None:
         preprocess, scores = init_from.preprocess, dict[str, float]()
     else:
-        judge = head.teacher if weights and settings.method != "probe" else None
-        preprocess, scores = yield from _iter_preprocess(support, settings, cache, judge)
+        preprocess, scores = yield from _iter_preprocess(support, settings, cache, judges)
     orientation, turned = settings.orientation, dict[str, float]()
     if init_from is not None and orientation == "auto":
         orientation = init_from.training.get("orientation", orientation)
     if orientation == "auto" and settings.method != "probe":  # a probe learns from plain crops
         orientation, turned = yield from iter_orientation(support, preprocess, cache, settings.seed)
     sampler = CropSampler(support, preprocess, settings.crop_size, augmentation(settings, support, orientation))
-    return Prepared(backbone, weights, head, preprocess, scores, orientation, turned, cache, sampler)
+    return Prepared(backbone, weights, head, judges, preprocess, scores, orientation, turned, cache, sampler)
 
 
 def match_start(
@@ -205,8 +208,28 @@ def _new_head(
     return head
 
 
+def _judges(
+    head: FewShotHead,
+    weights: HeadWeights | None,
+    backbone: Backbone,
+    support: SupportSet,
+    settings: DistillSettings,
+    device: Device,
+) -> list[Teacher]:
+    """The meta-trained teacher of the head, and beside a packaged one the others that are packaged."""
+    if weights is None or settings.method == "probe":
+        return []
+    judges: list[Teacher] = [head.teacher]
+    for name, teacher in PACKAGED if settings.head == "auto" else ():
+        other = packaged_head(name, teacher) if name == settings.backbone and teacher != settings.teacher else None
+        if other is not None and other.backbone_digest == weights.backbone_digest:
+            form = replace(settings, teacher=teacher)
+            judges.append(_new_head(form, backbone, support, other).eval().to(device.torch).teacher)
+    return judges
+
+
 def _iter_preprocess(
-    support: SupportSet, settings: DistillSettings, cache: FeatureCache, judge: Teacher | None
+    support: SupportSet, settings: DistillSettings, cache: FeatureCache, judges: Sequence[Teacher]
 ) -> Generator[TrainStep, None, tuple[Preprocess, dict[str, float]]]:
     """Fit the intensity limits and choose the zoom."""
     scope = settings.normalization.removeprefix("per-")
@@ -217,7 +240,7 @@ def _iter_preprocess(
     if settings.zoom != "auto":
         return fit_preprocess(images, scope=scope, zoom=settings.zoom, objects=objects), {}
     preprocess = fit_preprocess(images, scope=scope, objects=objects)
-    zoom, scores = yield from iter_zoom(support, preprocess, cache, settings.seed, judge)
+    zoom, scores = yield from iter_zoom(support, preprocess, cache, settings.seed, judges)
     return replace(preprocess, zoom=str(zoom)), scores
 
 

@@ -67,8 +67,8 @@ def iter_specialize(
     """Specialize the backbone of a training; yields steps of "images", "teacher", "specialize" and "compare".
 
     Both backbones are judged on held-out slices, or on held-out crops of a single one, at the zoom that was chosen: by
-    ridge regression on the features, and where the head is meta-trained also by its teacher (not for method probe). The
-    mean of their IoUs counts.
+    ridge regression on the features, and where the head is meta-trained also by its judges (not for method probe). The
+    mean of both IoUs counts.
 
     Returns
     -------
@@ -128,10 +128,9 @@ def _iter_judged(
     ready: Prepared, cache: FeatureCache, support: SupportSet, settings: DistillSettings, *, part: int
 ) -> Generator[TrainStep, None, list[float]]:
     """IoU on held-out slices by each judge: first by that which chooses the zoom."""
-    is_met = ready.weights is not None and settings.method != "probe"  # else the teacher has learned nothing yet
-    judges: list[Teacher | None] = [ready.head.teacher, None] if is_met else [None]
+    judges: list[Sequence[Teacher]] = [ready.judges, ()] if ready.judges else [()]
     scores = []
-    for number, judge in enumerate(judges, part * len(judges) + 1):
-        scores.append(finish(GeneratorRun(iter_score(support, ready.preprocess, cache, settings.seed, judge))))
+    for number, teachers in enumerate(judges, part * len(judges) + 1):
+        scores.append(finish(GeneratorRun(iter_score(support, ready.preprocess, cache, settings.seed, teachers))))
         yield TrainStep(number, 2 * len(judges), stage="compare")
     return scores

@@ -1,8 +1,8 @@
-"""Choice of the zoom by a meta-trained teacher or a linear probe, scored on held-out slices."""
+"""Choice of the zoom by meta-trained teachers or a linear probe, scored on held-out slices."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -34,21 +34,21 @@ Predictor = Callable[[Tensor], Tensor]
 
 
 def iter_zoom(
-    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
+    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teachers: Sequence[Teacher] = ()
 ) -> Generator[TrainStep, None, tuple[Fraction, dict[str, float]]]:
     """Choose the zoom at which crops of held-out slices are segmented best; yields steps of the stage "zoom".
 
     The candidates are 1/2, 1 and 2, and 4 for slices of up to `SMALL` pixels. There is a step for the features of the
     crops of each zoom, and one for each fold that is predicted.
 
-    Every fifth of the slices (of a single slice: of its crops) is held out in turn. A meta-trained teacher segments it
+    Every fifth of the slices (of a single slice: of its crops) is held out in turn. Meta-trained teachers segment it
     with the rest as support. Without a teacher, ridge regression from the features of a pixel to its class is fitted on
     the rest.
 
     Parameters
     ----------
-    teacher : Teacher, optional
-        On the cache's device.
+    teachers : sequence of Teacher, optional
+        On the cache's device. The mean of their probabilities is scored.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def iter_zoom(
 
     def iter_scores() -> Generator[None, None, None]:
         for zoom, rng in rngs.items():
-            scores[str(zoom)] = yield from _iter_probe(crops[zoom], cache, support.classes, rng, teacher)
+            scores[str(zoom)] = yield from _iter_probe(crops[zoom], cache, support.classes, rng, teachers)
 
     total = sum(1 + len(_folds([crop.slice for crop in part]).unique()) for part in crops.values())
     for index, _ in enumerate(iter_scores(), 1):
@@ -82,7 +82,7 @@ def iter_zoom(
 
 
 def iter_score(
-    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teacher: Teacher | None = None
+    support: SupportSet, preprocess: Preprocess, cache: FeatureCache, seed: int, teachers: Sequence[Teacher] = ()
 ) -> Generator[None, None, float]:
     """Mean IoU on held-out slices at the zoom of the preprocessing, as `iter_zoom` finds it.
 
@@ -91,7 +91,7 @@ def iter_score(
     rng = np.random.default_rng(seed)
     sampler = CropSampler(support, preprocess, int(_SIDE * preprocess.zoom_factor), PLAIN)
     crops = draw_crops(sampler, len(support), rng)
-    return (yield from _iter_probe(crops, cache, support.classes, rng, teacher))
+    return (yield from _iter_probe(crops, cache, support.classes, rng, teachers))
 
 
 def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> list[Crop]:
@@ -103,19 +103,19 @@ def draw_crops(sampler: CropSampler, slices: int, rng: np.random.Generator) -> l
 
 @torch.no_grad()
 def _iter_probe(
-    crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teacher: Teacher | None
+    crops: list[Crop], cache: FeatureCache, classes: int, rng: np.random.Generator, teachers: Sequence[Teacher]
 ) -> Generator[None, None, float]:
     """Mean IoU over the classes at points of the crops, each fold predicted from the others.
 
     Yields once the features are there, and after each fold.
     """
-    if teacher is None:
+    if not teachers:
         seen = see_points(crops, cache, rng)
         y, predict = seen.y, _by_regression(seen, seen, classes)
     else:
         features = [cache.encode([crop]) for crop in crops]
         points = [_draw_points(crop, rng) for crop in crops]
-        y, predict = _labels_at(crops, points), _by_teacher(teacher, features, points, crops, cache, classes)
+        y, predict = _labels_at(crops, points), _by_teachers(teachers, features, points, crops, cache, classes)
     yield
     return (yield from _iter_fold_iou(_folds([crop.slice for crop in crops]), y, classes, predict))
 
@@ -182,25 +182,27 @@ def _labels_at(crops: list[Crop], points: list[Tensor]) -> Int[Tensor, "v n"]:
     return torch.stack([v.labels[place[:, 0], place[:, 1]].long() for v, place in zip(crops, points, strict=True)])
 
 
-def _by_teacher(
-    teacher: Teacher,
+def _by_teachers(
+    teachers: Sequence[Teacher],
     features: list[FeaturePyramid],
     points: list[Tensor],
     crops: list[Crop],
     cache: FeatureCache,
     classes: int,
 ) -> Predictor:
-    """Predict crops by a teacher that has the other crops as its support."""
+    """Predict crops by the mean of teachers that have the other crops as their support."""
 
     def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
         support_rows = torch.nonzero(~held_out).flatten().tolist()
         labels = torch.stack([crops[i].labels for i in support_rows]).to(cache.device.torch)
         votes = []
         with cache.device.autocast():
-            keys = teacher.encode(EncodedSupport.of(cat_pyramids([features[i] for i in support_rows]), labels, classes))
+            support = EncodedSupport.of(cat_pyramids([features[i] for i in support_rows]), labels, classes)
+            keys = [teacher.encode(support) for teacher in teachers]
             for i in torch.nonzero(held_out).flatten().tolist():
-                shares = merge_classes(teacher(features[i], keys).logits).softmax(1)[0].cpu()
-                votes.append(shares[:, points[i][:, 0], points[i][:, 1]].T)
+                answers = zip(teachers, keys, strict=True)
+                shares = torch.stack([merge_classes(t(features[i], k).logits).softmax(1)[0] for t, k in answers])
+                votes.append(shares.mean(0).cpu()[:, points[i][:, 0], points[i][:, 1]].T)
         return torch.stack(votes)
 
     return predict

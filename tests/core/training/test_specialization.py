@@ -118,8 +118,8 @@ def test_features_that_tell_the_classes_apart_score_higher(count, special, monke
 def test_the_meta_trained_teacher_judges_as_well_but_not_for_a_probe(support, special, monkeypatch):
     asked = []
 
-    def score(support, preprocess, cache, seed, judge):
-        asked.append((cache.backbone.weights, judge is not None))
+    def score(support, preprocess, cache, seed, judges):
+        asked.append((cache.backbone.weights, len(judges) > 0))
         yield
         return 0.5
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import choose_device
-from distillfss_core.nn.teachers import Teacher
+from distillfss_core.nn.pretrained import packaged_head, write_head
+from distillfss_core.nn.teachers import PrototypeTeacher, Teacher
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import unrefined_teacher, zoom
 from distillfss_core.training.crops import FeatureCache
+from distillfss_core.training.preparation import iter_prepare
 from distillfss_core.types import AnnotatedSlice, GeneratorRun, finish
 
 pytestmark = pytest.mark.slow
@@ -43,10 +49,9 @@ def discs(radius: int, *, foreign: bool = False, side: int = 384) -> SupportSet:
 def choose() -> Choose:
     cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, limit=1)
 
-    def run(support: SupportSet, teacher: Teacher | None = None) -> tuple[Fraction, dict[str, float]]:
-        return finish(
-            GeneratorRun(zoom.iter_zoom(support, fit_preprocess([s.image for s in support.slices]), cache, 0, teacher))
-        )
+    def run(support: SupportSet, *teachers: Teacher) -> tuple[Fraction, dict[str, float]]:
+        preprocess = fit_preprocess([s.image for s in support.slices])
+        return finish(GeneratorRun(zoom.iter_zoom(support, preprocess, cache, 0, teachers)))
 
     return run
 
@@ -63,11 +68,55 @@ def test_meta_trained_teacher_enlarges_small_objects_only(choose: Choose, teache
 
 @pytest.mark.parametrize("judge", ["teacher", "probe"])
 def test_left_out_slices_are_judged_by_what_the_others_show(choose: Choose, teacher: Teacher, judge: str) -> None:
-    who = teacher if judge == "teacher" else None
-    _, told = choose(discs(20), who)
-    _, misled = choose(discs(20, foreign=True), who)
+    who = [teacher] if judge == "teacher" else []
+    _, told = choose(discs(20), *who)
+    _, misled = choose(discs(20, foreign=True), *who)
     assert max(told.values()) > 0.8
     assert max(misled.values()) < 0.4
+
+
+@pytest.mark.parametrize(
+    ("changes", "judges"),
+    [
+        ({}, ["DcamaTeacher", "AlignmentTeacher"]),
+        ({"teacher": "prototype"}, ["AlignmentTeacher", "DcamaTeacher"]),
+        ({"head": "none"}, []),
+        ({"method": "probe"}, []),
+        ({"width": 16}, []),
+        ({"head": "file"}, ["DcamaTeacher"]),
+    ],
+)
+def test_packaged_teachers_judge_together_and_a_given_head_alone(
+    changes: dict[str, Any], judges: list[str], tmp_path: Path
+) -> None:
+    if changes.get("head") == "file":
+        weights = packaged_head("efficientnet_lite0")
+        assert weights is not None
+        write_head(tmp_path / "head.safetensors", weights.card, weights.tensors, weights.backbone_tensors)
+        changes = {"head": str(tmp_path / "head.safetensors")}
+    settings = DistillSettings(zoom=Fraction(1), orientation="any", device="cpu", **changes)
+    ready = finish(GeneratorRun(iter_prepare(discs(20), settings, choose_device("cpu", "float32"))))
+    assert [type(judge).__name__ for judge in ready.judges] == judges
+    assert all(not part.training for judge in ready.judges for part in judge.own_modules)
+
+
+def test_several_teachers_are_judged_by_the_mean_of_their_probabilities(teacher: Teacher) -> None:
+    support = discs(8, foreign=True)  # hard, so that their answers differ
+    preprocess = fit_preprocess([s.image for s in support.slices])
+    cache = FeatureCache(load_backbone(), choose_device("cpu", "float32"), memory=1, limit=1)
+    seen: list[Tensor] = []
+
+    def shares(*teachers: Teacher) -> Tensor:
+        seen.clear()
+        finish(GeneratorRun(zoom.iter_score(support, preprocess, cache, 0, teachers)))
+        return torch.cat(seen)
+
+    with pytest.MonkeyPatch.context() as patch:
+        best_iou = zoom._best_iou
+        patch.setattr(zoom, "_best_iou", lambda scores, truth: seen.append(scores) or best_iou(scores, truth))
+        first, second = shares(teacher), shares(PrototypeTeacher())
+        torch.testing.assert_close(shares(teacher, PrototypeTeacher()), (first + second) / 2)
+    assert (first - second).abs().mean() > 0.01
 
 
 def test_each_fold_is_a_step_and_none_follows_once_the_choice_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
