@@ -47,6 +47,7 @@ from distillfss_core.io.labels import pair_files, read_labels
 from distillfss_core.metrics import Tally
 from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import choose_device
 from distillfss_core.nn.head import FewShotHead, HeadForm
@@ -328,6 +329,8 @@ def accuracy(tasks: Iterable[Task], out: Path, wanted: set[str], head: str) -> N
             model, seconds = make()
             row = {"task": task.name, "draw": task.draw, "model": name, "head": head, "zoom": model.preprocess.zoom}
             row |= score(model, task, consensus=name == CONSENSUS)
+            if isinstance(model, StudentModel) and (expected := model.training.get("expected_iou")) is not None:
+                row["expected"] = round(expected, 4)
             row |= {"seconds": round(seconds, 1), "peak_mb": round(peak_mb() or 0)}
             _append(out, row)
 

@@ -228,7 +228,7 @@ def means(path: Path) -> dict[str, dict[str, float]]:
 
 
 def table(path: Path) -> None:
-    """A line a set, a column a model, and the mean over the sets that all models have."""
+    """A line a set, a column a model, the mean over the sets that all models have, and how well that was expected."""
     scores = means(path)
     shared = [s.name for s in SETS if all(s.name in of_sets for of_sets in scores.values())]
     print("| set | " + " | ".join(scores) + " |")
@@ -240,6 +240,10 @@ def table(path: Path) -> None:
     if shared:
         cells = [f"{statistics.mean(of_sets[name] for name in shared):.3f}" for of_sets in scores.values()]
         print(f"| mean of {len(shared)} | " + " | ".join(cells) + " |")
+    if off := [row["pooled"] - row["expected"] for row in rows_of(path) if "expected" in row]:
+        absolute, squared = statistics.mean(map(abs, off)), statistics.mean(value**2 for value in off)
+        print(f"\nmeasured - expected IoU, {len(off)} students: mean {statistics.mean(off):+.3f}, ", end="")
+        print(f"mean absolute {absolute:.3f}, root of the mean square {squared**0.5:.3f}")
 
 
 def plot(path: Path, out: Path) -> None:

@@ -67,3 +67,18 @@ def test_the_table_has_the_mean_of_the_sets_that_all_models_have(validation, tmp
     assert lines[2:] == ["| skin | 0.600 | 0.400 |", "| levels | 0.900 |  |", "| mean of 1 | 0.600 | 0.400 |"]
     validation.plot(path, tmp_path / "rows.png")
     assert (tmp_path / "rows.png").stat().st_size > 5000
+
+
+def test_the_table_says_how_far_the_expected_iou_is_off(validation, tmp_path, capsys):
+    rows = [
+        {"task": "skin", "model": "a", "pooled": 0.5, "expected": 0.6},
+        {"task": "skin", "model": "b", "pooled": 0.4},
+        {"task": "levels", "model": "a", "pooled": 0.9, "expected": 0.7},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    validation.table(path)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (
+        "measured - expected IoU, 2 students: mean +0.050, mean absolute 0.150, root of the mean square 0.158"
+    )
