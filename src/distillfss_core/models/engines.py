@@ -36,7 +36,7 @@ TOLERANCE = 1e-3
 _EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # the fastest first in float32, otherwise the last
 _QUANTIZER = ("onnx", "onnxruntime")
 _OPSET = 18
-_EXPORT = threading.Lock()  # torch exports one network at a time
+_EXPORT = threading.RLock()  # torch exports one network at a time
 _GRAPH_INPUT, _GRAPH_OUTPUT = "image", "margins"
 
 
@@ -53,6 +53,17 @@ class StudentNetwork(nn.Module):
         self.backbone: Backbone = backbone
         self.head: FewShotHead = head
         self.probe: Probe | None = probe
+        self._graph = b""
+
+    def graph(self) -> bytes:
+        """`network_graph` of it, written once: for all engines and precisions, with the weights of the first call."""
+        with _EXPORT:
+            if not self._graph:
+                self._graph = network_graph(self)
+            return self._graph
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graph": b""}  # written again in another process
 
     def forward(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Margins of a batch of images, as the class describes."""
@@ -206,7 +217,7 @@ class Runner:
             return self._ready(image)
 
     def _write(self) -> bytes:
-        graph = network_graph(self.network)
+        graph = self.network.graph()
         if self.device.precision != "int8":
             return graph
         assert self.samples is not None

@@ -91,6 +91,19 @@ def test_an_engine_gives_the_margins_of_torch_at_any_size_and_batch(other, backb
         assert torch.equal(run(x), found)
 
 
+def test_the_graph_of_a_student_is_written_once_for_all_engines_and_precisions(monkeypatch, other):
+    written, write = [], engines.network_graph
+    monkeypatch.setattr(engines, "network_graph", lambda network: written.append(network) or write(network))
+    traced, image = network("lcnet_050", 1), torch.rand(1, 3, 64, 64)
+    first = Runner(traced, other, CPU)(image)
+    with ThreadPoolExecutor(2) as threads:
+        runs = list(threads.map(lambda _: Runner(traced, other, CPU)(image), range(2)))
+    assert len(written) == 1
+    for run in (*runs, Runner(pickle.loads(pickle.dumps(traced)), other, CPU)(image)):
+        torch.testing.assert_close(run, first, atol=TOLERANCE, rtol=0)
+    assert len(written) == 2  # a process of its own writes its own
+
+
 def test_two_students_are_made_ready_at_the_same_time(plain_student, other):
     """As two windows do that have both just distilled; what writes the graph takes one at a time."""
     image = blobs(8, 96).image
