@@ -230,7 +230,10 @@ class Stacks:
 
 
 def place_of(frame: Any) -> str:
-    """The innermost function of the plugin with what it has called, or of napari, or that it draws."""
+    """The innermost function of the plugin with what it has called, or of napari, or that it draws.
+
+    No frame is kept: its painters would outlive their pictures, and Qt crashes.
+    """
     calls = []
     while frame is not None:
         path = frame.f_code.co_filename

@@ -3,21 +3,26 @@
     xvfb-run -a -s "-screen 0 1400x1000x24" python benchmarks/plugin.py
 
 Opening is measured in fresh processes, beside napari alone; standing still by a timer of 20 ms (its longest gap), in a
-window with the generated nuclei. Memory is that of the process with the same nuclei. Each the median of three. A stroke
-is drawn into the annotations of a series, without a window; of eight the fastest, for each event of the mouse.
+window with the generated nuclei. The stack of the window is sampled in each gap: whether napari is at work, the plugin,
+or neither (Qt, or another thread has Python's lock). A labels layer in napari without the dock stands beside it. Memory
+is that of the process with the same nuclei. Each the median of three. A stroke is drawn into the annotations of a
+series, without a window; of eight the fastest, for each event of the mouse.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -53,17 +58,76 @@ def main() -> None:
     print(f"napari alone {alone:.2f} s, the dock {dock:.2f} s more; torch loaded: {opened[0][2]}")
     gaps = [json.loads(_last_line([sys.executable, __file__, "gaps"])) for _ in range(RUNS)]
     for phase in gaps[0]:
-        print(f"{phase}: the longest gap {1000 * statistics.median(run[phase] for run in gaps):.0f} ms")
+        gap, napari, plugin = (1000 * statistics.median(run[phase][k] for run in gaps) for k in range(3))
+        print(f"{phase}: the longest gap {gap:.0f} ms, of it in napari {napari:.0f}, in the plugin {plugin:.0f}")
     held = [json.loads(_last_line([sys.executable, __file__, "memory"])) for _ in range(RUNS)]
     for phase in held[0]:
         print(f"{phase}: {statistics.median(run[phase] for run in held):.0f} MB")
     print(f"a stroke: {1000 * measure_stroke():.1f} ms for each event of the mouse")
 
 
-def measure_gaps() -> dict[str, float]:
-    """The longest gap of a 20 ms timer, in seconds, by what was going on; what begins it is part of it."""
+class Samples:
+    """Where the window's thread is, every 10 ms: "napari" (and what it is drawn with), "plugin" or ""."""
+
+    def __init__(self) -> None:
+        self._thread, self._taken = threading.get_ident(), list[tuple[float, str]]()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def between(self, start: float, end: float) -> list[str]:
+        return [place for time_, place in self._taken if start <= time_ <= end]
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.01)
+            self._taken.append((time.perf_counter(), _place(sys._current_frames().get(self._thread))))
+
+
+def _place(frame: Any) -> str:
+    """Whose function is the innermost. No frame is kept: its painters would outlive their pictures, and Qt crashes."""
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "napari_distillfss" in path or "distillfss_core" in path:
+            return "plugin"
+        if any(f"/{name}/" in path for name in ("napari", "vispy", "magicgui", "superqt")):
+            return "napari"
+        frame = frame.f_back
+    return ""
+
+
+class Gaps:
+    """Longest gaps of a 20 ms timer by what was going on, and of it in napari and in the plugin; seconds."""
+
+    def __init__(self) -> None:
+        from qtpy.QtCore import QTimer
+
+        self.found: dict[str, list[float]] = {}
+        self._samples, self._ticks, self._timer = Samples(), list[float](), QTimer()
+        self._timer.timeout.connect(lambda: self._ticks.append(time.perf_counter()))
+        self._timer.start(20)
+
+    def during(self, phase: str, begin: Callable[[], object], until: Callable[[], object]) -> None:
+        """Measure from the beginning, which is part of it, until what was begun last has ended, too."""
+        self._ticks[:] = [time.perf_counter()]
+        begin()
+        self._go_on(until)
+        seen = len(self._ticks)
+        self._go_on(lambda: len(self._ticks) > seen + 5)
+        start, end = max(itertools.pairwise(self._ticks), key=lambda pair: pair[1] - pair[0])
+        places = self._samples.between(start, end)
+        shares = [places.count(name) / max(1, len(places)) for name in ("napari", "plugin")]
+        self.found[phase] = [end - start, *((end - start) * share for share in shares)]
+
+    def _go_on(self, until: Callable[[], object]) -> None:
+        from qtpy.QtWidgets import QApplication
+
+        while not until():
+            QApplication.processEvents()
+            time.sleep(0.001)
+
+
+def measure_gaps() -> dict[str, list[float]]:
+    """The gaps of one session."""
     import napari
-    from qtpy.QtCore import QTimer
     from qtpy.QtWidgets import QApplication
 
     from distillfss_core import DistillSettings, generate_sample
@@ -72,26 +136,8 @@ def measure_gaps() -> dict[str, float]:
     viewer = napari.Viewer()
     app = QApplication.instance() or QApplication([])
     made = generate_sample(planes=12, size=384)
-    viewer.add_image(made.image)
-    viewer.add_labels(made.labels)  # napari's first layers take it a second or two, whoever adds them
-    app.processEvents()
-    viewer.layers.clear()
-    folder = Path(tempfile.mkdtemp())
-    dock = DistillDock(viewer, folder)
-    viewer.window.add_dock_widget(dock, area="right")
-    ticks: list[float] = []
-    timer = QTimer()
-    timer.timeout.connect(lambda: ticks.append(time.perf_counter()))
-    timer.start(20)
-    gaps = {}
-
-    def during(phase: str, begin: Callable[[], object], until: Callable[[], object]) -> None:
-        ticks[:] = [time.perf_counter()]
-        begin()
-        while not until() or len(ticks) < 6:
-            app.processEvents()
-            time.sleep(0.001)
-        gaps[phase] = float(np.diff(ticks).max())
+    gaps = Gaps()
+    during = gaps.during
 
     def add_image() -> None:
         viewer.add_image(made.image, name="nuclei")
@@ -99,6 +145,15 @@ def measure_gaps() -> dict[str, float]:
     def nothing() -> None:
         pass
 
+    viewer.add_image(made.image)
+    viewer.add_labels(made.labels)  # napari's first layers take it a second or two, whoever adds them
+    app.processEvents()
+    during("napari alone: a labels layer is added", lambda: viewer.add_labels(made.labels), lambda: True)
+    viewer.layers.clear()
+    folder = Path(tempfile.mkdtemp())
+    dock = DistillDock(viewer, folder)
+    viewer.window.add_dock_widget(dock, area="right")
+    app.processEvents()
     during("a volume is chosen, torch loaded", add_image, lambda: "Computes" in dock.volume.device.text())
     during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.selecting.running)
     assert dock.session.annotations is not None  # the suggestion made them
@@ -118,7 +173,7 @@ def measure_gaps() -> dict[str, float]:
     during("Apply is pressed", dock.apply.start, lambda: True)
     during("applying", nothing, lambda: not dock.session.busy)
     viewer.close()
-    return gaps
+    return gaps.found
 
 
 def measure_memory() -> dict[str, float]:

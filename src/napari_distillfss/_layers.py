@@ -19,6 +19,7 @@ import distillfss_core as core
 if TYPE_CHECKING:
     from napari.layers import Image, Labels
 
+_HELD = 2048**2  # pixels of a plane of results that may be held
 _CANVAS = 1024  # pixels that fill a canvas, so that napari shows no finer level of a pyramid at first
 _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an array are compared
 
@@ -164,11 +165,21 @@ class ChosenVolume:
         """An array (z, y, x) of the volume's size, seen with the axes of the layer."""
         return OnGrid(array, self.axes)
 
-    def pyramid(self, levels: Sequence[Any]) -> Any:
-        """Arrays (z, y, x), finest first, as data of a multiscale layer; napari takes no list of a single level."""
+    def pyramid(self, levels: Sequence[Any], *, shown: int | None = None) -> Any:
+        """Arrays (z, y, x), finest first, as data of a multiscale layer; napari takes no list of a single level.
+
+        Parameters
+        ----------
+        shown : int, optional
+            The plane that napari shows first, which is read here.
+        """
         from napari.layers._multiscale_data import MultiScaleData
 
-        return MultiScaleData([self.on_grid(level) for level in levels])
+        seen = [self.on_grid(level) for level in levels]
+        if shown is not None:
+            for level in seen:
+                _ = level._read((shown * level.planes // self.planes,))
+        return MultiScaleData(seen)
 
     def on_screen(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Part (y, x) of a plane that the canvas shows; the whole plane if it is not known."""
@@ -592,7 +603,7 @@ def hold_shown(levels: Sequence[Any], options: Mapping[str, Any], point: Sequenc
 class OnGrid:
     """View of an array (z, y, x) with the axes of a layer: length 1 for time and channel, or without z for a plane.
 
-    It is looked up anew each time, so what is written meanwhile is seen.
+    The plane that was read last is in memory until `forget`: napari reads each plane several times.
 
     Parameters
     ----------
@@ -603,7 +614,10 @@ class OnGrid:
 
     def __init__(self, array: Any, axes: str) -> None:
         self._array, self._axes = array, axes
+        self._may_hold = math.prod(array.shape[1:3]) <= _HELD
+        self._held: tuple[int, np.ndarray] | None = None
         self.dtype, self.ndim = array.dtype, len(axes)
+        self.planes = int(array.shape[0])
         size = {**dict.fromkeys("tc", 1), **dict(zip("zyx", array.shape, strict=True))}
         self.shape = tuple(int(size[a]) for a in self._axes)
         self.size = math.prod(self.shape)
@@ -611,13 +625,26 @@ class OnGrid:
     def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
         parts = dict(zip(self._axes, (*key, *(slice(None),) * (self.ndim - len(key))), strict=True))
-        values = np.asarray(self._array[tuple(parts.get(a, 0) for a in "zyx")])
+        values = self._read(tuple(parts.get(a, 0) for a in "zyx"))
         position = 0
         for a, part in parts.items():
             if a in LEAD_NAMES:
                 values = np.expand_dims(values, position)[(slice(None),) * position + (part,)]
             position += isinstance(part, slice)
         return values
+
+    def _read(self, key: tuple[Any, ...]) -> np.ndarray:
+        z, *inside = key
+        if not self._may_hold or not isinstance(z, (int, np.integer)):
+            return np.asarray(self._array[key])
+        held = self._held
+        if held is None or held[0] != z:
+            held = self._held = int(z), np.asarray(self._array[z])
+        return np.array(held[1][tuple(inside)])
+
+    def forget(self) -> None:
+        """Read anew what is asked for next: the array has changed."""
+        self._held = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[(slice(None),) * self.ndim], dtype)
@@ -673,7 +700,7 @@ def covers_of(layers: Any, layer: Any, image: Any) -> list[Any]:
     low, high = image.extent.world[:, -2:]
     area = np.prod(high - low)
     found = []
-    for other in layers[layers.index(layer) + 1 :]:
+    for other in list(layers)[layers.index(layer) + 1 :]:  # a part of napari's list is a new list with contexts
         if is_image(other) and other.visible and other.opacity >= _OPAQUE and str(other.blending) in _COVERING:
             first, last = other.extent.world[:, -2:]
             if np.prod(np.clip(np.minimum(high, last) - np.maximum(low, first), 0, None)) >= area / 2:

@@ -1,13 +1,17 @@
-"""Settings of the whole process that jobs of the dock change; docs/architecture.md lists all of them."""
+"""Settings of the whole process that the dock and its jobs change; docs/architecture.md lists all of them."""
 
 from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
+from typing import Generic, TypeVar
 
 import distillfss_core as core
+
+Value = TypeVar("Value")
 
 _SWITCH = 0.001  # seconds
 _RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
@@ -25,37 +29,46 @@ def keep_triton_out() -> None:
         sys.modules["triton"] = None  # type: ignore[assignment]
 
 
-class _Considerate:
-    """While a job runs, give the window's thread its turn at once and collect garbage rarely.
+class _WhileUsed(Generic[Value]):
+    """A setting of the process that is another one while anybody uses it.
 
-    Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
-    A collection of all objects stops every thread for some 0.2 s once torch's modules are there, and loading them calls
-    for several. Garbage that is new is collected as before. After the last job both settings are what they were, unless
-    somebody else has changed them meanwhile.
+    After the last user it is what it was, unless somebody else has changed it meanwhile.
     """
 
-    def __init__(self) -> None:
-        self._lock, self._working = Lock(), 0
-        self._before = self._during = sys.getswitchinterval(), gc.get_threshold()
+    def __init__(
+        self, get: Callable[[], Value], put: Callable[[Value], object], during: Callable[[Value], Value]
+    ) -> None:
+        self._get, self._put, self._of = get, put, during
+        self._lock, self._users = Lock(), 0
+        self._before = self._during = get()
 
     def __enter__(self) -> None:
         with self._lock:
-            self._working += 1
-            if self._working == 1:
-                interval, (young, middle, old) = self._before = sys.getswitchinterval(), gc.get_threshold()
+            self._users += 1
+            if self._users == 1:
+                self._before = self._get()
                 if core.may_change_process():
-                    sys.setswitchinterval(min(_SWITCH, interval))
-                    gc.set_threshold(young, middle, max(_RARELY, old))
-                self._during = sys.getswitchinterval(), gc.get_threshold()
+                    self._put(self._of(self._before))
+                self._during = self._get()
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
-            self._working -= 1
-            if self._working == 0:
-                if sys.getswitchinterval() == self._during[0]:
-                    sys.setswitchinterval(self._before[0])
-                if gc.get_threshold() == self._during[1]:
-                    gc.set_threshold(*self._before[1])
+            self._users -= 1
+            if self._users == 0 and self._get() == self._during:
+                self._put(self._before)
 
 
-considerate = _Considerate()
+quick_turns = _WhileUsed(sys.getswitchinterval, sys.setswitchinterval, lambda before: min(_SWITCH, before))
+"""Give the window's thread its turn at once, while a job runs.
+
+Python passes its lock on every 5 ms, and a turn of the window takes several passes: during work it is every 1 ms.
+"""
+
+rare_collections = _WhileUsed(
+    gc.get_threshold, lambda value: gc.set_threshold(*value), lambda before: (*before[:2], max(_RARELY, before[2]))
+)
+"""Collect all garbage rarely, while a dock is open or a job runs.
+
+A collection of all objects stops every thread for 0.2 to 0.4 s once torch's modules are there. Loading them calls for
+several, and for one more during the next thing that the user does. Garbage that is new is collected as before.
+"""

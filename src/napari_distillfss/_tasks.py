@@ -56,9 +56,9 @@ class Noticed:
 
 @dataclass(frozen=True, eq=False)
 class Written:
-    """Labels on disk that can be shown from now on: zarr arrays (z, y, x), finest first."""
+    """Labels on disk that can be shown from now on: zarr arrays (z, y, x), finest first, or what was made of them."""
 
-    levels: list[Any]
+    levels: Any
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,13 @@ def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any
                 return None
 
 
-def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
+Seen = Callable[[list[Any]], Any]
+"""Makes of levels what is shown; it may read the plane on screen."""
+
+
+def iter_applying(
+    volume: Any, model: Any, out: Path, stop: Event, *, see: Seen = list, **options: Any
+) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr. Finished labels are kept when it is stopped. `Written` comes first and last."""
     yield Doing("preparing")
     run = iter_until(core.iter_segment(volume, model, out, resume=True, **options), stop)
@@ -210,20 +216,22 @@ def iter_applying(volume: Any, model: Any, out: Path, stop: Event, **options: An
             step = next(run)
         except StopIteration as end:
             if end.value is not None:
-                yield Written(open_levels(out))
+                yield Written(see(open_levels(out)))
             return end.value
         if not begun:
             begun = True
-            yield Written(open_levels(out)[:1])
+            yield Written(see(open_levels(out)[:1]))
         yield step
 
 
-def iter_counting(labels: Any, out: Path, stop: Event, **options: Any) -> Generator[Any, None, Any]:
+def iter_counting(
+    labels: Any, out: Path, stop: Event, *, see: Seen = list, **options: Any
+) -> Generator[Any, None, Any]:
     """Number and measure the objects of labels, a path or a `core.Volume`. `Written` comes last."""
     yield Doing("looking for objects")
     report = yield from iter_until(core.iter_instances(core.open_volume(labels), out, **options), stop)
     if report is not None:
-        yield Written(open_levels(out))
+        yield Written(see(open_levels(out)))
     return report
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator
 from io import StringIO
 from threading import Event, Thread
 from typing import Any
 
 from napari.utils import progress
-from qtpy.QtCore import QCoreApplication, QEventLoop, QObject, QThread, Signal
+from qtpy.QtCore import QCoreApplication, QEventLoop, QObject, QThread, QTimer, Signal
 
 import distillfss_core as core
-from napari_distillfss._process import considerate, keep_triton_out
+from napari_distillfss._process import keep_triton_out, quick_turns, rare_collections
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Work
 
@@ -29,6 +30,9 @@ class Job(QObject):
     ``stepped`` gives what the work yields, ``done`` what it returns, ``failed`` a sentence; ``ended`` comes last in
     any case. (superqt's workers redirect the warnings of the whole process while they run, which breaks where two
     overlap; so this has its own thread.)
+
+    What arrives from the thread is handled one by one, each in a turn of the event loop of its own. So drawing and
+    input come in between. Nothing is handled while something else is: napari's progress bars process events themselves.
 
     Parameters
     ----------
@@ -48,6 +52,11 @@ class Job(QObject):
         super().__init__(parent)
         self._session, self._name = session, name
         self._stop: Event | None = None
+        self._arrived: deque[tuple[Event, Callable[[], object]]] = deque()
+        self._is_handling = False
+        self._turn = QTimer(self)
+        self._turn.setSingleShot(True)
+        self._turn.timeout.connect(self._on_turn)
         self.was_stopped = False  # whether the latest work was asked to stop
         if session is not None:
             session.closed.connect(self.cancel)
@@ -119,12 +128,27 @@ class Job(QObject):
             self._end(None)
 
     def _on_step(self, stop: Event, step: object) -> None:
-        if stop is self._stop:
-            self.stepped.emit(step)
+        self._arrive(stop, lambda: self.stepped.emit(step))
 
     def _on_end(self, stop: Event, outcome: object) -> None:
-        if stop is self._stop:
-            self._end(outcome)
+        self._arrive(stop, lambda: self._end(outcome))
+
+    def _arrive(self, stop: Event, handle: Callable[[], object]) -> None:
+        self._arrived.append((stop, handle))
+        self._turn.start(0)
+
+    def _on_turn(self) -> None:
+        if self._is_handling or not self._arrived:
+            return
+        self._is_handling = True
+        try:
+            stop, handle = self._arrived.popleft()
+            if stop is self._stop:
+                handle()
+        finally:
+            self._is_handling = False
+            if self._arrived:
+                self._turn.start(0)
 
     def _end(self, outcome: object) -> None:
         self.was_stopped, self._stop = self.stopping, None
@@ -220,7 +244,7 @@ class LatestJob(QObject):
 
 def _run(work: Work, stop: Event, out: _Out, is_long: bool) -> None:
     """Run the work and send its result, or its error, to the window's thread."""
-    with considerate:
+    with quick_turns, rare_collections:
         outcome = _outcome(work, stop, out)
     out.end.emit(stop, outcome)
     if is_long:

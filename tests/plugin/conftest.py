@@ -112,6 +112,15 @@ def open_dock(qtbot, tmp_path):
 
 
 @pytest.fixture
+def told():
+    """Gives the texts of napari's notifications since the test began."""
+    from napari.utils.notifications import notification_manager
+
+    notification_manager.records.clear()
+    return lambda: [record.message for record in notification_manager.records]
+
+
+@pytest.fixture
 def open_path(qtbot):
     """Opens a path in a dock, and waits until it is open or has failed."""
 

@@ -188,6 +188,7 @@ def test_no_text_is_cut_off(theme, drawn, qtbot):
 
 def test_every_widget_that_takes_input_has_a_name_for_assistive_technology(viewer, nuclei, open_dock, qtbot):
     dock = open_dock(viewer)
+    dock.distill.settings.more.setCurrentIndex(1)
     kinds = (QAbstractButton, QComboBox, QAbstractSpinBox, QAbstractItemView, QLineEdit, QPlainTextEdit, QProgressBar)
     widgets = [w for kind in kinds for w in dock.widget().findChildren(kind) if not w.objectName().startswith("qt_")]
     inside = (QComboBox, QAbstractSpinBox)  # parts of them are no widgets of their own

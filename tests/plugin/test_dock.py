@@ -145,6 +145,34 @@ def test_no_part_of_the_dock_hides_a_function_of_qt(dock):
         assert not hidden, type(widget).__name__
 
 
+def test_collections_are_rare_while_a_dock_is_open(viewer, open_dock, tmp_path):
+    import gc
+
+    before = gc.get_threshold()
+    docks = [open_dock(viewer), open_dock(viewer, tmp_path / "other")]
+    for dock in docks:
+        assert gc.get_threshold() == (*before[:2], max(200, before[2]))
+        dock.session.close()
+        dock.session.close()  # as when napari ends
+    assert gc.get_threshold() == before
+
+
+def test_boxes_of_settings_are_made_when_they_are_asked_for(dock, few):
+    from dataclasses import replace
+
+    from napari_distillfss._widgets._common import WheelGuard
+
+    settings = dock.distill.settings
+    settings.setValue(few)
+    assert not settings.form.findChildren(QWidget)
+    settings.more.setCurrentIndex(1)
+    assert settings.form.boxes["steps"].value == few.steps
+    assert settings.form.findChildren(WheelGuard)
+    settings.form.boxes["steps"].value = 7
+    assert settings.value() == replace(few, steps=7)
+    assert settings.preset.currentText() == "own settings"
+
+
 def test_impossible_settings_are_said(dock, painted_truth):
     paint(dock, painted_truth, [2])
     dock.distill.settings.form.boxes["crop_size"].value = 100
@@ -1037,6 +1065,7 @@ def send_wheel(box):
 def test_the_wheel_changes_no_box_that_has_no_focus(dock):
     from qtpy.QtWidgets import QAbstractSpinBox, QComboBox
 
+    dock.distill.settings.more.setCurrentIndex(1)
     boxes = [box for kind in (QComboBox, QAbstractSpinBox) for box in dock.widget().findChildren(kind)]
     assert {dock.distill.settings.preset, dock.support.count, dock.objects.radius} <= set(boxes)
     texts = [box.currentText() if isinstance(box, QComboBox) else box.text() for box in boxes]

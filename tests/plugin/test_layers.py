@@ -165,6 +165,24 @@ def test_painted_planes_of_interleaved_channels_are_planes(tmp_path):
     np.testing.assert_array_equal(np.asarray(grid), STACK[None, :, None])
 
 
+def test_a_plane_of_results_is_read_once_until_the_array_has_changed(monkeypatch):
+    array = zarr.array(STACK)
+    level = choose_layer(Image(STACK)).pyramid([array], shown=2)[0]
+    before = STACK[2].copy()
+    array[2] = 7
+    np.testing.assert_array_equal(level[2, 3:9, 4:8], before[3:9, 4:8])
+    np.testing.assert_array_equal(level[1], STACK[1])
+    np.testing.assert_array_equal(level[2], np.full_like(before, 7))  # only one plane is held
+    array[2] = 8
+    level.forget()
+    np.testing.assert_array_equal(level[2], np.full_like(before, 8))
+    monkeypatch.setattr("napari_distillfss._layers._HELD", 10)
+    large = choose_layer(Image(STACK)).on_grid(array)
+    assert (large[2] == 8).all()
+    array[2] = 9
+    assert (large[2] == 9).all()
+
+
 def test_labels_of_a_layer_say_more_than_its_file(tmp_path):
     layer = Image(np.stack([STACK] * 3, 1), axis_labels=("z", "channel", "y", "x"))
     assert lead_axes(layer) == "c"

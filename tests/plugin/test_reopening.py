@@ -2,11 +2,14 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from qtpy.QtCore import Qt
 
 from distillfss_core import Proposal
+from napari_distillfss._annotations import Annotations
 from napari_distillfss._layers import ANNOTATIONS, PREVIEW, choose_layer
 from napari_distillfss._widgets.mark import ObjectMark
 
@@ -308,3 +311,115 @@ def test_the_preview_of_a_volume_that_was_removed_asks_for_another(viewer, nucle
     previewed(qtbot, dock, student)
     viewer.layers.remove(nuclei)
     assert dock.preview.message.text() == "Choose a volume first"
+
+
+@pytest.mark.parametrize("is_reopened", [True, False])
+def test_a_training_goes_on_when_its_dock_is_closed(
+    viewer, nuclei, docked, painted_truth, few, qtbot, told, is_reopened
+):
+    first, close_first = docked()
+    first.session.annotations.put(2, painted_truth[2])
+    first.session.painted()
+    first.distill.settings.setValue(few if not is_reopened else replace(few, steps=100_000))
+    steps = []
+    first.distill.job.stepped.connect(steps.append)
+    first.distill.start()
+    qtbot.waitUntil(lambda: bool(steps), timeout=60_000)
+    close_first()
+    assert told()[-1] == "DistillFSS: Training goes on; open the dock again to see it"
+    assert first.session.busy == "Training"
+    if is_reopened:
+        second, close_second = docked()
+        assert second is first
+        qtbot.waitUntil(lambda: len(second.distill.plot.losses) > 2, timeout=60_000)
+        second.distill.job.cancel()
+        qtbot.waitUntil(lambda: second.session.model is not None, timeout=60_000)
+        assert second.session.annotations is not None
+        close_second()  # nothing runs
+    else:
+        qtbot.waitUntil(lambda: first.session.annotations is None, timeout=60_000)
+        assert told()[-1] == "DistillFSS: Training is finished"
+    third, _ = docked()
+    assert third is not first
+    qtbot.waitUntil(lambda: third.session.model is not None and not third.session.busy, timeout=60_000)
+    assert third.session.students() == [third.session.model_path]
+    assert third.session.annotations.planes() == [2]
+
+
+def test_a_closed_dock_whose_job_goes_on_ends_with_its_window(viewer, nuclei, open_dock, qtbot):
+    from threading import Event
+
+    from qtpy.QtWidgets import QDockWidget, QMainWindow
+
+    def endless(stop):
+        yield 1
+        while not stop.wait(0.01):
+            yield 2
+
+    window, frame = QMainWindow(), QDockWidget()
+    dock = open_dock(viewer)
+    frame.setWidget(dock)
+    window.addDockWidget(Qt.DockWidgetArea.RightDockWidgetArea, frame)
+    window.show()
+    job, stopped = dock.distill.job, Event()
+    job.ended.connect(stopped.set)
+    job.start(endless)
+    dock.setParent(None)
+    assert job.running
+    assert not job.stopping
+    with qtbot.waitSignal(window.destroyed):
+        window.deleteLater()
+    qtbot.waitUntil(stopped.is_set)
+    assert dock.session.annotations is None
+    assert open_dock(viewer) is not dock
+
+
+def test_the_table_of_objects_comes_back_and_strokes_can_be_undone(
+    viewer, nuclei, docked, student, painted_truth, qtbot, tmp_path
+):
+    first, close_first = docked()
+    first.support.take_brush()
+    first.support.layer.data_setitem((np.array([3]), np.array([5]), np.array([6])), 2)
+    first.support.layer.data_setitem((np.array([3]), np.array([7]), np.array([6])), 2)
+    first.support.layer.undo()
+    previewed(qtbot, first, student)
+    first.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    first.apply.start()
+    qtbot.waitUntil(lambda: not first.session.busy and first.session.applied is not None, timeout=120_000)
+    first.objects.start()
+    qtbot.waitUntil(lambda: not first.session.busy and not first.objects.table.isHidden(), timeout=120_000)
+    rows = first.objects.table.model.values
+    assert len(rows)
+    close_first()
+
+    second, close_second = docked()
+    assert not second.objects.table.isHidden()
+    np.testing.assert_array_equal(second.objects.table.model.values, rows)
+    assert second.objects.layer is first.objects.layer
+    second.objects.layer.selected_label = int(rows[-1, 0])
+    chosen = second.objects.table.view.currentIndex()
+    assert second.objects.table._sorted.mapToSource(chosen).row() == len(rows) - 1
+    assert second.objects._first_output(second.session.applied) in second.objects._own  # replaced, as before
+    array = second.session.annotations.array
+    assert (array[3, 5, 6], array[3, 7, 6]) == (2, 0)
+    second.support.layer.redo()
+    assert array[3, 7, 6] == 2
+    second.support.layer.undo()
+    second.support.layer.undo()
+    assert array[3, 5, 6] == 0
+    close_second()
+    second.objects.layer.selected_label = 1  # nothing listens any more
+
+
+def test_strokes_that_something_was_painted_after_are_not_undone(viewer, nuclei, docked, painted_truth):
+    first, close_first = docked()
+    first.support.take_brush()
+    first.support.layer.data_setitem((np.array([3]), np.array([5]), np.array([6])), 2)
+    folder = first.session.annotations.folder
+    close_first()
+    later = Annotations(folder, (8, 96, 96), lambda z: (z,))
+    later.put(3, painted_truth[3])
+    later.close()
+    second, _ = docked()
+    second.support.layer.undo()
+    np.testing.assert_array_equal(second.session.annotations.plane(3), painted_truth[3])

@@ -103,6 +103,35 @@ def test_a_job_that_is_abandoned_ends_at_once_and_what_comes_later_is_dropped(qt
     assert seen[2:] == [0, 1, "finished"]
 
 
+def test_what_arrives_is_handled_one_by_one_also_where_a_slot_processes_events(qtbot):
+    """napari's progress bars do so."""
+    from qtpy.QtWidgets import QApplication
+
+    job, seen, turns = Job(), [], []
+    turn = QTimer()
+    turn.timeout.connect(lambda: turns.append(None))
+    turn.start(0)
+
+    def slow(step):
+        seen.append(f"{step} begins")
+        for _ in range(20):
+            QApplication.processEvents()
+        seen.append(f"{step} ends")
+        turns.clear()
+
+    job.stepped.connect(slow)
+    job.stepped.connect(lambda step: turns.clear())
+    job.done.connect(lambda result: seen.append((result, bool(turns))))
+
+    def work(stop):
+        yield from "abc"
+        return "done"
+
+    with qtbot.waitSignal(job.ended):
+        job.start(work)
+    assert seen == [*(f"{step} {what}" for step in "abc" for what in ("begins", "ends")), ("done", True)]
+
+
 def test_answers_to_outdated_questions_are_dropped(qtbot):
     latest, seen = LatestJob(), []
     latest.answered.connect(seen.append)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from app_model.types import KeyBinding
 from napari.utils import progress
-from napari.utils.notifications import notification_manager
 
 from distillfss_core import ImageError, TrainStep
 from napari_distillfss._session import Session
@@ -20,12 +19,6 @@ def dock(viewer, nuclei, open_dock, few):
     opened = open_dock(viewer)
     opened.distill.settings.setValue(few)
     return opened
-
-
-@pytest.fixture
-def told():
-    notification_manager.records.clear()
-    return lambda: [record.message for record in notification_manager.records]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +16,14 @@ from superqt.utils import qthrottled
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._annotations import FIRST_CLASS
+from napari_distillfss._annotations import FIRST_CLASS, Class
 from napari_distillfss._layers import (
     ANNOTATIONS,
     LABELS,
     PREVIEW,
     Box,
     ChosenVolume,
+    OnGrid,
     camera_of,
     choose_labels,
     has_mark,
@@ -73,8 +74,11 @@ class ApplyWidget(QWidget):
         self._session, self._viewer = session, viewer
         self._running: Applied | None = None
         self._written = False
+        self._levels: Sequence[OnGrid] = ()  # that the layer shows
+        self._is_behind = False  # whether labels were written that the layer does not show yet
         self._active: Any = None  # the layer that was chosen when Apply was pressed
         self._shown: Path | None = None  # whose labels the layer shows; None while it is empty
+        self._colored: tuple[Class, ...] = ()  # classes that its colors are of
         self.layer: Any = None
         self.region = RegionEdit()
         self.on_screen = button(
@@ -144,7 +148,8 @@ class ApplyWidget(QWidget):
             self._running, self._written = Applied(chosen, out, mode, region, *by), False
             self._active = self._viewer.layers.selection.active
             self._prepare_layer(self._running)
-            self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, **options))
+            see = _seen_in(chosen, self._viewer.dims)
+            self.job.start(lambda stop: iter_applying(chosen.volume, model, out, stop, see=see, **options))
             self.message.tell("")
 
         attempt(self.message, start)
@@ -163,11 +168,15 @@ class ApplyWidget(QWidget):
             self._written = True
             self._show(step.levels)
         elif getattr(step, "level", None) == 0:
+            self._is_behind = True
             self._soon()
 
     def _show_again(self) -> None:
         """Read the labels on screen again, which takes the window a moment: not after every piece."""
-        if self.layer is not None:
+        if self.layer is not None and self._is_behind:
+            self._is_behind = False
+            for level in self._levels:
+                level.forget()
             self.layer.refresh()
 
     def _on_job_ended(self) -> None:
@@ -202,20 +211,20 @@ class ApplyWidget(QWidget):
             )
         self.message.warn(message)
 
-    def _show(self, levels: list[Any]) -> None:
-        """Show labels (z, y, x): the finest level during the run, the pyramid after it."""
+    def _show(self, data: Any) -> None:
+        """Show labels as they are seen in napari: the finest level during the run, the pyramid after it."""
         if self._running is None:
             return
         applied, chosen = self._running, self._running.volume
         self._prepare_layer(applied)
-        data = chosen.pyramid(levels)
+        self._levels = data
         move_layer(self._viewer, self.layer, data, chosen.place())
         classes = self._session.annotations.classes if self._session.annotations else ()
-        if len(classes) == len(applied.classes):
-            self.layer.colormap = colors_of(classes, first=1)
+        if len(classes) == len(applied.classes) and classes != self._colored:  # napari draws after each change
+            self.layer.colormap, self._colored = colors_of(classes, first=1), classes
         if self._shown is None:
             self.layer.name, self.layer.visible = applied.out.name.partition(".")[0], True
-        self._shown = applied.out
+        self._shown, self._is_behind = applied.out, False
 
     def _prepare_layer(self, applied: Applied) -> None:
         """Add an empty layer, unless there is one that is empty or shows the same labels.
@@ -227,7 +236,7 @@ class ApplyWidget(QWidget):
         if self.layer in self._viewer.layers and self._shown in (None, applied.out) and self.layer.ndim == ndim:
             return
         nothing = np.broadcast_to(np.uint8(0), (chosen.planes, *chosen.plane_shape))
-        self._shown = None
+        self._shown, self._colored = None, ()
         self.layer = self._viewer.add_labels(
             chosen.pyramid([nothing]),
             name="segmentation",
@@ -281,12 +290,19 @@ class ApplyWidget(QWidget):
             self.message.tell(_READY)
 
 
+def _seen_in(chosen: ChosenVolume, dims: Any) -> Callable[[list[Any]], Any]:
+    """Makes a pyramid of levels; the plane on screen is in memory, so that napari does not wait for the disk."""
+    return lambda levels: chosen.pyramid(levels, shown=chosen.plane_on(dims))
+
+
 def object_radius(planes: Sequence[np.ndarray], default: float = 8.0) -> float:
     """Median radius, in pixels, of the connected objects in painted planes "y x"; ``default`` without any."""
-    from skimage.measure import label, regionprops
+    from scipy import ndimage
 
-    areas = [p.area for plane in planes for p in regionprops(label(plane >= FIRST_CLASS)) if p.area >= _SPECK]
-    return float(np.sqrt(np.median(areas) / np.pi)) if areas else default
+    sizes = [np.bincount(ndimage.label(plane >= FIRST_CLASS, np.ones((3, 3)))[0].ravel())[1:] for plane in planes]
+    areas = np.concatenate([np.zeros(0, int), *sizes])
+    areas = areas[areas >= _SPECK]
+    return float(np.sqrt(np.median(areas) / np.pi)) if len(areas) else default
 
 
 @dataclass(frozen=True)
@@ -306,7 +322,7 @@ class ObjectsWidget(QWidget):
         self._session, self._viewer = session, viewer
         self._running: _Count | None = None
         self._suited: Any = None  # labels that the radius was chosen for
-        self._levels: list[Any] = []
+        self._data: Any = None  # what the layer will show of the objects
         self._listed: Applied | None = None  # the written labels in the list
         self._own: dict[Path, Path] = {}  # objects written in this session, the only ones that are replaced
         self._shown: Path | None = None  # whose objects the layer shows
@@ -377,6 +393,21 @@ class ObjectsWidget(QWidget):
         for event in (events.inserted, events.removed, events.renamed):
             event.connect(self._on_layers_changed)
 
+    def shown(self) -> tuple[Any, Any, Path | None, dict[Path, Path]] | None:
+        """What was counted, the layer of the objects, their path and all that this session has written."""
+        return None if self.table.isHidden() else (self._running, self.layer, self._shown, self._own)
+
+    def setShown(self, shown: tuple[Any, Any, Path | None, dict[Path, Path]] | None) -> None:
+        """Go on with the table and the layer of a closed dock, if both are still there."""
+        if shown is None or shown[1] not in self._viewer.layers:
+            return
+        with suppress(OSError, ValueError):  # the table was removed, or written anew by another program
+            self.table.read(shown[0].counted.table)
+            self._running, self.layer, self._shown, self._own = shown
+            self.layer.events.selected_label.connect(self._on_label_selected)
+            self.table.show()
+            self._on_state_changed()
+
     def start(self) -> None:
         """Number and measure the objects."""
 
@@ -392,9 +423,12 @@ class ObjectsWidget(QWidget):
             image = self._image_on(chosen) if not is_of_applied else chosen.volume
             measured = {"image": image} if image is not None and image.ndim == 3 else {}
             overwrite = first in self._own
-            self.job.start(
-                lambda stop: iter_counting(labels, out, stop, table=table, overwrite=overwrite, **measured, **options)
-            )
+            options_of_run: dict[str, Any] = {
+                "table": table,
+                "overwrite": overwrite,
+                "see": _seen_in(chosen, self._viewer.dims),
+            }
+            self.job.start(lambda stop: iter_counting(labels, out, stop, **options_of_run, **measured, **options))
             self._own[first] = out
             self._running = _Count(chosen, Counted(out, table, options), is_of_applied)
             self.message.tell("")
@@ -487,7 +521,7 @@ class ObjectsWidget(QWidget):
 
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Written):
-            self._levels = step.levels
+            self._data = step.levels
 
     def _on_job_done(self, report: Any) -> None:
         if report is None or self._running is None:
@@ -509,7 +543,7 @@ class ObjectsWidget(QWidget):
         )
 
     def _show(self, chosen: ChosenVolume, out: Path) -> None:
-        data = chosen.pyramid(self._levels)
+        data = self._data
         if self.layer in self._viewer.layers and self._shown == out and self.layer.ndim == chosen.layer.ndim:
             move_layer(self._viewer, self.layer, data, chosen.place())
             self.layer.visible = True
@@ -621,6 +655,8 @@ class ObjectsWidget(QWidget):
         events = self._viewer.layers.events
         for event in (events.inserted, events.removed, events.renamed):
             event.disconnect(self._on_layers_changed)
+        if self.layer is not None:
+            self.layer.events.selected_label.disconnect(self._on_label_selected)
         self.mark.leave()
 
 

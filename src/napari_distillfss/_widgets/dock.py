@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
+from weakref import ref
 
-from qtpy.QtCore import QEvent, QSize, Qt
-from qtpy.QtWidgets import QApplication, QFrame, QScrollArea, QVBoxLayout, QWidget
+from napari.utils.notifications import show_info
+from qtpy.QtCore import QEvent, QSize, Qt, QTimer
+from qtpy.QtWidgets import QApplication, QFrame, QMainWindow, QScrollArea, QVBoxLayout, QWidget
 
 import distillfss_core as core
 from napari_distillfss._layers import ChosenVolume, take_units
+from napari_distillfss._process import rare_collections
 from napari_distillfss._session import Session
 from napari_distillfss._widgets._common import Section, WheelGuard
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
@@ -30,6 +34,10 @@ if TYPE_CHECKING:
 _WIDTH = 380  # so that half of a small screen is left for the image
 
 
+_going_on: dict[int, DistillDock] = {}
+"""Closed docks by their `id`, whose jobs have not ended."""
+
+
 class DistillDock(QScrollArea):
     """Sections: Volume, Training slices, Train, Preview, Apply, Objects, Model.
 
@@ -39,11 +47,26 @@ class DistillDock(QScrollArea):
         (The name is what napari asks for.)
     folder : path, optional
         Where annotations and students are kept; by default the user's data folder.
+
+    Notes
+    -----
+    A dock that is closed while a job runs goes on until the job has ended. A new one for its viewer is that dock.
     """
 
+    def __new__(cls, napari_viewer: Any, folder: Path | None = None) -> Self:
+        for dock in _going_on.values():
+            is_same = type(dock) is cls and dock.viewer is _bare(napari_viewer)
+            if is_same and isinstance(dock, cls) and folder in (None, dock.session.folder):
+                return dock
+        return super().__new__(cls)
+
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
+        if _going_on.pop(id(self), None) is not None:
+            return
         super().__init__()
+        self.viewer = _bare(napari_viewer)
         self._is_docked = False
+        self._window: Callable[[], QMainWindow | None] = lambda: None  # that showed it last
         session = self.session = Session(folder, lambda: tuple(napari_viewer.layers))
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
@@ -88,10 +111,17 @@ class DistillDock(QScrollArea):
         session.closed.connect(bind_shortcuts(self, napari_viewer))
         session.closed.connect(show_notices())
         session.closed.connect(guard_removals(self, napari_viewer))
+        self._while_open = ExitStack()
+        self._while_open.enter_context(rare_collections)
+        session.closed.connect(self._while_open.close)
         self.destroyed.connect(session.close)
         application = QApplication.instance()
         assert application is not None  # no widget is made without one
         application.aboutToQuit.connect(session.close)
+        session.busy_changed.connect(self._on_busy_changed)
+        number = id(self)
+        session.closed.connect(lambda: _forget(number))
+        self.destroyed.connect(lambda: _forget(number))
         if not take_up(self):
             self._on_volume_chosen(self.volume.value())
 
@@ -101,15 +131,39 @@ class DistillDock(QScrollArea):
     def event(self, event: QEvent | None) -> bool:
         """End the session once the dock is taken out of the window: it may live on until Python collects it.
 
-        The next dock of the window goes on with it.
+        The next dock of the window goes on with it. A job that runs goes on to its end before.
         """
         is_handled = super().event(event)
         if event is not None and event.type() == QEvent.Type.ParentChange:
             if self._is_docked and self.parent() is None:
-                leave(self)
-                self.session.close()
+                if self.session.busy:
+                    self._go_on()
+                else:
+                    self._end()
             self._is_docked = self.parent() is not None
+        elif event is not None and event.type() == QEvent.Type.Show:
+            window = _main_window_of(self)
+            self._window = ref(window) if window is not None else self._window
         return is_handled
+
+    def _go_on(self) -> None:
+        _going_on[id(self)] = self
+        window = self._window()
+        if window is not None:  # napari may be closed before
+            window.destroyed.connect(self.session.close)
+        show_info(f"DistillFSS: {self.session.busy} goes on; open the dock again to see it")
+
+    def _on_busy_changed(self) -> None:
+        if id(self) in _going_on and not self.session.busy:
+            QTimer.singleShot(0, self._end_unless_opened)  # its result is taken before
+
+    def _end_unless_opened(self) -> None:
+        if id(self) in _going_on and not self.session.busy:
+            self._end()
+
+    def _end(self) -> None:
+        leave(self)
+        self.session.close()
 
     def unfold(self, content: QWidget) -> None:
         """Unfold a section and scroll to it."""
@@ -149,3 +203,19 @@ class ApplyDock(DistillDock):
             layout.insertWidget(row, section)
             section.heading.setText(f"{row + 1}  {section.heading.text().split(maxsplit=1)[1]}")
             section.heading.setChecked(widget is not self.objects)
+
+
+def _forget(number: int) -> None:
+    _going_on.pop(number, None)
+
+
+def _bare(viewer: Any) -> Any:
+    """A viewer without the proxy that napari may give to plugins."""
+    return getattr(viewer, "__wrapped__", viewer)
+
+
+def _main_window_of(widget: QWidget) -> QMainWindow | None:
+    holder: QWidget | None = widget
+    while holder is not None and not isinstance(holder, QMainWindow):
+        holder = holder.parentWidget()
+    return holder

@@ -36,6 +36,8 @@ class _Left:
     applied: Applied | None
     counted: Counted | None
     labels: tuple[Any, Path | None]
+    objects: Any
+    strokes: Any
     out: str
     region: Any
     suggested: list[int]
@@ -59,6 +61,8 @@ def leave(dock: DistillDock) -> None:
         applied=session.applied,
         counted=session.counted,
         labels=dock.apply.shown(),
+        objects=dock.objects.shown(),
+        strokes=dock.support.history(),
         out=dock.apply.out.text(),
         region=dock.apply.region.value(),
         suggested=dock.support.suggested,
@@ -94,6 +98,8 @@ def _restore(dock: DistillDock, left: _Left) -> None:
     if left.applied is not None:
         session.set_applied(left.applied)
         session.counted = left.counted
+    dock.objects.setShown(left.objects)
+    dock.support.setHistory(left.strokes)
 
     def restore_boxes() -> None:
         dock.preview.on.setChecked(False)  # so that it is asked for what the boxes say

@@ -12,34 +12,57 @@ from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
 from napari_distillfss._presets import EXPLAINED, OWN, PRESETS, preset_of
-from napari_distillfss._widgets._common import column, combo, row
+from napari_distillfss._widgets._common import WheelGuard, column, combo, row
 
 
 class SettingsForm(QWidget):
-    """A magicgui form for DistillSettings. `error` is the reason why the values of the boxes are not valid."""
+    """A magicgui form for DistillSettings. `error` is the reason why the values of the boxes are not valid.
+
+    Its boxes are made when they are first asked for: a hundred widgets take a third of a second.
+    """
 
     valueChanged = Signal(object)
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.boxes: Container[ValueWidget[Any]] = Container()
-        self.boxes.extend(_box(setting) for setting in fields(core.DistillSettings))
-        self.boxes.margins = (0, 0, 0, 0)
-        column(self, self.boxes.native, margin=0)
-        self.boxes.changed.connect(self._on_boxes_changed)
         self._value = core.DistillSettings()
+        self._boxes: Container[ValueWidget[Any]] | None = None
+        self._guard = WheelGuard(self)
         self.error = ""
+
+    @property
+    def boxes(self) -> Container[ValueWidget[Any]]:
+        """An editor for each setting."""
+        if self._boxes is None:
+            self._boxes = Container()
+            self._boxes.extend(_box(setting) for setting in fields(core.DistillSettings))
+            self._boxes.margins = (0, 0, 0, 0)
+            self._fill(self._boxes)
+            self._boxes.changed.connect(self._on_boxes_changed)
+            column(self, self._boxes.native, margin=0)
+            self._guard.protect(self)
+        return self._boxes
+
+    def setVisible(self, visible: bool) -> None:
+        if visible:
+            _ = self.boxes
+        super().setVisible(visible)
 
     def value(self) -> core.DistillSettings:
         """The last valid settings; while ``error`` is not empty, the boxes show other values."""
         return self._value
 
     def setValue(self, value: core.DistillSettings) -> None:
-        with self.boxes.changed.blocked():
-            texts = value.to_text()
-            for box in self.boxes:
-                box.value = texts[box.name] if isinstance(box, LineEdit) else getattr(value, box.name)
-        self._on_boxes_changed()
+        self._value, self.error = value, ""
+        if self._boxes is not None:
+            with self._boxes.changed.blocked():
+                self._fill(self._boxes)
+        self.valueChanged.emit(value)
+
+    def _fill(self, boxes: Container[ValueWidget[Any]]) -> None:
+        texts = self._value.to_text()
+        for box in boxes:
+            box.value = texts[box.name] if isinstance(box, LineEdit) else getattr(self._value, box.name)
 
     def _on_boxes_changed(self) -> None:
         values: dict[str, Any] = {

@@ -69,6 +69,7 @@ DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
 
 KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
 
+_HISTORIES = ("_undo_history", "_redo_history")  # of a Labels layer; napari 0.10 may hide them from plugins
 _LEFT = "left"  # by a dock that is closed
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 _WAIT = 300  # milliseconds without a stroke before its plane is counted
@@ -659,6 +660,19 @@ class SupportWidget(QWidget):
             self.layer.selected_label = self.classes.brush()
             self.layer.brush_size = max(2, min(chosen.plane_shape) // 60)
         return True
+
+    def history(self) -> tuple[Any, list[Any], list[Any]] | None:
+        """What napari can undo and redo in the annotations, and their state; None while their layer is not shown."""
+        if self.layer is None or self._session.annotations is None:
+            return None
+        undo, redo = (list(getattr(self.layer, name, ())) for name in _HISTORIES)
+        return self._work()[1], undo, redo
+
+    def setHistory(self, history: tuple[Any, list[Any], list[Any]] | None) -> None:
+        """Make the strokes of a closed dock undoable, if nothing was painted since."""
+        if history is not None and self.layer is not None and history[0] == self._work()[1]:
+            for name, items in zip(_HISTORIES, history[1:], strict=True):
+                getattr(self.layer, name, []).extend(items)
 
     def _show_annotations(self) -> None:
         """Show the present annotations in the layer."""
