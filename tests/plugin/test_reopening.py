@@ -395,6 +395,7 @@ def test_the_table_of_objects_comes_back_and_strokes_can_be_undone(
     second, close_second = docked()
     assert not second.objects.table.isHidden()
     np.testing.assert_array_equal(second.objects.table.model.values, rows)
+    assert second.objects.message.text().startswith(f"{len(rows)} object")
     assert second.objects.layer is first.objects.layer
     second.objects.layer.selected_label = int(rows[-1, 0])
     chosen = second.objects.table.view.currentIndex()

@@ -407,6 +407,8 @@ class ObjectsWidget(QWidget):
             self.layer.events.selected_label.connect(self._on_label_selected)
             self.table.show()
             self._on_state_changed()
+            count = fmt.count(len(self.table.model.values), "object")
+            self.message.tell(f"{count}, counted before the dock was closed; measures in {shown[0].counted.table}")
 
     def start(self) -> None:
         """Number and measure the objects."""
