@@ -42,9 +42,10 @@ from distillfss_core.models.engines import Runner
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device, release_memory
 from distillfss_core.segmentation.lazy import VolumeSegmenter
-from distillfss_core.settings import DistillSettings, PretrainSettings
+from distillfss_core.settings import SIZES, BackboneSettings, DistillSettings, PretrainSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill, refine, unrefined_teacher
+from distillfss_core.training.backbone import iter_distill_backbone
 from distillfss_core.types import AnnotatedSlice, Array
 
 PREPARED = Path(os.environ.get("PREPARED", ".gpu"))
@@ -136,10 +137,16 @@ class Measured:
     def student(self) -> StudentModel:
         return distill(self.support, replace(self.settings, steps=self.size(60, 3), precision="float32"))
 
-    def by(self, precision: str, engine: str = "torch") -> StudentModel:
+    @cached_property
+    def fast(self) -> StudentModel:
+        """The same on the compact backbone."""
+        steps = self.size(60, 3)
+        return distill(self.support, replace(self.settings, backbone=SIZES["fast"], steps=steps, precision="float32"))
+
+    def by(self, precision: str, engine: str = "torch", *, fast: bool = False) -> StudentModel:
         """The student in another precision."""
         with tempfile.TemporaryDirectory() as folder:
-            self.student.save(Path(folder) / "student.safetensors")
+            (self.fast if fast else self.student).save(Path(folder) / "student.safetensors")
             return StudentModel.load(
                 Path(folder) / "student.safetensors", device=self.size.device, precision=precision, engine=engine
             )
@@ -153,6 +160,8 @@ class Measured:
         """Megapixels a second of the student's network at zoom 1, by precision and batch size."""
         for precision, batch in itertools.product(self.precisions, self.size((8, 1, 2, 4, 16), (1, 2))):
             yield self._network(self.by(precision), batch)
+        for precision in self.precisions[:2]:
+            yield self._network(self.by(precision, fast=True), self.size(8, 1))
 
     def compiled(self) -> Iterator[Row]:
         """The same, compiled; the first time takes a minute."""
@@ -179,7 +188,7 @@ class Measured:
         text = f"{batch * side * side / 1e6 / seconds:,.1f} megapixels/s"
         if model.engine == "torch-compiled":
             text += f" ({first:.0f} s until the first)"
-        case = f"{model.engine}, {model.device.precision}, batch of {batch}"
+        case = f"{model.backbone.spec.name}, {model.engine}, {model.device.precision}, batch of {batch}"
         return row("network", case, text, "300 megapixels/s" if model.device.precision != "float32" else "")
 
     def volume(self) -> Iterator[Row]:
@@ -244,6 +253,29 @@ class Measured:
             seconds = median_seconds(once, self.size(1.0, 0.05))
             yield row("teacher", f"{shots} shots, {side} x {side}", f"{1000 * seconds:.1f} ms")
 
+    def backbone(self) -> Iterator[Row]:
+        """Milliseconds of a step of the distillation of a backbone, by its loss."""
+        images = [item.image for item in self.support.slices]
+        for loss in ("qsd", "direct"):
+            steps = self.size(100, 2)
+            settings = BackboneSettings(
+                student=SIZES["fast"],
+                loss=loss,
+                steps=steps,
+                views=self.size(16, 1),
+                batch=self.size(16, 2),
+                size=self.size(256, 64),
+                device=self.size.device,
+            )
+            run = iter_distill_backbone(images, settings)
+            next(step for step in run if step.stage == "distill")
+            began = time.perf_counter()
+            for _ in run:
+                pass
+            seconds = (time.perf_counter() - began) / (steps - 1)
+            case = f"{loss}, {settings.batch} views of {settings.size}"
+            yield row("distill a backbone", case, f"{1000 * seconds:.1f} ms")
+
     def accuracy(self) -> Iterator[Row]:
         """IoU of students distilled on the device, on images of nuclei."""
         folder = PREPARED / "nuclei"
@@ -283,6 +315,7 @@ def table(out: Path, until: float, size: Size) -> int:
         measured.volume,
         measured.accuracy,
         measured.teacher,
+        measured.backbone,
         measured.compiled,
     ]
     for part in parts:

@@ -37,7 +37,7 @@ from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
 from .segmentation.lazy import compare_intensities, sample_volume, segment_lazy
 from .segmentation.to_zarr import ShardDone, VolumeReport, iter_segment, segment_to_zarr
-from .settings import AdapterSettings, BackboneSettings, DistillSettings, PretrainSettings
+from .settings import SIZES, AdapterSettings, BackboneSettings, DistillSettings, PretrainSettings
 from .support.slice_selection import iter_diverse_planes, suggest_diverse_planes, suggest_planes
 from .support.support_set import SupportSet, load_support
 from .support.unlabeled import load_unlabeled
@@ -64,6 +64,7 @@ __version__: str
 __all__ = [
     "CLASS_COLORS",
     "IGNORE",
+    "SIZES",
     "SPECS",
     "AdapterSettings",
     "AnnotatedSlice",

@@ -27,6 +27,18 @@ def _setting(default: Any, label: str, help: str, **limits: Any) -> Any:
     return field(default=default, metadata={"label": label, "help": help, **limits})
 
 
+def _seed(same: str) -> Any:
+    return _setting(0, "Seed", f"Same seed, same {same} on one machine's CPU.", low=0, high=2**31 - 1)
+
+
+def _device() -> Any:
+    return _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
+
+
+def _precision() -> Any:
+    return _setting("auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16"))
+
+
 def _documented(settings: type[Settings]) -> type[Settings]:
     """Append a section "Parameters", made from the declaration, to the docstring."""
     lines = [settings.__doc__ or "", "", "    Parameters", "    ----------"]
@@ -124,6 +136,9 @@ SAMPLES = ("nuclei", "mitochondria", "nodules")
 
 FORMS = ("default", "published")
 """Of student, decoder, teacher and loss: that of this package, or that of the papers."""
+
+SIZES = {"balanced": "efficientnet_lite0", "fast": "lite0_compact"}
+"""Sizes of a student, and the backbone of each."""
 
 TEACHERS = {"dcama": "default", "uino": "uino", "prototype": "prototype"}
 """Teachers that are meta-trained, and the form of each in a head."""
@@ -297,11 +312,9 @@ class DistillSettings:
         "nearest the middle that is not the only one of a class).",
         parse=_slice_number,
     )
-    seed: int = _setting(0, "Seed", "Same seed, same result on one machine's CPU.", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
-    precision: str = _setting(
-        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
-    )
+    seed: int = _seed("result")
+    device: str = _device()
+    precision: str = _precision()
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> DistillSettings:
@@ -440,11 +453,9 @@ class PretrainSettings:
         60, "Evaluation tasks", "Held-out tasks of each source in an evaluation.", low=1, high=10_000
     )
     workers: int = _setting(1, "Workers", "Processes that make episodes; 0: the main one.", low=0, high=256)
-    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
-    precision: str = _setting(
-        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
-    )
+    seed: int = _seed("weights")
+    device: str = _device()
+    precision: str = _precision()
 
     def __post_init__(self) -> None:
         _check_all(self)
@@ -486,8 +497,9 @@ class BackboneSettings:
     loss: str = _setting(
         "qsd",
         "Loss",
-        "qsd: query-based soft distillation (GKD); mse: projected features; cwd: channels as distributions.",
-        choices=("qsd", "mse", "cwd"),
+        "qsd: query-based soft distillation (GKD); mse: projected features; cwd: channels as distributions; direct: "
+        "features as they are, of a student with the teacher's channels.",
+        choices=("qsd", "mse", "cwd", "direct"),
     )
     mask_weight: float = _setting(
         1.0,
@@ -503,7 +515,7 @@ class BackboneSettings:
         "8,16,32",
         "Strides",
         "Feature maps that are distilled, each with a loss of its own; 16 alone as published.",
-        choices=("16", "16,32", "8,16,32"),
+        choices=("16", "16,32", "8,16,32", "2,4,8,16,32"),
     )
     temperature: float | str = _setting(
         1.0,
@@ -523,11 +535,9 @@ class BackboneSettings:
     cache_mb: int = _setting(
         600, "Cache", "Megabytes of views with their teacher features that are kept, at most.", low=0, high=1_000_000
     )
-    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
-    precision: str = _setting(
-        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
-    )
+    seed: int = _seed("weights")
+    device: str = _device()
+    precision: str = _precision()
 
     def __post_init__(self) -> None:
         _check_all(self)
@@ -568,11 +578,9 @@ class AdapterSettings:
     cache_mb: int = _setting(
         4000, "Cache", "Megabytes of SAM's embeddings on disk, at most; a view has 2.1.", low=0, high=100_000_000
     )
-    seed: int = _setting(0, "Seed", "Same seed, same weights on one machine's CPU.", low=0, high=2**31 - 1)
-    device: str = _setting("auto", "Device", "auto, cpu, cuda, cuda:N or mps.")
-    precision: str = _setting(
-        "auto", "Precision", "Arithmetic of heavy layers.", choices=("auto", "float32", "bfloat16")
-    )
+    seed: int = _seed("weights")
+    device: str = _device()
+    precision: str = _precision()
 
     def __post_init__(self) -> None:
         _check_all(self)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import distillfss_core as core
+
 OWN = "own settings"
 """Stands for settings that are no preset."""
 
@@ -29,5 +31,12 @@ EXPLAINED: Mapping[str, str] = MappingProxyType(
 
 
 def preset_of(changed: Mapping[str, Any]) -> str | None:
-    """Name of the preset with these changes of the default settings, or None."""
+    """Name of the preset with these changes of the default settings, or None; any size of the student goes with it."""
+    if size_of(changed.get("backbone", core.SIZES["balanced"])):
+        changed = {name: value for name, value in changed.items() if name != "backbone"}
     return next((name for name, preset in PRESETS.items() if dict(preset) == changed), None)
+
+
+def size_of(backbone: str) -> str | None:
+    """Name of the size of students on a backbone, or None."""
+    return next((name for name, own in core.SIZES.items() if own == backbone), None)

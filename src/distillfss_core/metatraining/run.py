@@ -484,11 +484,14 @@ def _head_to_start_from(settings: PretrainSettings) -> HeadWeights | None:
         raise SettingsError(
             f"head {weights.source} has the {weights.preset} form, which is not meta-trained here; give another"
         )
-    if (weights.backbone_name, weights.width) != (settings.backbone, settings.width):
+    spec = backbone_spec(settings.backbone)
+    if weights.width != settings.width or backbone_spec(weights.backbone_name).channels != spec.channels:
         raise SettingsError(
             f"head {weights.source} is of {weights.backbone_name} with width {weights.width}, "
             f"but the settings say {settings.backbone} with width {settings.width}; give those of the head"
         )
+    if weights.backbone_name != settings.backbone:
+        weights = weights.fitted_to(spec)
     own, wanted = weights.form, _form(settings)
     other = [name for name in own if wanted.get(name) != own[name]]
     if settings.learn == "prompts" and other:

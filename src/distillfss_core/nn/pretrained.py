@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError, WeightsUnavailableError
-from distillfss_core.nn.backbones import Backbone, backbone_from_state, load_backbone
+from distillfss_core.nn.backbones import Backbone, BackboneSpec, backbone_from_state, load_backbone
 from distillfss_core.nn.checkpoint import FileKind, read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.teachers import LearnedTeacher
@@ -91,6 +91,18 @@ class HeadWeights:
             return backbone_from_state(self.backbone_name, self.backbone_tensors, self.card["backbone"]["weights"])
         except (SettingsError, WeightsUnavailableError) as error:
             raise ModelFileError(f"{self.source}: its backbone cannot be used ({error})") from error
+
+    def fitted_to(self, spec: BackboneSpec) -> HeadWeights:
+        """A start on another backbone with the same channels; its stages may have other numbers of blocks.
+
+        The decoder's weights of a stage's maps are added, and shared equally by the maps there are. The backbone of
+        this head is left out.
+        """
+        tensors = dict(self.tensors)
+        for stage, count in zip(("fine", "mid", "deep"), spec.coarse_blocks, strict=True):
+            name = f"decoder.{stage}.weight"
+            tensors[name] = tensors[name].sum(1, keepdim=True).repeat(1, count, 1, 1) / count
+        return replace(self, tensors=tensors, backbone_tensors={})
 
     def put_into(self, head: FewShotHead) -> None:
         """Start a head's teacher and decoder from these weights, whatever its number of classes.

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distillfss_core.errors import SettingsError
@@ -30,6 +31,9 @@ from distillfss_core.nn.backbones import (
     backbone_spec,
     load_backbone,
 )
+from distillfss_core.nn.backbones.pruning import pruned_tensors
+from distillfss_core.nn.backbones.trunks import create_net
+from distillfss_core.nn.backbones.weights import PRUNED
 from distillfss_core.nn.checkpoint import FileKind, under
 from distillfss_core.nn.device import Device, choose_device, seeded
 from distillfss_core.nn.token_losses import TokenLoss, mask_images
@@ -116,7 +120,7 @@ def iter_distill_backbone(
         device = choose_device(settings.device, settings.precision)
         teacher = load_teacher(settings.teacher, settings.teacher_weights)
         path = Path(checkpoint) if checkpoint else None
-        return (yield from iter_features(views, teacher, _load_student(settings), settings, device, path))
+        return (yield from iter_features(views, teacher, _load_student(settings, teacher), settings, device, path))
     finally:
         views.close()
 
@@ -148,6 +152,8 @@ def iter_features(
     strides = [int(stride) for stride in settings.strides.split(",")]
     _check_strides(start.spec, strides)
     tokens = TeacherTokens(teacher.to(device.torch), views, strides, device, settings.cache_mb << 20)
+    if settings.loss == "direct":
+        _check_channels(start.spec, tokens)
     training = _Training(settings, tokens, start, device, checkpoint)
     if not training.restore():
         for done, total in tokens.fit():
@@ -198,6 +204,7 @@ class _Training(ResumableTraining):
                 )
                 for name in passes
                 for stride in tokens.strides
+                if settings.loss != "direct"
             }
         self.projections: nn.ModuleDict = nn.ModuleDict(modules).to(device.torch)
         self.begin({"student": self.student, "losses": self.projections})
@@ -222,8 +229,11 @@ class _Training(ResumableTraining):
     def _loss(self, name: str, images: Tensor, teacher: Maps) -> Tensor:
         """Mean of the losses of all strides."""
         pyramid = self.student(images)
-        spec = self.student.spec
-        each = [self.projections[f"{name}_{s}"](last_map(pyramid, spec, s), teacher[s]) for s in self.tokens.strides]
+        maps = {stride: last_map(pyramid, self.student.spec, stride) for stride in self.tokens.strides}
+        if self.settings.loss == "direct":
+            each = [F.mse_loss(self.tokens.standardized(s, x), teacher[s]) for s, x in maps.items()]
+        else:
+            each = [self.projections[f"{name}_{s}"](x, teacher[s]) for s, x in maps.items()]
         return torch.stack(each).mean()
 
     def _masked(self, images: Tensor) -> Tensor:
@@ -286,11 +296,25 @@ def _check_strides(spec: BackboneSpec, strides: Sequence[int]) -> None:
         raise SettingsError(f"student {spec.name} has no map of stride {missing[0]}; give strides 16")
 
 
-def _load_student(settings: BackboneSettings) -> Backbone:
+def _check_channels(spec: BackboneSpec, tokens: TeacherTokens) -> None:
+    teacher = tokens.backbone.spec
+    for stride in tokens.strides:
+        own = spec.channels[stage_of(spec, stride) or 0]
+        if own != tokens.channels(stride):
+            raise SettingsError(
+                f"loss is 'direct', but at stride {stride} student {spec.name} has {own} channels and teacher "
+                f"{teacher.name} {tokens.channels(stride)}; give loss qsd"
+            )
+
+
+def _load_student(settings: BackboneSettings, teacher: Backbone) -> Backbone:
     """The backbone that the student starts from."""
-    weights = settings.student_weights
+    weights, spec = settings.student_weights, backbone_spec(settings.student)
+    if weights == "auto" and spec.pruned_from == teacher.spec.name:
+        pruned = pruned_tensors(teacher.state(), create_net(spec))
+        return backbone_from_state(spec.name, pruned, f"{PRUNED}{teacher.weights}")
     if weights == "auto":
-        weights = "random" if backbone_spec(settings.student).package is None else "packaged"
+        weights = "random" if spec.package is None else "packaged"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*has random weights.*", category=UserWarning)
         return load_backbone(settings.student, weights, seed=settings.seed)

@@ -186,7 +186,7 @@ class TeacherTokens:
         entries = []
         for start in range(0, len(images), step):
             part = torch.stack(images[start : start + step])
-            maps = {s: self._standardized(s, x).half().cpu() for s, x in self._raw(part).items()}
+            maps = {s: self.standardized(s, x).half().cpu() for s, x in self._raw(part).items()}
             entries += [(image, {s: x[k].clone() for s, x in maps.items()}) for k, image in enumerate(part)]
         return entries
 
@@ -201,7 +201,8 @@ class TeacherTokens:
             pyramid = self.backbone(x)
         return {stride: last_map(pyramid, spec, stride).float() for stride in self._computed}
 
-    def _standardized(self, stride: int, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    def standardized(self, stride: int, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """A map on the scale of the teacher's, as `fit` took it."""
         if stride not in self._norms:
             return x
         mean, deviation = self._norms[stride]

@@ -11,7 +11,7 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from napari_distillfss._presets import EXPLAINED, OWN, PRESETS, preset_of
+from napari_distillfss._presets import EXPLAINED, OWN, PRESETS, preset_of, size_of
 from napari_distillfss._widgets._common import WheelGuard, column, combo, row
 
 
@@ -86,10 +86,17 @@ class PresetPicker(QWidget):
         super().__init__(parent)
         self.form = SettingsForm()
         self.preset = combo("<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN))
+        self.student_size = combo(
+            "<b>balanced</b>: the default. <b>fast</b>: a smaller backbone, about four times as fast on a plane, and "
+            "less exact on many images",
+            (*core.SIZES, OWN),
+        )
         self.more = combo("Advanced shows every setting of the training", ("basic", "advanced"))
-        column(self, row("Training preset", self.preset), row("Settings", self.more), self.form, margin=0)
+        rows = row("Training preset", self.preset), row("Student size", self.student_size), row("Settings", self.more)
+        column(self, *rows, self.form, margin=0)
         self.form.hide()
         self.preset.activated.connect(self._on_preset_activated)
+        self.student_size.activated.connect(self._on_size_activated)
         self.more.currentIndexChanged.connect(self.form.setVisible)
         self.form.valueChanged.connect(self._on_form_changed)
         self.setPreset("default")
@@ -105,8 +112,8 @@ class PresetPicker(QWidget):
         self.form.setValue(value)
 
     def setPreset(self, name: str) -> None:
-        """Set a preset; all other settings return to their defaults."""
-        self.form.setValue(core.DistillSettings(**PRESETS[name]))
+        """Set a preset; all other settings but the backbone return to their defaults."""
+        self.form.setValue(core.DistillSettings(**PRESETS[name], backbone=self.value().backbone))
 
     def _on_preset_activated(self, _: int) -> None:
         name = self.preset.currentText()
@@ -115,8 +122,16 @@ class PresetPicker(QWidget):
         else:
             self.more.setCurrentIndex(1)
 
+    def _on_size_activated(self, _: int) -> None:
+        name = self.student_size.currentText()
+        if name in core.SIZES:
+            self.form.boxes["backbone"].value = core.SIZES[name]
+        else:
+            self.more.setCurrentIndex(1)
+
     def _on_form_changed(self, value: core.DistillSettings) -> None:
         self.preset.setCurrentText(preset_of(value.changed()) or OWN)
+        self.student_size.setCurrentText(size_of(value.backbone) or OWN)
         self.valueChanged.emit(value)
 
 

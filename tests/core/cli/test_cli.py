@@ -171,6 +171,17 @@ def test_a_preset_sets_the_four_forms_and_is_refused_beside_a_start(here, capsys
     assert not (here / "again.safetensors").exists()
 
 
+def test_a_size_stands_for_a_backbone_and_is_refused_beside_another_one(here, capsys):
+    command = ["distill", "stack.tif", "stack_labels.tif", "-o", "fast.safetensors", *FEW, "--size=fast"]
+    assert "--size fast does not go with --backbone resnet18" in error_of(capsys, *command, "--backbone=resnet18")
+    assert run(*command) == FINE
+    fast = StudentModel.load("fast.safetensors")
+    assert fast.backbone.spec.name == "lite0_compact"
+    assert fast.training["head"].startswith("lite0-compact")
+    again = ["distill", "stack.tif", "stack_labels.tif", "-o", "again.safetensors", *FEW]
+    assert "--init-from" in error_of(capsys, *again, "--size=balanced", "--init-from=fast.safetensors")
+
+
 @pytest.mark.parametrize(
     ("option", "code"),
     [

@@ -598,6 +598,22 @@ def test_a_head_to_start_from_must_be_of_the_form_asked_for(tmp_path, whole):
         PretrainRun(replace(TINY, backbone="resnet18", weights="random", init_from="packaged"), tmp_path)
 
 
+def test_a_head_starts_on_another_backbone_with_the_same_channels(tmp_path, whole):
+    path = whole.finish()
+    settings = replace(TINY, backbone="lite0_compact", weights="packaged", init_from=str(path))
+    run = PretrainRun(settings, tmp_path / "compact")
+    told, held = load_head(path).tensors, run.teacher.state_dict()
+    other = {name for name, value in told.items() if not torch.equal(held[name], value)}
+    assert other == {f"decoder.{stage}.weight" for stage in ("fine", "mid", "deep")}
+    assert run.backbone.spec.name == "lite0_compact"
+    maps = torch.rand(1, 1, 6, 6)
+    for stage, count in zip(("fine", "mid", "deep"), (2, 3, 4), strict=True):
+        own, theirs = held[f"decoder.{stage}.weight"], told[f"decoder.{stage}.weight"]
+        alike = torch.nn.functional.conv2d(maps.expand(1, count, 6, 6), theirs)  # maps of a stage that are all the same
+        torch.testing.assert_close(torch.nn.functional.conv2d(maps, own), alike)
+    run.close()
+
+
 def test_a_heavy_backbone_is_not_trained(tmp_path):
     folder = tmp_path / "new"
     with pytest.raises(SettingsError, match=r"resnet50 is too large.*give 0, or one of efficientnet_lite0, "):

@@ -28,7 +28,8 @@ from distillfss_core.nn.backbones import (
     load_backbone,
 )
 from distillfss_core.nn.backbones.backbone import pad_to_multiple
-from distillfss_core.nn.backbones.trunks import create_net, create_trunk
+from distillfss_core.nn.backbones.pruning import pruned_tensors
+from distillfss_core.nn.backbones.trunks import create_net, create_trunk, trunk_tensors
 from distillfss_core.nn.backbones.weights import check_tensors, packaged_tensors, to_timm_names
 from distillfss_core.nn.features import FeaturePyramid
 
@@ -104,6 +105,8 @@ class TestContract:
         assert tuple(len(stage) for stage in pyramid.coarse) == spec.coarse_blocks
 
     def test_mean_and_std_are_those_of_timm(self, backbone: Backbone) -> None:
+        if not backbone.spec.hub_id:
+            pytest.skip("timm does not have this backbone")
         config = timm.get_pretrained_cfg(backbone.spec.hub_id.removeprefix("timm/"))
         assert (backbone.spec.mean, backbone.spec.std) == (config.mean, config.std)
         assert (backbone.spec.hub_id, backbone.spec.license) == (config.hf_hub_id, config.license)
@@ -148,7 +151,7 @@ class TestContract:
 
     def test_a_state_has_the_names_and_shapes_of_timm(self, backbone: Backbone) -> None:
         with torch.device("meta"):
-            net = timm.create_model(backbone.spec.timm_name, pretrained=False)
+            net = create_net(backbone.spec)
         theirs = {key: tensor.shape for key, tensor in net.state_dict().items()}
         assert {key: tensor.shape for key, tensor in backbone.state().items()}.items() <= theirs.items()
 
@@ -162,7 +165,7 @@ def reference(backbone: Backbone, image: Float[Tensor, "b 3 h w"], **timm_args: 
     ResNet: what enters the last activation of each block; ViT: normalized patch tokens.
     """
     spec = backbone.spec
-    net = timm.create_model(spec.timm_name, pretrained=False, **timm_args).eval()
+    net = (create_net(spec) if spec.layout else timm.create_model(spec.timm_name, pretrained=False, **timm_args)).eval()
     assert net.load_state_dict(backbone.state(), strict=False).unexpected_keys == []
     seen: list[Tensor] = []
     if spec.family == "resnet":
@@ -390,6 +393,39 @@ def test_features_with_packaged_weights_are_those_of_timm(lite0: Backbone) -> No
     theirs = list(reference(lite0, image))
     for stage, first in zip(lite0(image).stages, (1, 2, 4, 9, 12), strict=True):
         assert_close(stage, theirs[first : first + len(stage)])
+
+
+def test_a_pruned_block_is_the_block_itself_if_what_was_pruned_did_nothing() -> None:
+    larger, smaller = create_net(SPECS["efficientnet_lite0"], seed=1).eval(), create_net(SPECS["lite0_compact"]).eval()
+    whole = shaken(larger.state_dict())
+    block = "blocks.5.3."  # the last of its stage, as the second of two is in the smaller network
+    idle = torch.arange(1152) % 3 != 0
+    for name in ("bn2.weight", "bn2.bias"):
+        whole[f"{block}{name}"][idle] = 0
+    larger.load_state_dict(whole)
+    smaller.load_state_dict(pruned_tensors(whole, smaller), strict=False)
+    x = noise(1, 192, 8, 8)
+    assert smaller.blocks[5][1].conv_dw.weight.shape[0] == 384 == (~idle).sum()
+    torch.testing.assert_close(smaller.blocks[5][1](x), larger.blocks[5][3](x))
+
+
+def test_pruned_tensors_fit_the_smaller_network_and_are_parts_of_the_larger_one() -> None:
+    spec = SPECS["lite0_compact"]
+    whole = create_net(SPECS["efficientnet_lite0"], seed=1).state_dict()
+    smaller = create_net(spec)
+    tensors = pruned_tensors(whole, smaller)
+    check_tensors(tensors, wanted=trunk_tensors(create_trunk(smaller, spec)), source="pruned")
+    rows = {kernel.numpy().tobytes() for kernel in whole["blocks.3.2.conv_dw.weight"]}
+    assert all(kernel.numpy().tobytes() in rows for kernel in tensors["blocks.3.1.conv_dw.weight"])
+    assert torch.equal(tensors["blocks.4.0.bn3.weight"], whole["blocks.4.0.bn3.weight"])
+
+
+def test_the_compact_backbone_starts_from_the_packaged_one_pruned(lite0: Backbone) -> None:
+    compact = load_backbone("lite0_compact")
+    assert compact.weights == f"pruned:{lite0.weights}"
+    assert compact(noise(1, 3, 64, 64)).stages[-1][-1].isfinite().all()
+    with pytest.raises(WeightsUnavailableError, match="no hub holds weights of backbone 'lite0_compact'"):
+        load_backbone("lite0_compact", "hub")
 
 
 def test_the_name_map_of_the_package_is_strict() -> None:

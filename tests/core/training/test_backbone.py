@@ -267,6 +267,30 @@ def test_a_student_of_the_teachers_form_comes_to_its_features_on_eight_images():
     assert cka(learned, target) > cka(started, target) + 0.05
 
 
+def test_the_direct_loss_is_the_distance_of_the_features_themselves():
+    settings = replace(TINY, student=TINY.teacher, loss="direct", mask_weight=0.0, strides="2,4,8,16,32")
+    teacher, other = random_backbone(TINY.teacher), random_backbone(TINY.teacher, seed=1)
+    tokens = TeacherTokens(teacher, scanned(IMAGES), (2, 4, 8, 16, 32), CPU, 0)
+    list(tokens.fit())
+    images, maps = tokens.batch([0, 3])
+    for start, low, high in ((teacher, 0, 1e-5), (other, 0.5, 1e3)):
+        training = module._Training(settings, tokens, start, CPU, None)
+        assert list(training.projections) == []
+        training.student.eval()
+        assert low <= training._loss("features", images, maps) <= high
+
+
+def test_the_direct_loss_needs_equal_channels():
+    with pytest.raises(SettingsError, match="at stride 8 student lcnet_050 has 64 channels and teacher resnet18 128"):
+        distill_backbone(IMAGES, replace(TINY, teacher="resnet18", student="lcnet_050", loss="direct"))
+
+
+def test_a_pruned_student_starts_from_its_teacher():
+    settings = replace(TINY, teacher="efficientnet_lite0", teacher_weights="auto", student="lite0_compact", steps=1)
+    card = distill_backbone(IMAGES, settings).card
+    assert card["start"] == f"pruned:{load_teacher('efficientnet_lite0').weights}"
+
+
 # teachers, tokens and views
 
 

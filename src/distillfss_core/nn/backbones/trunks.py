@@ -7,6 +7,7 @@ is neither run nor kept, and its tensors keep timm's names.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,7 +172,26 @@ def create_net(spec: BackboneSpec, seed: int = 0) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if spec.layout:
+            return _own_net(spec)
         return timm.create_model(spec.timm_name, pretrained=False, **_TIMM_ARGS.get(spec.family, {}))
+
+
+def _own_net(spec: BackboneSpec) -> nn.Module:
+    """A network with the blocks of ``spec.layout``, and the padding, norms and activation of EfficientNet-Lite."""
+    from timm.models._efficientnet_builder import decode_arch_def
+    from timm.models.efficientnet import EfficientNet
+
+    net: nn.Module = EfficientNet(
+        decode_arch_def([[stage] for stage in spec.layout]),
+        num_classes=0,
+        stem_size=spec.stem,
+        fix_stem=True,
+        act_layer=nn.ReLU6,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        pad_type="same",
+    )
+    return net
 
 
 def create_trunk(net: nn.Module, spec: BackboneSpec) -> nn.Module:

