@@ -121,6 +121,7 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("name", card.get("name", "")),
         ("backbone", _backbone_text(card)),
+        *_distillation_lines(card),
         ("teacher", f"{form['teacher']}{reader}"),
         ("size", f"{card['parameters']} parameters, decoder width {card['width']}"),
         (
@@ -132,6 +133,16 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         *(("data", f"{row['name']} ({row['pictures']} pictures, {row['license']})") for row in card["data"]),
         *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
+
+
+def _distillation_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
+    """How the backbone of a head was distilled, if it was."""
+    if "distilled" not in card:
+        return []
+    made = card["distilled"]
+    images = f"{made['images']} images of {len(made['sources'])} sets"
+    text = f"from {made['teacher']['name']}, {made['steps']} steps on {images}, loss {made['settings']['loss']}"
+    return [("distilled", text)]
 
 
 def _origin_text(origin: dict[str, Any]) -> str:

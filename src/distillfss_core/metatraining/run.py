@@ -32,6 +32,7 @@ from distillfss_core.metatraining.episodes import Episode, EpisodeMix, held_out_
 from distillfss_core.metatraining.real import RealSource
 from distillfss_core.metatraining.task import U8, Task
 from distillfss_core.nn.adapter_file import load_adapter
+from distillfss_core.nn.backbone_file import read_backbone_card
 from distillfss_core.nn.backbones import (
     SPECS,
     TRAINED,
@@ -42,8 +43,10 @@ from distillfss_core.nn.backbones import (
     backbone_spec,
     load_backbone,
 )
+from distillfss_core.nn.backbones.weights import BACKBONE_FILE
 from distillfss_core.nn.checkpoint import (
     FileKind,
+    kind_of,
     read_card_file,
     restore_training,
     training_tensors,
@@ -199,6 +202,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "license": backbone.spec.license,
                 "digest": backbone.digest(),
             },
+            **_distillation(self.settings.weights),
             "width": self.settings.width,
             **_teacher_card(self.settings, self._adapter, self._sam),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
@@ -512,6 +516,11 @@ def _head_form(settings: PretrainSettings) -> HeadForm:
 
 def _form(settings: PretrainSettings) -> dict[str, Any]:
     return head_form(_head_form(settings).to_json())
+
+
+def _distillation(weights: str) -> dict[str, Any]:
+    """What the card says of a backbone that was distilled: the card of its file."""
+    return {"distilled": read_backbone_card(weights)} if kind_of(weights) == BACKBONE_FILE.name else {}
 
 
 def _teacher_card(settings: PretrainSettings, adapter: str, sam: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ HEAD_FILE = FileKind("distillfss-head", "meta-trained DistillFSS head", 1)
 PACKAGED = {
     ("efficientnet_lite0", "default"): "efficientnet_lite0.safetensors",
     ("efficientnet_lite0", "prototype"): "efficientnet_lite0_prototype.safetensors",
+    ("lite0_compact", "default"): "lite0_compact.safetensors",
 }
 """Heads in this package, by backbone and teacher. Those of a backbone share it, and the default one holds it."""
 

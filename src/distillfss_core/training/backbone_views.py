@@ -156,7 +156,8 @@ class Views:
             head = f"{volume.shape} {volume.dtype}".encode()
             return "arrays", 1, hashlib.sha256(head + np.ascontiguousarray(volume).tobytes()).hexdigest()
         if isinstance(source, Path) and source.is_file() and source.stat().st_size <= HASHED:
-            return source.parent.name, volume.shape[0], hashlib.sha256(source.read_bytes()).hexdigest()
+            folder = source.parent if source.parent.name != "images" else source.absolute().parents[1]
+            return folder.name, volume.shape[0], hashlib.sha256(source.read_bytes()).hexdigest()
         identity = json.dumps(volume.identity, sort_keys=True, default=str)
         return volume.name, volume.shape[0], hashlib.sha256(identity.encode()).hexdigest()
 

@@ -14,10 +14,12 @@ import torch
 
 from distillfss_core import (
     AdapterSettings,
+    BackboneSettings,
     ModelFileError,
     PretrainSettings,
     SettingsError,
     distill_adapter,
+    distill_backbone,
     load_backbone,
 )
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED
@@ -27,6 +29,7 @@ from distillfss_core.metatraining.run import CHECKPOINT, CHECKPOINT_FILE, CURVES
 from distillfss_core.metatraining.synthetic import synthetic_task
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.adapter_file import load_adapter
+from distillfss_core.nn.backbone_file import read_backbone_card
 from distillfss_core.nn.checkpoint import read_card_file, write_card_file
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import HEAD_FILE, PACKAGED, halved, load_head, packaged_head, save_head
@@ -606,12 +609,25 @@ def test_a_head_starts_on_another_backbone_with_the_same_channels(tmp_path, whol
     other = {name for name, value in told.items() if not torch.equal(held[name], value)}
     assert other == {f"decoder.{stage}.weight" for stage in ("fine", "mid", "deep")}
     assert run.backbone.spec.name == "lite0_compact"
+    assert "distilled" not in run.card()
     maps = torch.rand(1, 1, 6, 6)
     for stage, count in zip(("fine", "mid", "deep"), (2, 3, 4), strict=True):
         own, theirs = held[f"decoder.{stage}.weight"], told[f"decoder.{stage}.weight"]
         alike = torch.nn.functional.conv2d(maps.expand(1, count, 6, 6), theirs)  # maps of a stage that are all the same
         torch.testing.assert_close(torch.nn.functional.conv2d(maps, own), alike)
     run.close()
+
+
+def test_the_card_of_a_head_says_how_its_backbone_was_distilled(tmp_path, capsys):
+    file = tmp_path / "compact.safetensors"
+    settings = BackboneSettings(student="lite0_compact", steps=1, batch=2, size=64, views=1, device="cpu")
+    distill_backbone([np.full((64, 64), 7, np.uint8), np.eye(64)], settings).save(file)
+    run = PretrainRun(replace(TINY, backbone="lite0_compact", weights=str(file)), tmp_path / "run")
+    head = run.finish()
+    run.close()
+    assert load_head(head).card["distilled"]["sources"] == read_backbone_card(file)["sources"]
+    assert main(["info", str(head)]) == FINE
+    assert "from efficientnet_lite0, 1 steps on 2 images of 1 sets, loss qsd" in capsys.readouterr().out
 
 
 def test_a_heavy_backbone_is_not_trained(tmp_path):
@@ -743,6 +759,25 @@ def test_the_packaged_prototypes_share_the_backbone_of_the_packaged_attention(su
     assert told.card["held_out"] == default.card["held_out"]
     student = distill(support, replace(tiny, steps=1, teacher="prototype"))
     assert student.training["head"] == told.name != default.name
+    assert student.backbone.digest() == told.backbone_digest
+
+
+def test_the_packaged_compact_head_brings_its_backbone_and_its_sources(support, tiny):
+    told, default = packaged_head("lite0_compact"), packaged_head("efficientnet_lite0")
+    assert told is not None
+    assert default is not None
+    backbone = told.trained_backbone()
+    assert backbone is not None
+    assert told.backbone_digest == backbone.digest()
+    assert sum(tensor.numel() for tensor in backbone.state().values()) < 4e5
+    with as_file(files("distillfss_core") / "weights" / PACKAGED["lite0_compact", "default"]) as path:
+        assert path.stat().st_size < 2e6
+    assert told.card["held_out"] == default.card["held_out"]
+    learned_from = {row["name"] for row in told.card["distilled"]["sources"]}
+    assert learned_from == {row["name"] for row in told.card["data"]}
+    assert told.card["distilled"]["teacher"]["digest"] == default.backbone_digest
+    student = distill(support, replace(tiny, steps=1, backbone="lite0_compact"))
+    assert student.training["head"] == told.name
     assert student.backbone.digest() == told.backbone_digest
 
 

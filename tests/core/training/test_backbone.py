@@ -393,7 +393,8 @@ def test_folders_sets_stacks_and_volumes_are_taken(tmp_path):
         [tmp_path / "sets", tmp_path / "sets" / "one", tmp_path / "stack.tif", open_volume(np.stack(IMAGES)), IMAGES[0]]
     )
     assert [(row["name"], row["images"]) for row in views.sources()] == [
-        ("images", 3),
+        ("one", 2),
+        ("two", 1),
         (tmp_path.name, 3),
         ("array", 4),
         ("arrays", 1),
