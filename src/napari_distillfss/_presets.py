@@ -11,6 +11,9 @@ import distillfss_core as core
 OWN = "own settings"
 """Stands for settings that are no preset."""
 
+OTHER = "other"
+"""Stands for a backbone that is no size of the student."""
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "probe": {"method": "probe"},

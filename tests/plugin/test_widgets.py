@@ -100,7 +100,7 @@ def test_the_size_of_the_student_is_its_backbone_and_goes_with_every_preset(qtbo
     assert picker.value() == DistillSettings(backbone="lite0_compact", **PRESETS["quick"])
     assert (picker.preset.currentText(), picker.student_size.currentText()) == ("quick", "fast")
     picker.form.boxes["backbone"].value = "resnet18"
-    assert (picker.preset.currentText(), picker.student_size.currentText()) == ("own settings", "own settings")
+    assert (picker.preset.currentText(), picker.student_size.currentText()) == ("own settings", "other")
 
 
 def test_classes_are_added_renamed_and_taken_away(qtbot):
