@@ -4,6 +4,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from qtpy.QtCore import Qt
 
 from distillfss_core import DistillSettings
 from napari_distillfss._annotations import Class
@@ -160,6 +161,16 @@ def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
     assert chosen.args == [1, ((0, 1), (0, 11), (0, 21))]
     table.select(2)
     assert table.view.selectionModel().selectedRows()[0].data() == "2"
+
+
+def test_headings_of_the_table_have_units_as_one_writes_them(qtbot, tmp_path):
+    (tmp_path / "t.csv").write_text("label,volume_um3,centroid_z_um,volume_voxels,um\n1,2,3,4,5\n")
+    table = ObjectTable()
+    qtbot.addWidget(table)
+    table.read(tmp_path / "t.csv")
+    headings = [table.view.model().headerData(i, Qt.Orientation.Horizontal) for i in range(5)]
+    assert headings == ["label", "volume (µm³)", "centroid z (µm)", "volume voxels", "um"]
+    assert "volume_um3" in table.features()
 
 
 @pytest.mark.parametrize("name", ["nucleus", " Nucleus ", "background"])

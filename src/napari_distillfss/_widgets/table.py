@@ -10,6 +10,9 @@ import numpy as np
 from qtpy.QtCore import QAbstractTableModel, QModelIndex, QSortFilterProxyModel, Qt, Signal
 from qtpy.QtWidgets import QAbstractItemView, QTableView, QVBoxLayout, QWidget
 
+_UNITS = {"um": "µm", "um3": "µm³"}
+"""How a heading has the unit at the end of a column's name."""
+
 _ROLES = (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.UserRole)
 
 
@@ -98,4 +101,6 @@ class _Measures(QAbstractTableModel):
     def headerData(self, section: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
         if role != Qt.ItemDataRole.DisplayRole or side != Qt.Orientation.Horizontal:
             return None
-        return self.columns[section].replace("_", " ")
+        name, _, unit = self.columns[section].rpartition("_")
+        heading = f"{name} ({_UNITS[unit]})" if name and unit in _UNITS else self.columns[section]
+        return heading.replace("_", " ")
