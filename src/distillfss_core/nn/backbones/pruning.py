@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from distillfss_core.types import evenly
 
-_INNER = {"conv_pw": 0, "bn1": 0, "conv_dw": 0, "bn2": 0, "conv_pwl": 1}
-"""Axis of the inner channels in the parts of a block that expands."""
-_STEM_BLOCK = {"conv_dw": 0, "bn1": 0, "conv_pw": 1}
+_EXPANDING = ("conv_pwl", "bn2", {"conv_pw": 0, "bn1": 0, "conv_dw": 0, "bn2": 0, "conv_pwl": 1})
+"""Of a block that expands: what reads its inner channels, the norm of its depthwise convolution, and where they lie."""
+_FIRST = ("conv_pw", "bn1", {"conv_dw": 0, "bn1": 0, "conv_pw": 1})
 """The same for the first block, whose inner channels are those of the stem."""
 
 
@@ -33,35 +33,26 @@ def pruned_tensors(source: Mapping[str, Tensor], net: nn.Module) -> dict[str, Te
     net : nn.Module
         The smaller network. Its stages have no more blocks, and these no more inner channels and the same kernels.
     """
-    wanted = {name: t for name, t in net.state_dict().items() if t.ndim}  # no counters of batches
+    wanted = {name: tensor for name, tensor in net.state_dict().items() if tensor.ndim}  # no counters of batches
     depths = _depths(source)
-    places = {
-        f"blocks.{stage}.{block}.": f"blocks.{stage}.{evenly(depths[stage], depth)[block]}."
-        for stage, depth in _depths(wanted).items()
-        for block in range(depth)
-    }
     result: dict[str, Tensor] = {}
-    for place, origin in places.items():
-        parts = _INNER if f"{place}conv_pwl.weight" in wanted else _STEM_BLOCK
-        out = "conv_pwl" if parts is _INNER else "conv_pw"
-        scale = source[f"{origin}{'bn2' if parts is _INNER else 'bn1'}.weight"]
-        importance = scale.abs() * source[f"{origin}{out}.weight"].flatten(2).norm(dim=(0, 2))
-        inner = wanted[f"{place}conv_dw.weight"].shape[0]
-        kept = importance.topk(inner).indices.sort().values
-        if parts is _STEM_BLOCK:
-            stem = {name: t[kept] for name, t in source.items() if name.startswith(("conv_stem.", "bn1.")) and t.ndim}
-            result |= stem
-        for name in (name for name in wanted if name.startswith(place)):
-            part = name.removeprefix(place)
-            tensor = source[origin + part]
-            axis = parts.get(part.partition(".")[0])
-            if axis is not None:
-                tensor = tensor.index_select(axis, kept)
-            result[name] = tensor
+    for stage, depth in _depths(wanted).items():
+        for block, taken in enumerate(evenly(depths[stage], depth)):
+            place, origin = f"blocks.{stage}.{block}.", f"blocks.{stage}.{taken}."
+            reader, norm, axes = _EXPANDING if f"{place}conv_pwl.weight" in wanted else _FIRST
+            scale = source[f"{origin}{norm}.weight"].abs()
+            importance = scale * source[f"{origin}{reader}.weight"].flatten(2).norm(dim=(0, 2))
+            kept = importance.topk(len(wanted[f"{place}conv_dw.weight"])).indices.sort().values
+            for name in (name for name in wanted if name.startswith(place)):
+                part = name.removeprefix(place)
+                axis, tensor = axes.get(part.partition(".")[0]), source[origin + part]
+                result[name] = tensor if axis is None else tensor.index_select(axis, kept)
+            if reader == "conv_pw":
+                result |= {name: source[name][kept] for name in wanted if name.startswith(("conv_stem.", "bn1."))}
     return result
 
 
 def _depths(tensors: Mapping[str, Tensor]) -> dict[int, int]:
     """Number of blocks of each stage."""
-    places = {tuple(int(n) for n in name.split(".")[1:3]) for name in tensors if name.startswith("blocks.")}
-    return {stage: 1 + max(block for other, block in places if other == stage) for stage, _ in places}
+    places = sorted({tuple(int(n) for n in name.split(".")[1:3]) for name in tensors if name.startswith("blocks.")})
+    return {stage: block + 1 for stage, block in places}
