@@ -184,6 +184,7 @@ def test_no_text_is_cut_off(theme, drawn, qtbot):
     cut = {w.toolTip() or w.text(): (needed_width(w), w.width()) for w in shown
            if w not in named_by_user and needed_width(w) > w.width()}  # fmt: skip
     assert not cut
+    assert dock.widget().minimumSizeHint().width() <= dock.viewport().width()  # it has no bar to scroll by
 
 
 def test_every_widget_that_takes_input_has_a_name_for_assistive_technology(viewer, nuclei, open_dock, qtbot):

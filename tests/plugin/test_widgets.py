@@ -89,21 +89,6 @@ def test_a_preset_is_recognized(name, qtbot):
     assert picker.preset.currentText() == "own settings"
 
 
-def test_the_size_of_the_student_is_its_backbone_and_goes_with_every_preset(qtbot):
-    picker = PresetPicker()
-    qtbot.addWidget(picker)
-    assert picker.student_size.currentText() == "balanced"
-    picker.student_size.setCurrentText("fast")
-    picker.student_size.activated.emit(1)
-    assert picker.value() == DistillSettings(backbone="lite0_compact")
-    assert picker.preset.currentText() == "default"
-    picker.setPreset("quick")
-    assert picker.value() == DistillSettings(backbone="lite0_compact", **PRESETS["quick"])
-    assert (picker.preset.currentText(), picker.student_size.currentText()) == ("quick", "fast")
-    picker.form.boxes["backbone"].value = "resnet18"
-    assert (picker.preset.currentText(), picker.student_size.currentText()) == ("own settings", "other")
-
-
 def test_classes_are_added_renamed_and_taken_away(qtbot):
     classes = ClassList()
     qtbot.addWidget(classes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 from magicgui.widgets import ComboBox, Container, FloatSpinBox, LineEdit, SpinBox
@@ -11,7 +11,7 @@ from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QWidget
 
 import distillfss_core as core
-from napari_distillfss._presets import EXPLAINED, OTHER, OWN, PRESETS, preset_of, size_of
+from napari_distillfss._presets import EXPLAINED, OWN, PRESETS, preset_of
 from napari_distillfss._widgets._common import WheelGuard, column, combo, row
 
 
@@ -86,17 +86,10 @@ class PresetPicker(QWidget):
         super().__init__(parent)
         self.form = SettingsForm()
         self.preset = combo("<br>".join(f"<b>{name}</b>: {text}" for name, text in EXPLAINED.items()), (*PRESETS, OWN))
-        self.student_size = combo(
-            "<b>balanced</b>: the default. <b>fast</b>: a smaller backbone, about 2.4 times as fast, and less exact on "
-            "some images",
-            (*core.SIZES, OTHER),
-        )
         self.more = combo("Advanced shows every setting of the training", ("basic", "advanced"))
-        settings = row("Settings", self.more, "Model size", self.student_size)
-        column(self, row("Training preset", self.preset), settings, self.form, margin=0)
+        column(self, row("Training preset", self.preset), row("Settings", self.more), self.form, margin=0)
         self.form.hide()
         self.preset.activated.connect(self._on_preset_activated)
-        self.student_size.activated.connect(self._on_size_activated)
         self.more.currentIndexChanged.connect(self.form.setVisible)
         self.form.valueChanged.connect(self._on_form_changed)
         self.setPreset("default")
@@ -112,8 +105,8 @@ class PresetPicker(QWidget):
         self.form.setValue(value)
 
     def setPreset(self, name: str) -> None:
-        """Set a preset; all other settings but the backbone return to their defaults."""
-        self.form.setValue(core.DistillSettings(**PRESETS[name], backbone=self.value().backbone))
+        """Set a preset; all other settings return to their defaults."""
+        self.form.setValue(core.DistillSettings(**PRESETS[name]))
 
     def _on_preset_activated(self, _: int) -> None:
         name = self.preset.currentText()
@@ -122,16 +115,8 @@ class PresetPicker(QWidget):
         else:
             self.more.setCurrentIndex(1)
 
-    def _on_size_activated(self, _: int) -> None:
-        name = self.student_size.currentText()
-        if name in core.SIZES:
-            self.form.setValue(replace(self.value(), backbone=core.SIZES[name]))
-        else:
-            self.more.setCurrentIndex(1)
-
     def _on_form_changed(self, value: core.DistillSettings) -> None:
         self.preset.setCurrentText(preset_of(value.changed()) or OWN)
-        self.student_size.setCurrentText(size_of(value.backbone) or OTHER)
         self.valueChanged.emit(value)
 
 
