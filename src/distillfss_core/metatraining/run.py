@@ -202,7 +202,7 @@ class PretrainRun(Iterator[TrainStep]):
                 "license": backbone.spec.license,
                 "digest": backbone.digest(),
             },
-            **_distillation(self.settings.weights),
+            **self._distillation(),
             "width": self.settings.width,
             **_teacher_card(self.settings, self._adapter, self._sam),
             "parameters": sum(p.numel() for p in self.teacher.parameters()),
@@ -221,6 +221,15 @@ class PretrainRun(Iterator[TrainStep]):
                 (line for line in reversed(self.history) if "real_5_shot" in line or "made_5_shot" in line), {}
             ),
         }
+
+    def _distillation(self) -> dict[str, Any]:
+        """What the card says of a backbone that was distilled: the card of its file."""
+        weights = self.settings.weights
+        if kind_of(weights) != BACKBONE_FILE.name:
+            return {}
+        card = read_backbone_card(weights)
+        is_used = card["backbone"]["digest"] == self.backbone.digest()  # a head to start from may bring its own
+        return {"distilled": card} if is_used else {}
 
     def _run(self) -> Generator[TrainStep, None, None]:
         settings = self.settings
@@ -516,11 +525,6 @@ def _head_form(settings: PretrainSettings) -> HeadForm:
 
 def _form(settings: PretrainSettings) -> dict[str, Any]:
     return head_form(_head_form(settings).to_json())
-
-
-def _distillation(weights: str) -> dict[str, Any]:
-    """What the card says of a backbone that was distilled: the card of its file."""
-    return {"distilled": read_backbone_card(weights)} if kind_of(weights) == BACKBONE_FILE.name else {}
 
 
 def _teacher_card(settings: PretrainSettings, adapter: str, sam: str) -> dict[str, Any]:

@@ -628,6 +628,10 @@ def test_the_card_of_a_head_says_how_its_backbone_was_distilled(tmp_path, capsys
     assert load_head(head).card["distilled"]["sources"] == read_backbone_card(file)["sources"]
     assert main(["info", str(head)]) == FINE
     assert "from efficientnet_lite0, 1 steps on 2 images of 1 sets, loss qsd" in capsys.readouterr().out
+    other = replace(TINY, backbone="lite0_compact", weights=str(file), width=32, init_from="packaged")
+    run = PretrainRun(other, tmp_path / "other")  # the head brings its own backbone
+    assert "distilled" not in run.card()
+    run.close()
 
 
 def test_a_heavy_backbone_is_not_trained(tmp_path):
