@@ -425,12 +425,9 @@ class ObjectsWidget(QWidget):
             image = self._image_on(chosen) if not is_of_applied else chosen.volume
             measured = {"image": image} if image is not None and image.ndim == 3 else {}
             overwrite = first in self._own
-            options_of_run: dict[str, Any] = {
-                "table": table,
-                "overwrite": overwrite,
-                "see": _seen_in(chosen, self._viewer.dims),
-            }
-            self.job.start(lambda stop: iter_counting(labels, out, stop, **options_of_run, **measured, **options))
+            written: dict[str, Any] = {"table": table, "overwrite": overwrite, **measured, **options}
+            see = _seen_in(chosen, self._viewer.dims)
+            self.job.start(lambda stop: iter_counting(labels, out, stop, see=see, **written))
             self._own[first] = out
             self._running = _Count(chosen, Counted(out, table, options), is_of_applied)
             self.message.tell("")
