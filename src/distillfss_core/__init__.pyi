@@ -43,7 +43,15 @@ from .support.support_set import SupportSet, load_support
 from .support.unlabeled import load_unlabeled
 from .training.adapter import DistilledAdapter, distill_adapter, iter_distill_adapter
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
-from .training.distillation import DistillRun, distill, iter_distill, iter_refine, refine, unrefined_teacher
+from .training.distillation import (
+    DistillRun,
+    distill,
+    iter_distill,
+    iter_refine,
+    iter_unrefined_teacher,
+    refine,
+    unrefined_teacher,
+)
 from .training.instant import InstantModel
 from .training.volumes import VolumeSlices, join_volumes, match_volumes
 from .types import (
@@ -138,6 +146,7 @@ __all__ = [
     "iter_instances",
     "iter_refine",
     "iter_segment",
+    "iter_unrefined_teacher",
     "join_volumes",
     "label_instances",
     "labels_from_image",

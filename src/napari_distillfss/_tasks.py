@@ -315,13 +315,12 @@ def open_levels(path: Path) -> list[Any]:
 
 def iter_teacher(
     make_support: Callable[[], core.SupportSet], settings: Any, kind: str, stop: Event
-) -> Generator[Doing, None, Any]:
+) -> Generator[Any, None, Any]:
     """Make a teacher that needs no training, ``kind`` "dcama" or "prototype". Returns None if it was stopped."""
     load_torch()
     yield Doing("preparing the teacher on your slices")
-    support = make_support()
-    teacher = core.unrefined_teacher(support, settings, kind=kind)
-    return None if stop.is_set() else teacher
+    run = core.iter_unrefined_teacher(make_support(), settings, kind=kind)
+    return (yield from iter_until(run, stop))
 
 
 def iter_loading(path: Path, stop: Event) -> Generator[Doing, None, Any]:

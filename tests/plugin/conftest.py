@@ -85,6 +85,19 @@ def _start_xvfb():
         return f":{told.readline().strip()}"
 
 
+@pytest.fixture(autouse=True)
+def _no_progress_is_left(request):
+    """What is still in the activity dock once everything is closed would stay there for good."""
+    if not request.config.pluginmanager.hasplugin("pytest-qt"):
+        yield
+        return
+    from napari.utils import progress
+
+    qtbot = request.getfixturevalue("qtbot")
+    yield
+    qtbot.waitUntil(lambda: not progress._all_instances, timeout=20_000)
+
+
 @pytest.fixture
 def viewer(qtbot):
     """napari without its window: layers, dims and slicing are the real ones."""

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from distillfss_core import DistillFSSError, open_volume
+from distillfss_core import AnnotatedSlice, DistillFSSError, DistillSettings, SupportSet, open_volume
 from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import Annotations
-from napari_distillfss._tasks import iter_import, iter_until, thumbnail, tiles_on_screen
+from napari_distillfss._tasks import iter_import, iter_teacher, iter_until, thumbnail, tiles_on_screen
 
 
 def drain(run):
@@ -42,6 +42,21 @@ def test_work_that_is_told_to_stop_closes_its_run():
     stop.set()
     assert drain(run) is None
     assert closed == [True]
+
+
+def test_the_preparation_of_a_teacher_shows_its_steps_and_stops_between_them(sample):
+    labels = (sample.labels[2] > 0).astype(np.uint8)
+    stop, steps = Event(), []
+    run = iter_teacher(
+        lambda: SupportSet([AnnotatedSlice(sample.image[2], labels)]), DistillSettings(), "prototype", stop
+    )
+    for step in run:
+        steps.append(step)
+        if getattr(step, "stage", "") == "zoom":
+            break
+    assert 1 == steps[-1].index < steps[-1].total
+    stop.set()
+    assert drain(run) is None
 
 
 @pytest.fixture

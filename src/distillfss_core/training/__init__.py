@@ -5,8 +5,17 @@ from distillfss_core.training.distillation import (
     distill,
     iter_distill,
     iter_refine,
+    iter_unrefined_teacher,
     refine,
     unrefined_teacher,
 )
 
-__all__ = ["DistillRun", "distill", "iter_distill", "iter_refine", "refine", "unrefined_teacher"]
+__all__ = [
+    "DistillRun",
+    "distill",
+    "iter_distill",
+    "iter_refine",
+    "iter_unrefined_teacher",
+    "refine",
+    "unrefined_teacher",
+]

@@ -51,7 +51,7 @@ from distillfss_core.training.unlabeled import (
     iter_segment_images,
     iter_unlabeled_crops,
 )
-from distillfss_core.types import IGNORE, Array, GeneratorRun, TrainStep, UnlabeledImage, evenly, finish
+from distillfss_core.types import IGNORE, Array, TrainStep, UnlabeledImage, as_run, evenly, finish
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -402,6 +402,20 @@ def refine(support: SupportSet, settings: DistillSettings | None = None) -> FewS
     return run.teacher()
 
 
+@as_run
+def iter_unrefined_teacher(
+    support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
+) -> Generator[TrainStep, None, FewShotModel]:
+    """`unrefined_teacher`, step by step: iterate the run for `TrainStep`, then call its ``result()``."""
+    settings = match_head(settings or DistillSettings())
+    device = choose_device(settings.device, settings.precision)
+    ready = yield from iter_prepare(support, replace(settings, orientation="any"), device)
+    teacher: Teacher = ready.head.teacher.eval() if kind == "dcama" else PrototypeTeacher()
+    if voting:
+        teacher = VotingTeacher(teacher)
+    return _show_support(teacher, ready.backbone, ready.preprocess, support, settings, device)
+
+
 def unrefined_teacher(
     support: SupportSet, settings: DistillSettings | None = None, *, kind: str = "dcama", voting: bool = False
 ) -> FewShotModel:
@@ -410,13 +424,7 @@ def unrefined_teacher(
     With ``voting``, each support crop segments separately and the surest one counts; otherwise all crops share one
     attention.
     """
-    settings = match_head(settings or DistillSettings())
-    device = choose_device(settings.device, settings.precision)
-    ready = finish(GeneratorRun(iter_prepare(support, replace(settings, orientation="any"), device)))
-    teacher: Teacher = ready.head.teacher.eval() if kind == "dcama" else PrototypeTeacher()
-    if voting:
-        teacher = VotingTeacher(teacher)
-    return _show_support(teacher, ready.backbone, ready.preprocess, support, settings, device)
+    return finish(iter_unrefined_teacher(support, settings, kind=kind, voting=voting))
 
 
 def _show_support(

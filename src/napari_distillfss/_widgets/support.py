@@ -740,7 +740,7 @@ class SupportWidget(QWidget):
 
     def _forget_viewer(self) -> None:
         self._question = None
-        self.selecting.cancel()
+        self.selecting.abandon()
         self.list.cancel()
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
         self._viewer.layers.events.removed.disconnect(self._on_layers_changed)

@@ -113,7 +113,7 @@ class VolumePicker(QWidget):
         self._job.failed.connect(self.device.warn)
         self.opening.done.connect(self._on_opened)
         self.opening.failed.connect(self.message.warn)
-        session.closed.connect(self.opening.cancel)
+        session.closed.connect(self.opening.abandon)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
         viewer.layers.events.removed.connect(self._on_layers_changed)
