@@ -271,8 +271,8 @@ class Segmenter:
     def best_tile(self, shape: tuple[int, int]) -> int:
         """Inner side in zoomed pixels of the tiles of a plane (y, x), by which the fewest pixels are computed.
 
-        Windows, halo included, need no more memory than those of `TILE` in float32. At the border of the plane there is
-        no halo, so a plane that is a little larger than `TILE` is one tile, not four::
+        Windows, halo included, need no more memory than those of `TILE` with the default backbone in float32. At the
+        border of the plane there is no halo, so a plane that is a little larger than `TILE` is one tile, not four::
 
             +-------+-------+      +---------------+
             |       |       |      |               |      both planes have TILE + 2 halo pixels a side
@@ -286,8 +286,8 @@ class Segmenter:
             return TILE
         zoom = self.preprocess.zoom_factor
         halo = round(self.halo / zoom)
-        limit = largest_window(round(TILE / zoom), halo, self.step) ** 2
-        limit *= _INT8 if self.device.precision == "int8" else 1
+        fits = max(self.backbone.spec.windows, _INT8 if self.device.precision == "int8" else 1)
+        limit = int(largest_window(round(TILE / zoom), halo, self.step) ** 2 * fits)
         sides = [TILE, int((math.isqrt(limit) - 2 * halo) * zoom)]
         sides += [math.ceil(length * zoom / pieces) for length in shape for pieces in (1, 2)]
 

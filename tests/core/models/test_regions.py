@@ -12,6 +12,7 @@ import zarr
 from distillfss_core.models.preprocess import sample_step
 from distillfss_core.models.segmenter import TILE
 from distillfss_core.models.student import StudentModel
+from distillfss_core.nn.backbones import SPECS
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
@@ -86,6 +87,14 @@ def test_planes_a_little_larger_than_a_tile_are_one_tile(sized):
     assert [len(sized(128).tiles((side, side))) for side in (1024, 1280, 1312, 2304, 2336)] == [1, 1, 4, 4, 9]
     assert len(sized(128, "int8").tiles((1792, 1792))) == 1
     assert sized(128, "int8").best_tile((9999, 9999)) > sized(128).best_tile((9999, 9999)) == TILE
+
+
+def test_a_backbone_that_needs_less_memory_has_larger_tiles(sized):
+    narrow = sized(128)
+    narrow.backbone = copy.copy(narrow.backbone)
+    narrow.backbone.spec = SPECS["lite0_compact"]
+    assert [len(model.tiles((2048, 2048))) for model in (sized(128), narrow)] == [4, 1]
+    assert max(tile.area for tile in narrow.tiles((9999, 9999))) <= 2.6 * 1280**2
 
 
 def test_tiles_stay_as_they_are_on_a_gpu_and_where_they_are_blended(sized, blending):

@@ -50,6 +50,8 @@ class BackboneSpec:
         Backbone whose weights it starts from, pruned; its package is that of the weights.
     light : bool
         Whether it has less than 12 million parameters: then meta-training may change it too.
+    windows : float
+        So many times the pixels of a window of the default backbone need the same memory.
     """
 
     name: str
@@ -68,6 +70,7 @@ class BackboneSpec:
     layout: tuple[str, ...] = ()
     stem: int = 32
     pruned_from: str | None = None
+    windows: float = 1
 
     @property
     def local(self) -> bool:
@@ -204,6 +207,7 @@ _ALL = (
         ),
         stem=16,
         pruned_from="efficientnet_lite0",
+        windows=2.6,
     ),
     _lite(1),
     _lite(2, channels=(16, 24, 48, 120, 208)),
