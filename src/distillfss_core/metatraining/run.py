@@ -54,7 +54,14 @@ from distillfss_core.nn.checkpoint import (
 )
 from distillfss_core.nn.decoder import SlimDecoder
 from distillfss_core.nn.device import Device, choose_device, seeded
-from distillfss_core.nn.features import CoarseMaps, EncodedSupport, FeaturePyramid, cat_pyramids, merge_classes
+from distillfss_core.nn.features import (
+    CoarseMaps,
+    EncodedSupport,
+    FeaturePyramid,
+    cat_pyramids,
+    merge_classes,
+    strongest,
+)
 from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.losses import map_loss, segmentation_loss
 from distillfss_core.nn.pretrained import HeadWeights, halved, head_form, load_head, packaged_head, save_head
@@ -312,7 +319,7 @@ class PretrainRun(Iterator[TrainStep]):
         losses = {"teacher": _loss_of_each(logits, target), "attention": 0.3 * map_loss(coarse, target, present)}
         if own_logits:
             losses["mask"] = _loss_of_each(merge_classes(torch.cat(own_logits)).float(), target)
-        predicted = logits.argmax(1).split([len(part) for part in query_parts])
+        predicted = strongest(logits).split([len(part) for part in query_parts])
         aligned = [
             loss
             for part, labels_of_part, support in zip(query_parts, predicted, supports, strict=True)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from distillfss_core.models.preprocess import Limits, Preprocess, resize
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
+from distillfss_core.nn.features import strongest
 from distillfss_core.types import Array
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -156,4 +157,4 @@ def likeliest_class(margins: Float[Tensor, "b k h w"]) -> UInt8[Tensor, "b h w"]
     """The likeliest class of each pixel: the background, 0, where no margin is above zero."""
     if margins.shape[1] == 1:
         return (margins[:, 0] > 0).to(torch.uint8)
-    return torch.cat([torch.zeros_like(margins[:, :1]), margins], 1).argmax(1).to(torch.uint8)
+    return strongest(torch.cat([torch.zeros_like(margins[:, :1]), margins], 1)).to(torch.uint8)

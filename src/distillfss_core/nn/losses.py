@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distillfss_core.nn.features import CoarseMaps, class_masks
+from distillfss_core.nn.features import CoarseMaps, class_masks, strongest
 from distillfss_core.types import IGNORE
 
 
@@ -55,7 +55,7 @@ def distillation_loss(
     coarse: Float[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Distill a fixed teacher without truth: (focal(z_S, argmax z_T) + coarse) / 2."""
-    return (focal_loss(student_logits, teacher_logits.argmax(1)) + coarse) / 2
+    return (focal_loss(student_logits, strongest(teacher_logits)) + coarse) / 2
 
 
 def dice_loss(
@@ -78,7 +78,7 @@ def dice_loss(
     """
     annotated = (target != IGNORE)[:, None].float()
     probabilities = logits.softmax(1) * annotated
-    truth = F.one_hot(target.where(target != IGNORE, 0), logits.shape[1]).movedim(-1, 1) * annotated
+    truth = (target[:, None] == torch.arange(logits.shape[1], device=target.device)[:, None, None]).float()
     overlap = (probabilities * truth).sum((0, 2, 3))
     total = (probabilities + truth).sum((0, 2, 3))
     dice = (2 * overlap + 1.0) / (total + 1.0)

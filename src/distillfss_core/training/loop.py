@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from distillfss_core.nn.decoder import resize_like
 from distillfss_core.nn.device import seeded
-from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, merge_classes
+from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, merge_classes, strongest
 from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.losses import (
     coarse_loss,
@@ -212,7 +212,7 @@ def episode_losses(
         return _published_terms(roles, out) | mask
     aligned = None
     if roles.teacher and support is not None and teacher_logits is not None:
-        aligned = head.teacher.alignment(query, teacher_logits.argmax(1), support)
+        aligned = head.teacher.alignment(query, strongest(teacher_logits), support)
     return _balanced_terms(roles, out) | mask | ({} if aligned is None else {"alignment": 0.3 * aligned})
 
 
@@ -336,7 +336,8 @@ def validation_iou(head: FewShotHead, validation: ValidationCrops, cache: Featur
     overlap, union = torch.zeros(k), torch.zeros(k)
     for features, labels, evidence in zip(validation.features, validation.labels, validation.evidence, strict=True):
         with cache.device.autocast():
-            labels_predicted = _with_evidence(merge_classes(head.student_logits(features)), evidence).argmax(1)
+            logits = _with_evidence(merge_classes(head.student_logits(features)), evidence)
+            labels_predicted = strongest(logits)
         annotated = labels != IGNORE
         for c in range(1, k + 1):
             a, b = (labels_predicted == c) & annotated, (labels == c) & annotated

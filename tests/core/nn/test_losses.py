@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distillfss_core.nn.features import CoarseMaps
+from distillfss_core.nn.features import CoarseMaps, strongest
 from distillfss_core.nn.losses import coarse_loss, dice_loss, distillation_loss, focal_loss, joint_loss
 from distillfss_core.types import IGNORE
 
@@ -42,6 +42,11 @@ def test_unannotated_pixels_do_not_count(loss) -> None:
     other[:, :, :4] += torch.randn(1, 3, 4, 8)
     assert float(loss(logits, target)) == pytest.approx(float(loss(other, target)), abs=1e-6)
     assert float(loss(logits, target)) != pytest.approx(float(loss(logits.flip(3), target)), abs=1e-3)
+
+
+def test_the_strongest_map_is_the_first_of_equal_ones() -> None:
+    maps = torch.randint(0, 3, (2, 4, 8, 8), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(strongest(maps), torch.from_numpy(maps.numpy().argmax(1)))
 
 
 def test_dice_counts_a_rare_class_as_much_as_a_common_one() -> None:

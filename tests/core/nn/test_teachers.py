@@ -169,14 +169,20 @@ def _scramble_top(block: Tensor) -> Tensor:
     return changed
 
 
-def test_fused_attention_equals_the_explicit_form() -> None:
+@pytest.mark.parametrize("largest", [0, 1 << 23], ids=["fused", "built"])
+def test_attention_and_its_gradients_equal_the_explicit_form(monkeypatch, largest) -> None:
+    monkeypatch.setattr("distillfss_core.nn.teachers.dcama.SMALL_WITH_GRADIENTS", largest)
     torch.manual_seed(0)
-    q, k = torch.randn(2, 4, 9, 6), torch.randn(4, 11, 6)
+    q, k = torch.randn(2, 4, 9, 6, requires_grad=True), torch.randn(4, 11, 6, requires_grad=True)
     values, bias = torch.rand(11, 7), torch.randn(11)
     bias[3] = -torch.inf
     scores = q @ k.transpose(1, 2) / 6**0.5 + bias
     expected = (scores.softmax(-1) @ values).mean(1)
-    torch.testing.assert_close(attend(q, k, values, bias), expected, atol=1e-5, rtol=1e-5)
+    found = attend(q, k, values, bias)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    weights = torch.rand_like(expected)
+    gradients = (torch.autograd.grad((out * weights).sum(), (q, k)) for out in (found, expected))
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-5)
 
 
 def test_classes_share_one_attention_and_get_what_each_would_alone() -> None:

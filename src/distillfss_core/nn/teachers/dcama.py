@@ -91,6 +91,8 @@ PUBLISHED = DcamaSettings(
 
 SMALL = 1 << 21
 """Elements of an attention matrix (all queries and heads) up to which a CPU may build it."""
+SMALL_WITH_GRADIENTS = 1 << 23
+"""The same where gradients are wanted."""
 SMALL_ON_GPU = 1 << 27
 """The same on a GPU, where gradients must be reproducible: those of its fused kernels are not."""
 
@@ -134,7 +136,7 @@ def attend(
 def _buildable(q: Tensor) -> int:
     """Elements of an attention matrix up to which it is built."""
     if q.device.type == "cpu":
-        return SMALL
+        return SMALL_WITH_GRADIENTS if torch.is_grad_enabled() else SMALL
     return SMALL_ON_GPU if torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled() else 0
 
 
