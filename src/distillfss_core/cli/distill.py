@@ -110,7 +110,12 @@ def _distill(args: argparse.Namespace) -> int:
     from distillfss_core.nn.pretrained import can_be_found_again
     from distillfss_core.support.support_set import load_support
     from distillfss_core.training import iter_distill
+    from distillfss_core.training.preparation import match_head
 
+    if args.size and (own := match_head(settings).backbone) != SIZES[args.size]:
+        raise SettingsError(
+            f"--size {args.size} does not go with --head {settings.head}, which is for {own}; leave one out"
+        )
     start = None
     if args.init_from:
         start = StudentModel.load(args.init_from, device=settings.device, weights=settings.weights)

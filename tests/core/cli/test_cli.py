@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from fractions import Fraction
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,10 @@ def test_a_size_stands_for_a_backbone_and_is_refused_beside_another_one(here, ca
     assert fast.training["head"].startswith("lite0-compact")
     again = ["distill", "stack.tif", "stack_labels.tif", "-o", "again.safetensors", *FEW]
     assert "--init-from" in error_of(capsys, *again, "--size=balanced", "--init-from=fast.safetensors")
+    head = str(files("distillfss_core") / "weights" / "lite0_compact.safetensors")
+    error = error_of(capsys, *again, "--size=balanced", f"--head={head}")
+    assert "--size balanced does not go with --head" in error
+    assert "lite0_compact" in error
 
 
 @pytest.mark.parametrize(
