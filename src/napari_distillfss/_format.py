@@ -73,11 +73,11 @@ def volume(chosen: ChosenVolume) -> str:
         along = f", planes every {lengths(z)}" if z and chosen.planes > 1 else ""
         lines.append(f"pixel {lengths(y, x)}{along}")
     elif y:
-        lines.append(f"pixel {y:.3g} × {x:.3g}, unit not known (set the layer's units to have micrometers)")
+        lines.append(f"pixel {y:.3g} × {x:.3g}, no unit: set the layer's units")
     else:
-        lines.append("pixel size not known (set the layer's scale and units, if sizes matter)")
+        lines.append("no pixel size: set the layer's scale and units")
     whole = float(np.prod(v.shape, dtype=float)) * v.dtype.itemsize
-    lines.append(f"{size(whole)} in all, read piece by piece. Needs about {size(working_memory(chosen), 2)} of memory")
+    lines.append(f"{size(whole)} in all; work needs about {size(working_memory(chosen), 2)} of memory")
     return "\n".join(lines)
 
 

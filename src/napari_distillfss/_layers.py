@@ -31,6 +31,7 @@ FIRST_NAME = "distillfss_name"
 
 _LEFT = "distillfss_left"  # key of a layer's metadata: its part in a dock that is closed
 
+_FILLED = 0.95  # of the canvas, by a volume that is fitted to it
 _OPAQUE = 0.9  # opacity from which on hardly anything is seen through a layer
 _COVERING = ("opaque", "translucent", "translucent_no_depth")  # ways of blending
 
@@ -276,7 +277,7 @@ def lead_at(layer: Image | Labels, point: Point) -> dict[str, int]:
     return {a: int(np.clip(round(float(place)), 0, n - 1)) for a, place, n in places if a in LEAD_NAMES}
 
 
-def is_at(layer: Image | Labels, point: Sequence[float], displayed: Sequence[int]) -> bool:
+def is_at(layer: Image | Labels, point: Point, displayed: Sequence[int]) -> bool:
     """Whether a layer has pixels at a point of napari's world, wherever that lies along the displayed axes."""
     place = np.round(layer.world_to_data(point)[-layer.ndim :])
     inside = (place >= 0) & (place < finest_shape(layer)[: layer.ndim])
@@ -320,6 +321,29 @@ def units_beside(layer: Image | Labels, layers: Sequence[Any]) -> str:
         if _micrometers(own) not in (None, _micrometers(unit)) and _micrometers(unit) is not None:
             return f"{other.name!r} is in {unit}s, this layer in {own}s: give both one unit, or napari's brush misses"
     return ""
+
+
+def move_sliders(dims: Any, chosen: ChosenVolume, z: float, y: float | None = None, x: float | None = None) -> Point:
+    """Show the plane of a voxel, by default of the middle of plane ``z``. Returns the voxel's place in the world."""
+    place: Point = to_world(chosen.layer, dims, chosen.point_of(z, y, x))
+    for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
+        dims.set_point(axis, value)
+    return place
+
+
+def show_whole(viewer: Any, chosen: ChosenVolume) -> None:
+    """Show a plane of a volume if none is on screen, and all of the plane."""
+    dims = viewer.dims
+    if not is_at(chosen.layer, point_on(chosen.layer, dims), dims.displayed):
+        move_sliders(dims, chosen, chosen.plane_on(dims))
+    if not shows_planes(dims) or not hasattr(viewer, "canvas"):  # an older napari does not tell its size
+        viewer.fit_to_view()
+        return
+    # napari's own fit to a layer fails beside layers of more axes
+    low, high = to_world(chosen.layer, dims, chosen.layer.extent.world)[:, -2:]
+    camera = camera_of(viewer)
+    camera.center = (0, *(low + high) / 2)
+    camera.zoom = _FILLED * float(np.min(viewer.canvas.size / np.maximum(high - low, np.finfo(float).tiny)))
 
 
 def take_units(layers: Sequence[Any], image: Image) -> None:

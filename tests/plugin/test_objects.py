@@ -13,6 +13,7 @@ import distillfss_core as core
 from napari_distillfss._tasks import iter_exporting
 from napari_distillfss._widgets.apply import NUMBERED
 from napari_distillfss._widgets.mark import middle_of
+from napari_distillfss._widgets.table import ObjectTable
 
 
 def finish(qtbot, dock):
@@ -47,6 +48,15 @@ def test_objects_of_a_labels_layer_are_counted_without_any_student(dock, viewer,
     layer = dock.objects.layer
     np.testing.assert_array_equal(layer.extent.world, viewer.layers["by hand"].extent.world)
     assert str(dock.session.folder) in dock.objects.message.text()
+
+
+def test_measures_are_never_powers_of_ten(qtbot, tmp_path):
+    (tmp_path / "t.csv").write_text("label,voxels,volume_um3,mean\n1,3017190,1885743.75,0.0625\n2,20,12.345678,3\n")
+    table = ObjectTable()
+    qtbot.addWidget(table)
+    table.read(tmp_path / "t.csv")
+    shown = [[table.model.data(table.model.index(row, column)) for column in range(4)] for row in range(2)]
+    assert shown == [["1", "3017190", "1885744", "0.0625"], ["2", "20", "12.3457", "3"]]
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,8 @@ class JobBar(QWidget):
         One line, with the text in the bar.
     is_patient : bool
         Whether a cancelled job goes on to the end of its present step; otherwise it is abandoned.
+    tells_end : bool
+        Whether napari notifies the user of the end where it cannot be seen; of a failure it always does.
     describe : function
         A phrase for a step of a training.
     """
@@ -223,11 +225,13 @@ class JobBar(QWidget):
         instead_of: QWidget | None = None,
         is_low: bool = False,
         is_patient: bool = True,
+        tells_end: bool = True,
         describe: Callable[[core.TrainStep], str] = core.describe_step,
     ) -> None:
         super().__init__()
         self._job, self._pace, self._starting, self._describe = job, fmt.Pace(), starting, describe
         self._instead_of, self._is_low, self._is_patient = instead_of, is_low, is_patient
+        self._tells_end = tells_end
         self.bar = QProgressBar()
         self.bar.setFormat("%v of %m")
         self.bar.setAccessibleName("Progress")
@@ -285,7 +289,7 @@ class JobBar(QWidget):
         self._tell(", ".join(filter(None, (what, f"about {fmt.duration(left)} left"))))
 
     def _on_job_done(self) -> None:
-        if not self._job.was_stopped and self._is_out_of_sight():
+        if self._tells_end and not self._job.was_stopped and self._is_out_of_sight():
             show_info(f"DistillFSS: {self._job.name} is finished")
 
     def _on_job_failed(self, message: str) -> None:

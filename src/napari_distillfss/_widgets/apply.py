@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -28,7 +29,7 @@ from napari_distillfss._layers import (
     choose_labels,
     has_mark,
     move_layer,
-    to_world,
+    move_sliders,
 )
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
@@ -254,7 +255,7 @@ class ApplyWidget(QWidget):
             z, y, x = chosen.volume.shape[:3]
             self.region.setShape((z, y, x))
             path = chosen.volume.path
-            folder = path.parent if path else Path.home()
+            folder = path.parent if path and os.access(path.parent, os.W_OK) else Path.home()
             stem = (path.name if path else chosen.name.replace("/", "_")).partition(".")[0].strip()
             earlier = self._session.annotations.written if self._session.annotations else None
             is_there = earlier is not None and earlier.is_dir()
@@ -487,7 +488,10 @@ class ObjectsWidget(QWidget):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise core.OutputError(f"cannot make {folder}: {error.strerror}") from error
+                raise core.OutputError(
+                    f"cannot make {folder}: {error.strerror}; make room or let it be written, or save the layer "
+                    "as a file and count that"
+                ) from error
         return folder / f"{stem}-objects.ome.zarr"
 
     def _options(self, source: Any) -> dict[str, Any]:
@@ -532,6 +536,10 @@ class ObjectsWidget(QWidget):
         self.mark.hide()
         self.table.read(counted.table)
         self._show(chosen, counted.out)
+        if self._running.is_of_applied:
+            for layer in self._viewer.layers:
+                if has_mark(layer, LABELS):  # under the objects, it would hide the image with them
+                    layer.visible = False
         self.layer.features = self.table.features()
         self.table.show()
         self._on_state_changed()
@@ -559,10 +567,7 @@ class ObjectsWidget(QWidget):
         if self._running is None or self.layer not in self._viewer.layers:
             return
         chosen = self._running.chosen
-        dims = self._viewer.dims
-        place = to_world(chosen.layer, dims, chosen.point_of(*middle_of(box)))
-        for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
-            dims.set_point(axis, value)
+        place = move_sliders(self._viewer.dims, chosen, *middle_of(box))
         camera_of(self._viewer).center = (0, *place[-2:])
         self.layer.selected_label = label
         self.mark.show(chosen, box)

@@ -19,6 +19,7 @@ from napari_distillfss._widgets.settings import PresetPicker
 
 _REFINING = 5  # as a warm start in the core: refining takes a fifth of the steps
 _HINT = "Annotate some slices, then press Train"
+_READY = "Ready to train on the slices that are ticked"
 
 
 class DistillWidget(QWidget):
@@ -127,8 +128,8 @@ class DistillWidget(QWidget):
         self.message.tell(line + ". Scroll to see its preview, paint where it is wrong, then press Refine")
 
     def _on_slices_changed(self) -> None:
-        if self.message.warns:  # what was wrong with the slices may be no longer
-            self.message.tell(_HINT)
+        if self.message.warns or self.message.text() in (_HINT, _READY):  # what was wrong may be no longer
+            self.message.tell(_READY if self._session.has_slices else _HINT)
         self._on_state_changed()
 
     def _on_state_changed(self) -> None:

@@ -49,7 +49,9 @@ class ModelWidget(QWidget):
             self,
             row(self.save, self.load),
             row(self.command, self.python),
-            JobBar(self.job, cancel="Stop", instead_of=self.message),
+            JobBar(
+                self.job, cancel="Stop", instead_of=self.message, tells_end=False
+            ),  # a volume loads its model unasked
             self.message,
             self.history,
             self.card,

@@ -13,6 +13,8 @@ from qtpy.QtWidgets import QAbstractItemView, QTableView, QVBoxLayout, QWidget
 _UNITS = {"um": "µm", "um3": "µm³"}
 """How a heading has the unit at the end of a column's name."""
 
+_WHOLE = 1e5  # from which on a measure is shown without decimals, never as a power of ten
+
 _ROLES = (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.UserRole)
 
 
@@ -96,7 +98,9 @@ class _Measures(QAbstractTableModel):
         if role not in _ROLES:
             return None
         value = float(self.values[index.row(), index.column()])
-        return f"{value:.6g}" if role == Qt.ItemDataRole.DisplayRole else value
+        if role != Qt.ItemDataRole.DisplayRole:
+            return value
+        return f"{value:.0f}" if value.is_integer() or abs(value) >= _WHOLE else f"{value:.6g}"
 
     def headerData(self, section: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
         if role != Qt.ItemDataRole.DisplayRole or side != Qt.Orientation.Horizontal:

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import numpy as np
 from napari.layers import Image
 from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
@@ -23,12 +24,14 @@ from napari_distillfss._layers import (
     finest_shape,
     hide_covers,
     hold_shown,
+    is_at,
     is_image,
     layer_axes,
     layer_of_file,
     lead_at,
     lead_axes,
     point_on,
+    show_whole,
     to_world,
     units_beside,
 )
@@ -155,12 +158,23 @@ class VolumePicker(QWidget):
         self._opened = opened
         self._viewer.add_layer(opened.layer)
         self.layers.setCurrentIndex(self._images().index(opened.layer))
+        self._choose_and_show()
+
+    def _choose_and_show(self) -> None:
+        """Choose the volume, and fit the view to it unless it lies where the one before does."""
+        before = self._value
         self._on_choice_changed()
+        if self._value is None:
+            return
+        layer = self._value.layer
+        is_elsewhere = before is None or not _lie_alike(before.layer, layer)
+        if is_elsewhere or not is_at(layer, point_on(layer, self._viewer.dims), self._viewer.dims.displayed):
+            show_whole(self._viewer, self._value)
 
     def _images(self) -> list[Any]:
         return [layer for layer in self._viewer.layers if is_image(layer)]
 
-    def _on_layers_changed(self) -> None:
+    def _on_layers_changed(self, event: Any = None) -> None:
         images = self._images()
         current = self._value.layer if self._value else None
         self.layers.blockSignals(True)
@@ -171,8 +185,9 @@ class VolumePicker(QWidget):
         if current is not None and current not in images:
             self._take(None)
             self.message.tell(f"layer {current.name!r} was removed; what was painted and trained is kept")
-        if current is None and images:
-            self.layers.setCurrentIndex(0)
+        added = getattr(event, "value", None) if getattr(event, "type", "") == "inserted" else None
+        if current is None and images and (event is None or added in images):
+            self.layers.setCurrentIndex(images.index(added) if added in images else 0)
             self._on_choice_changed()
         elif self._value is not None:
             covers = covers_of(self._viewer.layers, self._value.layer, self._value.layer)
@@ -181,7 +196,7 @@ class VolumePicker(QWidget):
 
     def _on_layer_activated(self) -> None:
         """Choose the volume and show it: opaque images above it are hidden, and stay where they are in the list."""
-        self._on_choice_changed()
+        self._choose_and_show()
         if self._value is None:
             return
         image = self._value.layer
@@ -320,6 +335,11 @@ def _iter_opening(
     with suppress(core.DistillFSSError):  # the session says why it keeps no annotations
         _ = opened.volume.identity  # read here, as it is kept
     return None if stop.is_set() else opened
+
+
+def _lie_alike(layer: Any, other: Any) -> bool:
+    """Whether two layers cover the same rows and columns of the world."""
+    return bool(np.allclose(layer.extent.world[:, -2:], other.extent.world[:, -2:]))
 
 
 def _names(layers: list[Any]) -> str:
