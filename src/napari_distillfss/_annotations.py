@@ -98,7 +98,8 @@ class PaintedLabels:
         numbers = {0}
         if 1 in index:  # where the axes have a z
             parts = (f.relative_to(self._chunks).parts for f in self._chunks.glob("/".join("*" * len(index))))
-            numbers = {int(part[index.index(1)]) for part in parts}
+            places = [*(tuple(map(int, part)) for part in parts), *self._in_memory_only()]
+            numbers = {place[index.index(1)] for place in places}
         return [z for z in sorted(numbers) if self.counts(z)[1:].any()]
 
     def plane(self, z: int) -> npt.NDArray[np.uint8]:
@@ -120,19 +121,25 @@ class PaintedLabels:
         return [z for z in self.planes() if z not in self._disabled]
 
     def stamp(self, z: int) -> _Stamp:
-        """Names and times of the files that hold a plane."""
+        """Times of the files that hold a plane, and how often it was changed since in memory only."""
         self._flush()
+        changes = self._in_memory_only().get(self.index(z))
         folder = self._chunks.joinpath(*map(str, self.index(z)))
         files = sorted(os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
         stats = [os.stat(file) for file in files]
-        return tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats)
+        times = tuple((s.st_ino, s.st_mtime_ns, s.st_size) for s in stats)
+        return times if changes is None else (*times, (changes, 0, 0))
 
     @property
     def _chunks(self) -> Path:
         return self.folder / "labels.zarr" / "c"  # a chunk without labels has no file
 
     def _flush(self) -> None:
-        """Write what is in memory only."""
+        """Write what is in memory only, if that is possible."""
+
+    def _in_memory_only(self) -> Mapping[tuple[int, ...], int]:
+        """Indices of the planes that are not on disk as they are here, and how often each was changed."""
+        return {}
 
 
 class Annotations(PaintedLabels):
@@ -165,8 +172,14 @@ class Annotations(PaintedLabels):
             (folder / "owner").write_text(_process(os.getpid()))
             array = PaintedArray(folder / "labels.zarr", tuple(shape), self._write_notes)
         except OSError as error:
-            raise core.OutputError(f"annotations cannot be kept in {folder}: {error.strerror or error}") from error
+            raise core.OutputError(
+                f"annotations cannot be kept in {folder}: {error.strerror or error}; make room or let it be written, "
+                "and choose the volume again (a model can be applied without)"
+            ) from error
         super().__init__(folder, array, index)
+        left = _unwritten.pop(folder, None)
+        if left is not None:
+            array.take_over(left)
         self._volume = volume
         self._also: tuple[str, ...] = tuple(self.notes.get("also", ()))
         self._declined: set[str] = set(self.notes.get("declined", ()))  # unticked by the user
@@ -246,9 +259,10 @@ class Annotations(PaintedLabels):
         self._write_notes()
 
     def put(self, z: int, labels: npt.NDArray[np.uint8]) -> None:
-        """Replace the painted labels of a plane."""
-        self.array[self.index(z)] = labels
-        self.array.write()
+        """Replace the painted labels of a plane. What cannot be written stays in memory; `save` says it."""
+        with suppress(core.OutputError):
+            self.array[self.index(z)] = labels
+        self._flush()
 
     def remove(self, z: int) -> None:
         """Remove the painted labels of a plane."""
@@ -256,8 +270,13 @@ class Annotations(PaintedLabels):
         self.enable(z)
 
     def close(self) -> None:
-        """Release the folder for other processes; a folder without annotations is removed."""
-        self.array.write()
+        """Release the folder for other processes; a folder without annotations is removed.
+
+        Labels that cannot be written stay in memory for the next annotations of this folder, see `unwritten`.
+        """
+        self._flush()
+        if self.array.in_memory_only:
+            _unwritten[self.folder] = self.array
         self.array.is_written_later = False  # a layer that is left in napari may still be painted into
         (self.folder / "owner").unlink(missing_ok=True)
         with suppress(OSError):  # not empty
@@ -267,8 +286,26 @@ class Annotations(PaintedLabels):
     def _is_new(self) -> bool:
         return not self.array.is_on_disk and not self._notes_path.is_file()
 
-    def _flush(self) -> None:
+    def save(self) -> None:
+        """Write what is in memory only.
+
+        Raises
+        ------
+        core.OutputError
+            If that is not possible; it is still in memory.
+        """
         self.array.write()
+        if self.folder in _late_notes:
+            self._write_notes()
+        if self.folder in _late_notes:
+            raise core.OutputError(f"cannot write {self._notes_path}; make room or let it be written")
+
+    def _flush(self) -> None:
+        with suppress(core.OutputError):
+            self.save()
+
+    def _in_memory_only(self) -> Mapping[tuple[int, ...], int]:
+        return self.array.in_memory_only
 
     def _write_notes(self) -> None:
         notes = {
@@ -280,11 +317,26 @@ class Annotations(PaintedLabels):
             "written": self._written,
             "volume": self._volume,
         }
-        write_json(self._notes_path, notes)
+        try:
+            write_json(self._notes_path, notes)
+            _late_notes.pop(self.folder, None)
+        except OSError:  # tried again with the labels; `save` says it
+            _late_notes[self.folder] = notes
+
+
+_unwritten: dict[Path, PaintedArray] = {}
+_late_notes: dict[Path, Mapping[str, Any]] = {}  # that could not be written, by folder
+
+
+def unwritten() -> list[Path]:
+    """Folders of annotations that were closed while some of their labels could not be written."""
+    return list(_unwritten)
 
 
 def read_notes(folder: Path) -> Mapping[str, Any]:
     """Classes, disabled planes and volume of a folder of annotations; empty where none were written."""
+    if folder in _late_notes:
+        return _late_notes[folder]
     path = folder / NOTES
     notes: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return notes

@@ -159,11 +159,15 @@ class Session:
         return before
 
     def _set_aside(self, annotations: Annotations) -> Path | None:
+        annotations.save()
         annotations.close()
         folder = annotations.folder
         if not folder.is_dir():
             return None
-        aside = set_aside(folder)
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise core.OutputError(f"cannot rename {folder}: {error.strerror or error}; nothing was changed") from error
         self._follow(folder, aside)
         return aside
 

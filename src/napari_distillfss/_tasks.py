@@ -564,6 +564,11 @@ def iter_import(
 def _replace(annotations: Annotations, z: int, painted: npt.NDArray[np.uint8]) -> Replaced:
     before, nothing = annotations.plane(z), np.zeros((1, 1), np.uint8)
     annotations.put(z, painted)
+    try:
+        annotations.save()
+    except core.OutputError:
+        annotations.put(z, before)
+        raise
     return (z, before, painted) if before.any() else (z, nothing, nothing)
 
 

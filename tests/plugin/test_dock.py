@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import dask.array as da
 import numpy as np
@@ -13,7 +14,7 @@ from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
 from distillfss_core.models.card import read_card
-from napari_distillfss._layers import ANNOTATIONS
+from napari_distillfss._layers import ANNOTATIONS, choose_layer
 from napari_distillfss._students import KeptStudent
 
 
@@ -127,7 +128,7 @@ def test_without_support_distill_says_so(dock):
     assert "no slice is annotated" in dock.distill.message.text()
     dock.session.annotations.put(2, np.ones((96, 96), np.uint8))
     dock.session.painted()
-    assert dock.distill.message.text() == "Annotate some slices, then press Train"
+    assert dock.distill.message.text() == "Ready to train on the slices that are ticked"
 
 
 def test_a_class_without_pixels_is_named(dock, qtbot, painted_truth):
@@ -319,7 +320,7 @@ def test_strokes_are_kept_and_found_again_after_a_crash(viewer, nuclei, open_doc
     other = ViewerModel()
     other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
     second = open_dock(other)
-    assert "1 slice of this volume, painted earlier, are back" in second.support.message.text()
+    assert "1 slice of this volume, painted earlier, is back" in second.support.message.text()
     assert second.support.layer.metadata[ANNOTATIONS]
     assert second.session.annotations.planes() == [3]
 
@@ -391,6 +392,43 @@ def test_the_brush_and_the_layer_agree(dock):
     assert dock.support.layer.selected_label == 1
     dock.support.layer.selected_label = 2
     assert dock.support.classes.brush() == 2
+
+
+@pytest.mark.parametrize(
+    "place", [{}, {"scale": (2, 0.325, 0.325)}, {"scale": (2, 0.325, 0.325), "units": ("um",) * 3}]
+)
+def test_size_pixel_and_memory_of_a_volume_are_a_line_each(viewer, open_dock, place):
+    image = da.zeros((1200, 4096, 4096), dtype=np.uint16, chunks=(1, 4096, 4096))
+    viewer.add_image(image, contrast_limits=(0, 1), multiscale=False, cache=False, **place)
+    dock = open_dock(viewer)
+    dock.resize(380, 700)
+    text = dock.volume.message
+    lines = text.text().splitlines()
+    assert len(lines) == 3
+    widest = max(text.fontMetrics().horizontalAdvance(line) for line in lines)
+    assert widest <= 360
+
+
+def test_the_hint_of_a_training_follows_the_slices(dock, painted_truth):
+    assert dock.distill.message.text() == "Annotate some slices, then press Train"
+    paint(dock, painted_truth, [0])
+    assert dock.distill.message.text() == "Ready to train on the slices that are ticked"
+    dock.session.annotations.remove(0)
+    dock.session.painted()
+    assert dock.distill.message.text() == "Annotate some slices, then press Train"
+
+
+def test_labels_go_home_where_the_folder_of_the_image_cannot_be_written(
+    viewer, open_dock, open_path, tmp_path, sample, monkeypatch
+):
+    tifffile.imwrite(tmp_path / "cells.tif", sample.image, photometric="minisblack")
+    dock = open_dock(viewer)
+    open_path(dock, tmp_path / "cells.tif")
+    assert Path(dock.apply.out.text()) == tmp_path / "cells-labels.ome.zarr"
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)
+    dock.volume.setValue(None)
+    dock.volume.setValue(choose_layer(viewer.layers[0]))
+    assert Path(dock.apply.out.text()) == Path.home() / "cells-labels.ome.zarr"
 
 
 def test_removing_the_annotation_layer_keeps_what_is_painted(dock, viewer, painted_truth):
@@ -588,6 +626,51 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(dock, viewer, nuclei, q
         finish(qtbot, dock)
         tmp_path.chmod(0o700)
         assert "cannot write" in dock.apply.message.text()
+
+
+def test_a_full_disk_loses_no_stroke_and_raises_nothing(
+    dock, viewer, nuclei, qtbot, painted_truth, tmp_path, monkeypatch, told
+):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    paint(dock, painted_truth, [0])
+    dock.support.take_brush()
+    layer, session, message = dock.support.layer, dock.session, dock.support.message
+    folder = session.annotations.folder
+    with monkeypatch.context() as full:
+        full.setattr("zarr.Array.__setitem__", fail)
+        full.setattr("zarr.create_array", fail)
+        full.setattr("napari_distillfss._annotations.write_json", fail)
+        dock.support.go_to(3)
+        layer.paint((3, 40, 40), 2)
+        assert "No space left on device" in message.text()
+        assert "in memory only" in message.text()
+        dock.support.go_to(5)
+        actions = (dock.support.fill_rest, layer.undo, layer.redo, dock.support.classes.add.click)
+        for action in actions:
+            message.tell("")
+            action()
+            assert message.warns, action
+        dock.support.list.setCurrentRow(0)
+        dock.support.remove.click()
+        session.painted()
+        assert session.annotations.planes() == [3, 5]
+        expected = np.asarray(session.annotations.array)
+        tifffile.imwrite(tmp_path / "truth.tif", painted_truth, metadata={"axes": "ZYX"})
+        dock.support.import_labels(tmp_path / "truth.tif")
+        finish(qtbot, dock)
+        assert "No space left on device" in message.text()
+        np.testing.assert_array_equal(session.annotations.array, expected)
+        other = viewer.add_image(np.zeros((4, 64, 64), np.uint8), name="other")
+        dock.volume.setValue(choose_layer(other))
+        assert any(folder.name in text for text in told())
+    dock.volume.setValue(choose_layer(nuclei))
+    assert session.annotations.folder == folder
+    session.painted()
+    on_disk = zarr.open_array(folder / "labels.zarr", mode="r")
+    np.testing.assert_array_equal(on_disk, expected)
+    assert session.annotations.class_names == ("object", "class 2")
 
 
 def test_where_annotations_cannot_be_kept_a_student_is_still_applied(

@@ -100,6 +100,41 @@ def test_labels_that_cannot_be_written_are_one_sentence_and_are_written_later(tm
     assert on_disk(folder / "a").sum() == 42
 
 
+@pytest.mark.parametrize("is_there", [False, True], ids=["never on disk", "on disk"])
+def test_planes_that_cannot_be_written_are_all_kept_and_written_later(tmp_path, monkeypatch, is_there):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    array, expected = PaintedArray(tmp_path / "a", (4, 6, 7)), np.zeros((4, 6, 7), np.uint8)
+    array.is_written_later = True
+    if is_there:
+        array[0, 1] = expected[0, 1] = 9
+        array.write()
+    with monkeypatch.context() as full:
+        full.setattr("zarr.create_array", fail)
+        full.setattr("zarr.Array.__setitem__", fail)
+        for z in (1, 3, 2):
+            array[z, 2:4, z:6] = expected[z, 2:4, z:6] = z
+        points = (np.array([3, 1, 3]), np.array([2, 3, 5]), np.array([4, 4, 0]))
+        array[points] = expected[points] = (0, 5, 7)  # as napari undoes a stroke
+        with pytest.raises(OutputError, match=r"No space left on device; .* in memory only"):
+            array.write()
+        for z in (0, 1, 2, 3):
+            np.testing.assert_array_equal(array[z, :, :], expected[z])
+        np.testing.assert_array_equal(array, expected)
+        assert sorted(array.in_memory_only) == [(1,), (2,), (3,)]
+    array.write()
+    assert not array.in_memory_only
+    np.testing.assert_array_equal(on_disk(tmp_path / "a"), expected)
+
+
+def test_a_folder_that_a_full_disk_has_left_is_taken_up(tmp_path):
+    (tmp_path / "a").mkdir()
+    array = PaintedArray(tmp_path / "a", (4, 6, 7))
+    array[1] = 1
+    assert on_disk(tmp_path / "a").sum() == 42
+
+
 @pytest.mark.parametrize("shape", [SHAPE, (6, 7)])
 def test_a_duplicate_of_the_layer_has_labels_of_its_own(viewer, tmp_path, shape):
     array = PaintedArray(tmp_path / "a", shape)

@@ -25,6 +25,7 @@ from napari_distillfss._annotations import (
     UNLABELED,
     Annotations,
     Class,
+    unwritten,
 )
 from napari_distillfss._layers import (
     ANNOTATIONS,
@@ -36,7 +37,7 @@ from napari_distillfss._layers import (
     is_at,
     lift,
     move_layer,
-    to_world,
+    move_sliders,
 )
 from napari_distillfss._painted import PaintedArray
 from napari_distillfss._session import Session
@@ -97,6 +98,7 @@ class SupportWidget(QWidget):
         self.suggested: list[int] = []
         self._image: Any = None  # the layer of the volume whose annotations are shown
         self._colored: tuple[Class, ...] = ()  # classes that the colors of the layer are of
+        self._is_unsaved = False  # whether the latest strokes could not be written
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that represent all others best in brightness, texture and position; evenly: both "
@@ -247,17 +249,14 @@ class SupportWidget(QWidget):
             for z, before, after in planes:  # as `data_setitem` does; pixel by pixel zarr takes a second for a million
                 self.layer._save_history((annotations.index(z), before, after))
             self.layer.refresh()
+        self._save()
         self._session.painted()
 
     def go_to(self, z: int) -> None:
         """Move to a plane."""
         chosen = self._session.volume
-        if chosen is None:
-            return
-        dims = self._viewer.dims
-        place = to_world(chosen.layer, dims, chosen.point_of(z))
-        for axis, value in enumerate(place[:-2], dims.ndim - len(place)):
-            dims.set_point(axis, value)
+        if chosen is not None:
+            move_sliders(self._viewer.dims, chosen, z)
 
     def go_to_next(self) -> None:
         """Move to the next suggested plane that has no label."""
@@ -344,6 +343,12 @@ class SupportWidget(QWidget):
             self._show_annotations()
         else:
             self._put_layer_away()
+        self._is_unsaved = False
+        for folder in unwritten():
+            show_warning(
+                f"DistillFSS: what was painted in {folder.name} is in memory only; make room, and choose that volume "
+                "again before napari is closed"
+            )
         if annotations is None:
             if chosen is None:
                 self.message.tell("choose a volume first")
@@ -359,7 +364,8 @@ class SupportWidget(QWidget):
                 f"in {annotations.folder}"
             )
         elif count:
-            self.message.tell(f"{count} slice{'s' if count > 1 else ''} of this volume, painted earlier, are back")
+            is_back = "is back" if count == 1 else "are back"
+            self.message.tell(f"{fmt.count(count, 'slice')} of this volume, painted earlier, {is_back}")
         else:
             self.message.tell(
                 "Suggest slices, then paint some background and objects in each. Strokes are saved at once"
@@ -374,6 +380,7 @@ class SupportWidget(QWidget):
 
     def _on_classes_edited(self, classes: tuple[Class, ...]) -> None:
         self._session.set_classes(classes)
+        self._save()
 
     def _on_brush_changed(self, label: int) -> None:
         if self.layer is not None and label >= 0:
@@ -391,14 +398,21 @@ class SupportWidget(QWidget):
             layer.mode = "pan_zoom"
             self.message.warn("this volume is not on screen; move the sliders to one of its planes, then press Paint")
 
+    def _save(self) -> None:
+        """Write what is painted. Where that fails it is said, and that it is kept once it was possible again."""
+        annotations, was_unsaved = self._session.annotations, self._is_unsaved
+        if annotations is not None:
+            self._is_unsaved = not attempt(self.message, annotations.save)
+            if was_unsaved and not self._is_unsaved:
+                self.message.tell("what you painted is on disk again")
+
     def _on_stroke(self) -> None:
-        if self._session.annotations is not None:
-            attempt(self.message, self._session.annotations.array.write)
+        self._save()
         self._session.stroked.emit()
         self._soon()
 
     def _on_painted(self) -> None:
-        attempt(self.message, self._session.painted)
+        self._session.painted()
 
     def _on_slices_changed(self) -> None:
         chosen, annotations = self._session.volume, self._session.annotations
@@ -502,6 +516,7 @@ class SupportWidget(QWidget):
             annotations.enable(row.number, on)
         else:
             self._session.leave_out(row.labels.folder.name, row.number, not on)
+        self._save()
         self._session.stroked.emit()
 
     def take_brush(self) -> None:
@@ -536,8 +551,11 @@ class SupportWidget(QWidget):
         )
         yes = QMessageBox.StandardButton.Yes
         if QMessageBox.question(self, "Start over", question) == yes:
-            aside = self._session.begin_anew()
-            self.message.tell(f"the annotations of before are in {aside}; Restore… takes them up again")
+            attempt(self.message, self._begin_anew)
+
+    def _begin_anew(self) -> None:
+        aside = self._session.begin_anew()
+        self.message.tell(f"the annotations of before are in {aside}; Restore… takes them up again")
 
     def _on_restore_clicked(self) -> None:
         names = {self._describe_aside(path): path for path in self._session.restorable()}
@@ -546,9 +564,12 @@ class SupportWidget(QWidget):
             return
         name, is_chosen = QInputDialog.getItem(self, "Restore", "Annotations set aside", list(names), 0, False)
         if is_chosen:
-            before = self._session.restore(names[name])
-            if before is not None:
-                self.message.tell(f"{self.message.text()}. Those of before are in {before}")
+            attempt(self.message, lambda: self._restore(names[name]))
+
+    def _restore(self, aside: Path) -> None:
+        before = self._session.restore(aside)
+        if before is not None:
+            self.message.tell(f"{self.message.text()}. Those of before are in {before}")
 
     @staticmethod
     def _describe_aside(path: Path) -> str:
@@ -634,9 +655,9 @@ class SupportWidget(QWidget):
     def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
         self.suggested = planes
         self._show_layer()
-        numbers = ", ".join(map(str, planes))
+        numbers = f"plane{'s' if len(planes) > 1 else ''} {', '.join(map(str, planes))}"
         self.message.tell(
-            f"Paint in planes {numbers}: some background and every class, in scribbles or whole. Click a slice in the "
+            f"Paint in {numbers}: some background and every class, in scribbles or whole. Click a slice in the "
             "list to go there"
         )
         self._on_slices_changed()
@@ -735,7 +756,7 @@ class SupportWidget(QWidget):
             event.disconnect(self._on_stroke)
         layer.events.selected_label.disconnect(self._on_layer_label_changed)
         if self._session.annotations is not None:
-            self._session.annotations.array.write()
+            self._session.annotations.array.try_to_write()
             self._session.annotations.array.is_written_later = False
 
     def _forget_viewer(self) -> None:
