@@ -325,7 +325,7 @@ def test_the_iou_to_expect_comes_from_held_out_slices(support, tiny, case):
         return
     scores = model.training["zoom_scores"][model.preprocess.zoom], model.training["probe_iou"]
     assert expected == max(scores)
-    assert describe_expectation(model.training) == f"IoU {expected:.2f} ± 0.07 expected on new slices"
+    assert describe_expectation(model.training) == f"IoU {expected:.2f} ± 0.15 expected on new slices of these kinds"
     assert expected == pytest.approx(iou(model, [blobs(seed) for seed in range(10, 14)]), abs=0.15)
 
 
