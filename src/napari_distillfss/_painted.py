@@ -180,9 +180,10 @@ class PaintedArray:
                 self._made()
             self._array[key] = value
         except OSError as error:
+            folder = self._path.parent.name
             raise core.OutputError(
-                f"annotations cannot be kept in {self._path.parent}: {error.strerror or error}; make room or let it be "
-                "written, until then what you paint is in memory only"
+                f"annotations cannot be kept in {folder}: {error.strerror or error}; they are in memory only until "
+                "it can be written"
             ) from error
 
     def _plane_of(self, key: Any) -> tuple[_Index, tuple[Any, ...]] | None:
