@@ -12,7 +12,7 @@ from torch import Tensor
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, CropSampler, FeatureCache
-from distillfss_core.training.zoom import draw_crops, held_out_iou, see_points
+from distillfss_core.training.zoom import HeldOutRegression, draw_crops, see_points
 from distillfss_core.types import TrainStep
 
 LOST = 0.7  # of its IoU: below, a classifier is lost in turned crops (0.5 where classes differ by side, else 0.96 to 1)
@@ -48,12 +48,13 @@ def iter_orientation(
     crops = draw_crops(CropSampler(support, preprocess, _SIDE, PLAIN), len(support), rng)
     total = 1 + len(TURNS)
     upright = see_points(crops, cache, rng)
-    scores = {"upright": held_out_iou(upright, upright, support.classes)}
+    regression = HeldOutRegression(upright, support.classes)
+    scores = {"upright": regression.iou(upright)}
     yield TrainStep(1, total, stage="orientation")
     turned = []
     for index, turn in enumerate(TURNS, 2):
         asked = [replace(v, image=turn(v.image).contiguous(), labels=turn(v.labels).contiguous()) for v in crops]
-        turned.append(held_out_iou(upright, see_points(asked, cache, rng), support.classes))
+        turned.append(regression.iou(see_points(asked, cache, rng)))
         yield TrainStep(index, total, stage="orientation")
     scores["turned"] = float(np.mean(turned))
     return ("fixed" if scores["turned"] < LOST * scores["upright"] else "any"), scores

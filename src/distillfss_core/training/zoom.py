@@ -111,7 +111,7 @@ def _iter_probe(
     """
     if not teachers:
         seen = see_points(crops, cache, rng)
-        y, predict = seen.y, _by_regression(seen, seen, classes)
+        y, predict = seen.y, HeldOutRegression(seen, classes).predictor(seen)
     else:
         features = [cache.encode([crop]) for crop in crops]
         points = [_draw_points(crop, rng) for crop in crops]
@@ -137,26 +137,39 @@ def see_points(crops: list[Crop], cache: FeatureCache, rng: np.random.Generator)
     return SeenPoints(torch.stack(x), _labels_at(crops, points), [crop.slice for crop in crops])
 
 
-def held_out_iou(seen: SeenPoints, asked: SeenPoints, classes: int) -> float:
-    """Mean IoU over the classes, by ridge regression: every fold of ``asked`` from the other folds of ``seen``.
+class HeldOutRegression:
+    """Ridge regression from the features of a pixel to its class, on all crops but those that are held out.
 
-    Both are of the same crops, which may look different in each.
+    It is fitted once for each fold, whatever it is asked of.
     """
-    folds = _folds(asked.slices)
-    return finish(GeneratorRun(_iter_fold_iou(folds, asked.y, classes, _by_regression(seen, asked, classes))))
 
+    def __init__(self, seen: SeenPoints, classes: int) -> None:
+        self._seen, self._classes = seen, classes
+        self._center, self._scale = seen.x.mean((0, 1)), seen.x.std((0, 1)) + 1e-6
+        self._x = self._columns(seen)
+        self._fitted: dict[tuple[bool, ...], Tensor] = {}
 
-def _by_regression(seen: SeenPoints, asked: SeenPoints, classes: int) -> Predictor:
-    """Predict crops of ``asked`` by ridge regression on the other crops of ``seen``."""
-    center, scale = seen.x.mean((0, 1)), seen.x.std((0, 1)) + 1e-6
-    known, query = (
-        torch.cat([(part.x - center) / scale, torch.ones(*part.x.shape[:2], 1)], 2).double() for part in (seen, asked)
-    )
+    def iou(self, asked: SeenPoints) -> float:
+        """Mean IoU over the classes; ``asked`` is of the same crops, which may look different there."""
+        predict = self.predictor(asked)
+        return finish(GeneratorRun(_iter_fold_iou(_folds(asked.slices), asked.y, self._classes, predict)))
 
-    def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
-        return _ridge(known[~held_out].flatten(0, 1), seen.y[~held_out].flatten(), classes, query[held_out])
+    def predictor(self, asked: SeenPoints) -> Predictor:
+        """Predicts the crops of a fold from the others."""
+        query = self._columns(asked)
 
-    return predict
+        def predict(held_out: Bool[Tensor, " v"]) -> Float[Tensor, "a n k1"]:
+            fold = tuple(held_out.tolist())
+            if fold not in self._fitted:
+                x, y = self._x[~held_out].flatten(0, 1), self._seen.y[~held_out].flatten()
+                self._fitted[fold] = _ridge(x, y, self._classes)
+            return query[held_out] @ self._fitted[fold]
+
+        return predict
+
+    def _columns(self, points: SeenPoints) -> Float[Tensor, "v n f1"]:
+        x = (points.x - self._center) / self._scale
+        return torch.cat([x, torch.ones(*x.shape[:2], 1)], 2).double()
 
 
 def _folds(slices: list[int]) -> Int[Tensor, " v"]:
@@ -220,11 +233,11 @@ def _best_iou(scores: Float[Tensor, " n"], truth: Bool[Tensor, " n"]) -> float:
     return float((hits / (called + hits[-1] - hits)).max())
 
 
-def _ridge(x: Float[Tensor, "n f"], y: Tensor, classes: int, query: Float[Tensor, "v m f"]) -> Float[Tensor, "v m k1"]:
+def _ridge(x: Float[Tensor, "n f"], y: Tensor, classes: int) -> Float[Tensor, "f k1"]:
     target = F.one_hot(y, classes + 1).to(x)
     gram = x.T @ x + len(x) * 1e-2 * torch.eye(x.shape[1], dtype=x.dtype)
-    result: Float[Tensor, "v m k1"] = query @ torch.linalg.solve(gram, x.T @ target)
-    return result
+    weights: Float[Tensor, "f k1"] = torch.linalg.solve(gram, x.T @ target)
+    return weights
 
 
 def point_features(features: FeaturePyramid, points: Tensor) -> Float[Tensor, "n f"]:
