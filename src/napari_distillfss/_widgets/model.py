@@ -45,13 +45,13 @@ class ModelWidget(QWidget):
         self.history = StudentHistory(session)
         self.job = Job(session, "Model loading", self)
         self.message = Message("No model yet")
+        # a volume loads its model unasked, so the end is not notified
+        bar = JobBar(self.job, cancel="Stop", instead_of=self.message, tells_end=False)
         column(
             self,
             row(self.save, self.load),
             row(self.command, self.python),
-            JobBar(
-                self.job, cancel="Stop", instead_of=self.message, tells_end=False
-            ),  # a volume loads its model unasked
+            bar,
             self.message,
             self.history,
             self.card,
