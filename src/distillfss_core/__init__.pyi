@@ -32,7 +32,7 @@ from .nn.device import Device, choose_device, leave_a_core_free
 from .objects.instances import InstanceReport, InstanceStep, iter_instances, label_instances
 from .objects.outline import Proposal, propose_object
 from .process import may_change_process, return_freed_memory
-from .samples import Sample, generate_sample
+from .samples import Sample, SampleStep, generate_sample, iter_generate_sample
 from .segmentation.batch import BatchJob, BatchStep, iter_batch, plan_batch
 from .segmentation.cluster import Connection, connect
 from .segmentation.lazy import compare_intensities, sample_volume, segment_lazy
@@ -105,6 +105,7 @@ __all__ = [
     "Proposal",
     "Run",
     "Sample",
+    "SampleStep",
     "Scores",
     "Segmentation",
     "Segmenter",
@@ -143,6 +144,7 @@ __all__ = [
     "iter_distill_adapter",
     "iter_distill_backbone",
     "iter_diverse_planes",
+    "iter_generate_sample",
     "iter_instances",
     "iter_refine",
     "iter_segment",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from distillfss_core.samples import generate_sample
-from napari_distillfss._waiting import wait_for
+from distillfss_core.samples import iter_generate_sample
+from napari_distillfss._waiting import wait_for_run
 
 LayerTuple = tuple[Any, dict[str, Any], str]
 
@@ -30,7 +30,7 @@ def make_nodules() -> list[LayerTuple]:
 
 def _layers(kind: str, **options: Any) -> list[LayerTuple]:
     """An image layer and a labels layer (uint16, 0 is background), both (z, y, x), at the same position."""
-    sample = wait_for(lambda: generate_sample(kind), f"Generation of {kind}")
+    sample = wait_for_run(iter_generate_sample(kind), f"Generation of {kind}")
     name, is_known = kind.capitalize(), sample.unit != "pixel"
     scale = sample.scale if is_known else [_PIXEL * s for s in sample.scale]
     unit = sample.unit if is_known else "micrometer"

@@ -9,7 +9,8 @@ from threading import Event, Thread
 from typing import Any
 
 from napari.utils import progress
-from qtpy.QtCore import QCoreApplication, QEventLoop, QObject, QThread, QTimer, Signal
+from qtpy.QtCore import QEventLoop, QObject, Qt, QThread, QTimer, Signal
+from qtpy.QtWidgets import QApplication, QProgressDialog
 
 import distillfss_core as core
 from napari_distillfss._process import keep_triton_out, quick_turns, rare_collections
@@ -172,8 +173,7 @@ def wait_for(function: Callable[[], Any], name: str) -> Any:
 
     Clicks and keys wait until it has ended. Without a window, or in another thread, the function is simply called.
     """
-    application = QCoreApplication.instance()
-    if application is None or QThread.currentThread() is not application.thread():
+    if not _is_in_window():
         return function()
     job, loop = Job(name=name), QEventLoop()
     results: list[Any] = []
@@ -193,6 +193,67 @@ def wait_for(function: Callable[[], Any], name: str) -> Any:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def wait_for_run(run: core.Run[Any, Any], name: str) -> Any:
+    """Iterate a run in another thread and return its result, while a dialog shows its progress and can cancel it.
+
+    Its steps have ``index`` and ``total``. The rest of the window waits. Without a window, or in another thread, the
+    run is simply iterated.
+
+    Raises
+    ------
+    core.DistillFSSError
+        If the run was cancelled or has failed.
+    """
+    if not _is_in_window():
+        return core.finish(run)
+    job, loop = Job(name=name), QEventLoop()
+    outcomes: list[Any] = []
+    dialog = QProgressDialog(f"{name}…", "Cancel", 0, 100, QApplication.activeWindow())
+    dialog.setWindowTitle("DistillFSS")
+    dialog.setWindowModality(Qt.WindowModality.ApplicationModal)
+    dialog.setAutoReset(False)
+
+    def work(stop: Event) -> Generator[Any, None, Any]:
+        for step in run:
+            if stop.is_set():
+                raise core.DistillFSSError(f"{name} was cancelled; nothing was added")
+            yield step
+        return run.result()
+
+    def show(step: Any) -> None:
+        if not job.stopping:
+            dialog.setMaximum(step.total)
+            dialog.setValue(step.index)
+
+    def stop() -> None:
+        dialog.setLabelText("Stopping…")
+        dialog.show()  # a press of Cancel has closed it
+        job.cancel()
+
+    job.stepped.connect(show)
+    job.done.connect(outcomes.append)
+    job.failed.connect(lambda text: outcomes.append(core.DistillFSSError(text)))
+    job.ended.connect(loop.quit)
+    dialog.canceled.connect(stop)
+    dialog.show()
+    job.start(work)
+    loop.exec()
+    job.cancel()  # where the application ends
+    dialog.canceled.disconnect(stop)
+    dialog.close()
+    dialog.deleteLater()
+    outcome = outcomes[0] if outcomes else core.DistillFSSError(f"{name} has not ended")
+    if isinstance(outcome, core.DistillFSSError):
+        raise outcome
+    return outcome
+
+
+def _is_in_window() -> bool:
+    """Whether this is the thread of a window."""
+    application = QApplication.instance()
+    return isinstance(application, QApplication) and QThread.currentThread() is application.thread()
 
 
 class LatestJob(QObject):

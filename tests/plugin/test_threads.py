@@ -3,15 +3,17 @@
 import gc
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 from qtpy.QtCore import QTimer
+from qtpy.QtWidgets import QApplication, QProgressDialog, QPushButton
 
-from distillfss_core import DistillFSSError
+from distillfss_core import DistillFSSError, SampleStep
 from napari_distillfss import _process
 from napari_distillfss._session import Session
-from napari_distillfss._threads import Job, LatestJob, wait_for
+from napari_distillfss._threads import Job, LatestJob, wait_for, wait_for_run
 
 
 def counting(stop, limit=10**9):
@@ -240,3 +242,66 @@ def test_an_error_of_a_function_that_is_waited_for_is_raised(qtbot):
 
     with pytest.raises(DistillFSSError, match="no stack"):
         wait_for(fails, "Generation of nuclei")
+
+
+class Counted:
+    """A run of a hundred steps."""
+
+    def __init__(self, fails=False):
+        self.index, self.fails = 0, fails
+        self.threads = set()
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self.threads.add(threading.current_thread())
+        if self.fails and self.index == 2:
+            raise DistillFSSError("no stack")
+        if self.index == 100:
+            raise StopIteration
+        self.index += 1
+        time.sleep(0.002)
+        return SampleStep(self.index)
+
+    def result(self):
+        return "stack"
+
+
+def progress_dialogs():
+    return [w for w in QApplication.topLevelWidgets() if isinstance(w, QProgressDialog) and w.isVisible()]
+
+
+def test_a_run_that_is_waited_for_shows_how_far_it_is(qtbot):
+    values, timer, run = [], QTimer(), Counted()
+    timer.timeout.connect(lambda: values.extend(d.value() for d in progress_dialogs()))
+    timer.start(1)
+    assert wait_for_run(run, "Generation of nuclei") == "stack"
+    timer.stop()
+    assert values == sorted(values)
+    assert len(set(values)) > 5
+    assert threading.main_thread() not in run.threads
+    assert not progress_dialogs()
+
+
+def test_a_run_that_is_waited_for_can_be_cancelled(qtbot):
+    timer, run = QTimer(), Counted()
+
+    def press():
+        for dialog in progress_dialogs():
+            if dialog.value() > 5:
+                dialog.findChild(QPushButton).click()
+                timer.stop()
+
+    timer.timeout.connect(press)
+    timer.start(1)
+    with pytest.raises(DistillFSSError, match="Generation of nuclei was cancelled; nothing was added"):
+        wait_for_run(run, "Generation of nuclei")
+    assert run.index < 100
+    assert not progress_dialogs()
+
+
+def test_an_error_of_a_run_that_is_waited_for_is_raised(qtbot):
+    with pytest.raises(DistillFSSError, match="no stack"):
+        wait_for_run(Counted(fails=True), "Generation of nuclei")
+    assert not progress_dialogs()

@@ -6,6 +6,8 @@ bodies that are no mitochondria, cells that are paler or darker than others, sec
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -19,32 +21,41 @@ _SMALLEST = 60  # pixels of a cut that a person would outline
 _FAR = 99.0
 
 
-def draw_mitochondria(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.uint8], Labels]:
-    """Gray values, and which mitochondrion each voxel is of; both (z y x)."""
+def draw_mitochondria(
+    rng: np.random.Generator, shape: tuple[int, int, int]
+) -> Generator[float, None, tuple[npt.NDArray[np.uint8], Labels]]:
+    """Gray values, and which mitochondrion each voxel is of; both (z y x). The share that is done is yielded."""
     planes, size, _ = shape
-    cells, edge = _cells(rng, shape)
+    cells, edge = yield from _cells(rng, shape)
     shade = rng.normal(0, 13, int(cells.max()) + 1).astype(np.float32)
     gray = 172 + shade[cells] + 7 * texture(rng, shape, 1.3) + 4 * texture(rng, shape, 5.0)
+    yield 0.4
     _add_reticulum(rng, gray, edge)
     _add_vesicles(rng, gray, cells, edge)
+    yield 0.55
     labels = np.zeros(shape, np.uint16)
     wobble = drifting(rng, shape, 9.0, 0.1)
     wanted = max(3, round(size * size * (planes * _STEP + 60) / 520_000))
     number = 0
-    for _ in range(wanted * 60):
+    tries = wanted * 60
+    for done in range(1, tries + 1):
         number += _add_mitochondrion(rng, gray, labels, cells, edge, wobble, number + 1)
+        yield 0.55 + 0.3 * max(done / tries, number / wanted)
         if number == wanted:
             break
     _add_dark_bodies(rng, gray, labels, edge)
     width = 1.5 + 1.6 * np.clip(drifting(rng, shape, 11.0, 0.3) - 1.3, 0, 1)  # synapses are thick and dark
     gray -= 92 * np.exp(-((edge / width) ** 2)) * (labels == 0)
     gray = blur(gray.astype(np.float32), 0.7)
+    yield 0.93
     contrast = rng.normal(1, 0.05, (planes, 1, 1)) * (gray - 150) + 150 + rng.normal(0, 4, (planes, 1, 1))
     noisy = contrast + rng.normal(0, 8.5, shape)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8), renumber(without_slivers(labels, _SMALLEST))
 
 
-def _cells(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.int32], F32]:
+def _cells(
+    rng: np.random.Generator, shape: tuple[int, int, int]
+) -> Generator[float, None, tuple[npt.NDArray[np.int32], F32]]:
     """Which cell each voxel is of, and its distance in the plane to the nearest membrane, in pixels.
 
     Cells are groups of the regions nearest to seeds on a shaken grid; seeds wander from plane to plane, and a smooth
@@ -72,6 +83,7 @@ def _cells(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.N
         apart = np.sqrt((sy - ty) ** 2 + (sx - tx) ** 2)
         border = np.where(of == tof, _FAR, (square - mine) / (2 * np.maximum(apart, 1e-3)))
         cells[z], edge[z] = tof[0], border.min(0)
+        yield 0.3 * (z + 1) / planes
     return cells, edge
 
 

@@ -6,7 +6,7 @@ chest wall, faint ones, and few of them in much of everything else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ PIXEL_MM = 0.8
 PLANE_MM = 2.5
 _WIDTH = 307.2  # millimeters that are shown at most: all of the thorax
 _AIR, _FAT, _MUSCLE, _BLOOD, _BONE, _LUNG = -1000, -95, 45, 40, 420, -850
+_TREES = 16  # of vessels in each lung
 _SMALLEST = 8  # pixels of a cut that a person would outline
 
 Point = npt.NDArray[np.float64]
@@ -28,8 +29,10 @@ def pixel_size(size: int) -> float:
     return round(min(PIXEL_MM, _WIDTH / size), 4)
 
 
-def draw_nodules(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.int16], Labels]:
-    """Hounsfield units, and which nodule each voxel is of; both (z y x).
+def draw_nodules(
+    rng: np.random.Generator, shape: tuple[int, int, int]
+) -> Generator[float, None, tuple[npt.NDArray[np.int16], Labels]]:
+    """Hounsfield units, and which nodule each voxel is of; both (z y x). The share that is done is yielded, 0 to 1.
 
     Planes narrower than the thorax show its left side, the lung in the middle.
     """
@@ -40,11 +43,15 @@ def draw_nodules(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple
     side = ((np.arange(size) - (size - 1) / 2) * pixel).astype(np.float32)
     space = _Space(pixel, z[:, None, None], side[:, None], side[None, :] + np.float32(aside))
     image, lung = _thorax(rng, shape, space)
+    yield 0.2
     vessels = np.zeros(shape, np.float32)
-    for start, end, radius in _vessels(rng, float(z[-1])):
-        _add_tube(vessels, space, start, end, radius)
+    for number, tree in enumerate(_vessels(rng, float(z[-1])), 1):
+        for start, end, radius in tree:
+            _add_tube(vessels, space, start, end, radius)
+        yield 0.2 + 0.6 * number / (2 * _TREES)
     image += vessels * lung * (_BLOOD - image)
     labels = _add_nodules(rng, image, lung, space)
+    yield 0.85
     image = blur(image, 0.75) + 24 * texture(rng, shape, 0.9)
     return np.clip(np.rint(image), -1024, 3071).astype(np.int16), renumber(without_slivers(labels, _SMALLEST))
 
@@ -121,22 +128,27 @@ def _thorax(rng: np.random.Generator, shape: tuple[int, int, int], space: _Space
     return image, lung
 
 
-def _vessels(rng: np.random.Generator, reach: float) -> Iterator[tuple[Point, Point, float]]:
-    """Pieces (start, end, radius; z y x in millimeters) of trees that leave the middle and fork towards the wall."""
+def _vessels(rng: np.random.Generator, reach: float) -> Iterator[Iterator[tuple[Point, Point, float]]]:
+    """Trees that leave the middle, each to be iterated before the next."""
     for s in (-1.0, 1.0):
-        for _ in range(16):
+        for _ in range(_TREES):
             hilum = np.array([rng.uniform(-reach - 12, reach + 12), rng.normal(6, 8), s * 24])
             aim = np.array([rng.normal(0, 0.45), rng.normal(0, 0.75), s])
-            growing = [(hilum, aim / np.linalg.norm(aim), rng.uniform(2.2, 3.8))]
-            while growing:
-                start, aim, radius = growing.pop()
-                end = start + aim * rng.uniform(8, 15)
-                yield start, end, radius
-                if radius < 0.65 or abs(end[2]) > 125 or abs(end[1]) > 100:
-                    continue
-                for share in (0.86, rng.uniform(0.5, 0.78)):
-                    turned = aim + rng.normal(0, 0.32 / share, 3)
-                    growing.append((end, turned / np.linalg.norm(turned), radius * share))
+            yield _tree(rng, hilum, aim / np.linalg.norm(aim), rng.uniform(2.2, 3.8))
+
+
+def _tree(rng: np.random.Generator, hilum: Point, aim: Point, radius: float) -> Iterator[tuple[Point, Point, float]]:
+    """Pieces (start, end, radius; z y x in millimeters) of a tree that forks towards the wall."""
+    growing = [(hilum, aim, radius)]
+    while growing:
+        start, aim, radius = growing.pop()
+        end = start + aim * rng.uniform(8, 15)
+        yield start, end, radius
+        if radius < 0.65 or abs(end[2]) > 125 or abs(end[1]) > 100:
+            continue
+        for share in (0.86, rng.uniform(0.5, 0.78)):
+            turned = aim + rng.normal(0, 0.32 / share, 3)
+            growing.append((end, turned / np.linalg.norm(turned), radius * share))
 
 
 def _add_tube(vessels: F32, space: _Space, start: Point, end: Point, radius: float) -> None:

@@ -6,6 +6,8 @@ lit unevenly, over a structured haze, with bright debris that is no nucleus.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -15,17 +17,20 @@ Z_STEP = 2.5
 """Distance between two planes, in pixels of the plane: stacks are sampled more coarsely along z."""
 
 
-def draw_nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[npt.NDArray[np.uint16], Labels]:
-    """Camera counts, and which nucleus each voxel is of; both (z y x)."""
-    light, labels = _nuclei(rng, shape)
+def draw_nuclei(
+    rng: np.random.Generator, shape: tuple[int, int, int]
+) -> Generator[float, None, tuple[npt.NDArray[np.uint16], Labels]]:
+    """Camera counts, and which nucleus each voxel is of; both (z y x). The share that is done is yielded, 0 to 1."""
+    light, labels = yield from _nuclei(rng, shape)
     light += _debris(rng, shape)
     light = _microscope_blur(light)
-    light += _haze(rng, shape, light)
+    yield 0.65
+    light += yield from _haze(rng, shape, light)
     light *= _illumination(rng, shape)
     return _camera(rng, light), labels
 
 
-def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32, Labels]:
+def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> Generator[float, None, tuple[F32, Labels]]:
     """Light (z y x) of touching ellipsoids with chromatin texture, and which nucleus each voxel is of."""
     planes, size, _ = shape
     depth = planes * Z_STEP
@@ -33,7 +38,9 @@ def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32,
     labels = np.zeros(shape, np.uint16)
     ownership = np.full(shape, np.inf, np.float32)  # how deep inside its nucleus a voxel lies: the deepest wins
     chromatin = texture(rng, shape, 2.2)
+    yield 0.05
     clumps = texture(rng, shape, 5.0)
+    yield 0.1
     clusters = rng.uniform(0, size, (max(2, round(size * size / 24_000)), 2))
     wanted = max(4, round(size * size * (depth + 16) / 28_000))
     placed: list[tuple[float, float, float, float]] = []
@@ -52,6 +59,7 @@ def _nuclei(rng: np.random.Generator, shape: tuple[int, int, int]) -> tuple[F32,
             continue
         placed.append((z, y, x, radius))
         number += _add_nucleus(rng, (z, y, x), radius, number + 1, light, labels, ownership, chromatin, clumps)
+        yield 0.1 + 0.45 * number / wanted
     return light, renumber(without_slivers(labels, 50))
 
 
@@ -143,13 +151,17 @@ def _microscope_blur(light: F32) -> F32:
     return result
 
 
-def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> F32:
+def _haze(rng: np.random.Generator, shape: tuple[int, int, int], light: F32) -> Generator[float, None, F32]:
     """Background with structure: cytoplasm round the nuclei, fibers, a slow unevenness."""
     cytoplasm = blur(light, 9.0) * (0.45 + 0.25 * texture(rng, shape, 3.0))
+    yield 0.75
     slow = 0.13 * np.clip(1 + 0.7 * texture(rng, shape, 34.0), 0, None)
+    yield 0.82
     # The zero line of a smooth random field is a curve: it draws fibers.
     field = texture(rng, shape, 17.0)
+    yield 0.88
     fibers = 0.22 * np.exp(-((field / 0.08) ** 2)) * np.clip(texture(rng, shape, 26.0), 0, None)
+    yield 0.94
     result: F32 = (np.clip(cytoplasm, 0, None) + slow + fibers).astype(np.float32)
     return result
 

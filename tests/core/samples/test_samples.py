@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from distillfss_core.errors import SettingsError
-from distillfss_core.samples import generate_sample
+from distillfss_core.samples import SampleStep, generate_sample, iter_generate_sample
 from distillfss_core.settings import SAMPLES
 
 
@@ -99,3 +99,19 @@ def test_one_small_plane_will_do(kind):
 def test_what_cannot_be_generated_is_named(arguments, named):
     with pytest.raises(SettingsError, match=named):
         generate_sample(**arguments)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_run_tells_how_much_is_drawn_and_makes_the_same(samples, kind):
+    run = iter_generate_sample(kind, planes=6, size=256, seed=3)
+    done = [step.index for step in run]
+    assert done == sorted(done)
+    assert (len(set(done)) > 12, done[-1]) == (True, 100)
+    assert max(np.diff([0, *done])) <= 25
+    assert SampleStep(1).total == 100
+    assert digest(run.result()) == digest(samples[kind])
+
+
+def test_a_run_of_what_cannot_be_generated_fails_at_once():
+    with pytest.raises(SettingsError, match="cats"):
+        iter_generate_sample("cats")
