@@ -22,7 +22,7 @@ from qtpy.QtWidgets import (
 
 from napari_distillfss._annotations import Class
 from napari_distillfss._tasks import THUMBNAIL
-from napari_distillfss._widgets._colors import ERROR, IOU, LOSS, contrast
+from napari_distillfss._widgets._colors import ERROR, ERROR_IN_LIST, IOU, LOSS, MUTED_IN_LIST, contrast
 from napari_distillfss._widgets._common import JobBar, Message, Section
 
 THEMES = ("dark", "light")
@@ -69,6 +69,39 @@ def test_colors_of_texts_have_a_contrast_of_four_and_a_half_on_each_background_o
     for name in ("background", "canvas") if theme == "dark" else ("background",):
         background = QColor(*colors.__getattribute__(name).as_rgb_tuple()[:3])
         assert contrast(tone.on(background), background) >= 4.5, name
+
+
+@pytest.mark.parametrize("theme", THEMES)
+@pytest.mark.parametrize("tone", [ERROR_IN_LIST, MUTED_IN_LIST])
+def test_colors_of_rows_have_a_contrast_of_four_and_a_half_on_naparis_lists(theme, tone):
+    from napari.utils.theme import get_theme
+
+    background = QColor(*get_theme(theme).primary.as_rgb_tuple()[:3])  # of its lists
+    assert contrast(tone.on(background), background) >= 4.5
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_rows_that_cannot_be_used_are_readable_in_the_window(theme, drawn, qtbot, sample, painted_truth):
+    from napari_distillfss._widgets.slices import SliceRow
+    from napari_distillfss._widgets.sources import SourceList
+
+    viewer, dock = drawn
+    set_theme(viewer, theme, qtbot)
+    dock.session.annotations.put(1, painted_truth[1])
+    viewer.add_image(sample.image[::-1].copy(), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    (other,) = dock.session.others()
+    choice = SourceList([(other, "is no file, and not open here")], dock)
+    dock.support.list.setRows([SliceRow("nuclei: 2 slices cannot be used", is_problem=True)])
+    for widget in (choice.list, dock.support.list):
+        widget.show()
+        holder = widget if widget is dock.support.list else choice
+        holder.resize(300, 120)
+        holder.show()
+        qtbot.wait(100)
+        background = widget.grab().toImage().pixelColor(widget.width() // 2, widget.height() - 4)
+        assert contrast(widget.item(0).foreground().color(), background) >= 4.5
 
 
 def test_errors_are_readable_in_the_window_of_each_theme(drawn, qtbot):
@@ -169,7 +202,7 @@ def needed_width(widget):
 def test_no_text_is_cut_off(theme, drawn, qtbot):
     viewer, dock = drawn
     set_theme(viewer, theme, qtbot)
-    for section in dock.sections.values():
+    for section in dock.findChildren(Section):  # those within others, too
         section.heading.setChecked(True)
     dock.objects.of_class.addItem("object")
     dock.model.history.show()
@@ -179,7 +212,9 @@ def test_no_text_is_cut_off(theme, drawn, qtbot):
     shown = [
         w for kind in kinds for w in dock.widget().findChildren(kind) if w.isVisible() and not isinstance(w, Message)
     ]
-    assert {dock.support.rest, dock.preview.source, dock.distill.settings.preset, dock.apply.replace} <= set(shown)
+    assert {dock.support.rest, dock.preview.source, dock.distill.settings.preset, dock.apply.batch.replace} <= set(
+        shown
+    )
     named_by_user = {dock.volume.layers}
     cut = {w.toolTip() or w.text(): (needed_width(w), w.width()) for w in shown
            if w not in named_by_user and needed_width(w) > w.width()}  # fmt: skip

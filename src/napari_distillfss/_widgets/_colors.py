@@ -21,6 +21,8 @@ class Tone:
 
 
 ERROR = Tone("#ff8f87", "#a51d17")
+ERROR_IN_LIST = Tone("#ffd9d6", "#85120d")  # napari's lists lie on gray
+MUTED_IN_LIST = Tone("#dfe2e6", "#3f4247")
 LOSS = Tone("#4dbbd5", "#005f78")
 IOU = Tone("#f39b7f", "#97380f")
 

@@ -15,7 +15,7 @@ from qtpy.QtWidgets import QListWidget, QListWidgetItem, QWidget
 from napari_distillfss._annotations import PaintedLabels
 from napari_distillfss._tasks import THUMBNAIL, iter_thumbnails, pick
 from napari_distillfss._threads import LatestJob
-from napari_distillfss._widgets._colors import ERROR
+from napari_distillfss._widgets._colors import ERROR_IN_LIST
 from napari_distillfss._widgets._common import fit_rows
 
 _MOST_ROWS = 2.5  # that are shown at a time
@@ -113,7 +113,7 @@ class SliceList(QListWidget):
                 item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
                 item.setCheckState(Qt.CheckState.Checked if row.is_used else Qt.CheckState.Unchecked)
             if row.is_problem:
-                item.setForeground(ERROR.on(self.palette().window().color()))
+                item.setForeground(ERROR_IN_LIST.on(self.palette().window().color()))
             self.addItem(item)
         self.setCurrentRow(min(chosen, self.count() - 1))
         self.blockSignals(False)

@@ -9,6 +9,7 @@ from qtpy.QtWidgets import QDialog, QDialogButtonBox, QLabel, QListWidget, QList
 
 from napari_distillfss import _format as fmt
 from napari_distillfss._sources import OtherSlices
+from napari_distillfss._widgets._colors import MUTED_IN_LIST
 
 
 class SourceList(QWidget):
@@ -27,6 +28,7 @@ class SourceList(QWidget):
         self.list = QListWidget()
         self.list.setAccessibleName("Other volumes with annotated slices")
         self.list.setWordWrap(True)
+        self.ensurePolished()  # it has the colors of the theme then
         for other, problem in others:
             count = fmt.count(len(other.labels.enabled()), "slice")
             item = QListWidgetItem(f"{other.name}: {count}, {', '.join(other.class_names)}")
@@ -36,7 +38,7 @@ class SourceList(QWidget):
             item.setCheckState(Qt.CheckState.Unchecked)
             if problem:
                 item.setText(f"{item.text()}\nit {problem}")
-                item.setForeground(self.palette().placeholderText())
+                item.setForeground(MUTED_IN_LIST.on(self.palette().window().color()))
             self.list.addItem(item)
         self._problems = {other.key: problem for other, problem in others}
         layout = QVBoxLayout(self)
