@@ -43,6 +43,13 @@ class Class:
     color: str
 
 
+def model_classes(names: Sequence[str], classes: Sequence[Class]) -> tuple[Class, ...]:
+    """Classes of a model in the colors of the painted classes of the same name, or else of the same number."""
+    of_name = {c.name: c.color for c in classes}
+    numbered = [c.color for c in classes] + list(COLORS)
+    return tuple(Class(name, of_name.get(name, numbered[k % len(numbered)])) for k, name in enumerate(names))
+
+
 @dataclass(frozen=True, eq=False)
 class PaintedSlice:
     """Number of painted pixels in a plane for every label (0 not labeled, 1 background, 2.. classes)."""

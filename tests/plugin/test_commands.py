@@ -148,6 +148,8 @@ def test_a_dock_for_a_model_is_used_where_it_has_the_section(execute, window, vi
     execute("apply")
     assert list(window.dock_widgets.values()) == [small]
     assert "there is no model yet" in small.apply.message.text()
+    execute("correct_plane")
+    assert "there is no preview of this plane yet" in window.dock_widgets[DOCK].preview.message.text()
     execute("train")
     assert type(window.dock_widgets[DOCK]) is DistillDock
     assert "no slice is annotated" in window.dock_widgets[DOCK].distill.message.text()

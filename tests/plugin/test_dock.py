@@ -418,6 +418,25 @@ def test_the_hint_of_a_training_follows_the_slices(dock, painted_truth):
     assert dock.distill.message.text() == "Annotate some slices, then press Train"
 
 
+def test_the_training_of_another_volume_is_not_shown(dock, viewer, sample, qtbot, painted_truth):
+    paint(dock, painted_truth, [2])
+    dock.distill.start()
+    finish(qtbot, dock)
+    assert dock.distill.message.text().startswith("Done: ")
+    assert not dock.distill.plot.isHidden()
+    dock.session.choose_volume(dock.session.volume)
+    assert dock.distill.message.text().startswith("Done: ")  # it is the same volume
+    viewer.add_image(sample.image[:4] * 2, name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    assert dock.distill.plot.isHidden()
+    assert dock.distill.message.text() == "Annotate some slices, then press Train"
+    dock.volume.layers.setCurrentIndex(0)
+    dock.volume.layers.activated.emit(0)
+    assert dock.distill.plot.isHidden()
+    assert dock.distill.message.text() == "Ready to train on the slices that are ticked"
+
+
 def test_labels_go_home_where_the_folder_of_the_image_cannot_be_written(
     viewer, open_dock, open_path, tmp_path, sample, monkeypatch
 ):
@@ -1290,6 +1309,29 @@ def test_colors_of_the_preview_are_those_of_the_classes_of_the_same_name(dock, q
     layer = dock.preview.layers["labels"]
     dock.support.classes.setValue((Class("other", "#00ff00"), Class("object", "#0000ff")))
     np.testing.assert_allclose(layer.colormap.map(np.array([1]))[0, :3], (0, 0, 1))
+
+
+def test_colors_of_applied_labels_follow_the_classes_of_the_same_name(dock, viewer, qtbot, student, sample, tmp_path):
+    from napari_distillfss._annotations import Class
+
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.support.classes.setValue((Class("other", "#00ff00"), Class("object", "#0000ff"), Class("third", "#ff0000")))
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+
+    def color():
+        return dock.apply.layer.colormap.map(np.array([1]))[0, :3]
+
+    np.testing.assert_allclose(color(), (0, 0, 1))
+    dock.support.classes.setValue((Class("object", "#ffff00"),))
+    np.testing.assert_allclose(color(), (1, 1, 0))
+    viewer.add_image(sample.image[:4] * 2, name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    dock.support.classes.setValue((Class("object", "#ff0000"),))
+    np.testing.assert_allclose(color(), (1, 1, 0))  # of another volume
 
 
 def test_labels_of_another_student_name_the_box_that_replaces_them(dock, qtbot, student, few, tmp_path, sample):

@@ -218,7 +218,12 @@ def test_the_dock_for_a_student_shows_the_model(viewer, nuclei, tmp_path, qtbot)
     from napari_distillfss._widgets.dock import ApplyDock
 
     dock = ApplyDock(viewer, tmp_path)
-    assert dock.preview.source.currentText() == "model"
+    preview = dock.preview
+    assert [preview.source.itemText(i) for i in range(preview.source.count())] == ["model"]
+    assert preview.message.text() == "Load a model first"
+    assert all(part.isHidden() for part in (preview.live, preview.take, preview.source.parentWidget()))
+    preview.on.setChecked(True)
+    assert preview.message.text() == "Load a model first"
     dock.session.close()
     dock.deleteLater()
 
@@ -227,7 +232,10 @@ def test_a_preview_that_is_off_names_what_its_source_needs(dock):
     assert "paint" in dock.preview.message.text()
     dock.preview.source.setCurrentText("model")
     assert dock.preview.message.text().startswith("Train a model")
+    assert not dock.preview.live.isEnabled()  # it is of the instant model
+    assert dock.preview.live.isChecked()
     dock.preview.source.setCurrentText("instant")
+    assert dock.preview.live.isEnabled()
     assert "paint" in dock.preview.message.text()
 
 

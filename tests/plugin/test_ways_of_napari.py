@@ -157,6 +157,33 @@ def test_keys_choose_classes_slices_preview_and_training(dock, viewer, monkeypat
     assert not any(str(key).startswith("Alt") for key in viewer.keymap)
 
 
+def test_a_dock_that_closes_gives_its_keys_back(viewer, nuclei, open_dock, tmp_path):
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    pressed = []
+    viewer.bind_key("Alt-P", pressed.append)
+    first, small = open_dock(viewer), ApplyDock(viewer, tmp_path / "small")
+    press(viewer, "Alt+P")
+    assert [dock.preview.on.isChecked() for dock in (first, small)] == [False, True]
+    for key, text in (("Alt+T", "no slice is annotated"), ("Alt+R", "no model to refine"), ("Alt+A", "Paint in plane")):
+        press(viewer, key)  # these belong to the dock in which slices are annotated
+        assert text in first.distill.message.text() + first.support.message.text()
+    assert not small.support.suggested
+    small.session.close()
+    small.deleteLater()
+    press(viewer, "Alt+P")
+    assert first.preview.on.isChecked()
+    second = open_dock(viewer, tmp_path / "second")
+    first.session.close()  # before the one that has taken its keys
+    press(viewer, "Alt+P")
+    assert second.preview.on.isChecked()
+    assert not pressed
+    second.session.close()
+    press(viewer, "Alt+P")
+    assert pressed == [viewer]
+    assert [str(key) for key in viewer.keymap] == ["Alt+P"]
+
+
 def test_the_preview_is_filled_outlined_or_dim(dock, viewer, qtbot, student):
     dock.preview.drawn_as.setCurrentText("outlines")
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):

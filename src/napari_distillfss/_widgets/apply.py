@@ -17,7 +17,7 @@ from superqt.utils import qthrottled
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._annotations import FIRST_CLASS, Class
+from napari_distillfss._annotations import FIRST_CLASS, Class, model_classes
 from napari_distillfss._layers import (
     ANNOTATIONS,
     LABELS,
@@ -126,6 +126,8 @@ class ApplyWidget(QWidget):
         self.job.ended.connect(self._on_job_ended)
         session.volume_changed.connect(self._on_volume_changed)
         session.volume_changed.connect(self._on_state_changed)
+        session.classes_changed.connect(self._on_classes_changed)
+        session.labels_changed.connect(self._on_classes_changed)  # those of a closed dock are taken up
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
         self._on_state_changed()
@@ -220,12 +222,26 @@ class ApplyWidget(QWidget):
         self._prepare_layer(applied)
         self._levels = data
         move_layer(self._viewer, self.layer, data, chosen.place())
-        classes = self._session.annotations.classes if self._session.annotations else ()
-        if len(classes) == len(applied.classes) and classes != self._colored:  # napari draws after each change
-            self.layer.colormap, self._colored = colors_of(classes, first=1), classes
+        self._color(applied)
         if self._shown is None:
             self.layer.name, self.layer.visible = applied.out.name.partition(".")[0], True
         self._shown, self._is_behind = applied.out, False
+
+    def _color(self, applied: Applied) -> None:
+        """Give the labels the colors of their classes; those of another volume on screen do not change them."""
+        chosen, annotations = self._session.volume, self._session.annotations
+        is_here = chosen is not None and annotations is not None and chosen.layer is applied.volume.layer
+        if self._colored and not is_here:
+            return
+        classes = model_classes(applied.classes, annotations.classes if is_here and annotations else ())
+        if classes != self._colored:  # napari draws after each change
+            self.layer.colormap, self._colored = colors_of(classes, first=1), classes
+
+    def _on_classes_changed(self) -> None:
+        for applied in (self._running, self._session.applied):
+            if applied is not None and applied.out == self._shown and self.layer in self._viewer.layers:
+                self._color(applied)
+                return
 
     def _prepare_layer(self, applied: Applied) -> None:
         """Add an empty layer, unless there is one that is empty or shows the same labels.

@@ -10,15 +10,15 @@ from qtpy.QtWidgets import QDockWidget, QWidget
 
 import distillfss_core as core
 from napari_distillfss._widgets._common import JobBar
-from napari_distillfss._widgets.dock import ApplyDock, DistillDock
+from napari_distillfss._widgets.dock import DistillDock
 
 _PLUGIN, _DOCK = "napari-distillfss", "Label, distill, segment"
-_NOT_IN_APPLY_DOCK = ("support", "distill")
+_OF_ANNOTATIONS = ("support", "distill")
 
 
 def show_dock() -> None:
     """Show the dock."""
-    _show("")
+    _show()
 
 
 def suggest_slices() -> None:
@@ -68,7 +68,7 @@ def toggle_preview() -> None:
 
 def correct_plane() -> None:
     """Copy the preview into the annotations of the plane on screen."""
-    _section("preview").correct_plane()
+    _section("preview", annotates=True).correct_plane()
 
 
 def apply() -> None:
@@ -93,7 +93,7 @@ def load_model() -> None:
 
 def cancel() -> None:
     """Cancel what runs, in all docks of this window."""
-    _show("")
+    _show()
     running = [bar for dock in _docks(_viewer()) for bar in dock.findChildren(JobBar) if bar.is_running]
     for bar in running:
         bar.stop()
@@ -112,18 +112,18 @@ def _docks(viewer: Any) -> list[DistillDock]:
     return [widget for widget in viewer.window.dock_widgets.values() if isinstance(widget, DistillDock)]
 
 
-def _section(name: str) -> Any:
-    """A section of the dock, made visible."""
-    dock = _show(name)
+def _section(name: str, *, annotates: bool = False) -> Any:
+    """A section of the dock, made visible; optionally of one in which slices are annotated."""
+    dock = _show(annotates=annotates or name in _OF_ANNOTATIONS)
     section = getattr(dock, name)
     dock.unfold(section)
     return section
 
 
-def _show(name: str) -> DistillDock:
-    """Show a dock of the current window that has a section, and open one if there is none."""
+def _show(*, annotates: bool = False) -> DistillDock:
+    """Show a dock of the current window, optionally one in which slices are annotated; open one if there is none."""
     viewer = _viewer()
-    fitting = [dock for dock in _docks(viewer) if not (isinstance(dock, ApplyDock) and name in _NOT_IN_APPLY_DOCK)]
+    fitting = [dock for dock in _docks(viewer) if dock.annotates or not annotates]
     dock: DistillDock
     if fitting:
         dock = fitting[0]

@@ -29,6 +29,7 @@ class DistillWidget(QWidget):
         super().__init__(parent)
         self._session = session
         self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
+        self._image: Any = None  # the layer of the volume that message and plot are of
         self.settings = PresetPicker()
         self.distill = button("Train", "Distill a student, a small model, from the annotated slices", self.start)
         self.refine = button(
@@ -59,6 +60,7 @@ class DistillWidget(QWidget):
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
         session.slices_changed.connect(self._on_slices_changed)
+        session.volume_changed.connect(self._on_volume_changed)
         self._on_state_changed()
 
     def start(self) -> None:
@@ -126,6 +128,14 @@ class DistillWidget(QWidget):
             self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({distilled.error})")
             return
         self.message.tell(line + ". Scroll to see its preview, paint where it is wrong, then press Refine")
+
+    def _on_volume_changed(self) -> None:
+        """Forget the training of another volume; another time point or channel of an image leaves it."""
+        image = self._session.volume.layer if self._session.volume is not None else None
+        if image is not self._image and not self.job.running:
+            self._image = image
+            self.plot.hide()
+            self.message.tell(_READY if self._session.has_slices else _HINT)
 
     def _on_slices_changed(self) -> None:
         if self.message.warns or self.message.text() in (_HINT, _READY):  # what was wrong may be no longer

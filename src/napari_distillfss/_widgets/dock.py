@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 from weakref import ref
 
 from napari.utils.notifications import show_info
@@ -21,7 +21,7 @@ from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
 from napari_distillfss._widgets.notices import show_notices
-from napari_distillfss._widgets.preview import MODEL, PreviewWidget
+from napari_distillfss._widgets.preview import PreviewWidget
 from napari_distillfss._widgets.removal import guard_removals
 from napari_distillfss._widgets.reopening import leave, take_up
 from napari_distillfss._widgets.shortcuts import bind_shortcuts
@@ -48,10 +48,17 @@ class DistillDock(QScrollArea):
     folder : path, optional
         Where annotations and students are kept; by default the user's data folder.
 
+    Attributes
+    ----------
+    annotates : bool
+        Whether slices are annotated and models trained in it.
+
     Notes
     -----
     A dock that is closed while a job runs goes on until the job has ended. A new one for its viewer is that dock.
     """
+
+    annotates: ClassVar[bool] = True
 
     def __new__(cls, napari_viewer: Any, folder: Path | None = None) -> Self:
         for dock in _going_on.values():
@@ -71,7 +78,7 @@ class DistillDock(QScrollArea):
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
         self.distill = DistillWidget(session)
-        self.preview = PreviewWidget(session, napari_viewer)
+        self.preview = PreviewWidget(session, napari_viewer, only_model=not self.annotates)
         self.apply = ApplyWidget(session, napari_viewer)
         self.objects = ObjectsWidget(session, napari_viewer)
         self.model = ModelWidget(session)
@@ -108,7 +115,7 @@ class DistillDock(QScrollArea):
         self.support.outline.evidence_of = self.preview.evidence_of
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)
-        session.closed.connect(bind_shortcuts(self, napari_viewer))
+        session.closed.connect(bind_shortcuts(self))
         session.closed.connect(show_notices())
         session.closed.connect(guard_removals(self, napari_viewer))
         self._while_open = ExitStack()
@@ -188,6 +195,8 @@ class DistillDock(QScrollArea):
 class ApplyDock(DistillDock):
     """A dock for a student that exists already: load, preview, apply, count; nothing is annotated or trained."""
 
+    annotates = False
+
     def __init__(self, napari_viewer: napari.viewer.Viewer, folder: Path | None = None) -> None:
         super().__init__(napari_viewer, folder)
         content = self.widget()
@@ -195,7 +204,6 @@ class ApplyDock(DistillDock):
         assert isinstance(layout, QVBoxLayout)  # as the base class has made it
         self.sections[self.support].hide()
         self.sections[self.distill].hide()
-        self.preview.source.setCurrentText(MODEL)
         parts = (self.volume, self.model, self.preview, self.apply, self.objects)
         for row, widget in enumerate(parts):
             section = self.sections[widget]

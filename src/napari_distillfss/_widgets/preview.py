@@ -10,7 +10,7 @@ from qtpy.QtWidgets import QCheckBox, QWidget
 from superqt.utils import qdebounced
 
 import distillfss_core as core
-from napari_distillfss._annotations import COLORS, Class, from_classes
+from napari_distillfss._annotations import Class, from_classes, model_classes
 from napari_distillfss._instant import InstantAnswers, Others
 from napari_distillfss._layers import PREVIEW, ChosenVolume, camera_of, leave, lift, move_layer, shows_planes, take_up
 from napari_distillfss._session import Session
@@ -35,6 +35,7 @@ MODEL, INSTANT = "model", "instant"
 TEACHERS = {"teacher (untrained)": "dcama", "prototypes (untrained)": "prototype"}
 _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertainty": "preview: uncertainty"}
 _NO_MODEL = "Train a model first, or choose an untrained one"
+_LOAD_FIRST = "Load a model first"
 _HINT = "Tick Preview: the instant model learns from what you paint"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
 _AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
@@ -48,14 +49,22 @@ class PreviewWidget(QWidget):
 
     ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
     emitted whenever all that is on screen has been answered.
+
+    Parameters
+    ----------
+    only_model : bool
+        Whether it is of a loaded model alone, where nothing is annotated.
     """
 
     correct = Signal(object)
     settled = Signal()
 
-    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
+    def __init__(
+        self, session: Session, viewer: Any, parent: QWidget | None = None, *, only_model: bool = False
+    ) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
+        self._no_model = _LOAD_FIRST if only_model else _NO_MODEL
         self._teacher: Any = None
         self._instant: InstantAnswers | None = None
         self._version = 0  # of the instant model, whose output is shown
@@ -76,12 +85,13 @@ class PreviewWidget(QWidget):
         self.source = combo(
             "model: the trained student; instant: a linear classifier that follows your strokes; teacher: a "
             "network with your slices as support, before any training; prototypes: likewise, by the mean of each class",
-            (MODEL, INSTANT, *TEACHERS),
+            (MODEL,) if only_model else (MODEL, INSTANT, *TEACHERS),
         )
         self.source.setCurrentText(INSTANT)
         self.live = QCheckBox("Live")
         self.live.setToolTip("The instant model follows every stroke; otherwise it follows when you change the plane")
         self.live.setChecked(bool(session.recall("live", True)))
+        self.live.setEnabled(self._uses_instant)
         self.shown = {name: QCheckBox(name) for name in _NAMES}
         for name, help_ in {
             "labels": "The class of every pixel",
@@ -100,16 +110,17 @@ class PreviewWidget(QWidget):
         )
         self.take.setEnabled(False)
         self.job = Job(session, "Preparation of the teacher", self)
-        self.message = Message(_HINT)
+        self.message = Message(self._no_model if only_model else _HINT)
         self._latest = LatestJob(self)
         self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
         self._after_stroke = until_closed(session, qdebounced(self._on_stroke_ended, timeout=_AFTER_STROKE))
         self._after_strokes = until_closed(session, qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES))
         self.shown["labels"].setChecked(True)
+        using = row("Using", self.source)
         column(
             self,
             row(self.on, self.live, first=3),
-            row("Using", self.source),
+            using,
             row(*self.shown.values()),
             row("Probability of", self.of_class),
             row("Labels as", self.drawn_as),
@@ -117,6 +128,9 @@ class PreviewWidget(QWidget):
             JobBar(self.job, cancel="Stop", instead_of=self.message),
             self.message,
         )
+        if only_model:
+            for part in (self.live, using, self.take):
+                part.hide()
         self._connect(session, viewer)
 
     def _connect(self, session: Session, viewer: Any) -> None:
@@ -131,7 +145,7 @@ class PreviewWidget(QWidget):
         self.job.failed.connect(self.message.warn)
         self.on.toggled.connect(self._on_toggled)
         self.source.activated.connect(self._on_source_activated)
-        self.source.currentTextChanged.connect(self._tell_what_is_needed)
+        self.source.currentTextChanged.connect(self._on_source_changed)
         self.live.toggled.connect(self._on_live_toggled)
         self.of_class.activated.connect(self._on_class_activated)
         session.model_changed.connect(self._on_model_changed)
@@ -201,6 +215,10 @@ class PreviewWidget(QWidget):
         else:
             self._make_teacher()
 
+    def _on_source_changed(self) -> None:
+        self.live.setEnabled(self._uses_instant)
+        self._tell_what_is_needed()
+
     def _release_instant(self) -> None:
         """Let go of the features of the instant model, unless it is the chosen one."""
         held = self._instant
@@ -211,7 +229,7 @@ class PreviewWidget(QWidget):
         """Tell how a preview that is off gets its output."""
         if not self.on.isChecked():
             needs_model = self._kind is None and self._session.model is None
-            self.message.tell(_HINT if self._uses_instant else _NO_MODEL if needs_model else "")
+            self.message.tell(_HINT if self._uses_instant else self._no_model if needs_model else "")
 
     def _on_live_toggled(self, on: bool) -> None:
         self._session.remember("live", on)
@@ -263,13 +281,11 @@ class PreviewWidget(QWidget):
             self._colored = shown
 
     def _classes_shown(self) -> tuple[Class, ...]:
-        """The model's classes, in the colors of the classes of the same name, or else of the same number."""
+        """The model's classes, see `model_classes`."""
         classes = self._session.annotations.classes if self._session.annotations else ()
         model = self.model()
         names = tuple(model.class_names) if model is not None else tuple(c.name for c in classes)
-        of_name = {c.name: c.color for c in classes}
-        numbered = [c.color for c in classes] + list(COLORS)
-        return tuple(Class(name, of_name.get(name, numbered[k % len(numbered)])) for k, name in enumerate(names))
+        return model_classes(names, classes)
 
     def _wanted(self) -> tuple[Any, Any]:
         return self._kind, self._session.annotations
@@ -299,7 +315,8 @@ class PreviewWidget(QWidget):
         self._teacher = self._instant = None  # they have learned from slices of another volume
         self._hide_layers()
         if self._session.volume is None:
-            self.message.tell("choose a volume first" if self.on.isChecked() else _HINT)
+            self.message.tell("choose a volume first")
+            self._tell_what_is_needed()
         if self.on.isChecked() and self._kind is not None and self._session.annotations is not None:
             self._make_teacher()
         else:
@@ -315,7 +332,7 @@ class PreviewWidget(QWidget):
         if not self.on.isChecked() or chosen is None:
             return
         if model is None and not self._uses_instant:
-            self.message.tell(_NO_MODEL)
+            self.message.tell(self._no_model)
             return
         dims = self._viewer.dims
         if not shows_planes(dims):

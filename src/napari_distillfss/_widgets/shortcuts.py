@@ -18,38 +18,51 @@ NEXT_SUGGESTED, PREVIEW, TRAIN, REFINE, ADD_SLICE = "Alt-N", "Alt-P", "Alt-T", "
 NEXT_SLICE, PREVIOUS_SLICE = "Alt-Right", "Alt-Left"
 OUTLINE = "Alt-O"
 
+_Pressed = Callable[[Any], object]
+_before: dict[_Pressed, _Pressed | None] = {}
+"""What the key of a function of an open dock did before; None where it did nothing."""
 
-def bind_shortcuts(dock: DistillDock, viewer: Any) -> Callable[[], None]:
-    """Bind the keys of the dock, each with Alt. Returns what undoes it.
 
-    1 to 9 are classes, N is the next suggested slice, A adds the plane on screen, the arrows go to annotated slices, P
-    is the preview, O outlines objects, T trains and R refines.
+def bind_shortcuts(dock: DistillDock) -> Callable[[], None]:
+    """Bind the keys of the dock, each with Alt. Returns what gives them back to whom they belonged before.
+
+    P is the preview. Where slices are annotated, 1 to 9 are classes, N is the next suggested slice, A adds the plane on
+    screen, the arrows go to annotated slices, O outlines objects, T trains and R refines.
     """
-    actions: dict[str, Callable[[], object]] = {
-        NEXT_SUGGESTED: dock.support.go_to_next,
-        ADD_SLICE: dock.support.add_plane,
-        NEXT_SLICE: partial(dock.support.go_to_annotated, 1),
-        PREVIOUS_SLICE: partial(dock.support.go_to_annotated, -1),
-        PREVIEW: dock.preview.on.toggle,
-        TRAIN: dock.distill.start,
-        REFINE: dock.distill.start_refining,
-        OUTLINE: dock.support.outline.on.toggle,
-    }
-    actions |= {f"Alt-{n}": _brush(dock, FIRST_CLASS + n - 1) for n in range(1, 10)}
+    viewer, actions = dock.viewer, {PREVIEW: dock.preview.on.toggle}
+    if dock.annotates:
+        actions |= {
+            NEXT_SUGGESTED: dock.support.go_to_next,
+            ADD_SLICE: dock.support.add_plane,
+            NEXT_SLICE: partial(dock.support.go_to_annotated, 1),
+            PREVIOUS_SLICE: partial(dock.support.go_to_annotated, -1),
+            TRAIN: dock.distill.start,
+            REFINE: dock.distill.start_refining,
+            OUTLINE: dock.support.outline.on.toggle,
+            **{f"Alt-{n}": _brush(dock, FIRST_CLASS + n - 1) for n in range(1, 10)},
+        }
     bound = [_bind(viewer, key, action) for key, action in actions.items()]
 
     def release() -> None:
-        for key in [key for key, function in viewer.keymap.items() if function in bound]:
-            del viewer.keymap[key]
+        for key, function in [(key, function) for key, function in viewer.keymap.items() if function in bound]:
+            before = _before[function]
+            if before is None:
+                del viewer.keymap[key]
+            else:
+                viewer.keymap[key] = before
+        for function in bound:
+            before = _before.pop(function, None)  # a session may be closed twice
+            for later in [later for later, earlier in _before.items() if earlier is function]:
+                _before[later] = before
 
     return release
 
 
-def _bind(viewer: Any, key: str, action: Callable[[], object]) -> Callable[[Any], None]:
+def _bind(viewer: Any, key: str, action: Callable[[], object]) -> _Pressed:
     def pressed(_: Any) -> None:
         action()
 
-    viewer.bind_key(key, pressed, overwrite=True)
+    _before[pressed] = viewer.bind_key(key, pressed, overwrite=True)
     return pressed
 
 
