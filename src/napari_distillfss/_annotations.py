@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLO
 BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
 NOTES = "notes.json"
+_APART = re.compile(r"(-\d+)?(\.old\d+)?")  # what the names of other annotations of a volume end in
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -188,7 +191,7 @@ class Annotations(PaintedLabels):
         if left is not None:
             array.take_over(left)
         self._volume = volume
-        self._also: tuple[str, ...] = tuple(self.notes.get("also", ()))
+        self._also: tuple[str, ...] = tuple(name for name in self.notes.get("also", ()) if name != folder.name)
         self._declined: set[str] = set(self.notes.get("declined", ()))  # unticked by the user
         self._left_out: dict[str, frozenset[int]] = {
             name: frozenset(planes) for name, planes in self.notes.get("left_out", {}).items()
@@ -426,7 +429,7 @@ def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
     """Folder of the annotations of a volume. The same volume has the same folder, unless another process uses it."""
     own = own_folder(root, name, identity, shape)
     folder, number = own, 1
-    while _in_use(folder):
+    while user_of(folder) is not None:
         number += 1
         folder = own.with_name(f"{own.name}-{number}")
     return folder
@@ -440,11 +443,32 @@ def own_folder(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
     return root / f"{stem}-{digest}"
 
 
-def kept_aside(folder: Path) -> list[Path]:
-    """Folders of annotations that `set_aside` has renamed, the latest first; empty ones are left out."""
-    aside = [p for p in folder.parent.glob(f"{folder.name}.old*") if p.suffix.removeprefix(".old").isdecimal()]
-    with_labels = [p for p in aside if any(p.glob("labels.zarr/c/*"))]
-    return sorted(with_labels, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+def kept_apart(own: Path, present: Path) -> list[Path]:
+    """Folders of other annotations of a volume, the latest first; empty ones are left out, and those in use.
+
+    `set_aside` has renamed them, or a second window has made them.
+
+    Parameters
+    ----------
+    own, present : path
+        Folder of the annotations of the volume where no other process uses it, and the one that is open.
+    """
+    apart = [p for p in own.parent.glob(f"{own.name}*") if p != present and _APART.fullmatch(p.name[len(own.name) :])]
+    with_labels = [p for p in apart if any(f.is_file() for f in p.glob("labels.zarr/c/**/*"))]
+    free = [p for p in with_labels if user_of(p) is None]
+    return sorted(free, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Whether `set_aside` has renamed a folder; a second window has made the others that are kept apart."""
+    return bool(re.search(r"\.old\d+$", folder.name))
+
+
+def move_annotations(folder: Path, target: Path) -> None:
+    """Move a folder of annotations that are closed, with what of them is in memory only."""
+    shutil.move(folder, target)
+    if folder in _unwritten:
+        _unwritten[target] = _unwritten.pop(folder)
 
 
 def set_aside(folder: Path) -> Path:
@@ -454,7 +478,7 @@ def set_aside(folder: Path) -> Path:
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old{number}")).exists():
         number += 1
-    shutil.move(folder, aside)
+    move_annotations(folder, aside)
     return aside
 
 
@@ -465,12 +489,22 @@ def _process(pid: int) -> str:
     return ""
 
 
-def _in_use(folder: Path) -> bool:
-    """Whether a process of this machine holds the folder. A process of another machine counts as ended."""
+@dataclass(frozen=True)
+class User:
+    """The process that uses a folder of annotations: its number, and since when."""
+
+    pid: int
+    since: datetime
+
+
+def user_of(folder: Path) -> User | None:
+    """The process of this machine that holds a folder. A process of another machine counts as ended."""
     owner = folder / "owner"
     line = owner.read_text() if owner.is_file() else ""
     pid = line.partition(" ")[0]
-    return pid.isdecimal() and line == _process(int(pid))
+    if not pid.isdecimal() or line != _process(int(pid)):
+        return None
+    return User(int(pid), datetime.fromtimestamp(owner.stat().st_mtime).astimezone())
 
 
 def painted_from(numbers: npt.NDArray[Any], kind: str, classes: int, source: str) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -16,11 +15,15 @@ from psygnal import Signal
 import distillfss_core as core
 from napari_distillfss._annotations import (
     Annotations,
+    User,
     folder_for,
-    kept_aside,
+    is_set_aside,
+    kept_apart,
+    move_annotations,
     own_folder,
     read_slice,
     set_aside,
+    user_of,
     write_json,
 )
 from napari_distillfss._layers import ChosenVolume
@@ -78,7 +81,7 @@ class Session:
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
         self.no_annotations = _NO_VOLUME  # why there are none, while there are none
-        self.is_second_window = False  # whether another window has the annotations of this volume
+        self.first_window: User | None = None  # another one that has the annotations of this volume
         self.model: Any = None
         self.model_path: Path | None = None
         self.training: Training | None = None
@@ -138,11 +141,18 @@ class Session:
         return aside
 
     def restorable(self) -> list[Path]:
-        """Annotations of this volume that were set aside, the latest first."""
-        return kept_aside(self.annotations.folder) if self.annotations is not None else []
+        """Annotations of this volume that were set aside or made in a second window, the latest first."""
+        if self.volume is None or self.annotations is None:
+            return []
+        return kept_apart(self._folder(own_folder, self.volume), self.annotations.folder)
+
+    @property
+    def has_slices_of_second_window(self) -> bool:
+        """Whether a second window, closed by now, has left annotations of this volume."""
+        return not all(map(is_set_aside, self.restorable()))
 
     def restore(self, aside: Path) -> Path | None:
-        """Take annotations up again that were set aside; those that are there are set aside in turn.
+        """Take annotations up again that were set aside or made in a second window; the present are set aside in turn.
 
         Returns
         -------
@@ -151,10 +161,13 @@ class Session:
         """
         if self.volume is None or self.annotations is None:
             return None
-        folder = self.annotations.folder
         before = self._set_aside(self.annotations)
-        shutil.move(aside, folder)
-        self._follow(aside, folder)
+        folder = self._folder(folder_for, self.volume)  # another than before where the first window was closed since
+        if folder != aside:
+            if folder.is_dir():
+                set_aside(folder)
+            move_annotations(aside, folder)
+            self._follow(aside, folder)
         self.choose_volume(self.volume)
         return before
 
@@ -385,7 +398,9 @@ class Session:
         return [(z, self.annotations.stamp(z)) for z in self.annotations.planes()] if self.annotations else []
 
     def _open_annotations(self, chosen: ChosenVolume) -> Annotations:
-        root = self.folder / "annotations"
-        folder = folder_for(root, chosen.first_name, chosen.identity, chosen.shape)
-        self.is_second_window = folder != own_folder(root, chosen.first_name, chosen.identity, chosen.shape)
-        return Annotations(folder, chosen.shape, chosen.index, chosen.record)
+        self.first_window = user_of(self._folder(own_folder, chosen))
+        return Annotations(self._folder(folder_for, chosen), chosen.shape, chosen.index, chosen.record)
+
+    def _folder(self, find: Callable[..., Path], chosen: ChosenVolume) -> Path:
+        """Folder of the annotations of a volume, as `own_folder` or `folder_for` finds it."""
+        return find(self.folder / "annotations", chosen.first_name, chosen.identity, chosen.shape)

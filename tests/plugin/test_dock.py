@@ -1509,8 +1509,67 @@ def test_a_second_window_says_where_its_annotations_are_kept(dock, sample, open_
     second = open_dock(other, tmp_path / "kept")
     assert second.support.message.warns
     assert "open in another window" in second.support.message.text()
+    assert re.search(rf"\(process {os.getpid()}, since \d\d:\d\d\)", second.support.message.text())
     assert str(second.session.annotations.folder) in second.support.message.text()
     assert not dock.support.message.warns
+
+
+@pytest.mark.parametrize("painted_first", [[], [1, 3]])
+def test_what_is_painted_in_a_second_window_is_offered_and_comes_back(
+    dock, sample, open_dock, qtbot, tmp_path, painted_truth, painted_first, monkeypatch
+):
+    from napari.components import ViewerModel
+    from qtpy.QtWidgets import QInputDialog
+
+    def opened():
+        viewer = ViewerModel()
+        viewer.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+        return open_dock(viewer, tmp_path / "kept")
+
+    paint(dock, painted_truth, painted_first)
+    second = opened()
+    paint(second, painted_truth, [5])
+    assert not second.support.restore.isEnabled()  # what the first window has is its own
+    for window in (second, dock):
+        window.session.close()
+    again = opened()
+    assert again.session.annotations.planes() == painted_first
+    assert "painted in a second window: Restore… has them" in again.support.message.text()
+    assert not again.support.message.warns
+    monkeypatch.setattr(
+        QInputDialog, "getItem", lambda *asked: (asked[3][0], "painted in a second window" in asked[3][0])
+    )
+    again.support.restore.click()
+    assert again.session.annotations.planes() == [5]
+    np.testing.assert_array_equal(again.session.annotations.plane(5), painted_truth[5])
+    assert "second window" not in again.support.message.text()
+    assert len(again.session.restorable()) == bool(painted_first)
+    if painted_first:
+        again.session.restore(again.session.restorable()[0])
+        assert again.session.annotations.planes() == painted_first
+
+
+def test_a_second_window_that_outlives_the_first_restores_into_the_volume(
+    dock, sample, open_dock, tmp_path, painted_truth
+):
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    paint(dock, painted_truth, [1])
+    paint(second, painted_truth, [5])
+    second.session.use_also([second.session.others()[0].key])
+    own, apart = dock.session.annotations.folder, second.session.annotations.folder
+    dock.session.close()
+    assert second.session.restorable() == [own]
+    second.session.restore(own)
+    assert second.session.annotations.folder == own
+    assert second.session.annotations.planes() == [1]
+    second.session.restore(second.session.restorable()[0])
+    assert second.session.annotations.planes() == [5]
+    assert second.session.annotations.also == ()  # its own slices are not those of another volume
+    assert not apart.exists()
 
 
 def test_rows_of_slices_name_the_present_classes(dock, painted_truth):

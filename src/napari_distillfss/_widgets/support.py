@@ -25,6 +25,7 @@ from napari_distillfss._annotations import (
     UNLABELED,
     Annotations,
     Class,
+    is_set_aside,
     unwritten,
 )
 from napari_distillfss._layers import (
@@ -74,6 +75,7 @@ _HISTORIES = ("_undo_history", "_redo_history")  # of a Labels layer; napari 0.1
 _LEFT = "left"  # by a dock that is closed
 _MOST_LOOKED_AT = 24  # planes, where the student is least sure
 _WAIT = 300  # milliseconds without a stroke before its plane is counted
+_RESTORE = "Take up annotations that Start over has set aside, or that were painted in a second window"
 _SUGGESTION, _IMPORT = "Slice suggestion", "Label import"
 
 
@@ -136,7 +138,7 @@ class SupportWidget(QWidget):
         self.anew = button(
             "Start over…", "Set these annotations aside (they stay on disk) and start with none", self._on_anew_clicked
         )
-        self.restore = button("Restore…", "Take up annotations that Start over has set aside", self._on_restore_clicked)
+        self.restore = button("Restore…", _RESTORE, self._on_restore_clicked)
         self.message = Message("Choose a volume first")
         self.job = Job(session, _SUGGESTION, self)
         self.outline = OutlineTool(session, viewer, self._layer_to_paint, self.classes, self.message, self)
@@ -358,11 +360,16 @@ class SupportWidget(QWidget):
         count = len(annotations.planes())
         if count:
             self._show_layer()
-        if self._session.is_second_window:
+        first = self._session.first_window
+        if first is not None:
             self.message.warn(
-                "this image is open in another window, which has its annotations. What you paint here is kept apart, "
-                f"in {annotations.folder}"
+                f"this image is open in another window (process {first.pid}, since {fmt.moment(first.since)}). What "
+                f"you paint here is kept apart, and Restore… offers it later: {annotations.folder}"
             )
+        elif self._session.has_slices_of_second_window:
+            here = f"{fmt.count(count, 'slice')} painted earlier" if count else "No slice"
+            verb = "are" if count > 1 else "is"
+            self.message.tell(f"{here} {verb} here. Others were painted in a second window: Restore… has them")
         elif count:
             is_back = "is back" if count == 1 else "are back"
             self.message.tell(f"{fmt.count(count, 'slice')} of this volume, painted earlier, {is_back}")
@@ -560,9 +567,11 @@ class SupportWidget(QWidget):
     def _on_restore_clicked(self) -> None:
         names = {self._describe_aside(path): path for path in self._session.restorable()}
         if not names:
-            self.message.tell("no annotations of this volume were set aside")
+            self.message.tell("there are no other annotations of this volume")
             return
-        name, is_chosen = QInputDialog.getItem(self, "Restore", "Annotations set aside", list(names), 0, False)
+        name, is_chosen = QInputDialog.getItem(
+            self, "Restore", "Other annotations of this volume", list(names), 0, False
+        )
         if is_chosen:
             attempt(self.message, lambda: self._restore(names[name]))
 
@@ -574,7 +583,8 @@ class SupportWidget(QWidget):
     @staticmethod
     def _describe_aside(path: Path) -> str:
         changed = datetime.fromtimestamp(path.stat().st_mtime).astimezone()
-        return f"{changed:%Y-%m-%d %H:%M}, {path.name}"
+        how = "set aside" if is_set_aside(path) else "painted in a second window"
+        return f"{changed:%Y-%m-%d %H:%M}, {how}, {path.name}"
 
     def _on_import_clicked(self) -> None:
         path, _ = QFileDialog.getOpenFileName(self, "Import labels")
