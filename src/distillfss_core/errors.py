@@ -18,6 +18,10 @@ class ImageError(DistillFSSError, ValueError):
     """An image or label array that cannot be used as it is (shape, dtype, values)."""
 
 
+class NotFiniteError(ImageError):
+    """An image with pixels that are NaN, infinite, or beyond 3e38."""
+
+
 class InputFileError(DistillFSSError, OSError):
     """A file of the user's that is missing, unreadable or of an unknown kind."""
 

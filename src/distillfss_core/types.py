@@ -11,7 +11,7 @@ from typing import Any, Generic, ParamSpec, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from distillfss_core.errors import ImageError, UnfinishedError
+from distillfss_core.errors import ImageError, NotFiniteError, UnfinishedError
 
 IGNORE = 255
 """Label of a pixel that nobody annotated: it teaches nothing and is no key of the attention."""
@@ -141,11 +141,18 @@ def check_image(image: Array, source: str = "image") -> None:
         raise ImageError(f"{source}: the image is empty (shape {image.shape})")
     if image.dtype.kind not in "buif":
         raise ImageError(f"{source}: cannot use pixels of dtype {image.dtype}; give integers, floats or bool")
-    if image.dtype.kind == "f" and not (usable := np.abs(image) < 3e38).all():  # NaN compares as false
+    if image.dtype.kind == "f" and not (usable := is_usable(image)).all():
         bad = image.size - int(usable.sum())
-        raise ImageError(
-            f"{source}: {bad} of {image.size} pixels are NaN or infinite (or beyond 3e38); replace them, e.g. by 0"
+        raise NotFiniteError(
+            f"{source}: {bad} of {image.size} pixels are NaN or infinite (or beyond 3e38); replace them, or open the "
+            "volume with replace_nan 0"
         )
+
+
+def is_usable(values: Array) -> Array:
+    """Where floating values are finite and within 3e38, so that sums of them in float32 are finite."""
+    result: Array = np.abs(values) < 3e38  # NaN compares as false
+    return result
 
 
 def _size(array: Array) -> str:

@@ -29,6 +29,9 @@ FROM_FILE = "distillfss"
 FIRST_NAME = "distillfss_name"
 """Key of a layer's metadata under which its name is kept when it is first chosen."""
 
+REPLACE_NAN = "distillfss_replace_nan"
+"""Key of a layer's metadata: the number that its pixels are read as that are not finite; None if it is offered only."""
+
 _LEFT = "distillfss_left"  # key of a layer's metadata: its part in a dock that is closed
 
 _FILLED = 0.95  # of the canvas, by a volume that is fitted to it
@@ -108,7 +111,7 @@ class ChosenVolume:
     @property
     def identity(self) -> dict[str, Any]:
         """JSON-able; two grids of voxels that differ in it are not the same. See `core.Volume.identity`."""
-        return {**self.volume.identity, "lead": dict(self.lead), "factors": list(self.factors)}
+        return identity_of(self.volume, self.lead, self.factors)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -199,6 +202,12 @@ class ChosenVolume:
         """Numbers for time and channel, and for (z, y, x), in the order of the layer's axes."""
         numbers = {**lead, **dict(zip("zyx", spatial, strict=True))}
         return [numbers[a] for a in self.axes]
+
+
+def identity_of(volume: Any, lead: Mapping[str, int], factors: Sequence[float]) -> dict[str, Any]:
+    """Identity of a volume (core.Volume) as a grid of voxels, whatever is read where they are not finite."""
+    own = {name: value for name, value in volume.identity.items() if name != "replace_nan"}
+    return {**own, "lead": dict(lead), "factors": list(factors)}
 
 
 def index_of(axes: str, z: int) -> tuple[Any, ...]:
@@ -479,14 +488,16 @@ def _placed(chosen: ChosenVolume) -> ChosenVolume:
 
 def _open(layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level: int) -> tuple[Any, Mapping[str, Any]]:
     channel = "all" if layer.rgb else chosen.get("c")
-    options: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel}
-    from_array = core.open_volume(array, axes=axes + "c" * layer.rgb, time=options["time"], channel=channel)
+    given = layer.metadata.get(REPLACE_NAN)
+    replaced = {} if given is None else {"replace_nan": given}
+    options: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel, **replaced}
+    from_array = core.open_volume(array, axes=axes + "c" * layer.rgb, time=options["time"], channel=channel, **replaced)
     remembered = layer.metadata.get(FROM_FILE)
     if remembered and remembered["shown"][level : level + 1] != [getattr(array, "name", "")]:
-        return from_array, {}  # another array was put into the layer since
+        return from_array, replaced  # another array was put into the layer since
     path = remembered["path"] if remembered else layer.source.path
     if path is None or not (remembered or Path(path).exists()):
-        return from_array, {}
+        return from_array, replaced
     options |= remembered["opening"] if remembered else {}
     options = {name: value for name, value in options.items() if value is not None}
     with suppress(core.DistillFSSError):  # a file that only napari understands stays an array
@@ -494,7 +505,7 @@ def _open(layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level:
         same = (from_file.shape, from_file.dtype) == (from_array.shape, from_array.dtype)
         if same and (remembered or _alike(from_file, from_array)):
             return from_file, options
-    return from_array, {}
+    return from_array, replaced
 
 
 def _alike(a: Any, b: Any) -> bool:

@@ -36,7 +36,7 @@ def command_line(session: Session) -> str:
         words += ["--mode", done.mode]
         words += ["--region", ",".join(f"{a}:{b}" for a, b in done.region)] if done.region else []
         for name, value in _opening(session).items():
-            words += [f"--{name}", str(value)]
+            words += [f"--{name.replace('_', '-')}", str(value)]
         lines += [_NO_FILE_NOTE] if _source(session) == NO_FILE else []
         lines.append(shlex.join([*words, "--resume"]))
     if session.counted is not None and session.applied is not None:
@@ -49,9 +49,8 @@ def command_line(session: Session) -> str:
         ]
         if _is_measured(session):
             words += ["--image", _source(session)]
-            words += [
-                w for k, v in _opening(session).items() for w in (f"--{k.replace('level', 'image-level')}", str(v))
-            ]
+            options = {"level": "image-level", "replace_nan": "replace-nan"}
+            words += [w for k, v in _opening(session).items() for w in (f"--{options.get(k, k)}", str(v))]
         lines.append(shlex.join(words))
     return "\n".join(lines)
 

@@ -29,6 +29,7 @@ from napari_distillfss._layers import (
     ChosenVolume,
     choose_layer,
     finest_shape,
+    identity_of,
     index_of,
     is_image,
     layer_axes,
@@ -138,8 +139,7 @@ class OtherSlices:
             volume = core.open_volume(self.record["location"], **self.record["opening"])
         except core.DistillFSSError as error:
             raise core.SupportSetError(self._left_out(f"cannot be opened ({error})")) from error
-        grid = {"lead": dict(self.record["lead"]), "factors": list(self.record["factors"])}
-        if not self._is_of({**volume.identity, **grid}):
+        if not self._is_of(identity_of(volume, self.record["lead"], self.record["factors"])):
             raise core.SupportSetError(self._left_out(_CHANGED))
         return volume
 

@@ -59,6 +59,7 @@ class Job(QObject):
         self._turn.setSingleShot(True)
         self._turn.timeout.connect(self._on_turn)
         self.was_stopped = False  # whether the latest work was asked to stop
+        self.error: BaseException | None = None  # that the latest work has ended with
         if session is not None:
             session.closed.connect(self.cancel)
 
@@ -153,6 +154,7 @@ class Job(QObject):
 
     def _end(self, outcome: object) -> None:
         self.was_stopped, self._stop = self.stopping, None
+        self.error = outcome if isinstance(outcome, BaseException) else None
         if self._session is not None:
             self._session.busy = ""
         if isinstance(outcome, core.DistillFSSError):
@@ -275,6 +277,11 @@ class LatestJob(QObject):
     @property
     def busy(self) -> bool:
         return self._job.running
+
+    @property
+    def error(self) -> BaseException | None:
+        """Error that the latest request has ended with."""
+        return self._job.error
 
     def ask(self, work: Work) -> None:
         if self._job.running:

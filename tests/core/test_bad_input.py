@@ -24,6 +24,7 @@ from distillfss_core import (
     SupportSet,
     SupportSetError,
     distill,
+    open_volume,
 )
 from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
@@ -145,6 +146,32 @@ def test_pixels_that_are_no_number(here, error, value):
     assert "b.tif: 1 of 9216 pixels are NaN or infinite" in error(run_distill())
     assert "b.tif: 1 of 9216 pixels are NaN or infinite" in error(segment("images/b.tif"))
     assert not Path("out.tif").exists()
+
+
+def test_volumes_with_pixels_that_are_no_number_are_segmented_and_learned_from_on_demand(here, error, capsys):
+    stack = np.stack([IMAGE.astype(np.float32)] * 3)
+    stack[1, :4, 0] = np.nan, np.inf, -np.inf, 3.1e38
+    np.save("stack.npy", stack)
+    np.save("stack-labels.npy", np.stack([LABELS] * 3))
+
+    def to_zarr(*options):
+        return main(["segment", "stack.npy", "-m", "model.safetensors", "-o", "o.ome.zarr", "--device=cpu", *options])
+
+    def learn(*options):
+        return main(
+            ["distill", "stack.npy", "stack-labels.npy", "--planes=0,1", "-o", "new.safetensors", *FEW, *options]
+        )
+
+    assert "4 of 9216 pixels are NaN or infinite" in error(to_zarr())
+    assert "open the volume with replace_nan 0" in error(learn())
+    assert "--replace-nan is for volumes" in error(segment("images/b.tif", "--replace-nan=0"))
+    assert to_zarr("--replace-nan=-2", "--overwrite") == learn("--replace-nan=-2") == FINE
+    capsys.readouterr()
+    stack[1, :4, 0] = -2
+    labels = open_volume("o.ome.zarr")
+    for z in range(3):
+        np.testing.assert_array_equal(labels.plane(z), StudentModel.load("model.safetensors").predict(stack[z]).labels)
+    assert "was begun with another" in error(to_zarr("--replace-nan=0", "--resume"))
 
 
 def test_a_bad_plane_is_named_and_no_half_stack_stays(here, error):

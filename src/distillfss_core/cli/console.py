@@ -177,7 +177,7 @@ def source_named(source: str) -> Iterator[None]:
     try:
         yield
     except ImageError as error:
-        raise ImageError(f"{source}: {str(error).removeprefix('image: ')}") from error
+        raise type(error)(f"{source}: {str(error).removeprefix('image: ')}") from error
 
 
 # what is printed

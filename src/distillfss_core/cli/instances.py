@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distillfss_core.cli.console import FINE, INTERRUPTED, add_common, positive, print_json
-from distillfss_core.cli.options import add_overwrite, add_threshold, is_label_folder, parse_channel, parse_whole
+from distillfss_core.cli.options import (
+    add_overwrite,
+    add_replace_nan,
+    add_threshold,
+    is_label_folder,
+    parse_channel,
+    parse_whole,
+)
 from distillfss_core.cli.segment import follow_steps
 from distillfss_core.cli.stopping import check_stopped
 from distillfss_core.errors import OutputError
@@ -36,6 +43,7 @@ def add_instances(commands: Any) -> None:
     )
     parser.add_argument("--channel", type=parse_channel, metavar="C", help="of the image: number from 0, or name")
     parser.add_argument("--time", type=parse_whole, metavar="T", help="of the image: time point, from 0")
+    add_replace_nan(parser)
     parser.add_argument(
         "--class-id", type=positive, metavar="N", help="label of the class (default: whatever is not 0)"
     )
@@ -78,7 +86,12 @@ def _instances(args: argparse.Namespace) -> int:
         labels = stack.enter_context(open_volume(args.input, labels=True))
         image = None
         if args.image:
-            opening = {"level": args.image_level, "channel": args.channel, "time": args.time}
+            opening = {
+                "level": args.image_level,
+                "channel": args.channel,
+                "time": args.time,
+                "replace_nan": args.replace_nan,
+            }
             image = stack.enter_context(open_volume(args.image, **opening))
         run = iter_instances(
             labels,

@@ -194,7 +194,7 @@ def parse_pixel_size(text: str) -> tuple[float, float]:
     return y, x
 
 
-_OPENING = ("level", "channel", "time", "series", "axes")
+_OPENING = ("level", "channel", "time", "series", "axes", "replace_nan")
 _VOLUMES_ONLY = (*_OPENING, "region", "mode", "cluster", "resume")
 
 
@@ -234,6 +234,14 @@ def add_volume_part(group: argparse._ArgumentGroup) -> None:
         "--series", type=parse_whole, metavar="S", help="which image of a file that holds several, from 0"
     )
     group.add_argument("--axes", metavar="LETTERS", help="one of tczyx a dimension, where the file does not say")
+    add_replace_nan(group)
+
+
+def add_replace_nan(group: argparse._ActionsContainer) -> None:
+    """Option for volumes with values that are not finite."""
+    group.add_argument(
+        "--replace-nan", type=float, metavar="X", help="read voxels that are NaN or infinite as this number, e.g. 0"
+    )
 
 
 def check_no_volume_options(args: argparse.Namespace) -> None:
@@ -243,9 +251,9 @@ def check_no_volume_options(args: argparse.Namespace) -> None:
     ------
     SettingsError
     """
-    used = [name for name in _VOLUMES_ONLY if getattr(args, name) not in (None, False)]
+    used = [name for name in _VOLUMES_ONLY if getattr(args, name) is not None and getattr(args, name) is not False]
     if used:
-        raise SettingsError(f"--{used[0]} is for volumes; end the name of the output in .ome.zarr")
+        raise SettingsError(f"{option_flag(used[0])} is for volumes; end the name of the output in .ome.zarr")
 
 
 def load_model(args: argparse.Namespace) -> StudentModel:

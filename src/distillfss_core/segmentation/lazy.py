@@ -198,7 +198,7 @@ class VolumeSegmenter:
             yield
         except ImageError as error:
             text = str(error).removeprefix("image: ")
-            raise ImageError(f"{self.volume.name} plane {z}: {text}") from error
+            raise type(error)(f"{self.volume.name} plane {z}: {text}") from error
 
     def _look_up(self, start: int, stop: int) -> None:
         """Limits of those planes that are not known yet, and of others in the same chunks, which are decoded anyway."""

@@ -139,8 +139,8 @@ def load_support(
     region : ((start, stop),) * 3, optional
         Part of a volume along z, y, x that slices are cut to; ends may be None.
     **opening
-        ``axes``, ``level``, ``channel``, ``time`` and ``series`` of the image volume, as for `open_volume`. Labels are
-        taken at the level that has the size of the image.
+        ``axes``, ``level``, ``channel``, ``time``, ``series`` and ``replace_nan`` of the image volume, as for
+        `open_volume`. Labels are taken at the level that has the size of the image.
 
     Raises
     ------

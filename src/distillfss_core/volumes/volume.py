@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, SettingsError
-from distillfss_core.types import Array
+from distillfss_core.types import Array, is_usable
 from distillfss_core.volumes.opening import open_address, open_any, open_array
 from distillfss_core.volumes.remote import Address, address_of
 from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
@@ -237,6 +237,7 @@ def open_volume(
     time: int | None = None,
     series: int | None = None,
     labels: bool = False,
+    replace_nan: float | None = None,
 ) -> Volume:
     """Open a volume without reading its voxels.
 
@@ -260,6 +261,9 @@ def open_volume(
         Which image of a file that holds several.
     labels : bool
         PNG and BMP hold numbers of labels: a palette gives its numbers, and gray of few bits is not stretched.
+    replace_nan : float, optional
+        What voxels that are NaN, infinite or beyond 3e38 are read as. Without it they are read as they are, and an
+        image that has one cannot be learned from or segmented.
 
     Returns
     -------
@@ -270,7 +274,8 @@ def open_volume(
     InputFileError
         If it is missing, damaged, cut short, or of an unknown kind.
     SettingsError
-        If there is no such level, channel, time point or series, or one has to be chosen, or the axes are not known.
+        If there is no such level, channel, time point or series, or one has to be chosen, or the axes are not known,
+        or ``replace_nan`` is no number of the volume's type.
     ImageError
         If the array cannot be an image (axes, dtype, empty).
 
@@ -284,7 +289,15 @@ def open_volume(
     """
     if not isinstance(level, int) or level < 0:
         raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")
-    options = {"axes": axes, "level": level, "channel": channel, "time": time, "series": series, "labels": labels}
+    options: dict[str, Any] = {
+        "axes": axes,
+        "level": level,
+        "channel": channel,
+        "time": time,
+        "series": series,
+        "labels": labels,
+    }
+    options |= {} if replace_nan is None else {"replace_nan": float(replace_nan)}
     if isinstance(source, Volume):
         return source
     address = address_of(source) if isinstance(source, (str, Path)) else None
@@ -351,6 +364,27 @@ def _open_again(source: Any, options: dict[str, Any], across: str) -> Volume:
     return volume if across == "z" else volume.along(across)
 
 
+class _Replaced:
+    """A source of floating values in which those that cannot be used are replaced by a number."""
+
+    def __init__(self, source: Source, value: float) -> None:
+        self.source, self.axes, self.value = source, source.axes, value
+        self.shape, self.dtype, self.chunks = source.shape, source.dtype, source.chunks
+
+    @property
+    def missing(self) -> Collection[str]:
+        missing: Collection[str] = getattr(self.source, "missing", ())
+        return missing
+
+    def get(self, box: tuple[slice, ...]) -> Array:
+        voxels = np.asarray(self.source.get(box))
+        usable = is_usable(voxels)
+        return voxels if usable.all() else np.where(usable, voxels, voxels.dtype.type(self.value))
+
+    def close(self) -> None:
+        self.source.close()
+
+
 class _Renamed:
     """A source whose axes go by other letters."""
 
@@ -385,6 +419,11 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         raise ImageError(f"{name}: is empty (shape {shape})")
     if source.dtype.kind not in "buif":
         raise ImageError(f"{name}: cannot use voxels of type {source.dtype}; give integers, floats or bool")
+    replace_nan = options.get("replace_nan")
+    if replace_nan is not None and source.dtype.kind == "f":
+        if not is_usable(np.full(1, replace_nan).astype(source.dtype)).all():
+            raise SettingsError(f"{name}: replace_nan {replace_nan} is no finite {source.dtype}; give one, e.g. 0")
+        source = _Replaced(source, replace_nan)
     size = dict(zip(axes, shape, strict=True))
     points, count = size.get("t", 1), size.get("c", 1)
     time = _time_point(name, options["time"], points)
@@ -401,6 +440,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         "time": options["time"],
         "channel": "all" if channel == "all" else None if options["channel"] is None else channel,
     }
+    details |= {} if replace_nan is None else {"replace_nan": replace_nan}
     return Volume(
         name=name,
         shape=(*spatial, count) if channel == "all" and count > 1 else spatial,

@@ -33,6 +33,7 @@ from qtpy.QtWidgets import (
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
+from napari_distillfss._layers import REPLACE_NAN
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
@@ -313,6 +314,38 @@ class JobBar(QWidget):
         self._tell("Stopping…")
         self.bar.setRange(0, 0)
         self._job.cancel()
+
+
+class ReplaceOffer(QPushButton):
+    """Beside a message that a volume has pixels that are not finite: offers to read them as 0; hidden otherwise.
+
+    Parameters
+    ----------
+    session : Session
+    jobs : Job or LatestJob
+        Which show their errors in that message.
+    """
+
+    def __init__(self, session: Session, *jobs: Any) -> None:
+        super().__init__("Read as 0")
+        self.setToolTip(
+            "Read pixels that are NaN or infinite as 0; the file is not changed. The choice is under Volume"
+        )
+        self.hide()
+        for job in jobs:
+            job.failed.connect(lambda _, job=job: self.setVisible(_is_curable(session, job.error)))
+        session.busy_changed.connect(self._on_state_changed)
+        session.volume_changed.connect(self._on_state_changed)
+
+    def _on_state_changed(self) -> None:
+        self.hide()
+
+
+def _is_curable(session: Session, error: BaseException | None) -> bool:
+    """Whether an error is gone where the pixels of the volume that are not finite are read as a number."""
+    chosen = session.volume
+    is_read_as_it_is = chosen is not None and chosen.layer.metadata.get(REPLACE_NAN) is None
+    return is_read_as_it_is and isinstance(error, core.NotFiniteError)
 
 
 class WheelGuard(QObject):

@@ -38,6 +38,7 @@ from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import (
     JobBar,
     Message,
+    ReplaceOffer,
     Section,
     attempt,
     button,
@@ -103,6 +104,8 @@ class ApplyWidget(QWidget):
         )
         self.job = Job(session, "Segmentation", self)
         self.message = Message(_NO_MODEL)
+        self.offer = ReplaceOffer(session, self.job)
+        told = row(self.message, self.offer, first=3)
         self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
         column(
             self,
@@ -114,9 +117,9 @@ class ApplyWidget(QWidget):
             JobBar(
                 self.job,
                 cancel="Stop; what is written is kept, and Apply goes on from there",
-                instead_of=self.message,
+                instead_of=told,
             ),
-            self.message,
+            told,
             Section("Many volumes", self.batch, tooltip="Folders of files, open layers, time points", unfolded=False),
         )
         self._soon = until_closed(session, qthrottled(self._show_again, timeout=_LOOK_AGAIN, leading=False))

@@ -13,7 +13,7 @@ from napari_distillfss import _format as fmt
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Distilled, iter_training
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
+from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, attempt, button, column, row
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
@@ -41,6 +41,8 @@ class DistillWidget(QWidget):
         self.plot = TrainingPlot()
         self.job.stepped.connect(self._on_job_stepped)  # before the bar, which shows the loss of the plot
         self.message = Message(_HINT)
+        self.offer = ReplaceOffer(session, self.job)
+        told = row(self.message, self.offer, first=3)
         column(
             self,
             self.settings,
@@ -48,10 +50,10 @@ class DistillWidget(QWidget):
             JobBar(
                 self.job,
                 cancel="Stop the training and keep the best model so far",
-                instead_of=self.message,
+                instead_of=told,
                 describe=self._describe,
             ),
-            self.message,
+            told,
             self.plot,
         )
         self.plot.hide()

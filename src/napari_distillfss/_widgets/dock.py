@@ -112,6 +112,9 @@ class DistillDock(QScrollArea):
         self.setMinimumWidth(_WIDTH)
         self.volume.valueChanged.connect(self._on_volume_chosen)
         self.preview.correct.connect(self.support.put_into_plane)
+        for part in (self.distill, self.preview, self.apply):
+            part.offer.clicked.connect(lambda: self.volume.replace_nan(0.0))
+        self.preview.offer.clicked.connect(lambda: self.preview.on.setChecked(True))  # the error has switched it off
         self.support.outline.evidence_of = self.preview.evidence_of
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)

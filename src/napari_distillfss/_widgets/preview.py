@@ -25,7 +25,17 @@ from napari_distillfss._tasks import (
     iter_teacher,
 )
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row, until_closed
+from napari_distillfss._widgets._common import (
+    JobBar,
+    Message,
+    ReplaceOffer,
+    attempt,
+    button,
+    column,
+    combo,
+    row,
+    until_closed,
+)
 from napari_distillfss._widgets.support import colors_of
 
 STYLES = {"filled": (0.45, 0), "outlines": (0.9, 2), "dim": (0.2, 0)}
@@ -112,6 +122,8 @@ class PreviewWidget(QWidget):
         self.job = Job(session, "Preparation of the teacher", self)
         self.message = Message(self._no_model if only_model else _HINT)
         self._latest = LatestJob(self)
+        self.offer = ReplaceOffer(session, self._latest, self.job)
+        told = row(self.message, self.offer, first=3)
         self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
         self._after_stroke = until_closed(session, qdebounced(self._on_stroke_ended, timeout=_AFTER_STROKE))
         self._after_strokes = until_closed(session, qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES))
@@ -125,8 +137,8 @@ class PreviewWidget(QWidget):
             row("Probability of", self.of_class),
             row("Labels as", self.drawn_as),
             self.take,
-            JobBar(self.job, cancel="Stop", instead_of=self.message),
-            self.message,
+            JobBar(self.job, cancel="Stop", instead_of=told),
+            told,
         )
         if only_model:
             for part in (self.live, using, self.take):
@@ -202,6 +214,7 @@ class PreviewWidget(QWidget):
         if not on:
             self._hide_layers()
             return
+        self.offer.hide()
         if self._kind is not None and self._teacher is None:
             self._make_teacher()
         self._ask()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 from napari.layers import Image
 from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QFileDialog, QInputDialog, QLabel, QWidget
+from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QInputDialog, QLabel, QWidget
 from superqt.utils import qdebounced
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._layers import (
     LEAD_NAMES,
+    REPLACE_NAN,
     ChosenVolume,
     choose_layer,
     covers_of,
@@ -51,6 +53,7 @@ from napari_distillfss._widgets._common import (
     until_closed,
 )
 
+_MOST = 1e9  # that NaN is replaced by
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
 
 
@@ -87,6 +90,14 @@ class VolumePicker(QWidget):
                               strict=True):  # fmt: skip
             label.setBuddy(box)
             box.setAccessibleName(label.text())
+        self.replaces = QCheckBox("Read NaN and infinite as")
+        self.replaces.setToolTip("Pixels that are not finite can be neither learned from nor segmented")
+        self.replaces.toggled.connect(self._on_replacement_edited)
+        self.replacement = QDoubleSpinBox()
+        self.replacement.setToolTip("What is read in place of NaN and infinite; the file is not changed")
+        self.replacement.setAccessibleName("Number in place of NaN and infinite")
+        self.replacement.editingFinished.connect(self._on_replacement_edited)
+        self._replacing = row(self.replaces, self.replacement)
         self.layers.setAccessibleName("Image layer")
         for box in self.lead.values():
             box.valueChanged.connect(self._on_lead_edited)
@@ -101,6 +112,7 @@ class VolumePicker(QWidget):
             self,
             row(self.layers, self.open_file, self.open_folder, self.open_address, first=2),
             row(*which, self._level_label, self.level),
+            self._replacing,
             JobBar(
                 self.opening,
                 cancel="Open nothing",
@@ -271,6 +283,25 @@ class VolumePicker(QWidget):
         self._level_label.setVisible(levels > 1)
         self.level.setVisible(levels > 1)
         _set(self.level, self.level.value(), levels - 1)
+        self._replacing.setVisible(REPLACE_NAN in layer.metadata)
+        value = layer.metadata.get(REPLACE_NAN)
+        self.replaces.blockSignals(True)
+        self.replaces.setChecked(value is not None)
+        self.replaces.blockSignals(False)
+        if value is not None:
+            limit = min(_MOST, float(np.finfo(layer.dtype).max))
+            self.replacement.setRange(-limit, limit)
+            self.replacement.setValue(value)
+
+    def replace_nan(self, value: float | None) -> None:
+        """Read pixels of the volume that are not finite as a number, or as they are. Annotations stay."""
+        if self._value is not None and self._value.layer.metadata.get(REPLACE_NAN, math.nan) != value:
+            self._value.layer.metadata[REPLACE_NAN] = value
+            self._opened = None
+            self._on_choice_changed()
+
+    def _on_replacement_edited(self) -> None:
+        self.replace_nan(self.replacement.value() if self.replaces.isChecked() else None)
 
     def _take(self, value: ChosenVolume | None) -> None:
         self._value = value
@@ -280,7 +311,8 @@ class VolumePicker(QWidget):
                 self.device.tell("looking for a GPU")
                 self._job.start(iter_device)
         else:
-            for box in (*self.lead.values(), self.level, *self._lead_labels.values(), self._level_label):
+            boxes = (*self.lead.values(), self.level, *self._lead_labels.values(), self._level_label)
+            for box in (*boxes, self._replacing):
                 box.hide()
         self.valueChanged.emit(value)
 

@@ -250,6 +250,41 @@ def test_two_volumes_that_differ_have_other_identities(tmp_path):
         assert {**one.identity, "content": 0, "files": 0} == {**two.identity, "content": 0, "files": 0}, kind
 
 
+def test_values_that_are_not_finite_are_read_as_a_number_on_demand(tmp_path):
+    array = noise(ZYX).astype(np.float32)
+    array[2, 3, 4:8] = np.nan, np.inf, -np.inf, 3.1e38
+    array[0, 0, 0] = 2.9e38
+    np.save(tmp_path / "v.npy", array)
+    whole, as_it_is = array.copy(), open_volume(tmp_path / "v.npy")
+    whole[2, 3, 4:8] = -7
+    np.testing.assert_array_equal(as_it_is.read(), array)
+    for source in (tmp_path / "v.npy", array, da.from_array(array)):
+        volume = open_volume(source, replace_nan=-7)
+        assert equal(volume, whole)
+        assert volume.dtype == volume.plane(2).dtype == np.float32
+        assert equal(volume.along("y"), whole.transpose(1, 0, 2))
+        assert np.isnan(array[2, 3, 4])  # what was given is not changed
+    volume = open_volume(tmp_path / "v.npy", replace_nan=-7)
+    assert equal(pickle.loads(pickle.dumps(volume)), whole)
+    others = [as_it_is, volume, open_volume(tmp_path / "v.npy", replace_nan=0)]
+    assert len({json.dumps(dict(v.identity)) for v in others}) == 3
+    assert "replace_nan" not in as_it_is.identity
+    for value in (np.nan, np.inf, 1e39):
+        with pytest.raises(SettingsError, match="is no finite float32; give one"):
+            open_volume(array, replace_nan=value)
+    assert equal(open_volume(noise(ZYX), replace_nan=3), noise(ZYX))
+
+
+def test_a_replaced_value_of_a_missing_chunk_is_still_told(tmp_path):
+    array = zarr.create_array(
+        tmp_path / "v.zarr", shape=(2, 8, 8), chunks=(1, 8, 8), dtype="float32", fill_value=np.nan
+    )
+    array[0] = 1
+    with open_volume(tmp_path / "v.zarr", replace_nan=0) as volume:
+        assert not volume.plane(1).any()
+        assert len(volume.missing) == 1
+
+
 def test_an_unchanged_volume_keeps_its_identity_wherever_a_zarr_lies(tmp_path):
     data = noise(ZYX)
     path = write_ome_zarr(tmp_path / "a.zarr", data)

@@ -1,0 +1,154 @@
+"""Volumes with pixels that are NaN or infinite: the message offers to read them as a number."""
+
+import numpy as np
+import pytest
+from qtpy.QtCore import QPoint, Qt
+
+import distillfss_core as core
+from napari_distillfss._layers import layer_of_file
+from napari_distillfss._scripts import command_line, python_lines
+
+
+@pytest.fixture
+def holed(sample, tmp_path):
+    """A file of floats in which some pixels are not finite."""
+    image = sample.image.astype(np.float32)
+    image[:, 40:43, 50:53] = np.nan
+    image[2, 0, 0] = np.inf
+    np.save(tmp_path / "holed.npy", image)
+    return tmp_path / "holed.npy"
+
+
+@pytest.fixture
+def dock(viewer, holed, open_dock, open_path, painted_truth, few):
+    dock = open_dock(viewer)
+    open_path(dock, holed)
+    dock.distill.settings.setValue(few)
+    dock.session.annotations.put(1, painted_truth[1])
+    dock.session.painted()
+    return dock
+
+
+def is_offered(part):
+    return not part.offer.isHidden()
+
+
+def ended(qtbot, dock):
+    qtbot.waitUntil(lambda: not dock.session.busy and not dock.preview.busy, timeout=60_000)
+
+
+def test_the_message_of_a_preview_offers_to_read_them_as_zero(dock, viewer, qtbot, sample):
+    assert dock.volume._replacing.isHidden()
+    dock.preview.on.setChecked(True)
+    qtbot.waitUntil(lambda: dock.preview.message.warns, timeout=60_000)
+    assert "of 9216 pixels are NaN or infinite" in dock.preview.message.text()
+    assert is_offered(dock.preview)
+    assert not is_offered(dock.distill)
+    folder = dock.session.annotations.folder
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.preview.offer.click()
+    assert not is_offered(dock.preview)
+    assert not dock.preview.message.warns
+    assert (dock.session.annotations.folder, dock.session.annotations.planes()) == (folder, [1])
+    assert not dock.session.is_second_window
+    assert dock.session.volume.volume.plane(1)[41, 51] == 0
+    assert dock.volume.replaces.isChecked()
+    assert not dock.volume._replacing.isHidden()
+    dock.volume.replacement.setValue(-3)
+    dock.volume.replacement.editingFinished.emit()
+    assert dock.session.volume.volume.plane(2)[0, 0] == -3
+    dock.volume.replaces.setChecked(False)
+    assert np.isnan(dock.session.volume.volume.plane(1)[41, 51])
+    assert dock.session.annotations.folder == folder
+
+
+def test_training_and_apply_offer_it_and_scripts_repeat_it(dock, qtbot, tmp_path, student, holed):
+    dock.distill.start()
+    ended(qtbot, dock)
+    assert dock.distill.message.warns
+    assert is_offered(dock.distill)
+    dock.model.load_from(student)
+    ended(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "o.ome.zarr"))
+    dock.apply.start()
+    ended(qtbot, dock)
+    assert dock.apply.message.warns
+    assert is_offered(dock.apply)
+    dock.apply.offer.click()
+    ended(qtbot, dock)
+    assert not is_offered(dock.apply)
+    assert not is_offered(dock.distill)
+    dock.apply.out.setText(str(tmp_path / "p.ome.zarr"))
+    dock.apply.start()
+    ended(qtbot, dock)
+    assert "Done" in dock.apply.message.text()
+    dock.objects.start()
+    ended(qtbot, dock)
+    with core.open_volume(tmp_path / "p.ome.zarr") as labels, core.open_volume(holed, replace_nan=0) as image:
+        expected = core.StudentModel.load(student).predict(image.plane(2)).labels
+        np.testing.assert_array_equal(labels.plane(2), expected)
+    command, python = command_line(dock.session), python_lines(dock.session)
+    assert command.count("--replace-nan 0.0") == 2
+    assert python.count("replace_nan=0.0") == 2
+    with qtbot.waitSignal(dock.distill.job.done, timeout=120_000):
+        dock.distill.start()
+
+
+def test_it_is_not_offered_for_other_errors_nor_twice(dock, qtbot, monkeypatch):
+    dock.volume.replace_nan(0.0)
+    for error in (core.ImageError("no"), core.NotFiniteError("in another volume")):
+
+        def fail(stop, error=error):
+            yield
+            raise error
+
+        dock.distill.job.start(fail)
+        ended(qtbot, dock)
+        assert dock.distill.message.text() == str(error)
+        assert not is_offered(dock.distill)
+    dock.volume.replace_nan(None)
+    dock.distill.job.start(fail)
+    ended(qtbot, dock)
+    assert is_offered(dock.distill)
+
+
+def test_slices_of_another_volume_are_read_as_they_were_there(dock, viewer, open_path, sample, tmp_path, holed, qtbot):
+    dock.volume.replace_nan(0.0)
+    key = dock.session.annotations.folder.name
+    np.save(tmp_path / "other.npy", sample.image)
+    open_path(dock, tmp_path / "other.npy")
+    assert dock.volume._replacing.isHidden()
+    dock.session.use_also([key])
+    for _ in range(2):
+        (labeled,) = dock.session.support_maker()().slices
+        assert np.isfinite(labeled.image).all()
+        with_layer = [layer for layer in viewer.layers if layer.name == "holed.npy"]
+        for layer in with_layer:  # the second time it is opened from its file
+            viewer.layers.remove(layer)
+    assert not with_layer
+
+
+def test_the_offer_and_the_choice_fit_the_dock(display, make_napari_viewer, open_dock, holed, qtbot):
+    viewer = make_napari_viewer(show=True)
+    viewer.window._qt_window.setGeometry(0, 0, 1280, 800)
+    dock = open_dock(viewer)
+    viewer.window.add_dock_widget(dock, name="DistillFSS", area="right")
+    levels, options = layer_of_file(holed)
+    viewer.add_image(levels[0], **options)
+    dock.preview.on.setChecked(True)
+    dock.preview._latest._job.error = core.NotFiniteError("no")
+    height = dock.sections[dock.preview].sizeHint().height()
+    dock.preview._latest.failed.emit("holed.npy plane 1: 10 of 9216 pixels are NaN or infinite")
+    qtbot.wait(100)
+    assert is_offered(dock.preview)
+    assert dock.sections[dock.preview].sizeHint().height() == height
+    offer = dock.preview.offer
+    assert offer.width() >= offer.minimumSizeHint().width()
+    dock.volume.replace_nan(0.0)
+    qtbot.wait(100)
+    bar = dock.verticalScrollBar().sizeHint().width()
+    assert dock.widget().minimumSizeHint().width() + bar <= dock.minimumWidth()
+    top = dock.distill.distill.mapTo(dock.viewport(), QPoint(0, 0)).y()
+    assert 0 <= top <= dock.viewport().height() - dock.distill.distill.height()
+    qtbot.mouseClick(dock.volume.replaces, Qt.MouseButton.LeftButton, pos=QPoint(8, 8))
+    assert dock.session.volume.volume.identity.get("replace_nan") is None
