@@ -300,7 +300,12 @@ def shows_planes(dims: Any) -> bool:
 
 
 def point_on(layer: Image | Labels, dims: Any) -> np.ndarray:
-    """Where napari's sliders are, in the units of a layer: the world has the smallest unit of all layers."""
+    """Where napari's sliders are, in the units of a layer: the world has the smallest unit of all layers.
+
+    Where all layers of as many axes were removed, there are too few sliders: at the first pixel of the layer then.
+    """
+    if dims.ndim < layer.ndim:
+        return np.asarray(layer.data_to_world((0,) * layer.ndim))
     point = np.array(dims.point, float)
     point[-layer.ndim :] *= _units_of_world(layer, dims)
     return point
@@ -657,9 +662,18 @@ class OnGrid:
         self.shape = tuple(int(size[a]) for a in self._axes)
         self.size = math.prod(self.shape)
 
-    def __getitem__(self, key: Any) -> np.ndarray:
+    def __getitem__(self, key: Any) -> Any:
+        """Values; of several planes a `_Window` of them, which is read when its values are needed."""
         key = key if isinstance(key, tuple) else (key,)
-        parts = dict(zip(self._axes, (*key, *(slice(None),) * (self.ndim - len(key))), strict=True))
+        key = (*key, *(slice(None),) * (self.ndim - len(key)))
+        z = key[self._axes.index("z")] if "z" in self._axes else 0
+        if isinstance(z, slice) and len(range(self.planes)[z]) > 1:
+            return _Window(self, key)
+        return self.read(key)
+
+    def read(self, key: tuple[Any, ...]) -> np.ndarray:
+        """Values of a key that has a part for each axis."""
+        parts = dict(zip(self._axes, key, strict=True))
         values = self._read(tuple(parts.get(a, 0) for a in "zyx"))
         position = 0
         for a, part in parts.items():
@@ -682,7 +696,36 @@ class OnGrid:
         self._held = None
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[(slice(None),) * self.ndim], dtype)
+        return np.asarray(self.read((slice(None),) * self.ndim), dtype)
+
+
+class _Window:
+    """Part of a grid that spans several planes.
+
+    napari cuts what is on screen out of all planes of a pyramid, and then takes one plane of it.
+    """
+
+    def __init__(self, grid: OnGrid, key: tuple[Any, ...]) -> None:
+        self._grid, self._key = grid, key
+        places = [range(n)[part] for part, n in zip(key, grid.shape, strict=True)]
+        self._places = [p for p in places if isinstance(p, range)]
+        self.dtype, self.shape = grid.dtype, tuple(len(p) for p in self._places)
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Any:
+        key = iter((*(key if isinstance(key, tuple) else (key,)), *(slice(None),) * self.ndim))
+        places = iter(self._places)
+        return self._grid[tuple(_part(next(places)[next(key)]) if isinstance(k, slice) else k for k in self._key)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self._grid.read(self._key), dtype)
+
+
+def _part(places: int | range) -> int | slice:
+    return slice(places.start, places.stop, places.step) if isinstance(places, range) else places
 
 
 def move_layer(viewer: Any, layer: Any, array: Any, place: Mapping[str, Any]) -> None:

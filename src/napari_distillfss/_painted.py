@@ -132,7 +132,7 @@ class PaintedArray:
                     self._held = None
                     self._write(key, value)
                 except core.OutputError:
-                    if not self._set_points(key, value):
+                    if not (self._set_box(key, value) or self._set_points(key, value)):
                         raise
             if not self.is_written_later:
                 self.write()
@@ -147,8 +147,23 @@ class PaintedArray:
         for plane in np.unique(planes):
             those = planes == plane
             index = tuple(int(n) for n in np.unravel_index(plane, self.shape[:-2])) if lead else ()
-            self._hold(index)[rows[those], columns[those]] = values[those]
+            self._take(index)[rows[those], columns[those]] = values[those]
             self._mark(index, (slice(None), slice(None)))
+        return True
+
+    def _set_box(self, key: Any, value: Any) -> bool:
+        """Set a box of several planes, as a brush of three dimensions does, in memory. Returns whether it is one."""
+        parts = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(part, (int, np.integer, slice)) for part in parts):
+            return False
+        parts = (*parts, *(slice(None),) * (self.ndim - len(parts)))
+        places = [range(n)[part] for part, n in zip(parts, self.shape, strict=True)]
+        values = np.broadcast_to(value, [len(p) for p in places if isinstance(p, range)])
+        for offset in np.ndindex(*(len(p) for p in places[:-2] if isinstance(p, range))):
+            steps = iter(offset)
+            index = tuple(p[next(steps)] if isinstance(p, range) else p for p in places[:-2])
+            self._take(index)[parts[-2:]] = values[offset]
+            self._mark(index, parts[-2:])
         return True
 
     def write(self) -> None:
@@ -204,9 +219,14 @@ class PaintedArray:
         return tuple(index), (*(None,) * kept, *parts[-2:])
 
     def _hold(self, index: _Index) -> npt.NDArray[np.uint8]:
-        """Plane of an index, in memory."""
+        """Plane of an index, in memory; what is changed elsewhere is written before, if that is possible."""
         if index != self._held:
             self.try_to_write()
+        return self._take(index)
+
+    def _take(self, index: _Index) -> npt.NDArray[np.uint8]:
+        """Plane of an index, in memory."""
+        if index != self._held:
             if index in self._changed:
                 self._plane = self._changed[index].plane
             else:

@@ -692,6 +692,34 @@ def test_a_full_disk_loses_no_stroke_and_raises_nothing(
     assert session.annotations.class_names == ("object", "class 2")
 
 
+def test_on_a_full_disk_a_brush_of_three_dimensions_is_kept_in_memory(dock, viewer, nuclei, qtbot, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    dock.support.take_brush()
+    layer, session, message = dock.support.layer, dock.session, dock.support.message
+    viewer.dims.ndisplay, layer.n_edit_dimensions, layer.brush_size = 3, 3, 9
+    with monkeypatch.context() as full:
+        full.setattr("zarr.Array.__setitem__", fail)
+        full.setattr("zarr.create_array", fail)
+        for action in (
+            lambda: layer.paint((3, 40, 40), 2),
+            lambda: layer.fill((3, 40, 40), 1),
+            layer.undo,
+            layer.redo,
+            lambda: layer.fill((0, 0, 0), 2),
+        ):
+            message.tell("")
+            action()
+            assert "in memory only" in message.text()
+            assert message.warns
+        assert session.annotations.planes() == list(range(8))
+        expected = np.asarray(session.annotations.array)
+    assert set(np.unique(expected)) == {1, 2}
+    session.annotations.save()
+    np.testing.assert_array_equal(zarr.open_array(session.annotations.folder / "labels.zarr", mode="r"), expected)
+
+
 def test_where_annotations_cannot_be_kept_a_student_is_still_applied(
     viewer, nuclei, open_dock, qtbot, student, tmp_path
 ):
@@ -772,6 +800,46 @@ def test_a_region_is_applied_and_another_adds_to_it(dock, qtbot, student, tmp_pa
     np.testing.assert_array_equal(first[:2], whole[:2])
     expected = StudentModel.load(student).predict(dock.session.volume.volume.plane(5)).labels
     np.testing.assert_array_equal(whole[5], expected)
+
+
+def test_the_preview_and_applied_labels_are_not_seen_on_one_another(dock, viewer, qtbot, student, tmp_path):
+    def seen():
+        layers = (dock.preview._layers["labels"], dock.apply.layer)
+        return [layer is not None and layer.visible for layer in layers]
+
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    finish(qtbot, dock)
+    assert seen() == [True, False]
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    for _ in range(2):  # the second time all of it is found finished
+        dock.apply.start()
+        finish(qtbot, dock)
+        assert seen() == [False, True]
+        assert not dock.preview.on.isChecked()
+        assert "Switched off, as the applied labels are shown" in dock.preview.message.text()
+        assert dock.apply.message.text().startswith("Done")
+        with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+            dock.preview.on.setChecked(True)
+        assert seen() == [True, False]
+        assert "Hidden while the preview is on; the eye of 'out' shows the labels" in dock.apply.message.text()
+    dock.apply.layer.visible = True  # by its eye: both, as the user wants it
+    assert seen() == [True, True]
+    assert dock.preview.on.isChecked()
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):  # a model that arrives is previewed
+        dock.model.load_from(student)
+    assert seen() == [True, True]
+    dock.apply.start()
+    finish(qtbot, dock)
+    dock.model.load_from(student)
+    qtbot.waitUntil(lambda: seen() == [True, False], timeout=60_000)
+    viewer.add_image(np.zeros((4, 64, 64), np.uint8), name="other")
+    dock.apply.start()
+    finish(qtbot, dock)
+    dock.volume.setValue(choose_layer(viewer.layers["other"]))
+    assert "applied labels" not in dock.preview.message.text()
+    assert dock.preview.on.isChecked()
+    assert dock.apply.layer.visible
 
 
 @pytest.fixture
@@ -1570,6 +1638,82 @@ def test_a_second_window_that_outlives_the_first_restores_into_the_volume(
     assert second.session.annotations.planes() == [5]
     assert second.session.annotations.also == ()  # its own slices are not those of another volume
     assert not apart.exists()
+
+
+@pytest.fixture
+def second(applying, sample, open_dock, qtbot, student, tmp_path):
+    """The same volume in another window, while the first one applies a model."""
+    from napari.components import ViewerModel
+
+    other = ViewerModel()
+    other.add_image(sample.image, name="nuclei", scale=(2.5, 1, 1), units=("um",) * 3)
+    second = open_dock(other, tmp_path / "kept")
+    second.model.load_from(student)
+    finish(qtbot, second)
+    second.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    return second
+
+
+def test_two_windows_that_write_the_same_labels_lose_nothing(applying, second, qtbot, student, tmp_path, sample, held):
+    second.apply.start()
+    finish(qtbot, second)
+    assert "another run is writing here; wait for it, or stop it" in second.apply.message.text()
+    assert second.apply.message.warns
+    assert not second.apply.layer.visible
+    assert second.preview.on.isChecked()  # nothing is shown in its place
+    assert applying.apply.job.running
+    held.set()
+    finish(qtbot, applying)
+    assert applying.apply.message.text().startswith("Done")
+    second.apply.start()
+    finish(qtbot, second)
+    assert "8 found finished" in second.apply.message.text()
+    assert_written(tmp_path, student, sample.image)
+
+
+@pytest.mark.parametrize("is_closed", ["session", "layers"])
+def test_the_first_window_is_closed_while_the_second_works(
+    is_closed, applying, second, viewer, qtbot, student, tmp_path, sample, held, painted_truth
+):
+    paint(second, painted_truth, [4])
+    folder = second.session.annotations.folder
+    assert second.session.is_second_window
+    if is_closed == "session":
+        applying.session.close()
+    else:
+        viewer.layers.clear()
+        held.set()
+    finish(qtbot, applying)
+    second.apply.start()  # goes on from there
+    held.set()
+    finish(qtbot, second)
+    assert second.apply.message.text().startswith("Done")
+    assert "found finished" in second.apply.message.text()
+    assert_written(tmp_path, student, sample.image)
+    assert (second.session.annotations.folder, second.session.annotations.planes()) == (folder, [4])
+    paint(second, painted_truth, [5])
+    np.testing.assert_array_equal(zarr.open_array(folder / "labels.zarr", mode="r")[5], painted_truth[5])
+
+
+@pytest.mark.parametrize(("planes", "text"), [(1, "Paint in plane 0: some"), (8, "Paint in planes 0, 7: some")])
+def test_the_planes_to_paint_are_named_in_their_number(viewer, open_dock, qtbot, planes, text):
+    viewer.add_image(np.zeros((planes, 32, 32), np.uint8), name="stack")
+    dock = open_dock(viewer)
+    dock.support.count.setValue(2)
+    dock.support.way.setCurrentText("evenly")
+    dock.support.suggest_slices()
+    qtbot.waitUntil(lambda: not dock.support.selecting.running)
+    assert dock.support.message.text().startswith(text)
+
+
+def test_a_model_that_is_loaded_is_not_notified_but_one_that_is_missing_is(dock, qtbot, student, tmp_path, told):
+    assert not dock.model.isVisible()  # where the end of other jobs is notified
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    assert told() == []
+    dock.model.load_from(tmp_path / "none.safetensors")
+    finish(qtbot, dock)
+    assert "Model loading has failed" in " ".join(told())
 
 
 def test_rows_of_slices_name_the_present_classes(dock, painted_truth):

@@ -262,3 +262,49 @@ def test_a_layer_that_is_moved_along_one_axis_is_changed_in_that_alone(viewer):
     changed.clear()
     move_layer(viewer, layer, layer.data, place)
     assert changed == []
+
+
+class Counted:
+    """An array (z, y, x) that notes how many values are read."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.read = array, array.shape, array.dtype, []
+
+    def __getitem__(self, key):
+        values = self.array[key]
+        self.read.append(np.size(values))
+        return values
+
+
+@pytest.mark.parametrize("axes", ["zyx", "tzyx", "zcyx", "yx"])
+def test_windows_of_a_grid_are_read_as_of_an_array_of_numpy(axes):
+    rng, array = np.random.default_rng(0), Counted(STACK[:1] if axes == "yx" else STACK)
+    grid = OnGrid(array, axes)
+    expected = np.asarray(grid)
+    assert expected.shape == grid.shape
+    for _ in range(60):
+        spans = [sorted(rng.integers(0, n + 1, 2)) for n in grid.shape]
+        key = tuple(slice(*span, rng.choice([1, 2])) if rng.random() < 0.8 else int(rng.integers(n))
+                    for span, n in zip(spans, grid.shape, strict=True))  # fmt: skip
+        cut, whole = grid[key], expected[key]
+        assert (cut.shape, cut.ndim, cut.size, cut.dtype) == (whole.shape, whole.ndim, whole.size, whole.dtype)
+        np.testing.assert_array_equal(cut, whole)
+        if whole.ndim and len(whole):
+            inner = (int(rng.integers(-len(whole), len(whole))), *(slice(1, None),) * int(rng.integers(whole.ndim)))
+            np.testing.assert_array_equal(cut[inner], whole[inner])
+
+
+def test_napari_reads_one_plane_of_written_labels_at_a_time(viewer):
+    chosen = choose_layer(viewer.add_image(np.zeros((6, 20, 30), np.uint8)))
+    arrays = [Counted(np.arange(6 * 20 * 30, dtype=np.uint16).reshape(6, 20, 30)), Counted(np.ones((6, 10, 15), int))]
+    layer = viewer.add_labels(chosen.pyramid([np.zeros((6, 20, 30), np.uint8)]), multiscale=True, **chosen.place())
+    for array in arrays:
+        array.read.clear()
+    move_layer(viewer, layer, chosen.pyramid(arrays, shown=3), chosen.place())
+    for z in (0, 5, 2):
+        viewer.dims.set_point(0, z)
+    assert arrays[1].read
+    assert max(max(array.read) for array in arrays if array.read) <= 20 * 30
+    np.testing.assert_array_equal(layer._slice.image.raw, arrays[layer.data_level].array[2])
+    viewer.dims.ndisplay = 3
+    assert max(arrays[1].read) == 6 * 10 * 15  # a volume is shown then, of the coarsest level

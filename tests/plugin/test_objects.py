@@ -176,6 +176,36 @@ def test_counted_objects_are_exported_as_tiff_and_csv(dock, qtbot, tmp_path, mon
         assert [row["voxels"] for row in csv.DictReader(file)] == ["600", "600"]
 
 
+def test_objects_that_cannot_be_written_have_a_remedy(dock, qtbot):
+    dock.session.folder.mkdir(exist_ok=True)
+    (dock.session.folder / "objects").write_text("")  # root feels this one too
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert dock.objects.message.text().startswith(f"cannot make {dock.session.folder / 'objects'}: ")
+    assert "make room or let it be written, or save the layer as a file and count that" in dock.objects.message.text()
+    assert dock.objects.message.warns
+
+
+def test_labels_are_hidden_under_their_objects_and_those_of_the_user_are_not(dock, viewer, qtbot, student, tmp_path):
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert dock.apply.layer.visible
+    dock.objects.labels.setCurrentText("by hand")
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert dock.apply.layer.visible
+    dock.objects.labels.setCurrentIndex(0)
+    assert dock.objects.labels.currentText() == "applied: out.ome.zarr"
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert not dock.apply.layer.visible
+    assert dock.objects.layer.visible
+    assert viewer.layers["by hand"].visible
+
+
 def test_an_export_that_fails_is_one_sentence_and_leaves_nothing(dock, qtbot, tmp_path):
     dock.objects.export_labels(tmp_path / "no folder" / "labels.tif")
     finish(qtbot, dock)

@@ -47,6 +47,30 @@ def test_it_is_read_and_written_as_an_array_of_numpy(tmp_path, seed, is_written_
     np.testing.assert_array_equal(PaintedArray(tmp_path / "a", SHAPE), expected)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_on_a_full_disk_planes_boxes_and_points_are_kept_in_memory_and_written_later(tmp_path, seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    array, expected = PaintedArray(tmp_path / "a", SHAPE), np.zeros(SHAPE, np.uint8)
+    array.is_written_later = True
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("zarr.Array.__setitem__", fail)
+        full.setattr("zarr.create_array", fail)
+        for _ in range(40):
+            key = KEYS[rng.integers(len(KEYS) - 1)]
+            value = rng.integers(0, 200, expected[key].shape, np.uint8) if rng.random() < 0.7 else rng.integers(200)
+            array[key] = value
+            expected[key] = value
+            np.testing.assert_array_equal(array, expected)
+        with pytest.raises(OutputError, match="No space left on device"):
+            array.write()
+    array.write()
+    np.testing.assert_array_equal(on_disk(tmp_path / "a"), expected)
+
+
 def test_what_was_read_is_a_copy(tmp_path):
     array = PaintedArray(tmp_path / "a", (4, 6, 7))
     array[1] = 3

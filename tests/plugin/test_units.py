@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from napari_distillfss._layers import PREVIEW, choose_layer, point_on, to_world
+from napari_distillfss._layers import ANNOTATIONS, LABELS, OBJECT, PREVIEW, choose_layer, has_mark, point_on, to_world
 
 
 def choose(dock, index):
@@ -76,6 +76,15 @@ def test_a_place_in_the_world_is_converted_there_and_back(viewer, nuclei, sample
     np.testing.assert_array_equal(to_world(nuclei, viewer.dims, place), place)  # no unit is common to all
 
 
+def test_without_sliders_a_layer_is_seen_at_its_first_pixel(viewer, nuclei):
+    chosen = choose_layer(nuclei)
+    viewer.dims.set_point(0, 10)
+    assert chosen.plane_on(viewer.dims) == 4
+    viewer.layers.clear()
+    assert viewer.dims.ndim == 2
+    assert chosen.plane_on(viewer.dims) == 0
+
+
 def test_hidden_layers_of_the_dock_have_the_units_of_the_volume(viewer, nuclei, open_dock, student, qtbot, sample):
     dock = open_dock(viewer)
     with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
@@ -87,3 +96,36 @@ def test_hidden_layers_of_the_dock_have_the_units_of_the_volume(viewer, nuclei, 
     (preview,) = (layer for layer in viewer.layers if layer.metadata.get(PREVIEW))
     assert preview.units == bare.units
     assert viewer.dims.units == bare.units  # napari has found one unit for all
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_all_layers_of_the_dock_have_units_and_scale_of_the_volume(
+    is_mixed, viewer, nuclei, open_dock, student, qtbot, sample, tmp_path
+):
+    bare = viewer.add_image(sample.image, name="bare", scale=(3, 0.5, 0.5))
+    dock = open_dock(viewer)
+    dock.model.load_from(student)
+    if not is_mixed:
+        viewer.layers.remove(nuclei)
+    for index, image in enumerate([nuclei, bare] if is_mixed else [bare]):
+        choose(dock, index)
+        qtbot.waitUntil(lambda: not dock.session.busy and not dock.preview.busy, timeout=60_000)
+        for name in ("probability", "uncertainty"):
+            dock.preview.shown[name].setChecked(True)
+        dock.support.fill_rest()
+        dock.apply.out.setText(str(tmp_path / f"{index}.ome.zarr"))
+        for start in (dock.apply.start, dock.objects.start):
+            start()
+            qtbot.waitUntil(lambda: not dock.session.busy, timeout=60_000)
+        assert dock.objects.table.model.values.size
+        dock.objects.table.view.selectRow(0)
+        with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+            dock.preview.on.setChecked(True)
+        own = [layer for layer in viewer.layers if has_mark(layer, ANNOTATIONS, PREVIEW, OBJECT, LABELS)]
+        present = [layer for layer in own if layer not in (dock.support.layer,)]
+        assert dock.support.layer.units == image.units
+        shown = [dock.apply.layer, dock.objects.layer, *dock.preview.layers.values()]
+        for layer in (*shown, *(layer for layer in present if has_mark(layer, OBJECT))):
+            assert layer.units == image.units, layer.name
+            np.testing.assert_allclose(layer.scale, image.scale)
+        assert (viewer.layers.extent.units is None) is is_mixed

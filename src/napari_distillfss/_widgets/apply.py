@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QLineEdit, QWidget
 from superqt.utils import qthrottled
 
@@ -69,7 +70,12 @@ _WIDEST_RADIUS = 15.0  # pixels that the watershed takes
 
 
 class ApplyWidget(QWidget):
-    """Writes labels with the student; their layer appears as soon as the first labels are written."""
+    """Writes labels with the student; their layer appears as soon as the first labels are written.
+
+    The first labels of a run and the finished ones are shown, and ``appeared`` is emitted then.
+    """
+
+    appeared = Signal()
 
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
@@ -171,8 +177,10 @@ class ApplyWidget(QWidget):
 
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Written):
-            self._written = True
             self._show(step.levels)
+            if not self._written:
+                self._written = True
+                self._appear()
         elif getattr(step, "level", None) == 0:
             self._is_behind = True
             self._soon()
@@ -207,6 +215,7 @@ class ApplyWidget(QWidget):
             self.message.warn(f"{text}; {report.path.name}, but {report.warning}")
         else:
             self.message.tell(f"{text}; {report.path.name}")
+        self._appear()
 
     def _on_job_failed(self, message: str) -> None:
         begun = re.fullmatch(r"(.*): was begun with another (.*); .*", message)
@@ -227,7 +236,7 @@ class ApplyWidget(QWidget):
         move_layer(self._viewer, self.layer, data, chosen.place())
         self._color(applied)
         if self._shown is None:
-            self.layer.name, self.layer.visible = applied.out.name.partition(".")[0], True
+            self.layer.name = applied.out.name.partition(".")[0]
         self._shown, self._is_behind = applied.out, False
 
     def _color(self, applied: Applied) -> None:
@@ -245,6 +254,21 @@ class ApplyWidget(QWidget):
             if applied is not None and applied.out == self._shown and self.layer in self._viewer.layers:
                 self._color(applied)
                 return
+
+    def _appear(self) -> None:
+        if self.layer in self._viewer.layers:
+            self.layer.visible = True
+            if self._running is not None and self._running.volume is self._session.volume:
+                self.appeared.emit()
+
+    def hide_labels(self) -> None:
+        """Hide the labels, as the preview of the same objects is seen from now on."""
+        chosen, of = self._session.volume, self._running.volume if self._running is not None else None
+        if of is not None and (chosen is None or chosen.layer is not of.layer):
+            return  # they are of another volume
+        if self.layer in self._viewer.layers and self._shown is not None and self.layer.visible:
+            self.layer.visible = False
+            self.message.tell(f"Hidden while the preview is on; the eye of {self.layer.name!r} shows the labels")
 
     def _prepare_layer(self, applied: Applied) -> None:
         """Add an empty layer, unless there is one that is empty or shows the same labels.

@@ -111,10 +111,7 @@ class DistillDock(QScrollArea):
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.setMinimumWidth(_WIDTH)
         self.volume.valueChanged.connect(self._on_volume_chosen)
-        self.preview.correct.connect(self.support.put_into_plane)
-        for part in (self.distill, self.preview, self.apply):
-            part.offer.clicked.connect(lambda: self.volume.replace_nan(0.0))
-        self.preview.offer.clicked.connect(lambda: self.preview.on.setChecked(True))  # the error has switched it off
+        self._connect_sections()
         self.support.outline.evidence_of = self.preview.evidence_of
         session.model_changed.connect(self._on_model_changed)
         session.labels_changed.connect(self._on_labels_changed)
@@ -134,6 +131,14 @@ class DistillDock(QScrollArea):
         self.destroyed.connect(lambda: _forget(number))
         if not take_up(self):
             self._on_volume_chosen(self.volume.value())
+
+    def _connect_sections(self) -> None:
+        self.preview.correct.connect(self.support.put_into_plane)
+        self.apply.appeared.connect(self.preview.give_way)
+        self.preview.on.toggled.connect(self._on_preview_toggled)
+        for part in (self.distill, self.preview, self.apply):
+            part.offer.clicked.connect(lambda: self.volume.replace_nan(0.0))
+        self.preview.offer.clicked.connect(lambda: self.preview.on.setChecked(True))  # the error has switched it off
 
     def sizeHint(self) -> QSize:
         return QSize(_WIDTH, 700)
@@ -186,6 +191,10 @@ class DistillDock(QScrollArea):
             self.session.choose_volume(chosen)
         if chosen is not None:
             take_units(self.session.layers(), chosen.layer)
+
+    def _on_preview_toggled(self, on: bool) -> None:
+        if on:  # both would be twice as dense
+            self.apply.hide_labels()
 
     def _on_model_changed(self) -> None:
         for widget in (self.apply, self.model):

@@ -47,6 +47,7 @@ _NAMES = {"labels": "preview", "probability": "preview: probability", "uncertain
 _NO_MODEL = "Train a model first, or choose an untrained one"
 _LOAD_FIRST = "Load a model first"
 _HINT = "Tick Preview: the instant model learns from what you paint"
+_GAVE_WAY = "Switched off, as the applied labels are shown; tick it to see it in their place"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
 _AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
@@ -208,6 +209,12 @@ class PreviewWidget(QWidget):
         """Of the teacher that is chosen, if one is."""
         return TEACHERS.get(self.source.currentText())
 
+    def give_way(self) -> None:
+        """Switch the preview off, as applied labels are seen from now on."""
+        if self.on.isChecked():
+            self.on.setChecked(False)
+            self.message.tell(_GAVE_WAY)
+
     # what happens
 
     def _on_toggled(self, on: bool) -> None:
@@ -327,6 +334,9 @@ class PreviewWidget(QWidget):
     def _on_volume_changed(self) -> None:
         self._teacher = self._instant = None  # they have learned from slices of another volume
         self._hide_layers()
+        if self.message.text() == _GAVE_WAY:  # to labels of the volume before
+            self._tell_what_is_needed()
+            self.on.setChecked(True)
         if self._session.volume is None:
             self.message.tell("choose a volume first")
             self._tell_what_is_needed()
