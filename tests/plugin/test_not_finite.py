@@ -50,7 +50,7 @@ def test_the_message_of_a_preview_offers_to_read_them_as_zero(dock, viewer, qtbo
     assert not is_offered(dock.preview)
     assert not dock.preview.message.warns
     assert (dock.session.annotations.folder, dock.session.annotations.planes()) == (folder, [1])
-    assert not dock.session.is_second_window
+    assert dock.session.first_window is None
     assert dock.session.volume.volume.plane(1)[41, 51] == 0
     assert dock.volume.replaces.isChecked()
     assert not dock.volume._replacing.isHidden()
