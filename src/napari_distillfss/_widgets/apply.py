@@ -72,7 +72,7 @@ _WIDEST_RADIUS = 15.0  # pixels that the watershed takes
 class ApplyWidget(QWidget):
     """Writes labels with the student; their layer appears as soon as the first labels are written.
 
-    The first labels of a run and the finished ones are shown, and ``appeared`` is emitted then.
+    ``appeared`` is emitted when the labels of the chosen volume are finished and seen.
     """
 
     appeared = Signal()
@@ -179,8 +179,7 @@ class ApplyWidget(QWidget):
         if isinstance(step, Written):
             self._show(step.levels)
             if not self._written:
-                self._written = True
-                self._appear()
+                self._written = self.layer.visible = True
         elif getattr(step, "level", None) == 0:
             self._is_behind = True
             self._soon()
@@ -215,7 +214,7 @@ class ApplyWidget(QWidget):
             self.message.warn(f"{text}; {report.path.name}, but {report.warning}")
         else:
             self.message.tell(f"{text}; {report.path.name}")
-        self._appear()
+        self._show_finished()
 
     def _on_job_failed(self, message: str) -> None:
         begun = re.fullmatch(r"(.*): was begun with another (.*); .*", message)
@@ -255,7 +254,7 @@ class ApplyWidget(QWidget):
                 self._color(applied)
                 return
 
-    def _appear(self) -> None:
+    def _show_finished(self) -> None:
         if self.layer in self._viewer.layers:
             self.layer.visible = True
             if self._running is not None and self._running.volume is self._session.volume:
