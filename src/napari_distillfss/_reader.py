@@ -26,13 +26,15 @@ def read_student(path: str | list[str]) -> list[LayerTuple]:
     """Images of the slices that a student was trained on, with its card as metadata."""
     card, pictures = core.read_card(str(path)), core.read_thumbnails(str(path))
     if pictures is None:
-        raise core.ModelFileError(f"{path}: holds no pictures of its support; load it in the dock, section Model")
+        raise core.ModelFileError(
+            f"{path}: holds no pictures of its training slices; load it in the dock, section Model"
+        )
     options = {"metadata": {"distillfss_card": card, "path": str(path)}}
     name = Path(str(path)).stem
     labels = pictures.labels.copy()
     labels[labels == core.IGNORE] = 0
     return [
-        (pictures.images, {"name": f"{name}: support", "colormap": "gray", **options}, "image"),
+        (pictures.images, {"name": f"{name}: training slices", "colormap": "gray", **options}, "image"),
         (labels, {"name": f"{name}: labels", **options}, "labels"),
     ]
 

@@ -67,7 +67,7 @@ def python_lines(session: Session) -> str:
         settings, unlabeled = dict(session.training.settings), _unlabeled_of(support)
         names += ["load_unlabeled"] if unlabeled else []
         lines += [
-            f"# the student of the session is {_name(session.model_path)}; these lines train it again",
+            f"# the model of the session is {_name(session.model_path)}; these lines train it again",
             f"support = load_support({str(support / 'images')!r}, {str(support / 'labels')!r},",
             f"                       classes={list(session.training.classes)!r}, scribbles=True, pixel_size={pixel!r},",
             "                       same_volume=True)",

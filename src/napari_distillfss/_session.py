@@ -28,7 +28,7 @@ from napari_distillfss._annotations import (
 )
 from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._sources import OtherSlices, other_slices, support_of
-from napari_distillfss._students import KeptStudent, Training, read_training, write_record
+from napari_distillfss._students import KeptStudent, Training, number_of, read_training, write_record
 
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
 
@@ -319,15 +319,15 @@ class Session:
         if self.annotations is None:
             return None
         folder = self.annotations.folder
-        taken = [int(n) for n in (p.stem.removeprefix("student-") for p in folder.glob("student-*")) if n.isdecimal()]
-        return folder / f"student-{max(taken, default=0) + 1}.safetensors"
+        taken = [number for number in map(number_of, folder.glob("*")) if number is not None]
+        return folder / f"model-{max(taken, default=0) + 1}.safetensors"
 
     def students(self) -> list[Path]:
         """Students that were trained on this volume, the latest first."""
         if self.annotations is None:
             return []
-        numbered = {p.stem.removeprefix("student-"): p for p in self.annotations.folder.glob("student-*.safetensors")}
-        return [numbered[n] for n in sorted((n for n in numbered if n.isdecimal()), key=int, reverse=True)]
+        files = [path for path in self.annotations.folder.glob("*.safetensors") if number_of(path) is not None]
+        return sorted(files, key=lambda path: number_of(path) or 0, reverse=True)
 
     def take_student(
         self, model: Any, path: Path | None, settings: Any, start: Path | None, support: Path | None, preset: str = ""

@@ -18,6 +18,8 @@ from napari_distillfss._annotations import file_of, write_json
 from napari_distillfss._presets import OWN, preset_of
 
 _RECORD = "training.json"
+_NAMES = ("model-", "student-")
+"""How names of files begin, a number follows; the second is that of older files."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class KeptStudent:
 
     @property
     def name(self) -> str:
-        return self.path.stem
+        """As users know it: "model 1"; the name of its file where that is another one."""
+        return name_of(self.path)
 
     @property
     def created(self) -> str:
@@ -96,7 +99,7 @@ class KeptStudent:
             return f"{self.name}: cannot be read"
         iou = f", IoU {self.validation_iou:.3f}" if self.validation_iou is not None else ""
         start = self.training.start if self.training is not None else None
-        origin = f"refined from {start.stem}, " if start is not None else ""
+        origin = f"refined from {name_of(start)}, " if start is not None else ""
         made = fmt.count(self.record.get("steps", 0), "step") if self.record.get("method") != "probe" else "probe"
         return f"{self.time}, {self.preset}\n{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {made}{iou}"
 
@@ -124,6 +127,21 @@ class Compared:
     unseen: tuple[int, ...] = ()
     unseen_scores: tuple[Any, Any] = (None, None)
     reason: str = ""
+
+
+def number_of(path: Path) -> int | None:
+    """Number of a student in its folder, from the name of its file; None for a name of another kind."""
+    for start in _NAMES:
+        number = path.stem.removeprefix(start)
+        if number != path.stem and number.isdecimal():
+            return int(number)
+    return None
+
+
+def name_of(path: Path) -> str:
+    """Name of a student for users: "model 1", or the name of its file where that has no number."""
+    number = number_of(path)
+    return path.stem if number is None else f"model {number}"
 
 
 def write_record(training: Training) -> None:

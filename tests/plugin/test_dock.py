@@ -977,9 +977,9 @@ def test_a_student_belongs_to_the_volume_it_was_learned_from(dock, viewer, qtbot
     finish(qtbot, dock)
     assert dock.session.model_path.parent == folder
     dock.model.copy_command()
-    assert str(folder / "student-1" / "images") in QApplication.clipboard().text()
+    assert str(folder / "model-1" / "images") in QApplication.clipboard().text()
     assert "--pixel-size 1.0,1.0" in QApplication.clipboard().text()
-    assert [f.name for f in (folder / "student-1" / "images").iterdir()] == ["plane_0002.tif"]
+    assert [f.name for f in (folder / "model-1" / "images").iterdir()] == ["plane_0002.tif"]
 
 
 def test_a_script_names_the_slices_that_were_learned_from_whatever_is_painted_later(
@@ -1032,7 +1032,7 @@ def test_planes_without_labels_are_learned_from_and_belong_to_the_script(
     assert f"--unlabeled {folder}" in QApplication.clipboard().text()
     dock.model.copy_python()
     exec(QApplication.clipboard().text(), {})
-    again = StudentModel.load(dock.session.model_path.with_name("student-1-again.safetensors"))
+    again = StudentModel.load(dock.session.model_path.with_name("model-1-again.safetensors"))
     for name, value in dock.session.model.head.state_dict().items():
         assert torch.equal(value, again.head.state_dict()[name]), name
 
@@ -1075,7 +1075,7 @@ def test_a_student_never_takes_the_place_of_another(dock, painted_truth):
     paint(dock, painted_truth, [2])
     folder = dock.session.annotations.folder
     (folder / "student-2.safetensors").write_text("")  # the first was deleted
-    assert dock.session.next_model_path() == folder / "student-3.safetensors"
+    assert dock.session.next_model_path() == folder / "model-3.safetensors"
 
 
 def test_stopped_before_the_first_step_the_student_there_was_stays(dock, qtbot, painted_truth, student):
@@ -1088,7 +1088,7 @@ def test_stopped_before_the_first_step_the_student_there_was_stays(dock, qtbot, 
     finish(qtbot, dock)
     assert dock.session.model is model
     assert "nothing was changed" in dock.distill.message.text()
-    assert not list(dock.session.annotations.folder.glob("student-*"))
+    assert not list(dock.session.annotations.folder.glob("model-*"))
 
 
 def test_a_stopped_load_changes_nothing(dock, qtbot, student):

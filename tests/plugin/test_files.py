@@ -25,6 +25,7 @@ def test_a_student_file_opens_as_the_slices_it_learned_from(student):
     (image, about, kind), (labels, _, other) = get_reader(str(student))(str(student))
     assert (kind, other) == ("image", "labels")
     assert image.shape == labels.shape
+    assert about["name"] == "student: training slices"
     assert about["metadata"]["distillfss_card"]["classes"] == ["object"]
 
 

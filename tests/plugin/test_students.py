@@ -97,10 +97,10 @@ def test_students_that_are_trained_are_listed_the_latest_first_with_their_origin
     wait_for_students(qtbot, dock, 2)
     history, folder = dock.model.history, dock.session.annotations.folder
     second, first = history.students()
-    assert [second.path, first.path] == [folder / "student-2.safetensors", folder / "student-1.safetensors"]
+    assert [second.path, first.path] == [folder / "model-2.safetensors", folder / "model-1.safetensors"]
     assert texts(history.list) == [
-        f"in use: {second.time}, own settings\nstudent-2: refined from student-1, 3 slices, 4 steps",
-        f"{first.time}, own settings\nstudent-1: 2 slices, 3 steps",
+        f"in use: {second.time}, own settings\nmodel 2: refined from model 1, 3 slices, 4 steps",
+        f"{first.time}, own settings\nmodel 1: 2 slices, 3 steps",
     ]
     assert not history.isHidden()
     assert not history.restore.isEnabled()  # none is chosen
@@ -148,7 +148,7 @@ def test_two_students_are_compared_by_settings_slices_and_iou(trained, qtbot, sa
     history.compare.click()
     finish(qtbot, trained)
     lines = history.message.text().splitlines()
-    assert lines[0] == "student-1 → student-2"
+    assert lines[0] == "model 1 → model 2"
     assert "Steps: 3 → 4" in lines
     assert "Seed: 0 → 3" in lines
     assert "slices added: plane 6" in lines
@@ -204,15 +204,15 @@ def test_students_are_removed_after_a_question_only_and_never_the_present_one(tr
     reply = {"is": buttons.No}
     monkeypatch.setattr(QMessageBox, "question", lambda *text: questions.append(text[2]) or reply["is"])
     history.discard.click()
-    assert "student-1" in questions[0]
+    assert "(model 1; " in questions[0]
     assert (folder / "student-1.safetensors").is_file()
     reply["is"] = buttons.Yes
     history.discard.click()
     assert sorted(p.name for p in folder.glob("student-*")) == ["student-2", "student-2.safetensors"]
-    assert [s.name for s in history.students()] == ["student-2"]
+    assert [s.name for s in history.students()] == ["model 2"]
     kept = {p.name for p in (tmp_path / "data" / "Trash" / "files").iterdir()}
     assert kept == {"student-1", "student-1.safetensors"}
-    assert trained.session.next_model_path() == folder / "student-3.safetensors"
+    assert trained.session.next_model_path() == folder / "model-3.safetensors"
 
 
 def test_without_a_trash_nothing_is_removed(tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_a_student_that_cannot_be_read_is_listed_as_such(trained, qtbot):
     (folder / "student-9.safetensors").write_text("nothing")
     trained.session.model_changed.emit()
     wait_for_students(qtbot, trained, 3)
-    assert texts(trained.model.history.list)[0] == "student-9: cannot be read"
+    assert texts(trained.model.history.list)[0] == "model 9: cannot be read"
     trained.model.history.choose(folder / "student-9.safetensors")
     assert not trained.model.history.restore.isEnabled()
 
@@ -276,6 +276,8 @@ def test_differences_name_preset_settings_classes_and_slices(tmp_path):
     first, second = new.describe().splitlines()
     assert first.endswith(", thorough")
     assert second.endswith(" steps, IoU 0.500")
+    assert second.startswith("model 2: ")
+    assert kept(tmp_path, "my nuclei-2", quick, ["plane 1"]).name == "my nuclei-2"
 
 
 @pytest.mark.parametrize("place", ["beside", "elsewhere"])

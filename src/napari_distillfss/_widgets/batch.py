@@ -53,7 +53,7 @@ class BatchWidget(QWidget):
         self.all_times = QCheckBox("All time points")
         self.all_times.setToolTip("Segment each time point of a volume; otherwise that of the slider (layers)")
         self.all_times.setChecked(True)
-        self.replace = QCheckBox("Replace labels that are there")
+        self.replace = QCheckBox("Replace existing labels")
         self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.run = button("Segment all", "Segment one volume after another. After a cancel it continues", self.start)
         self.job = Job(session, "Batch segmentation", self)

@@ -18,6 +18,13 @@ from napari_distillfss._widgets._common import JobBar, Message, attempt, button,
 from napari_distillfss._widgets.students import StudentHistory
 
 SUFFIX = ".safetensors"
+_METHODS = {
+    "joint": "teacher and model together",
+    "two-stage": "teacher, then model",
+    "direct": "model without a teacher",
+    "probe": "linear classifier",
+}
+"""What the methods of a training mean, as the setting *Method* says it."""
 
 
 class ModelWidget(QWidget):
@@ -123,7 +130,7 @@ class ModelWidget(QWidget):
             self.message.tell("A model is there; Save… writes it to a place of your choice")
 
     def _on_save_clicked(self) -> None:
-        path = choose_output(self, "Save the model", Path(f"student{SUFFIX}"), (SUFFIX,))
+        path = choose_output(self, "Save the model", Path(f"model{SUFFIX}"), (SUFFIX,))
         if path is not None:
             self.save_to(path)
 
@@ -150,9 +157,11 @@ def describe(card: dict[str, Any]) -> str:
     if "imported" in training:
         lines.append(f"imported: {training['imported']['layout']}, from {training['imported']['file']}")
     elif training:
+        method, steps = training["method"], training["steps"]
+        made = f"{fmt.count(steps, 'step')} in" if steps else "in"
         lines.append(
-            f"method: {training['method']}, {training['steps']} steps in {fmt.duration(training['seconds'])} "
-            f"on {training['device']}, {len(training['support'])} slices"
+            f"trained: {_METHODS.get(method, method)}, {made} {fmt.duration(training['seconds'])} "
+            f"on {training['device']}, {fmt.count(len(training['support']), 'slice')}"
         )
         if training.get("validation_iou") is not None:
             lines.append(f"validation IoU: {training['validation_iou']:.3f}")
