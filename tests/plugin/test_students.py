@@ -148,7 +148,7 @@ def test_two_students_are_compared_by_settings_slices_and_iou(trained, qtbot, sa
     history.compare.click()
     finish(qtbot, trained)
     lines = history.message.text().splitlines()
-    assert lines[0] == "model 1 → model 2"
+    assert lines[0] == "Model 1 → model 2"
     assert "Steps: 3 → 4" in lines
     assert "Seed: 0 → 3" in lines
     assert "slices added: plane 6" in lines
