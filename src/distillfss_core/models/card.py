@@ -15,7 +15,7 @@ from distillfss_core.nn.head import HeadForm
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.types import evenly
 
-STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 2)
+STUDENT_FILE = FileKind("distillfss-student", "DistillFSS student", 3)
 THUMBNAIL = 96
 
 EXPECTED_ERROR = 0.15
@@ -36,7 +36,8 @@ _OLDER_KEYS = {"left_out_slice": "validation_slice", "left_out_iou": "validation
 def upgrade_card(card: Mapping[str, Any]) -> dict[str, Any]:
     """The card of an older file in the words of today; that of a new one as it is."""
     training = {_OLDER_KEYS.get(name, name): value for name, value in card["training"].items()}
-    return {"probe": None, **card, "head": HeadForm.from_json(card["head"]).to_json(), "training": training}
+    probe = {"alone": True, "bound": None, **card["probe"]} if card.get("probe") else None
+    return {**card, "probe": probe, "head": HeadForm.from_json(card["head"]).to_json(), "training": training}
 
 
 def describe_expectation(training: Mapping[str, Any]) -> str | None:

@@ -30,6 +30,7 @@ from distillfss_core.nn.probe import Probe
 from distillfss_core.settings import ZOOMS
 from distillfss_core.types import Array
 
+_OF_PROBE = ("inputs", "alone", "bound")
 KEEP_BACKBONE = (
     "the backbone's weights were trained with a head of your own and are in no package; keep them in the student's file"
 )
@@ -232,7 +233,7 @@ class StudentModel(Segmenter):
                 "digest": self.backbone.digest(),
             },
             "head": self.head.form.to_json(),
-            "probe": {"inputs": self.probe.inputs, "alone": self.probe.alone} if self.probe is not None else None,
+            "probe": None if self.probe is None else {name: getattr(self.probe, name) for name in _OF_PROBE},
             "preprocess": self.preprocess.to_json(),
             "halo": self.halo,
             "training": self.training,
@@ -317,8 +318,7 @@ class StudentModel(Segmenter):
             head.load_state_dict(_part(tensors, "head"))
             probe = None
             if card["probe"]:
-                inputs, alone = int(card["probe"]["inputs"]), bool(card["probe"].get("alone", True))
-                probe = Probe(backbone.spec, len(card["classes"]), inputs, alone=alone).eval()
+                probe = Probe(backbone.spec, len(card["classes"]), **card["probe"]).eval()
                 probe.requires_grad_(False).load_state_dict(_part(tensors, "probe"))
             thumbs = (
                 Thumbnails(tensors["thumbnails.images"].numpy(), tensors["thumbnails.labels"].numpy())

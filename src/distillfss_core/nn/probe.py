@@ -14,6 +14,9 @@ from distillfss_core.nn.features import FeaturePyramid
 KNOTS = 8
 """Intensities of a map at which the slope of its part in the margin may change."""
 
+BOUND = 2.0
+"""Margins that evidence for a student approaches but never reaches: log-odds of 7 to 1."""
+
 WINDOWS = (3, 9)
 """Cells over which intensities are averaged, odd; a cell is two of the finest stage, which costs a quarter of one."""
 
@@ -72,12 +75,18 @@ class Probe(nn.Module):
     inputs : {1, 3}
         Channels of the image that are read; 1 where all three are alike.
     alone : bool
-        Whether it is a student of its own; otherwise its margins are added to those of a head.
+        Whether it is a student of its own; otherwise its margins are evidence, which is added to those of a head.
+    bound : float, optional
+        Of evidence: a margin m becomes bound tanh(m / bound). Margins of an image unlike all supports are extrapolated,
+        and cannot overrule the head so.
     """
 
-    def __init__(self, spec: BackboneSpec, classes: int, inputs: int, *, alone: bool = True) -> None:
+    def __init__(
+        self, spec: BackboneSpec, classes: int, inputs: int, *, alone: bool = True, bound: float | None = None
+    ) -> None:
         super().__init__()
         self.alone: bool = alone
+        self.bound: float | None = bound
         self.stride: int = spec.strides[0]
         self.inputs: int = inputs
         means = inputs * len(WINDOWS)
@@ -88,8 +97,9 @@ class Probe(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, features: FeaturePyramid, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
-        """Margins of a batch of images in [0, 1], on the grid of the finest stage."""
-        return self.margins(self.inputs_of(features, image))
+        """Margins of a batch of images in [0, 1], on the grid of the finest stage; bounded where they are evidence."""
+        margins = self.margins(self.inputs_of(features, image))
+        return margins if self.bound is None else self.bound * torch.tanh(margins / self.bound)
 
     def inputs_of(self, features: FeaturePyramid, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
         """All maps that it reads, which do not depend on its weights: the last block of each stage, then `maps`."""
@@ -97,7 +107,7 @@ class Probe(nn.Module):
         return FeaturePyramid((*stages, *((part,) for part in self.maps(image))), features.size)
 
     def margins(self, inputs: FeaturePyramid) -> Float[Tensor, "b k hg wg"]:
-        """Margins from `inputs_of` a batch of images."""
+        """Margins from `inputs_of` a batch of images, not bounded."""
         *stages, pixels, around = (stage[-1] for stage in inputs.stages)
         parts = [self.intensities(pixels), self.surroundings(around)]
         parts += [layer(block) for layer, block in zip(self.stages, stages, strict=True)]

@@ -24,7 +24,7 @@ from distillfss_core.models.batches import NEVER
 from distillfss_core.models.preprocess import Preprocess
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import FeaturePyramid
-from distillfss_core.nn.probe import KNOTS, Probe
+from distillfss_core.nn.probe import BOUND, KNOTS, Probe
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import PLAIN, Crop, CropSampler, FeatureCache
 from distillfss_core.training.zoom import point_features
@@ -100,12 +100,14 @@ class CrossFit:
         """Margins of a crop, by a probe that has not seen its slice.
 
         Its features are those of the crop as the student sees it. Its intensities are those before augmentation, which
-        are what a probe reads later. Inverted crops, and slices that are missing in `without`, get zeros.
+        are what a probe reads later; inverted crops have them inverted, so that the head learns of evidence that fails.
+        Slices that are missing in `without` get zeros.
         """
         probe, finest = self.without.get(crop.slice), features.stages[0][-1]
-        if probe is None or crop.inverted:
+        if probe is None:
             return finest.new_zeros(1, self.whole.intensities.out_channels, *finest.shape[-2:])
-        margins: Float[Tensor, "1 k hg wg"] = probe(features, crop.plain[None].to(finest.device))
+        image = 1 - crop.plain if crop.inverted else crop.plain
+        margins: Float[Tensor, "1 k hg wg"] = probe(features, image[None].to(finest.device))
         return margins
 
 
@@ -175,7 +177,7 @@ def fit_probe(
         Steps of L-BFGS at most.
     """
     probe = copy.deepcopy(points.new)
-    probe.alone = alone
+    probe.alone, probe.bound = alone, None if alone else BOUND
     end = points.columns.shape[1]
     for layer in (probe.surroundings, probe.intensities):
         end -= layer.read

@@ -24,7 +24,7 @@ from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import load_backbone
 from distillfss_core.nn.device import Device, choose_device, multiplies_bfloat16
 from distillfss_core.nn.head import FewShotHead, HeadForm
-from distillfss_core.nn.probe import Probe
+from distillfss_core.nn.probe import BOUND, Probe
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
@@ -63,7 +63,7 @@ def network(
     noise = torch.Generator().manual_seed(1)
     for parameter in head.decoder.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
-    linear = Probe(trunk.spec, classes, 3, alone=False).eval().requires_grad_(False)
+    linear = Probe(trunk.spec, classes, 3, alone=False, bound=BOUND).eval().requires_grad_(False)
     linear.intensities.knots.uniform_(generator=noise)
     linear.surroundings.knots.uniform_(generator=noise)
     for parameter in linear.parameters():

@@ -22,7 +22,7 @@ from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import backbone_spec, load_backbone
 from distillfss_core.nn.device import choose_device
-from distillfss_core.nn.probe import Probe
+from distillfss_core.nn.probe import BOUND, Probe
 from distillfss_core.settings import DistillSettings
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
@@ -74,7 +74,7 @@ def test_a_probe_tells_flat_phases_apart_that_differ_by_value_alone(settings, co
         tuple(phases(i, color=color) for i in range(3)), ("middle", "bright"), planes_of_one_volume=True
     )
     model = distill(support, settings)
-    assert model.card["probe"] == {"inputs": 3 if color else 1, "alone": True}
+    assert model.card["probe"] == {"inputs": 3 if color else 1, "alone": True, "bound": None}
     assert iou(model, [phases(seed, color=color) for seed in (10, 11)]) > 0.93
 
 
@@ -132,14 +132,28 @@ def test_a_probe_comes_back_from_its_file(probe, tmp_path):
     assert again.digest() != probe.digest()
 
 
-def test_a_program_that_knows_no_probes_refuses_its_file(probe, tmp_path, monkeypatch):
-    """It would take the head, which has learned nothing, for the student."""
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_program_that_knows_no_probes_or_no_bound_refuses_its_file(probe, tmp_path, monkeypatch, version):
+    """It would take the head, which has learned nothing, for the student, or evidence as it is."""
     path = tmp_path / "probe.safetensors"
     probe.save(path)
-    older = replace(card.STUDENT_FILE, version=1)
+    older = replace(card.STUDENT_FILE, version=version)
     monkeypatch.setattr("distillfss_core.models.student.STUDENT_FILE", older)
-    with pytest.raises(ModelFileError, match="version 2 is newer than this program reads"):
+    with pytest.raises(ModelFileError, match="version 3 is newer than this program reads"):
         StudentModel.load(path)
+
+
+def test_evidence_of_before_the_bound_is_read_without_one(support, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(fitting, "BOUND", None)
+    model = distill(support, replace(tiny, steps=2))
+    path = tmp_path / "student.safetensors"
+    with monkeypatch.context() as patched:
+        patched.setattr("distillfss_core.models.student._OF_PROBE", ("inputs", "alone"))
+        model.save(path)
+    again = StudentModel.load(path, device="cpu")
+    assert (again.probe.alone, again.probe.bound) == (False, None)
+    image = blobs(10).image
+    assert np.array_equal(again.predict(image).probabilities, model.predict(image).probabilities)
 
 
 def test_a_student_of_before_the_probe_is_read(support, tiny, tmp_path, monkeypatch):
@@ -336,7 +350,7 @@ def test_a_slice_that_alone_shows_a_class_has_no_evidence(settings):
     assert sorted(fit.without) == [1, 2]
 
 
-def test_inverted_crops_have_no_evidence(support, settings):
+def test_evidence_of_inverted_crops_is_that_of_inverted_intensities(support, settings):
     fit = cross_fit(support, settings)
     sampler = CropSampler(support, fit_preprocess([support.slices[0].image]), 96, replace(PLAIN, polarity=0.5))
     rng = np.random.default_rng(0)
@@ -344,7 +358,19 @@ def test_inverted_crops_have_no_evidence(support, settings):
     for _ in range(8):
         crop = sampler.cut(0, rng)
         torch.testing.assert_close(crop.image, 1 - crop.plain if crop.inverted else crop.plain)
-        assert bool(fit.evidence(crop, backbone(crop.image[None])).any()) == (not crop.inverted)
+        features = backbone(crop.image[None])
+        torch.testing.assert_close(fit.evidence(crop, features), fit.without[0](features, crop.image[None]))
+
+
+def test_evidence_is_bounded_on_images_unlike_all_supports(support, settings):
+    whole = cross_fit(support, settings).whole
+    image = torch.full((1, 3, 96, 96), 30.0)  # far above all intensities that were learned
+    features = load_backbone()(image)
+    margins = whole.margins(whole.inputs_of(features, image))
+    evidence = whole(features, image)
+    assert float(margins.abs().max()) > 10
+    assert float(evidence.abs().max()) <= BOUND
+    assert bool((evidence.sign() == margins.sign()).all())
 
 
 def test_a_validation_slice_is_held_out_from_the_probe(support, tiny):
