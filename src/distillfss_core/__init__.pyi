@@ -66,7 +66,8 @@ from .types import (
     describe_step,
     finish,
 )
-from .volumes.volume import Volume, axis_sizes, count_choices, open_volume
+from .volumes.source import Channel
+from .volumes.volume import Volume, axis_sizes, count_choices, open_volume, read_channels
 
 __version__: str
 
@@ -82,6 +83,7 @@ __all__ = [
     "BackboneSpec",
     "BatchJob",
     "BatchStep",
+    "Channel",
     "Connection",
     "ConsensusWarning",
     "Device",
@@ -164,6 +166,7 @@ __all__ = [
     "plan_batch",
     "propose_object",
     "read_card",
+    "read_channels",
     "read_image",
     "read_labels",
     "read_stack",

@@ -38,6 +38,8 @@ _FILLED = 0.95  # of the canvas, by a volume that is fitted to it
 _OPAQUE = 0.9  # opacity from which on hardly anything is seen through a layer
 _COVERING = ("opaque", "translucent", "translucent_no_depth")  # ways of blending
 
+_TWO_COLORS, _COLORS = ("magenta", "green"), ("cyan", "magenta", "yellow", "blue", "green", "red")  # napari's
+
 LEAD_NAMES = {"t": "time", "c": "channel"}
 
 Point = Sequence[float] | npt.NDArray[np.float64]
@@ -592,12 +594,62 @@ def layer_of_file(path: str | Path, **opening: Any) -> tuple[list[Any], dict[str
                 "path": volume.address or str(Path(path).absolute()),
                 "opening": opening,
                 "shown": [level.name for level in levels],
+                "channels": [c.name for c in core.read_channels(path, **of_file)] if "c" in counts else [],
             }
         },
     }
     if volume.unit:
         options["units"] = ("pixel",) * lead + (volume.unit,) * 3
     return levels, options
+
+
+def look_of_channel(channels: Sequence[core.Channel], number: int, name: str) -> dict[str, Any]:
+    """Keywords of the layer of one channel, added to the light of the others.
+
+    Parameters
+    ----------
+    channels : sequence of core.Channel
+        All of the file. Where none has a color they get those of napari's own split of channels.
+    number : int
+    name : str
+        Of the file.
+    """
+    channel = channels[number]
+    palette = ("gray",) if any(c.color for c in channels) else _TWO_COLORS if len(channels) == 2 else _COLORS
+    color = channel.color or palette[number % len(palette)]
+    look: dict[str, Any] = {
+        "name": f"{name}: {channel.name or f'channel {number}'}",
+        "colormap": "gray" if color == "#ffffff" else color,
+        "blending": "additive",
+    }
+    return look | ({"contrast_limits": channel.window} if channel.window else {})
+
+
+def names_of_channels(layer: Image | Labels) -> list[str]:
+    """Names of the channels along axis "c" of a layer, or their numbers, as its file states them; empty without any.
+
+    Raises
+    ------
+    core.ImageError
+        As `layer_axes` does.
+    """
+    if "c" not in lead_axes(layer):
+        return []
+    remembered, path = layer.metadata.get(FROM_FILE), layer.source.path
+    names: Sequence[str] = ()
+    if remembered:
+        names = remembered.get("channels", ())
+    elif path is not None and Path(path).exists():
+        with suppress(core.DistillFSSError):  # a file that only napari reads
+            names = _file_channels(str(path), Path(path).stat().st_mtime_ns)
+    count = finest_shape(layer)[layer_axes(layer).index("c")]
+    return [name or str(number) for number, name in enumerate(names)] if any(names) and len(names) == count else []
+
+
+@lru_cache(maxsize=32)
+def _file_channels(path: str, modified: int) -> tuple[str, ...]:
+    """Names of the channels of the first image of a file; `modified` tells versions of a file apart."""
+    return tuple(channel.name for channel in core.read_channels(path, series=0))
 
 
 def hold_shown(levels: Sequence[Any], options: Mapping[str, Any], point: Sequence[float] | None) -> list[Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import distillfss_core as core
-from napari_distillfss._layers import LEAD_NAMES, layer_of_file
+from napari_distillfss._layers import LEAD_NAMES, layer_of_file, look_of_channel
 from napari_distillfss._waiting import wait_for
 
 LayerTuple = tuple[Any, dict[str, Any], str]
@@ -51,10 +51,11 @@ def _open_ome_zarr(path: str) -> list[LayerTuple]:
         levels, options = layer_of_file(path)
         options.pop("rgb")
         return [(levels if options["multiscale"] else levels[0], options, "labels")]
+    channels = core.read_channels(path)
     made = []
-    for channel in range(counts["c"]) if "c" in counts else (None,):
-        levels, options = layer_of_file(path, channel=channel)
-        if channel is not None:
-            options["name"] += f" channel {channel}"
+    for number in range(len(channels)) or (None,):
+        levels, options = layer_of_file(path, channel=number)
+        if number is not None:
+            options |= look_of_channel(channels, number, options["name"])
         made.append((levels if options["multiscale"] else levels[0], options, "image"))
     return made

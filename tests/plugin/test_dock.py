@@ -1220,6 +1220,35 @@ def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(
     np.testing.assert_array_equal(np.asarray(shown), data[index])
 
 
+def test_channels_are_chosen_by_the_names_in_the_file(viewer, open_dock, open_path, tmp_path):
+    data = np.random.default_rng(0).integers(0, 999, (2, 4, 40, 50)).astype(np.uint16)
+    about = {"axes": "CZYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    tifffile.imwrite(tmp_path / "two.ome.tif", data, photometric="minisblack", metadata=about)
+    dock = open_dock(viewer)
+    open_path(dock, tmp_path / "two.ome.tif")
+    box = dock.volume.lead["c"]
+    assert [box.itemText(n) for n in range(box.count())] == ["DAPI", "GFP"]
+    box.setCurrentText("GFP")
+    np.testing.assert_array_equal(dock.volume.value().volume.plane(3), data[1, 3])
+    assert viewer.dims.current_step[0] == 1
+    layer = viewer.layers[0]
+    viewer.add_image(np.stack([data[0]] * 3), name="plain", axis_labels=("c", "z", "y", "x"))
+    for name, texts in (("plain", ["0", "1", "2"]), (layer.name, ["DAPI", "GFP"])):
+        row = dock.volume.layers.findText(name)
+        dock.volume.layers.setCurrentIndex(row)
+        dock.volume.layers.activated.emit(row)
+        assert [box.itemText(n) for n in range(box.count())] == texts
+
+
+def test_a_layer_that_napari_has_opened_has_the_names_of_its_channels_too(viewer, open_dock, tmp_path):
+    data = np.random.default_rng(0).integers(0, 999, (2, 4, 40, 50)).astype(np.uint16)
+    about = {"axes": "CZYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    tifffile.imwrite(tmp_path / "two.ome.tif", data, photometric="minisblack", metadata=about)
+    viewer.open(tmp_path / "two.ome.tif", plugin="napari")
+    box = open_dock(viewer).volume.lead["c"]
+    assert [box.itemText(n) for n in range(box.count())] == ["DAPI", "GFP"]
+
+
 def send_wheel(box):
     from qtpy.QtCore import QPoint, QPointF, Qt
     from qtpy.QtGui import QWheelEvent

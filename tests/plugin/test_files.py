@@ -43,6 +43,32 @@ def test_channels_become_layers(tmp_path):
     assert len(get_reader(str(path))(str(path))) == 2
 
 
+def test_channels_have_the_names_colors_and_contrast_of_their_file(tmp_path, viewer):
+    path = write_ome_zarr(tmp_path / "i.ome.zarr", noise((3, 4, 32, 32)), axes="czyx", channels=("DAPI", "", "GFP"))
+    group = zarr.open_group(path, mode="a")
+    about = group.attrs["ome"]
+    dapi, _, gfp = about["omero"]["channels"]
+    dapi.update(color="0000FF", window={"start": 10, "end": 200, "min": 0, "max": 250})
+    gfp["color"] = "12FF80"
+    group.attrs["ome"] = about
+    for data, options, _ in get_reader(str(path))(str(path)):
+        viewer.add_image(data, **options)
+    layers = list(viewer.layers)
+    assert [layer.name for layer in layers] == [f"i.ome.zarr: {n}" for n in ("DAPI", "channel 1", "GFP")]
+    colors = [layer.colormap.colors[-1][:3].tolist() for layer in layers]
+    np.testing.assert_allclose(colors, [(0, 0, 1), (1, 1, 1), (18 / 255, 1, 128 / 255)], atol=1e-3)
+    assert {str(layer.blending) for layer in layers} == {"additive"}
+    assert layers[0].contrast_limits == [10, 200]
+
+
+def test_channels_without_colors_have_those_of_naparis_own_split(tmp_path, viewer):
+    for count in (2, 3):
+        path = write_ome_zarr(tmp_path / f"{count}.ome.zarr", noise((count, 2, 16, 16)), axes="czyx")
+        theirs = [layer.colormap.name for layer in viewer.add_image(noise((count, 2, 16, 16)), channel_axis=0)]
+        ours = [options["colormap"] for _, options, _ in get_reader(str(path))(str(path))]
+        assert sorted(ours) == sorted(theirs)  # versions of napari order them in two ways
+
+
 def test_labels_that_were_written_open_as_labels(tmp_path, student):
     volume = open_volume(noise((3, 64, 64)))
     segment_to_zarr(volume, StudentModel.load(student), tmp_path / "l.ome.zarr")

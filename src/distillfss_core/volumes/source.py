@@ -37,6 +37,7 @@ UNITS = {  # of one of them in micrometers
     "m": 1e6,
     "inch": 25400.0,
 }
+_HEX = 6  # digits of a color
 _HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
 _SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
 _TILES = 8  # of an array that lies elsewhere: each may cost a chunk of it
@@ -60,6 +61,38 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Channel:
+    """A channel as its file describes it.
+
+    Parameters
+    ----------
+    name : str
+        Empty where it has none.
+    color : str, optional
+        "#rrggbb" of the brightest voxels.
+    window : (float, float), optional
+        Intensities that are shown black and in full color, in the unit of the voxels.
+    """
+
+    name: str = ""
+    color: str | None = None
+    window: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, name: Any, color: Any, window: Sequence[Any]) -> Channel:
+        """A channel of metadata; a color or window that is damaged is left out."""
+        digits = str(color).lstrip("#").lower()
+        is_color = len(digits) == _HEX and not set(digits) - set("0123456789abcdef")
+        try:
+            low, high = (float(v) for v in window)
+        except (TypeError, ValueError):
+            low = high = 0.0
+        is_window = -math.inf < low < high < math.inf
+        return cls("" if name is None else str(name), f"#{digits}" if is_color else None,
+                   (low, high) if is_window else None)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Opened:
     """What opening found: the array, and what is known about it.
 
@@ -74,10 +107,15 @@ class Opened:
     unit: str | None = None
     origin: Mapping[str, float] = field(default_factory=dict)  # place of the first voxel, in the unit of the step
     levels: tuple[tuple[int, ...], ...] = ()
-    channel_names: tuple[str, ...] = ()
+    channels: tuple[Channel, ...] = ()
     directions: str = ""  # where in the body z, y and x increase to, e.g. "SPL"; empty where it is not known
     labels: bool = False  # whether it is a label image of OME-Zarr
     color: bool = False  # whether the channels are samples of a color picture
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Names of the channels; the number from 0 where one has none."""
+        return tuple(channel.name or str(number) for number, channel in enumerate(self.channels))
 
 
 def file_identity(kind: str, stat: Any) -> dict[str, Any]:

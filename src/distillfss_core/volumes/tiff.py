@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,10 +16,11 @@ import zarr
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.io.tiff import TiffImage, open_tiff_file
 from distillfss_core.types import Array
-from distillfss_core.volumes.source import MICROMETER, UNITS, Opened, Source, file_identity, letters_of, spread
+from distillfss_core.volumes.source import MICROMETER, UNITS, Channel, Opened, Source, file_identity, letters_of, spread
 
 _READ_WHOLE = 1 << 26  # bytes of an image whose alpha channel is looked at everywhere
 _SIDE, _TILES = 256, 16  # of the parts of a larger one
+_TABLE = (3, 256)  # shape of a color table of ImageJ
 LARGE_TIFFS = (".btf", ".tf8", ".lsm")
 
 
@@ -154,7 +155,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
     plain = _TiffSource(image, letters_of(letters, image.shape, str(path)))
     if plain.shape != image.shape:
         raise InputFileError(f"{path}: its metadata name the shape {image.shape}, it has {plain.shape}")
-    step, unit, names = _tiff_scale(file, series or 0)
+    step, unit, channels = _tiff_scale(file, series or 0)
     if step:
         fine = dict(zip(plain.axes, chosen.levels[0].shape, strict=False))
         coarse = dict(zip(plain.axes, plain.shape, strict=True))
@@ -169,7 +170,7 @@ def _from_tiff(file: Any, path: Path, level: int, axes: str | None, series: int 
         step=step,
         unit=unit,
         levels=tuple(tuple(s.shape) for s in chosen.levels),
-        channel_names=names,
+        channels=channels,
         color="S" in chosen.axes.upper(),
     )
 
@@ -187,8 +188,8 @@ def _tiff_letters(axes: str, shape: Sequence[int], path: Path) -> str:
     return letters
 
 
-def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, tuple[str, ...]]:
-    """Voxel size along z, y, x, its unit, and names of channels; as far as the file tells."""
+def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, tuple[Channel, ...]]:
+    """Voxel size along z, y, x, its unit, and the channels; as far as the file tells."""
     if file.is_ome and file.ome_metadata:
         return _ome_scale(file.ome_metadata, series)
     if not file.is_imagej:
@@ -202,13 +203,26 @@ def _tiff_scale(file: Any, series: int) -> tuple[dict[str, float], str | None, t
         if tag_value is not None and tag_value.value[0] and tag_value.value[1]:
             step[a] = tag_value.value[1] / tag_value.value[0]
     factor = UNITS.get(str(metadata.get("unit", "")).lower())
-    labels = tuple(str(v) for v in metadata.get("Labels") or ()) if metadata.get("channels", 1) > 1 else ()
+    channels = _imagej_channels(metadata)
     if factor is None:
-        return {a: abs(s) for a, s in step.items() if s}, None, labels
-    return {a: abs(s) * factor for a, s in step.items() if s}, MICROMETER, labels
+        return {a: abs(s) for a, s in step.items() if s}, None, channels
+    return {a: abs(s) * factor for a, s in step.items() if s}, MICROMETER, channels
 
 
-def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tuple[str, ...]]:
+def _imagej_channels(metadata: Mapping[str, Any]) -> tuple[Channel, ...]:
+    """Channels by the labels of the first planes, the ends of their color tables, and their ranges of display."""
+    count = int(metadata.get("channels", 1))
+    if count <= 1:
+        return ()
+    labels = [str(v) for v in metadata.get("Labels") or ()]
+    tables = [np.asarray(table) for table in metadata.get("LUTs") or ()]
+    ends = ["".join(f"{int(v):02x}" for v in table[:, -1]) if table.shape == _TABLE else None for table in tables]
+    ranges = list(metadata.get("Ranges") or ())
+    rows = zip_longest(labels[:count], ends[:count], (ranges[2 * n :][:2] for n in range(count)))
+    return tuple(Channel.of(label, end, limits or ()) for label, end, limits in rows)
+
+
+def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tuple[Channel, ...]]:
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
@@ -217,8 +231,10 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
     if series >= len(pixels):
         return {}, None, ()
     attributes = pixels[series]
-    names = tuple(
-        e.get("Name") or str(i) for i, e in enumerate(c for c in attributes if c.tag.rpartition("}")[2] == "Channel")
+    channels = tuple(
+        Channel.of(e.get("Name"), _ome_color(e.get("Color")), ())
+        for e in attributes
+        if e.tag.rpartition("}")[2] == "Channel"
     )
     step: dict[str, float] = {}
     factors: list[float | None] = []
@@ -230,5 +246,12 @@ def _ome_scale(text: str, series: int) -> tuple[dict[str, float], str | None, tu
                 step[a] = float(value)
                 factors.append(UNITS.get(unit if unit == "m" else unit.lower()))
     if not step or any(f is None for f in factors):
-        return step, None, names
-    return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETER, names
+        return step, None, channels
+    return {a: s * float(f or 1) for (a, s), f in zip(step.items(), factors, strict=True)}, MICROMETER, channels
+
+
+def _ome_color(number: str | None) -> str | None:
+    """Red, green and blue of a color of OME-XML, a signed number whose bytes are red, green, blue and alpha."""
+    with suppress(TypeError, ValueError):
+        return f"{(int(number or '') >> 8) & 0xFFFFFF:06x}"
+    return None

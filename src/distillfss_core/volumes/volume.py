@@ -16,7 +16,7 @@ from distillfss_core.errors import ImageError, InputFileError, SettingsError
 from distillfss_core.types import Array, is_usable
 from distillfss_core.volumes.opening import open_address, open_any, open_array
 from distillfss_core.volumes.remote import Address, address_of
-from distillfss_core.volumes.source import READ_ERRORS, Opened, Source, reason
+from distillfss_core.volumes.source import READ_ERRORS, Channel, Opened, Source, reason
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -336,6 +336,43 @@ def count_choices(path: str | Path, *, axes: str | None = None, series: int | No
     opened.source.close()
     size = dict(zip(opened.source.axes, opened.source.shape, strict=True))
     return {a: int(size[a]) for a in "tc" if size.get(a, 1) > 1 and not (a == "c" and opened.color)}
+
+
+def read_channels(path: str | Path, *, axes: str | None = None, series: int | None = None) -> tuple[Channel, ...]:
+    """Name, color and range of display of each channel, from OMERO's metadata, OME-XML or ImageJ's.
+
+    Parameters
+    ----------
+    path : path or address
+    axes, series
+        As for `open_volume`.
+
+    Returns
+    -------
+    tuple of Channel
+        One for each channel of `count_choices`; empty where there is no choice of a channel.
+
+    Raises
+    ------
+    InputFileError, SettingsError, ImageError
+        As `open_volume` does.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import tifffile
+    >>> path = Path(tempfile.mkdtemp()) / "a.ome.tif"
+    >>> about = {"axes": "CYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    >>> tifffile.imwrite(path, np.zeros((2, 8, 9), np.uint8), photometric="minisblack", metadata=about)
+    >>> [channel.name for channel in read_channels(path)]
+    ['DAPI', 'GFP']
+    """
+    source = address_of(path) or path
+    opened = _find(source, str(source), 0, axes, series)
+    opened.source.close()
+    size = dict(zip(opened.source.axes, opened.source.shape, strict=True))
+    count = 0 if opened.color or size.get("c", 1) == 1 else size["c"]
+    return (*opened.channels[:count], *[Channel()] * (count - len(opened.channels)))
 
 
 def axis_sizes(path: str | Path, *, series: int | None = None) -> dict[str, int]:

@@ -28,7 +28,7 @@ from zarr.core.sync import sync
 from distillfss_core.errors import InputFileError, SettingsError
 from distillfss_core.types import Array
 from distillfss_core.volumes.remote import Address, RemoteStore
-from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Opened, letters_of, reason, spread
+from distillfss_core.volumes.source import MICROMETER, READ_ERRORS, UNITS, Channel, Opened, letters_of, reason, spread
 
 log: logging.Logger = logging.getLogger(__name__)
 
@@ -415,7 +415,7 @@ def _open_multiscale(
         unit=unit,
         origin=origin,
         levels=tuple(tuple(level_array.shape) for level_array in arrays if level_array is not None),
-        channel_names=image.channels,
+        channels=image.channels,
         labels="image-label" in multiscales,
     )
 
@@ -432,7 +432,7 @@ class _Multiscale:
     datasets: Sequence[str]
     scales: tuple[list[float], list[float]]
     shifts: tuple[list[float], list[float]]
-    channels: tuple[str, ...]
+    channels: tuple[Channel, ...]
 
     def fits(self, ndim: int) -> bool:
         """Whether there is one axis, and one number of each vector, for every dimension of an array."""
@@ -478,8 +478,14 @@ def _read_multiscale(
         [name for name, _ in datasets],
         (_vector(whole, "scale"), _vector(own, "scale")),
         (_vector(whole, "translation"), _vector(own, "translation")),
-        tuple(str(c.get("label", i)) for i, c in enumerate(channels)),
+        tuple(Channel.of(c.get("label"), c.get("color"), _window_of(c)) for c in channels),
     )
+
+
+def _window_of(channel: dict[str, Any]) -> tuple[Any, ...]:
+    """The intensities between which OMERO shows a channel; empty where there are none."""
+    window = channel.get("window")
+    return (window.get("start"), window.get("end")) if isinstance(window, dict) else ()
 
 
 def _arrays_of_levels(node: Any, names: Sequence[str]) -> list[Any]:

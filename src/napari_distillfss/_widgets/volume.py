@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 from napari.layers import Image
-from qtpy.QtCore import Signal
-from qtpy.QtWidgets import QCheckBox, QDoubleSpinBox, QFileDialog, QInputDialog, QLabel, QWidget
+from qtpy.QtCore import Qt, Signal
+from qtpy.QtWidgets import QCheckBox, QComboBox, QDoubleSpinBox, QFileDialog, QInputDialog, QLabel, QWidget
 from superqt.utils import qdebounced
 
 import distillfss_core as core
@@ -32,6 +32,7 @@ from napari_distillfss._layers import (
     layer_of_file,
     lead_at,
     lead_axes,
+    names_of_channels,
     point_on,
     show_whole,
     to_world,
@@ -55,6 +56,49 @@ from napari_distillfss._widgets._common import (
 
 _MOST = 1e9  # that NaN is replaced by
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
+
+
+class ChannelChoice(QComboBox):
+    """Chooses a channel by its name, or by its number where it has none; ``valueChanged`` emits the number."""
+
+    valueChanged = Signal(int)
+
+    def __init__(self, tooltip: str, parent: QWidget | None = None) -> None:
+        super().__init__(parent)
+        self.setToolTip(tooltip)
+        self.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)
+        self.setMinimumContentsLength(3)
+        self.currentIndexChanged.connect(self._on_index_changed)
+        self.setMaximum(0)
+
+    def value(self) -> int:
+        return max(0, self.currentIndex())
+
+    def setValue(self, value: int) -> None:
+        self.setCurrentIndex(min(max(0, value), self.count() - 1))
+
+    def maximum(self) -> int:
+        return self.count() - 1
+
+    def setMaximum(self, high: int) -> None:
+        """Offer the channels 0 to ``high``."""
+        if high != self.maximum():
+            chosen = self.value()
+            was_blocked = self.blockSignals(True)
+            self.clear()
+            self.addItems([str(number) for number in range(high + 1)])
+            self.blockSignals(was_blocked)
+            self.setValue(chosen)
+
+    def setNames(self, names: Sequence[str]) -> None:
+        """Show these names; numbers where there are none."""
+        for number in range(self.count()):
+            text = names[number] if names else str(number)
+            self.setItemText(number, text)
+            self.setItemData(number, f"{text} (channel {number})", Qt.ItemDataRole.ToolTipRole)
+
+    def _on_index_changed(self, index: int) -> None:
+        self.valueChanged.emit(index)
 
 
 class VolumePicker(QWidget):
@@ -82,7 +126,10 @@ class VolumePicker(QWidget):
         self.open_address = button(
             "Address…", "Open OME-Zarr at an https:// or s3:// address lazily", self._on_open_address_clicked
         )
-        self.lead = {letter: spin(0, 0, 0, f"Which {name} to segment") for letter, name in LEAD_NAMES.items()}
+        self.lead: dict[str, Any] = {
+            "t": spin(0, 0, 0, "Which time to segment"),
+            "c": ChannelChoice("Which channel to segment"),
+        }
         self.level = spin(0, 0, 0, "Resolution of the pyramid: 0 is the finest; a coarser one is faster")
         self._lead_labels = {letter: QLabel(name.capitalize()) for letter, name in LEAD_NAMES.items()}
         self._level_label = QLabel("Level")
@@ -279,6 +326,7 @@ class VolumePicker(QWidget):
             box.setVisible(letter in letters)
             if letter in letters:
                 _set(box, box.value(), int(shape[letters.index(letter)]) - 1)
+        self.lead["c"].setNames(names_of_channels(layer))
         levels = len(layer.data) if layer.multiscale else 1
         self._level_label.setVisible(levels > 1)
         self.level.setVisible(levels > 1)

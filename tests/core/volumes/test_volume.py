@@ -20,8 +20,8 @@ import zarr
 from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import read_stack
 from distillfss_core.io.writing import write_labels
-from distillfss_core.volumes.source import spread
-from distillfss_core.volumes.volume import open_volume
+from distillfss_core.volumes.source import Channel, spread
+from distillfss_core.volumes.volume import open_volume, read_channels
 from volumes import noise, write_ome_zarr
 
 ZYX = (6, 40, 50)
@@ -537,3 +537,51 @@ def test_an_array_that_states_an_absurd_size_is_named(tmp_path, caplog):
     with open_volume(tmp_path / "a.zarr") as volume:
         assert volume.shape == (4, 10**9, 256)
     assert "1024000000000 voxels in 62500000 chunks, and at most 17 of them have a file" in caplog.text
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_channels_of_ome_zarr_have_names_colors_and_ranges(version, tmp_path):
+    path = write_ome_zarr(tmp_path / "a.zarr", noise((4, 2, 8, 8)), axes="czyx", version=version, channels=("a", "b"))
+    file = path / ("zarr.json" if version == "0.5" else ".zattrs")
+
+    def describe(about):
+        about = about["attributes"]["ome"] if version == "0.5" else about
+        about["omero"]["channels"] = [
+            {"label": "DAPI", "color": "0000FF", "window": {"start": 5, "end": 90.5, "min": 0, "max": 255}},
+            {"label": None, "color": "blue", "window": {"start": 7, "end": 7}},
+            {"label": "GFP", "window": "wide"},
+        ]
+
+    _edit(file, describe)
+    assert read_channels(path) == (
+        Channel("DAPI", "#0000ff", (5.0, 90.5)),
+        Channel(),
+        Channel("GFP"),
+        Channel(),
+    )
+    with open_volume(path, channel="dapi") as volume:
+        np.testing.assert_array_equal(volume.plane(1), noise((4, 2, 8, 8))[0, 1])
+
+
+def test_channels_of_ome_tiff_have_names_and_colors(tmp_path):
+    colors = [-16776961, 16711935, -1]  # red, green and white, opaque
+    about = {"axes": "CYX", "Channel": {"Name": ["a", "b", "c"], "Color": colors}}
+    tifffile.imwrite(tmp_path / "a.ome.tif", noise((3, 8, 8)), photometric="minisblack", metadata=about)
+    expected = (Channel("a", "#ff0000"), Channel("b", "#00ff00"), Channel("c", "#ffffff"))
+    assert read_channels(tmp_path / "a.ome.tif") == expected
+
+
+def test_channels_of_imagej_have_labels_color_tables_and_ranges(tmp_path):
+    tables = np.zeros((2, 3, 256), np.uint8)
+    tables[0, 2], tables[1, 1] = np.arange(256), np.arange(256)
+    labels = [f"{name} z {z}" for z in range(3) for name in ("DAPI", "GFP")]
+    about = {"axes": "ZCYX", "LUTs": list(tables), "Ranges": (1.0, 20.0, 30.0, 400.0), "Labels": labels}
+    tifffile.imwrite(tmp_path / "a.tif", noise((3, 2, 8, 8)), imagej=True, metadata=about)
+    expected = (Channel("DAPI z 0", "#0000ff", (1.0, 20.0)), Channel("GFP z 0", "#00ff00", (30.0, 400.0)))
+    assert read_channels(tmp_path / "a.tif") == expected
+
+
+def test_what_has_no_choice_of_channels_has_none(tmp_path):
+    tifffile.imwrite(tmp_path / "gray.tif", noise((8, 8)))
+    tifffile.imwrite(tmp_path / "color.tif", noise((8, 8, 3), "u1"), photometric="rgb")
+    assert read_channels(tmp_path / "gray.tif") == read_channels(tmp_path / "color.tif") == ()
