@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 import numpy as np
 
-from napari_distillfss._annotations import FIRST_CLASS, PaintedSlice
+from napari_distillfss._annotations import BACKGROUND, FIRST_CLASS, PaintedSlice
 from napari_distillfss._layers import ChosenVolume
 
 _BLOCK = 1 << 23  # voxels that the engine works on at a time, about
@@ -103,6 +103,30 @@ def painted(slice_: PaintedSlice, class_names: tuple[str, ...], source: str = ""
         return f"{head}\n{shares[0]} of the labeled pixels are {class_names[0]}"
     parts = [f"{part} {name}" for part, name in zip(shares, class_names, strict=True)]
     return f"{head}\nof the labeled pixels: {', '.join(parts)}"
+
+
+def total(slices: Sequence[tuple[PaintedSlice, tuple[str, ...]]]) -> str:
+    """Number of slices, the labeled share of their pixels, and the pixels of background and each class, by its name.
+
+    Parameters
+    ----------
+    slices : sequence of (PaintedSlice, names of its classes)
+    """
+    pixels: dict[str, int] = {}
+    for slice_, names in slices:
+        for label, name in enumerate(("background", *names), BACKGROUND):
+            pixels[name] = pixels.get(name, 0) + int(slice_.counts[label])
+    labeled = sum(pixels.values()) / max(1, sum(int(slice_.counts.sum()) for slice_, _ in slices))
+    each = ", ".join(f"{name} {short(number)}" for name, number in pixels.items())
+    return f"{count(len(slices), 'slice')}, {share(labeled)} labeled; pixels: {each}"
+
+
+def short(number: int) -> str:
+    """A count in few characters: "940", "12 k", "1.2 M"."""
+    if number < 1000:
+        return str(number)
+    unit, value = ("k", number / 1e3) if number < 999_500 else ("M", number / 1e6)
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
 
 
 class Pace:

@@ -143,6 +143,10 @@ def test_the_main_button_is_in_sight_with_and_without_slices(drawn, qtbot):
     qtbot.wait(100)
     assert dock.support.list.count() == 5
     assert is_in_sight()
+    dock.support.rest.click()
+    qtbot.waitUntil(lambda: dock.support.total.isVisible())
+    qtbot.wait(100)
+    assert is_in_sight()
 
 
 def test_messages_and_progress_move_nothing(drawn, qtbot):

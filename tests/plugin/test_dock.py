@@ -10,10 +10,13 @@ import pytest
 import tifffile
 import zarr
 from napari.utils import progress
+from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
 from distillfss_core.models.card import read_card
+from napari_distillfss._annotations import Class
+from napari_distillfss._format import short
 from napari_distillfss._layers import ANNOTATIONS, choose_layer
 from napari_distillfss._students import KeptStudent
 
@@ -1218,6 +1221,31 @@ def test_of_a_file_with_times_and_channels_one_is_chosen_in_the_dock(
     np.testing.assert_array_equal(volume.plane(3), data[index])
     shown = viewer.layers[0].data[(*chosen, 3)]
     np.testing.assert_array_equal(np.asarray(shown), data[index])
+
+
+def test_the_line_below_the_list_sums_up_the_ticked_slices(viewer, nuclei, open_dock, painted_truth):
+    dock = open_dock(viewer)
+    total = dock.support.total
+    assert total.isHidden()
+    annotations = dock.session.annotations
+    for z in (2, 5):
+        annotations.put(z, painted_truth[z])
+    half = np.zeros_like(painted_truth[6])
+    half[:48] = 1
+    annotations.put(6, half)
+    dock.session.painted()
+    pixels = [int((painted_truth[[2, 5]] == label).sum()) for label in (1, 2)]
+    text = f"3 slices, 83 % labeled; pixels: background {short(pixels[0] + 48 * 96)}, object {short(pixels[1])}"
+    assert total.text() == text
+    assert not total.isHidden()
+    dock.support.list.item(2).setCheckState(Qt.CheckState.Unchecked)
+    assert total.text().startswith("2 slices, 100 % labeled")
+    dock.session.set_classes((Class("nucleus of a cell", "#ff0000"),))
+    assert f"nucleus of a cell {short(pixels[1])}" in total.text()
+    for z in (2, 5, 6):
+        annotations.put(z, np.zeros_like(half))
+    dock.session.painted()
+    assert total.isHidden()
 
 
 def test_channels_are_chosen_by_the_names_in_the_file(viewer, open_dock, open_path, tmp_path):

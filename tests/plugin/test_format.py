@@ -71,3 +71,12 @@ def test_progress_of_a_training_names_what_goes_on(qtbot):
     assert texts[4].startswith("Training, 1 of 10, loss 0.5, about ")
     assert ranges[1:3] == [(1, 4), (2, 4)]
     assert (ranges[0][1], ranges[3][1]) == (0, 0)  # without a number of steps
+
+
+def test_the_total_of_slices_names_the_pixels_of_each_class():
+    first, second = painted_slice(_0=2_000_000, _1=1_200_000, _2=800_000), painted_slice(_0=0, _1=99, _2=999_600)
+    text = "2 slices, 60 % labeled; pixels: background 1.2 M, nucleus 800 k, debris 1.0 M"
+    assert fmt.total([(first, ("nucleus",)), (second, ("debris",))]) == text
+    assert [fmt.short(n) for n in (0, 999, 1000, 9949, 9950, 999_499, 999_500, 12_345_678)] == [
+        "0", "999", "1.0 k", "9.9 k", "10 k", "999 k", "1.0 M", "12 M",
+    ]  # fmt: skip

@@ -25,6 +25,7 @@ from napari_distillfss._annotations import (
     UNLABELED,
     Annotations,
     Class,
+    PaintedSlice,
     is_set_aside,
     unwritten,
 )
@@ -115,6 +116,8 @@ class SupportWidget(QWidget):
             self.fill_rest,
         )  # fmt: skip
         self.list = SliceList()
+        self.total = Message(lines=1)  # of the ticked slices
+        self.total.hide()
         self.way.setAccessibleName("Way of choosing slices")
         self.count.setAccessibleName("Number of slices")
         self.remove = button(
@@ -155,6 +158,7 @@ class SupportWidget(QWidget):
             self.classes,
             row(self.paint, self.outline.on, self.rest),
             self.list,
+            self.total,
             row(self.remove, self.anew, self.restore),
             JobBar(
                 self.selecting,
@@ -447,7 +451,21 @@ class SupportWidget(QWidget):
         if self.suggested and painted >= set(self.suggested) and self.message.text().startswith("Paint in"):
             self.message.tell("Every suggested slice has labels. Press Train, or label more of them")
         self.list.setRows(rows)
+        self._show_total()
         self._on_state_changed()
+
+    def _show_total(self) -> None:
+        """Sum up what is labeled in the ticked slices, of other volumes too."""
+        annotations, layers = self._session.annotations, tuple(self._session.layers())
+        slices: list[tuple[PaintedSlice, tuple[str, ...]]] = []
+        if annotations is not None:
+            slices = [(s, annotations.class_names) for s in annotations.slices() if s.enabled]
+            for other in self._session.used()[0]:
+                if not other.problem(annotations.class_names, layers):
+                    own = (s for s in other.labels.slices() if s.enabled and s.plane not in other.left_out)
+                    slices += [(s, other.class_names) for s in own]
+        self.total.setVisible(bool(slices))
+        self.total.tell(fmt.total(slices) if slices else "")
 
     def _rows_of_others(self, annotations: Annotations) -> list[SliceRow]:
         """Slices of other volumes that are used, or why they cannot be."""
@@ -523,6 +541,7 @@ class SupportWidget(QWidget):
             annotations.enable(row.number, on)
         else:
             self._session.leave_out(row.labels.folder.name, row.number, not on)
+        self._show_total()
         self._save()
         self._session.stroked.emit()
 
