@@ -1,4 +1,4 @@
-"""Strokes over an object, and the outline that is proposed for it; no Qt."""
+"""Strokes over an object or a box around it, and the outline that is proposed for it; no Qt."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from napari_distillfss._annotations import BACKGROUND, FIRST_CLASS, UNLABELED
 
 Mask = npt.NDArray[np.bool_]
 Points = npt.NDArray[np.float64]
+Box = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,12 +29,15 @@ class Draft:
         As painted: 1 background, 2.. classes.
     inside, outside : tuple of arrays (n, 2)
         Strokes over the object, and over what is not of it: points y x in pixels of the plane.
+    box : ((y0, y1), (x0, x1)), optional
+        Drawn around the object.
     """
 
     plane: int
     label: int
     inside: tuple[Points, ...] = ()
     outside: tuple[Points, ...] = ()
+    box: Box | None = None
 
     def with_stroke(self, stroke: Points, *, take_away: bool) -> Draft:
         """The draft with one stroke more."""
@@ -136,7 +140,9 @@ def iter_outline(
     if stop.is_set():
         return
     taken = taken_by_others(painted(), preserve=preserve)
-    proposal = core.propose_object(plane, draft.inside, outside=draft.outside, taken=taken, evidence=evidence)
+    proposal = core.propose_object(
+        plane, draft.inside, outside=draft.outside, taken=taken, evidence=evidence, box=draft.box
+    )
     yield Outlined(draft, proposal)
 
 
@@ -148,6 +154,15 @@ def within(points: Sequence[Sequence[float]], shape: tuple[int, int]) -> Points:
     stroke, pixels = stroke[is_in], pixels[is_in]
     is_new = np.r_[True, (np.diff(pixels, axis=0) != 0).any(1)][: len(pixels)]
     return np.asarray(stroke[is_new])
+
+
+def box_between(first: Sequence[float], last: Sequence[float], shape: tuple[int, int]) -> Box:
+    """The pixels of a plane between two corners y x, with those under them; they may lie outside of the plane."""
+    spans = []
+    for a, b, n in zip(first, last, shape, strict=True):
+        low, high = (min(max(round(v), 0), n - 1) for v in sorted((a, b)))
+        spans.append((low, high + 1))
+    return spans[0], spans[1]
 
 
 def pixels_to_paint(outlined: Outlined, painted: npt.NDArray[np.uint8], *, preserve: bool) -> tuple[Any, Any]:

@@ -29,9 +29,10 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def drag(layer, world, *, shift=False):
+def drag(layer, world, *, shift=False, control=False):
     """Press, move and release the mouse over a layer, at positions of napari's world."""
-    event = SimpleNamespace(button=1, modifiers=("Shift",) if shift else (), type="mouse_press", position=world[0])
+    modifiers = ("Shift",) * shift + ("Control",) * control
+    event = SimpleNamespace(button=1, modifiers=modifiers, type="mouse_press", position=world[0])
     event.dims_displayed, event.is_dragging = (len(world[0]) - 2, len(world[0]) - 1), True
     mouse_press_callbacks(layer, event)
     for position in world[1:]:
@@ -61,10 +62,10 @@ class User:
     def annotations(self):
         return self.dock.session.annotations
 
-    def draw(self, *points, shift=False):
+    def draw(self, *points, shift=False, control=False):
         z = self.dock.support.plane()
         world = [self.dock.session.volume.point_of(z, *point) for point in points]
-        drag(self.target, [(*self.viewer.dims.point[: -len(w)], *w) for w in world], shift=shift)
+        drag(self.target, [(*self.viewer.dims.point[: -len(w)], *w) for w in world], shift=shift, control=control)
         self.wait()
 
     def wait(self):
@@ -134,6 +135,52 @@ def test_escape_drops_the_proposal(user):
     assert not user.tool.layer.visible
     press(user.target, "Enter")
     assert not user.annotations.plane(0).any()
+
+
+def test_a_box_proposes_the_object_in_it_and_enter_paints_it(user):
+    user = user(picture())
+    user.draw((53, 74), (40, 60), (27, 47), control=True)  # from the lower right corner
+    assert user.tool.answer.draft.box == ((27, 54), (47, 75))
+    assert iou(user.proposed(), disc()) > 0.9
+    expected = user.proposed()
+    press(user.target, "Enter")
+    assert np.array_equal(user.annotations.plane(0) == FIRST_CLASS, expected)
+    user.target.undo()
+    assert not user.annotations.plane(0).any()
+    assert user.target.mode == "pan_zoom"
+
+
+def test_a_box_is_shown_while_it_is_drawn_and_dropped_by_escape(user, monkeypatch):
+    user = user(picture())
+    shown, show = [], user.tool._show_box
+    monkeypatch.setattr(
+        user.tool, "_show_box", lambda *corners: (show(*corners), shown.append(user.tool.layer.visible))
+    )
+    user.draw((27, 47), (40, 60), (53, 74), control=True)
+    assert shown == [True, True]
+    press(user.target, "Escape")
+    assert not user.tool.layer.visible
+    assert user.tool.answer is None
+    assert not user.annotations.plane(0).any()
+
+
+def test_strokes_take_away_from_the_object_of_a_box_and_a_new_box_is_of_another(user):
+    both = picture() + picture(seed=1, center=(40, 100), radius=9)
+    user = user(both)
+    user.draw((27, 47), (53, 74), control=True)
+    user.draw((40, 70), shift=True)
+    assert not user.proposed()[40, 70]
+    user.draw((30, 90), (50, 111), control=True)
+    assert iou(user.proposed(), disc((40, 100), 9)) > 0.9
+    assert not user.tool.answer.draft.outside
+
+
+def test_a_box_that_is_too_small_says_so_and_leaves_nothing_on_screen(user):
+    user = user(picture())
+    user.draw((40, 60), (41, 60), control=True)
+    assert "draw one of at least 3 pixels" in user.dock.support.message.text()
+    assert user.tool.answer is None
+    assert not user.tool.layer.visible
 
 
 def test_a_stroke_gives_the_size_and_more_strokes_add_and_take_away(user):

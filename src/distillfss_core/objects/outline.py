@@ -1,4 +1,4 @@
-"""The outline of an object around a click or a stroke, as a proposal to a person who annotates.
+"""The outline of an object around a click or a stroke, or in a box, as a proposal to a person who annotates.
 
 ::
 
@@ -22,6 +22,7 @@ from distillfss_core.types import Array, check_image
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
+Box = tuple[tuple[int, int], tuple[int, int]]
 
 EVIDENCE_WEIGHT = 0.3
 _RAYS, _STEPS = 64, 64
@@ -32,6 +33,10 @@ _BAND_OF_STROKE = 1.4
 _ASPECTS = (1.0, 1.4, 2.0, 2.8)  # length of an object along a stroke over its width
 _BEYOND = 1.05  # half the length of an object over that of the stroke
 _SHORTEST = 4.0  # pixels; shorter strokes are clicks
+_SMALLEST_BOX = 3  # pixels a side
+_AROUND_BOX = 0.3  # of its sides are looked at beyond them
+_ASPECTS_OF_DIAGONALS = (2.0, 4.0)
+_BOX_SIZES = np.array([0.6, 0.75, 0.9, 1.05])  # of an object, over half the side of its box
 _RIM = 1.25  # outer over inner radius of the rims whose intensities are compared
 _IMPOSSIBLE = -1e6
 _BEND = 0.05  # cost of a contour that comes nearer or goes farther by a step
@@ -64,8 +69,9 @@ def propose_object(
     outside: Sequence[Array] = (),
     taken: Array | None = None,
     evidence: Array | None = None,
+    box: Box | None = None,
 ) -> Proposal:
-    """Propose the outline of the object that a click or a stroke lies in.
+    """Propose the outline of the object that a click or a stroke lies in, or that a box was drawn around.
 
     Contours around the first stroke are searched over several sizes. Each is the closed path over 64 rays with the
     strongest edges [1]_. The contour whose contrast is strongest, relative to the spread of the intensities in it, is
@@ -79,13 +85,17 @@ def propose_object(
         its surroundings is used.
     inside : sequence of arrays, each (n, 2)
         Points y x of the object, in pixels. One point is a click. Several points are a stroke; the first one should
-        run through the whole length of the object. The others are added.
+        run through the whole length of the object. The others are added. With a box it may be empty: then the
+        middle of the box is of the object.
     outside : sequence of arrays, each (n, 2)
         Points y x that are not of the object.
     taken : bool array, shape (y, x), optional
         Pixels of other objects: they are not in the result, unless they are in ``inside``.
     evidence : float array, shape (y, x), optional
         Probability, 0 to 1, that a pixel has the class of the object. Its edges count for 0.3 of all.
+    box : ((y0, y1), (x0, x1)), optional
+        Rows and columns from the first to before which they end. The object fills them about, and nothing outside
+        of them is of it.
 
     Returns
     -------
@@ -97,7 +107,8 @@ def propose_object(
     ImageError
         If the arrays do not fit one another, or the image has one value around the object.
     SettingsError
-        If points are missing, lie outside of the image or contradict one another, or scikit-image is missing.
+        If points are missing, lie outside of the image or contradict one another, the box is too small or lies
+        outside of the image, or scikit-image is missing.
 
     References
     ----------
@@ -119,11 +130,14 @@ def propose_object(
     _check(image, taken, evidence)
     shape = (int(image.shape[0]), int(image.shape[1]))
     strokes = [_stroke(points, shape) for points in inside]
+    if box is not None:
+        _check_box(box, shape)
+        strokes = strokes or [np.array([[(low + high) // 2 for low, high in box]], np.float64)]
     if not strokes:
         raise SettingsError("there is no point inside of the object; give one at least")
     negative = [_stroke(points, shape) for points in outside]
-    near = _window(strokes, shape)
-    window = _Window.of(image, near, strokes, negative, taken, evidence)
+    near = _window(strokes, shape) if box is None else _window_of_box(box, shape)
+    window = _Window.of(image, near, strokes, negative, taken, evidence, box)
     mask = np.zeros(shape, bool)
     mask[near] = _separate(window, _own_part(window, _best_contour(window)))
     rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
@@ -145,6 +159,8 @@ class _Window:
         Pixels that are in the object, and that are not.
     corner : array (2,)
         y x of its first pixel in the image.
+    box : array (2, 2), optional
+        First row and column of the box of the object, and those before which it ends.
     """
 
     values: Floats
@@ -153,6 +169,7 @@ class _Window:
     inside: Mask
     forbidden: Mask
     corner: npt.NDArray[np.intp]
+    box: Floats | None = None
 
     @classmethod
     def of(
@@ -163,6 +180,7 @@ class _Window:
         negative: list[Floats],
         taken: Array | None,
         evidence: Array | None,
+        box: Box | None,
     ) -> _Window:
         """Cut the window out of the image."""
         pixels = image[near]
@@ -171,6 +189,12 @@ class _Window:
         moved = [stroke - corner for stroke in strokes]
         inside = _draw(moved, pixels.shape[:2])
         outside = _draw([stroke - corner for stroke in negative], pixels.shape[:2])
+        sides = None if box is None else np.array(box, np.float64).T - corner
+        if sides is not None:
+            (y0, x0), (y1, x1) = sides.astype(int)
+            beyond = np.ones_like(outside)
+            beyond[y0:y1, x0:x1] = False
+            outside |= beyond
         if (inside & outside).any():
             y, x = (np.argwhere(inside & outside)[0] + corner).tolist()
             raise SettingsError(f"pixel y {y}, x {x} is both inside and outside of the object; take one of them away")
@@ -182,7 +206,7 @@ class _Window:
             y, x = (moved[0][0] + corner).tolist()
             raise ImageError(f"the image has one value around y {y:.0f}, x {x:.0f}; no outline is there, paint it")
         likely = None if evidence is None else np.asarray(evidence[near], np.float64)
-        return cls((values - low) / (high - low), likely, moved, inside, outside, corner)
+        return cls((values - low) / (high - low), likely, moved, inside, outside, corner, sides)
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,6 +283,23 @@ def _stroke(points: Array, shape: tuple[int, int]) -> Floats:
     return stroke
 
 
+def _check_box(box: Box, shape: tuple[int, int]) -> None:
+    for axis, (low, high), n in zip(("rows", "columns"), box, shape, strict=True):
+        if not 0 <= low < high <= n:
+            raise SettingsError(f"a box has {axis} {low} to {high}, but the image has {n}; keep it in the image")
+        if high - low < _SMALLEST_BOX:
+            raise SettingsError(f"a box has {high - low} {axis}; draw one of at least {_SMALLEST_BOX} pixels a side")
+
+
+def _window_of_box(box: Box, shape: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a box and of what is around it."""
+    spans = []
+    for (low, high), n in zip(box, shape, strict=True):
+        margin = 4 + round(_AROUND_BOX * (high - low))
+        spans.append(slice(max(0, low - margin), min(n, high + margin)))
+    return spans[0], spans[1]
+
+
 def _draw(strokes: Sequence[Floats], shape: tuple[int, ...]) -> Mask:
     """Pixels that strokes run through; those outside of the shape are left out."""
     from skimage.draw import line
@@ -313,19 +354,30 @@ def _best_contour(window: _Window) -> Mask:
     from skimage.draw import polygon
 
     smooth = ndimage.gaussian_filter(window.values, 0.6)
-    scores = [
-        (score, rays.contour(path))
-        for rays, sizes, band in _plan(window)
-        for score, path in _contours(window, smooth, rays, sizes, band)
-    ]
+    scores = []
+    for rays, sizes, band in _plan(window):
+        for score, path in _contours(window, smooth, rays, sizes, band):
+            contour = rays.contour(path)
+            scores.append((score - _unfilled(window.box, contour), contour))
     _, best = max(scores, key=lambda pair: pair[0])
     mask = np.zeros(window.values.shape, bool)
     mask[polygon(best[:, 0], best[:, 1], mask.shape)] = True
     return mask
 
 
+def _unfilled(box: Floats | None, contour: Floats) -> float:
+    """Share of a box that the box around a contour leaves free; 0 without a box."""
+    if box is None:
+        return 0.0
+    filled = (contour.max(0) - contour.min(0)) / (box[1] - box[0])
+    return float(1 - np.clip(filled, 0, 1).prod())
+
+
 def _plan(window: _Window) -> Iterator[tuple[_Rays, Floats, float]]:
     """Rays, sizes along them, and how many times smaller and larger a contour may be."""
+    if window.box is not None:
+        yield from _plan_in_box(window.box)
+        return
     center, along, half, reach = _size_of(window.strokes)
     if not half:
         largest = max(_LARGEST, reach)
@@ -337,6 +389,18 @@ def _plan(window: _Window) -> Iterator[tuple[_Rays, Floats, float]]:
     for aspect in _ASPECTS:
         longest = 1.2 * _BAND_OF_STROKE * aspect * sizes[-1] if reach > size else 1.2 * _BAND_OF_STROKE * size
         yield _Rays.around(center, along, aspect, max(0.6, size / 4), longest + 2), sizes, _BAND_OF_STROKE
+
+
+def _plan_in_box(box: Floats) -> Iterator[tuple[_Rays, Floats, float]]:
+    """Rays for objects along a side of a box, and for long ones along its diagonals."""
+    sides, middle = box[1] - box[0], (box[0] + box[1] - 1) / 2
+    along = np.array([1.0, 0.0] if sides[0] > sides[1] else [0.0, 1.0])
+    kinds = [(along, float(sides.max()) / 2, min(float(sides.max() / sides.min()), _ASPECTS[-1]))]
+    length = float(np.linalg.norm(sides))
+    for turn in (1.0, -1.0):
+        kinds += [(sides * (1.0, turn) / length, length / 2, aspect) for aspect in _ASPECTS_OF_DIAGONALS]
+    for direction, half, aspect in kinds:
+        yield _Rays.around(middle, direction, aspect, max(0.6, half / 5), 1.5 * half + 2), half * _BOX_SIZES, _BAND
 
 
 def _contours(

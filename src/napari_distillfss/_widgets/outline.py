@@ -1,8 +1,9 @@
-"""Objects are outlined by a click or a stroke, and taken over into the annotations."""
+"""Objects are outlined by a click, a stroke or a box, and taken over into the annotations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from napari_distillfss._outlines import (
     Draft,
     Outlined,
     PlaneCache,
+    box_between,
     iter_outline,
     pixels_to_paint,
     probability_of,
@@ -27,10 +29,13 @@ from napari_distillfss._widgets._common import Message, attempt
 from napari_distillfss._widgets.classes import ClassList
 
 ACCEPT, DROP = "Enter", "Escape"
-_AWAY = "Shift"
+_AWAY, _BOX = "Shift", "Control"
 _PART = "proposed outline"
 _COLOR = "#ff00ff"
-_HELP = "Click an object, or draw along it. Then: click more, Shift+click takes away, Enter accepts, Escape drops"
+_HELP = (
+    "Click an object, draw along it, or Ctrl+drag a box around it. Then: click more, Shift+click takes away, Enter "
+    "accepts, Escape drops"
+)
 
 
 class OutlineTool(QObject):
@@ -106,22 +111,36 @@ class OutlineTool(QObject):
 
     def add_stroke(self, points: Any, *, take_away: bool = False) -> None:
         """Propose an outline with one stroke more: points y x in pixels of the plane, shape (n, 2)."""
-        chosen = self._session.volume
-        if chosen is None or self._target is None:
-            return
-        label = self._classes.brush()
-        if label == UNLABELED:
-            self._message.warn("the eraser is chosen; choose the class of the object")
+        chosen, begun = self._session.volume, self._begin()
+        if chosen is None or begun is None:
             return
         stroke = within(points, chosen.plane_shape)
-        draft = self._draft or Draft(chosen.plane_on(self._viewer.dims), label)
+        draft = self._draft or begun
         if not len(stroke):
             return
-        if take_away and not draft.inside:
+        if take_away and not draft.inside and draft.box is None:
             self._message.warn("there is no proposal to take away from; click an object first")
             return
         self._draft = draft.with_stroke(stroke, take_away=take_away)
         self._ask(self._draft)
+
+    def draw_box(self, first: Any, last: Any) -> None:
+        """Propose the outline of another object, that fills a box between two corners: y x in pixels of the plane."""
+        chosen, begun = self._session.volume, self._begin()
+        if chosen is not None and begun is not None:
+            self._draft = replace(begun, box=box_between(first, last, chosen.plane_shape))
+            self._ask(self._draft)
+
+    def _begin(self) -> Draft | None:
+        """A draft in the class of the brush, of the plane on screen; None where none can be made."""
+        chosen = self._session.volume
+        if chosen is None or self._target is None:
+            return None
+        label = self._classes.brush()
+        if label == UNLABELED:
+            self._message.warn("the eraser is chosen; choose the class of the object")
+            return None
+        return Draft(chosen.plane_on(self._viewer.dims), label)
 
     def accept(self) -> None:
         """Paint the proposal into the annotation layer, as one step of its history."""
@@ -202,13 +221,18 @@ class OutlineTool(QObject):
         if not is_at(layer, event.position, event.dims_displayed):
             self._message.warn("this volume is not on screen; move the sliders to one of its planes")
             return
-        take_away = _AWAY in event.modifiers
+        take_away, is_box = _AWAY in event.modifiers, _BOX in event.modifiers
         points = [layer.world_to_data(event.position)[-2:]]
         yield
         while event.type == "mouse_move":
             points.append(layer.world_to_data(event.position)[-2:])
+            if is_box:
+                self._show_box(points[0], points[-1])
             yield
-        self.add_stroke(points, take_away=take_away)
+        if is_box:
+            self.draw_box(points[0], points[-1])
+        else:
+            self.add_stroke(points, take_away=take_away)
 
     def _on_answer(self, answer: Outlined) -> None:
         if answer.draft is not self._draft:
@@ -225,6 +249,10 @@ class OutlineTool(QObject):
         """Go back to the proposal before the stroke that cannot be used."""
         self._is_accepted = False
         self._draft = self._answer.draft if self._answer is not None else None
+        if self._answer is not None:
+            self._show(self._answer)
+        elif self.layer is not None:
+            self.layer.visible = False  # it shows the box
         self._message.warn(text)
 
     def _on_view_moved(self) -> None:
@@ -272,13 +300,23 @@ class OutlineTool(QObject):
         return names[label - FIRST_CLASS] if FIRST_CLASS <= label < FIRST_CLASS + len(names) else "background"
 
     def _show(self, answer: Outlined) -> None:
+        self._show_mask(answer.mask, answer.draft.plane, answer.corner)
+
+    def _show_box(self, first: Any, last: Any) -> None:
+        """Show a box while it is drawn."""
+        chosen = self._session.volume
+        if chosen is not None:
+            (y0, y1), (x0, x1) = box_between(first, last, chosen.plane_shape)
+            self._show_mask(np.ones((y1 - y0, x1 - x0), bool), chosen.plane_on(self._viewer.dims), (y0, x0))
+
+    def _show_mask(self, part: np.ndarray, plane: int, corner: tuple[int, int]) -> None:
         chosen = self._session.volume
         if chosen is None:
             return
-        mask = np.pad(answer.mask, 1).astype(np.uint8)  # so that its outline is drawn on all sides
+        mask = np.pad(part, 1).astype(np.uint8)  # so that its outline is drawn on all sides
         array = mask.reshape((1,) * (len(chosen.axes) - 2) + mask.shape)
-        y, x = answer.corner
-        place = chosen.place(answer.draft.plane, y - 1, x - 1)
+        y, x = corner
+        place = chosen.place(plane, y - 1, x - 1)
         if self.layer is None:
             self.layer = take_up(self._viewer.layers, _PART)
         if self.layer is None:

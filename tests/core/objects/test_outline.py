@@ -239,3 +239,53 @@ def test_a_point_that_is_walled_in_is_an_error() -> None:
     ring = [np.array([[70, 90], [70, 98], [78, 98], [78, 90], [70, 90]], float)]
     with pytest.raises(SettingsError, match="cut off"):
         propose_object(image, [click(80, 80), click(74, 94)], outside=ring)
+
+
+@pytest.mark.parametrize("radii", [(6, 6), (30, 30), (12, 45), (70, 20)])
+def test_a_box_outlines_the_object_that_fills_it(radii: tuple[int, int]) -> None:
+    truth = ellipse((80, 76), radii)
+    box = tuple((middle - r - 1, middle + r + 2) for middle, r in zip((80, 76), radii, strict=True))
+    assert iou(propose_object(blurred(truth), [], box=box).mask, truth) > 0.9
+
+
+def test_a_box_chooses_between_an_object_and_what_is_in_it() -> None:
+    outer, inner = ellipse((80, 80), (40, 40)), ellipse((80, 80), (12, 12))
+    image = blurred(outer) + 60 * inner.astype(np.uint16)
+    assert iou(propose_object(image, [], box=((39, 122), (39, 122))).mask, outer) > 0.9
+    assert iou(propose_object(image, [], box=((66, 95), (66, 95))).mask, inner) > 0.9
+
+
+def test_nothing_outside_of_a_box_is_of_the_object_and_points_are_heeded() -> None:
+    truth = ellipse((80, 60), (20, 20)) | ellipse((80, 95), (20, 20))  # they touch
+    box = ((59, 102), (39, 82))
+    mask = propose_object(blurred(truth), [click(80, 60)], box=box, outside=[click(80, 78)]).mask
+    assert not mask[:, 82:].any()
+    assert mask[80, 60]
+    assert not mask[80, 78]
+    assert iou(mask, ellipse((80, 60), (20, 20))) > 0.85
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [
+        (((10, 12), (10, 40)), "2 rows; draw one of at least 3 pixels"),
+        (((10, 30), (150, 161)), "columns 150 to 161, but the image has 160"),
+        (((30, 10), (10, 40)), "rows 30 to 10"),
+    ],
+)
+def test_a_box_that_cannot_be_is_named(box, words: str) -> None:
+    with pytest.raises(SettingsError, match=words):
+        propose_object(blurred(ellipse((80, 80), (9, 9))), [], box=box)
+
+
+def test_a_point_inside_that_lies_beyond_the_box_is_named() -> None:
+    with pytest.raises(SettingsError, match="both inside and outside"):
+        propose_object(blurred(ellipse((80, 80), (9, 9))), [click(80, 95)], box=((70, 91), (70, 91)))
+
+
+@pytest.mark.parametrize("angle", [30, 45, 120])
+def test_a_long_object_may_lie_across_its_box(angle: int) -> None:
+    truth = ndimage.rotate(ellipse((80, 80), (12, 45)).astype(float), angle, reshape=False, order=1) > 0.5
+    rows, columns = (np.flatnonzero(truth.any(axis)) for axis in (1, 0))
+    box = ((int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1))
+    assert iou(propose_object(blurred(truth), [], box=box).mask, truth) > 0.85
