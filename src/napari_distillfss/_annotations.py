@@ -34,6 +34,8 @@ COLORS = tuple("#{:02x}{:02x}{:02x}".format(*color) for color in core.CLASS_COLO
 BACKGROUND_COLOR = "#a6bfff"
 KINDS = ("masks", "classes", "scribbles")
 NOTES = "notes.json"
+_COUNTS = "counts.json"
+_FEW = 16  # labels up to which a plane is compared with each of them
 _APART = re.compile(r"(-\d+)?(\.old\d+)?")  # what the names of other annotations of a volume end in
 _Stamp = tuple[tuple[int, int, int], ...]
 
@@ -91,7 +93,7 @@ class PaintedLabels:
             Class(c["name"], c.get("color") or c["colour"]) for c in classes
         )  # as older files have it
         self._disabled: set[int] = set(self.notes.get("disabled", []))
-        self._counts: dict[int, tuple[_Stamp, npt.NDArray[np.int64]]] = {}
+        self._counts = _read_counts(folder)
 
     @property
     def classes(self) -> tuple[Class, ...]:
@@ -120,7 +122,7 @@ class PaintedLabels:
         """Number of pixels of each of the 256 labels; counted again only where files have changed."""
         stamp = self.stamp(z)
         if z not in self._counts or self._counts[z][0] != stamp:
-            self._counts[z] = stamp, np.bincount(self.plane(z).ravel(), minlength=256)
+            self._counts[z] = stamp, _count(self.plane(z))
         return self._counts[z][1]
 
     def slices(self) -> list[PaintedSlice]:
@@ -288,6 +290,7 @@ class Annotations(PaintedLabels):
         if self.array.in_memory_only:
             _unwritten[self.folder] = self.array
         self.array.is_written_later = False  # a layer that is left in napari may still be painted into
+        self._keep_counts()
         (self.folder / "owner").unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -295,6 +298,16 @@ class Annotations(PaintedLabels):
     @property
     def _is_new(self) -> bool:
         return not self.array.is_on_disk and not self._notes_path.is_file()
+
+    def _keep_counts(self) -> None:
+        """Keep the counts of the planes on disk, so that they are not read again when the volume is opened."""
+        held = {z: (stamp, counts) for z, (stamp, counts) in self._counts.items() if counts[1:].any()}
+        with suppress(OSError):
+            if held:
+                kept = {z: [stamp, counts.tolist()] for z, (stamp, counts) in held.items()}
+                write_json(self.folder / _COUNTS, kept)
+            else:
+                (self.folder / _COUNTS).unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write what is in memory only.
@@ -332,6 +345,27 @@ class Annotations(PaintedLabels):
             _late_notes.pop(self.folder, None)
         except OSError:  # tried again with the labels; `save` says it
             _late_notes[self.folder] = notes
+
+
+def _count(plane: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
+    """Number of pixels of each of the 256 labels; label by label where they are few, which is quicker."""
+    highest = int(plane.max(initial=0))
+    if highest >= _FEW:
+        return np.bincount(plane.ravel(), minlength=256)
+    counts = np.zeros(256, np.int64)
+    counts[: highest + 1] = [np.count_nonzero(plane == label) for label in range(highest + 1)]
+    return counts
+
+
+def _read_counts(folder: Path) -> dict[int, tuple[_Stamp, npt.NDArray[np.int64]]]:
+    """Counts that an earlier session has kept; they hold where the files of a plane are the same."""
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # another program has written it
+        kept = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
+        return {
+            int(z): (tuple(tuple(file) for file in stamp), np.array(counts, np.int64).reshape(256))
+            for z, (stamp, counts) in kept.items()
+        }
+    return {}
 
 
 _unwritten: dict[Path, PaintedArray] = {}

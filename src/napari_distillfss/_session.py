@@ -357,6 +357,11 @@ class Session:
             return resumed
         return next(iter(self.students()), None)
 
+    def has_kept_student(self, folder: Path) -> bool:
+        """Whether the present student is kept with the annotations of a volume, but not in this folder."""
+        kept_in = self.model_path.parent if self.model_path is not None else folder
+        return kept_in != folder and kept_in.parent == self.folder / "annotations"
+
     def is_present(self, student: KeptStudent) -> bool:
         """Whether a kept student is the present one, which may have been saved in another place since."""
         if self.model is None:

@@ -127,3 +127,37 @@ def test_what_others_write_into_a_plane_is_counted_anew(tmp_path):
     assert painted.counts(2)[1] == 600
     painted.array[2, :10] = 2
     assert painted.counts(2)[:3].tolist() == [0, 300, 300]
+
+
+def test_planes_are_not_read_again_when_they_are_opened(tmp_path, monkeypatch):
+    first = make(tmp_path / "a")
+    first.put(1, np.ones((20, 30), np.uint8))
+    first.put(3, np.tile(np.uint8([0, 1, 2, 200]), 150).reshape(20, 30))
+    assert first.planes() == [1, 3]
+    first.close()
+    again = make(tmp_path / "a")
+    read = []
+    plane = Annotations.plane
+    monkeypatch.setattr(Annotations, "plane", lambda self, z: read.append(z) or plane(self, z))
+    assert again.planes() == [1, 3]
+    assert again.counts(3)[[0, 1, 2, 200]].tolist() == [150] * 4
+    assert not read
+    again.array[3, 10:] = 0
+    assert again.counts(3)[:3].tolist() == [375, 75, 75]
+    assert read == [3]
+    again.close()
+
+
+def test_counts_that_cannot_be_read_are_made_again(tmp_path):
+    first = make(tmp_path / "a")
+    first.put(1, np.ones((20, 30), np.uint8))
+    assert first.planes() == [1]
+    first.close()
+    for text in ("", "[]", '{"1": [[[1, 2, 3]], [5]]}', '{"one": 1}'):
+        (tmp_path / "a" / "counts.json").write_text(text)
+        again = make(tmp_path / "a")
+        assert again.counts(1)[1] == 600
+        again.array.is_written_later = False
+    again.remove(1)
+    again.close()
+    assert not (tmp_path / "a" / "counts.json").exists()

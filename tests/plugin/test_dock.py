@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import dask.array as da
 import numpy as np
@@ -15,7 +16,7 @@ from qtpy.QtWidgets import QWidget
 
 from distillfss_core import StudentModel
 from distillfss_core.models.card import read_card
-from napari_distillfss._annotations import Class
+from napari_distillfss._annotations import Annotations, Class
 from napari_distillfss._format import short
 from napari_distillfss._layers import ANNOTATIONS, choose_layer
 from napari_distillfss._students import KeptStudent
@@ -1359,7 +1360,7 @@ def test_the_annotation_layer_of_a_closed_dock_is_taken_up(viewer, nuclei, open_
 
 
 def test_classes_and_brush_are_those_of_all_time_points(viewer, open_dock, sample):
-    from napari_distillfss._annotations import Annotations, Class
+    from napari_distillfss._annotations import Class
 
     viewer.add_image(np.stack([sample.image] * 3), name="series", axis_labels=("t", "z", "y", "x"))
     dock = open_dock(viewer)
@@ -1481,7 +1482,7 @@ def test_labels_of_another_student_name_the_box_that_replaces_them(dock, qtbot, 
 
 
 def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(viewer, sample, open_dock, qtbot, student,
-                                                                              tmp_path):  # fmt: skip
+                                                                              tmp_path, monkeypatch):  # fmt: skip
     viewer.add_image(sample.image, name="nuclei", scale=(0.5, 0.25, 0.25), units=("um",) * 3)
     dock = open_dock(viewer)
     yy, xx = np.mgrid[:96, :96]
@@ -1492,9 +1493,16 @@ def test_the_watershed_takes_the_radius_of_annotated_objects_within_its_limit(vi
     dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
     dock.apply.start()
     finish(qtbot, dock)
+    readers = set()
+    plane = Annotations.plane
+    monkeypatch.setattr(Annotations, "plane", lambda *args: readers.add(current_thread()) or plane(*args))
+    dock.objects.method.setCurrentIndex(1)
+    assert not dock.objects.count.isEnabled()  # it would take another radius
+    qtbot.waitUntil(dock.objects.count.isEnabled)
+    assert readers
+    assert main_thread() not in readers
     assert dock.objects.radius.value() == pytest.approx(2.5, rel=0.02)  # 10 pixels of 0.25 µm
     assert dock.objects.radius.suffix() == " µm"
-    dock.objects.method.setCurrentIndex(1)
     dock.objects.start()
     finish(qtbot, dock)
     assert "object" in dock.objects.message.text()
@@ -1603,6 +1611,31 @@ def test_a_reopened_volume_has_its_latest_student_again(dock, qtbot, painted_tru
     monkeypatch.setattr(QFileDialog, "getOpenFileName", lambda *how: begun_in.append(how[2]) or ("", ""))
     again.model.load.click()
     assert begun_in[0].startswith(str(folder))
+
+
+def test_another_volume_has_its_own_student_but_one_of_a_file_stays(dock, qtbot, painted_truth, student, sample):
+    def choose(name):
+        place = dock.volume.layers.findText(name)
+        dock.volume.layers.setCurrentIndex(place)
+        dock.volume.layers.activated.emit(place)
+        finish(qtbot, dock)
+
+    paint(dock, painted_truth, [2])
+    first = dock.session.annotations.folder / "student-1.safetensors"
+    first.write_bytes(student.read_bytes())
+    dock.viewer.add_image(255 - sample.image, name="second")
+    choose("second")
+    assert dock.session.model is None
+    paint(dock, painted_truth, [3])
+    second = dock.session.annotations.folder / "student-1.safetensors"
+    second.write_bytes(student.read_bytes())
+    for name, path in (("nuclei", first), ("second", second), ("nuclei", first)):
+        choose(name)
+        assert dock.session.model_path == path
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    choose("second")
+    assert dock.session.model_path == student
 
 
 def test_objects_of_labels_written_before_are_counted(viewer, open_dock, open_path, qtbot, student, tmp_path, sample):

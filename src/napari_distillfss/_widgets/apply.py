@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from napari_distillfss._layers import (
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
 from napari_distillfss._tasks import Written, iter_applying, iter_counting, iter_exporting, open_levels
-from napari_distillfss._threads import Job
+from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import (
     JobBar,
     Message,
@@ -65,6 +66,7 @@ _LABELS_OF_LAYER = ("any label", "selected label")
 _READY_TO_COUNT = "Ready to count the objects of {}"
 _NO_MODEL = "Train or load a model first"
 _READY = "Ready. You can stop and resume at any time"
+_MEASURED = 5  # annotated planes, at most, whose objects are measured
 _SPECK = 9  # pixels; fewer are no object but a stroke
 _WIDEST_RADIUS = 15.0  # pixels that the watershed takes
 
@@ -395,6 +397,7 @@ class ObjectsWidget(QWidget):
         )
         self.save_table = button("Table as CSV…", "Write the measures of the counted objects", self._on_save_table)
         self.exporting = Job(session, "Label export", self)
+        self._measuring = LatestJob(self)
         self.message = Message(_NO_LABELS)
         column(
             self,
@@ -426,6 +429,8 @@ class ObjectsWidget(QWidget):
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
+        self._measuring.answered.connect(self.radius.setValue)
+        self._measuring.idle.connect(self._on_state_changed)
         self.exporting.done.connect(self._on_exported)
         self.exporting.failed.connect(self.message.warn)
         session.labels_changed.connect(self._on_labels_changed)
@@ -556,13 +561,17 @@ class ObjectsWidget(QWidget):
         return image.volume if same and np.allclose(image.layer.scale[-2:], chosen.layer.scale[-2:]) else None
 
     def _suit_radius(self, chosen: ChosenVolume) -> None:
-        """Set the radius to that of the annotated objects, within what the watershed takes."""
-        annotations = self._session.annotations
-        planes = [annotations.plane(z) for z in annotations.planes()] if annotations else []
-        steps = [s for s in chosen.volume.scale if s] or [1.0]
-        self.radius.setSuffix(" µm" if chosen.pixel_size else " pixels" if not chosen.volume.scale[2] else "")
-        radius = object_radius(planes) * (chosen.volume.scale[2] or 1.0)
-        self.radius.setValue(min(radius, _WIDEST_RADIUS * min(steps)))
+        """Set the radius to that of the annotated objects, within what the watershed takes; planes are read later."""
+        annotations, scale = self._session.annotations, chosen.volume.scale
+        numbers = annotations.planes() if annotations is not None else []
+        pixel, widest = scale[2] or 1.0, _WIDEST_RADIUS * min([s for s in scale if s] or [1.0])
+        self.radius.setSuffix(" µm" if chosen.pixel_size else " pixels" if not scale[2] else "")
+
+        def measure(_: Event) -> Generator[float, None, None]:
+            planes = [annotations.plane(z) for z in numbers[:: len(numbers) // _MEASURED + 1]]
+            yield min(object_radius(planes) * pixel, widest)
+
+        self._measuring.ask(measure)
 
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Written):
@@ -655,15 +664,15 @@ class ObjectsWidget(QWidget):
 
     def _on_state_changed(self) -> None:
         source, method = self.labels.currentData(), self.method.currentText()
-        if source is not None and source is not self._suited:
+        if source is not None and method == "watershed" and source is not self._suited:
             self._suited = source
             with suppress(core.DistillFSSError):  # said when it is counted
                 self._suit_radius(self._open(source)[0])
         is_free = source is not None and not self._session.busy
-        self.count.setEnabled(is_free)
+        self.count.setEnabled(is_free and not self._measuring.busy)
         self.save_labels.setEnabled(is_free)
         self.save_table.setEnabled(not self.table.isHidden())
-        self.radius.setEnabled(method == "watershed")
+        self.radius.setEnabled(method == "watershed" and not self._measuring.busy)
         self.of_class.setEnabled(method != NUMBERED)
         if source is not None:
             names = source.classes if isinstance(source, Applied) else _LABELS_OF_LAYER
@@ -698,6 +707,7 @@ class ObjectsWidget(QWidget):
         self.message.tell(f"The labels are in {path}" if path is not None else "Stopped; nothing was written")
 
     def _forget_viewer(self) -> None:
+        self._measuring.cancel()
         events = self._viewer.layers.events
         for event in (events.inserted, events.removed, events.renamed):
             event.disconnect(self._on_layers_changed)

@@ -50,6 +50,7 @@ class ModelWidget(QWidget):
         self.card.setAccessibleName("Model card")
         self.card.setToolTip("Model card; it is part of the file of the student")
         self.history = StudentHistory(session)
+        self._layer: Any = None  # of the volume
         self.job = Job(session, "Model loading", self)
         self.message = Message("No model yet")
         # a volume loads its model unasked, so the end is not notified
@@ -115,9 +116,13 @@ class ModelWidget(QWidget):
         self.message.tell(f"loaded {self._loading}; preview or apply it")
 
     def _on_volume_changed(self) -> None:
-        """Load the student to begin with where the session has none yet."""
-        student = self._session.first_student()
-        if self._session.model is None and not self._session.busy and student is not None:
+        """Load the student to begin with where the session has none yet, or that of another volume."""
+        volume, student = self._session.volume, self._session.first_student()
+        layer = volume.layer if volume is not None else None
+        is_another, self._layer = layer is not self._layer, layer  # not another time point or channel
+        if self._session.busy or student is None:
+            return
+        if self._session.model is None or (is_another and self._session.has_kept_student(student.parent)):
             self.load_from(student)
 
     def _on_model_changed(self) -> None:
