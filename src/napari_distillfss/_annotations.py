@@ -301,10 +301,13 @@ class Annotations(PaintedLabels):
 
     def _keep_counts(self) -> None:
         """Keep the counts of the planes on disk, so that they are not read again when the volume is opened."""
-        held = {z: (stamp, counts) for z, (stamp, counts) in self._counts.items() if counts[1:].any()}
         with suppress(OSError):
-            if held:
-                kept = {z: [stamp, counts.tolist()] for z, (stamp, counts) in held.items()}
+            kept = {
+                z: [stamp, counts.tolist()]
+                for z, (stamp, counts) in self._counts.items()
+                if counts[1:].any() and stamp == self.stamp(z)
+            }
+            if kept:
                 write_json(self.folder / _COUNTS, kept)
             else:
                 (self.folder / _COUNTS).unlink(missing_ok=True)

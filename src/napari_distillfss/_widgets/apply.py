@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -564,12 +565,12 @@ class ObjectsWidget(QWidget):
         """Set the radius to that of the annotated objects, within what the watershed takes; planes are read later."""
         annotations, scale = self._session.annotations, chosen.volume.scale
         numbers = annotations.planes() if annotations is not None else []
+        some = [partial(annotations.plane, z) for z in numbers[:: len(numbers) // _MEASURED + 1]] if annotations else []
         pixel, widest = scale[2] or 1.0, _WIDEST_RADIUS * min([s for s in scale if s] or [1.0])
         self.radius.setSuffix(" µm" if chosen.pixel_size else " pixels" if not scale[2] else "")
 
         def measure(_: Event) -> Generator[float, None, None]:
-            planes = [annotations.plane(z) for z in numbers[:: len(numbers) // _MEASURED + 1]]
-            yield min(object_radius(planes) * pixel, widest)
+            yield min(object_radius([read() for read in some]) * pixel, widest)
 
         self._measuring.ask(measure)
 
