@@ -301,7 +301,16 @@ def test_labels_that_were_written_elsewhere_are_found_by_the_next_napari(
     again = open_dock(viewer)
     assert (again.session.applied.out, again.session.applied.is_earlier) == (out, True)
     assert again.apply.out.text() == str(out)
+    (layer,) = [layer for layer in viewer.layers if layer.name == "elsewhere"]
+    assert not layer.visible
+    assert "elsewhere" in again.apply.message.text()
+    assert np.array_equal(np.asarray(layer.data[0][2]), painted_truth[2])
+    assert viewer.layers.selection.active is not layer
+    again.volume.layers.activated.emit(again.volume.layers.currentIndex())
     close(qtbot, again)
+    third = open_dock(viewer)
+    assert [layer.name for layer in viewer.layers].count("elsewhere") == 1
+    close(qtbot, third)
     out.rename(out.with_name("moved.ome.zarr"))
     assert open_dock(viewer).apply.out.text() == default
 

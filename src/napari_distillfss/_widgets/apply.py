@@ -90,6 +90,7 @@ class ApplyWidget(QWidget):
         self._active: Any = None  # the layer that was chosen when Apply was pressed
         self._shown: Path | None = None  # whose labels the layer shows; None while it is empty
         self._colored: tuple[Class, ...] = ()  # classes that its colors are of
+        self._image: Any = None  # layer of the volume
         self.layer: Any = None
         self.region = RegionEdit()
         self.on_screen = button(
@@ -239,6 +240,7 @@ class ApplyWidget(QWidget):
         self._color(applied)
         if self._shown is None:
             self.layer.name = applied.out.name.partition(".")[0]
+            self.layer.metadata[LABELS] = str(applied.out)
         self._shown, self._is_behind = applied.out, False
 
     def _color(self, applied: Applied) -> None:
@@ -308,15 +310,30 @@ class ApplyWidget(QWidget):
             self._take_earlier(chosen, Path(self.out.text()))
 
     def _take_earlier(self, chosen: ChosenVolume, out: Path) -> None:
-        """Take labels of this volume that an earlier session has written, so that objects can be counted."""
+        """Take labels of this volume that an earlier session has written: they can be counted, and a layer has them."""
         annotations = self._session.annotations
+        is_another, self._image = chosen.layer is not self._image, chosen.layer  # not another time point or channel
         if not (out / "0").is_dir() or (self._session.applied is not None and self._session.applied.out == out):
             return
         with suppress(core.DistillFSSError, OSError, ValueError):
             levels = open_levels(out)
             if levels and tuple(levels[0].shape) == tuple(chosen.volume.shape[:3]):
                 classes = annotations.class_names if annotations else ("object",)
-                self._session.set_applied(Applied(chosen, out, "", None, None, classes, is_earlier=True))
+                applied = Applied(chosen, out, "", None, None, classes, is_earlier=True)
+                self._session.set_applied(applied)
+                if is_another and not self.job.running:
+                    self._show_hidden(applied, levels)
+
+    def _show_hidden(self, applied: Applied, levels: list[Any]) -> None:
+        """Add a hidden layer of labels that were written before, unless a layer has them."""
+        if any(layer.metadata.get(LABELS) == str(applied.out) for layer in self._viewer.layers):
+            return
+        selection = self._viewer.layers.selection
+        active, self._running = selection.active, applied
+        self._show(_seen_in(applied.volume, self._viewer.dims)(levels))
+        self.layer.visible = False
+        selection.active = active
+        self.message.tell(f"Labels of before are in the hidden layer {self.layer.name!r}")
 
     def _on_screen_clicked(self) -> None:
         chosen = self._session.volume
