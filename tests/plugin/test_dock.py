@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 import zarr
+from napari.plugins import _initialize_plugins
 from napari.utils import progress
 from qtpy.QtCore import Qt
 from qtpy.QtWidgets import QWidget
@@ -1273,6 +1274,7 @@ def test_a_layer_that_napari_has_opened_has_the_names_of_its_channels_too(viewer
     data = np.random.default_rng(0).integers(0, 999, (2, 4, 40, 50)).astype(np.uint16)
     about = {"axes": "CZYX", "Channel": {"Name": ["DAPI", "GFP"]}}
     tifffile.imwrite(tmp_path / "two.ome.tif", data, photometric="minisblack", metadata=about)
+    _initialize_plugins()
     viewer.open(tmp_path / "two.ome.tif", plugin="napari")
     box = open_dock(viewer).volume.lead["c"]
     assert [box.itemText(n) for n in range(box.count())] == ["DAPI", "GFP"]
