@@ -77,8 +77,8 @@ class Probe(nn.Module):
     alone : bool
         Whether it is a student of its own; otherwise its margins are evidence, which is added to those of a head.
     bound : float, optional
-        Of evidence: a margin m becomes bound tanh(m / bound). Margins of an image unlike all supports are extrapolated,
-        and cannot overrule the head so.
+        Of evidence: a margin m becomes bound tanh(m / bound). In images unlike all supports margins are extrapolated.
+        Bounded, they cannot overrule the head.
     """
 
     def __init__(
