@@ -180,7 +180,7 @@ class _Window:
         negative: list[Floats],
         taken: Array | None,
         evidence: Array | None,
-        box: Box | None,
+        box: Box | None = None,
     ) -> _Window:
         """Cut the window out of the image."""
         pixels = image[near]

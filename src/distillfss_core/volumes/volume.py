@@ -458,7 +458,9 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         raise ImageError(f"{name}: cannot use voxels of type {source.dtype}; give integers, floats or bool")
     replace_nan = options.get("replace_nan")
     if replace_nan is not None and source.dtype.kind == "f":
-        if not is_usable(np.full(1, replace_nan).astype(source.dtype)).all():
+        with np.errstate(over="ignore"):  # of a type that is too small for it
+            number = np.full(1, replace_nan).astype(source.dtype)
+        if not is_usable(number).all():
             raise SettingsError(f"{name}: replace_nan {replace_nan} is no finite {source.dtype}; give one, e.g. 0")
         source = _Replaced(source, replace_nan)
     size = dict(zip(axes, shape, strict=True))

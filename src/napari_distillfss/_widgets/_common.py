@@ -331,14 +331,18 @@ class ReplaceOffer(QPushButton):
         self.setToolTip(
             "Read pixels that are NaN or infinite as 0; the file is not changed. The choice is under Volume"
         )
-        self.hide()
+        self._offer(False)
         for job in jobs:
-            job.failed.connect(lambda _, job=job: self.setVisible(_is_curable(session, job.error)))
+            job.failed.connect(lambda _, job=job: self._offer(_is_curable(session, job.error)))
         session.busy_changed.connect(self._on_state_changed)
         session.volume_changed.connect(self._on_state_changed)
 
     def _on_state_changed(self) -> None:
-        self.hide()
+        self._offer(False)
+
+    def _offer(self, is_offered: bool) -> None:
+        self.setVisible(is_offered)
+        self.setEnabled(is_offered)
 
 
 def _is_curable(session: Session, error: BaseException | None) -> bool:
