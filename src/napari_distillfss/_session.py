@@ -81,6 +81,7 @@ class Session:
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
         self.no_annotations = _NO_VOLUME  # why there are none, while there are none
+        self.is_another_image = False  # whether that was chosen last, not another time point or channel
         self.first_window: User | None = None  # another one that has the annotations of this volume
         self.model: Any = None
         self.model_path: Path | None = None
@@ -111,13 +112,15 @@ class Session:
             If annotations cannot be kept, or the volume cannot be told from others as it cannot be read.
         """
         before, earlier = self.volume, self.annotations
+        is_same_image = before is not None and chosen is not None and before.layer is chosen.layer
+        self.is_another_image = not is_same_image
         if earlier is not None:
             earlier.close()
         self.volume, self.annotations, self.no_annotations = chosen, None, _NO_VOLUME
         try:
             if chosen is not None:
                 annotations = self.annotations = self._open_annotations(chosen)
-                if before is not None and earlier is not None and before.layer is chosen.layer:
+                if before is not None and earlier is not None and is_same_image:
                     moved = {a for a, n in chosen.lead.items() if before.lead.get(a) != n}
                     if moved:
                         annotations.take_over(earlier)

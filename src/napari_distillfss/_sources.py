@@ -19,6 +19,7 @@ from napari_distillfss._annotations import (
     NOTES,
     PaintedLabels,
     file_of,
+    is_set_aside,
     own_folder,
     read_notes,
     read_slice,
@@ -36,7 +37,6 @@ from napari_distillfss._layers import (
 )
 
 _CHANGED = "has changed since it was annotated"
-_ASIDE = ".old"  # in the names of folders that were set aside
 
 
 class OtherSlices:
@@ -189,7 +189,7 @@ class OtherSlices:
 
 def other_slices(root: Path, own: Path) -> list[OtherSlices]:
     """Annotated slices of all volumes but the one with the folder ``own``, the latest first."""
-    folders = [p.parent for p in root.glob(f"*/{NOTES}") if p.parent != own and _ASIDE not in p.parent.suffix]
+    folders = [p.parent for p in root.glob(f"*/{NOTES}") if p.parent != own and not is_set_aside(p.parent)]
     others = []
     for folder in sorted(folders, key=lambda f: (f / NOTES).stat().st_mtime_ns, reverse=True):
         with suppress(core.SupportSetError):  # nothing was painted, or it is damaged

@@ -90,7 +90,6 @@ class ApplyWidget(QWidget):
         self._active: Any = None  # the layer that was chosen when Apply was pressed
         self._shown: Path | None = None  # whose labels the layer shows; None while it is empty
         self._colored: tuple[Class, ...] = ()  # classes that its colors are of
-        self._image: Any = None  # layer of the volume
         self.layer: Any = None
         self.region = RegionEdit()
         self.on_screen = button(
@@ -312,7 +311,6 @@ class ApplyWidget(QWidget):
     def _take_earlier(self, chosen: ChosenVolume, out: Path) -> None:
         """Take labels of this volume that an earlier session has written: they can be counted, and a layer has them."""
         annotations = self._session.annotations
-        is_another, self._image = chosen.layer is not self._image, chosen.layer  # not another time point or channel
         if not (out / "0").is_dir() or (self._session.applied is not None and self._session.applied.out == out):
             return
         with suppress(core.DistillFSSError, OSError, ValueError):
@@ -321,7 +319,7 @@ class ApplyWidget(QWidget):
                 classes = annotations.class_names if annotations else ("object",)
                 applied = Applied(chosen, out, "", None, None, classes, is_earlier=True)
                 self._session.set_applied(applied)
-                if is_another and not self.job.running:
+                if self._session.is_another_image and not self.job.running:
                     self._show_hidden(applied, levels)
 
     def _show_hidden(self, applied: Applied, levels: list[Any]) -> None:

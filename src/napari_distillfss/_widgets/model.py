@@ -50,7 +50,6 @@ class ModelWidget(QWidget):
         self.card.setAccessibleName("Model card")
         self.card.setToolTip("Model card; it is part of the file of the student")
         self.history = StudentHistory(session)
-        self._layer: Any = None  # of the volume
         self.job = Job(session, "Model loading", self)
         self.message = Message("No model yet")
         # a volume loads its model unasked, so the end is not notified
@@ -117,12 +116,10 @@ class ModelWidget(QWidget):
 
     def _on_volume_changed(self) -> None:
         """Load the student to begin with where the session has none yet, or that of another volume."""
-        volume, student = self._session.volume, self._session.first_student()
-        layer = volume.layer if volume is not None else None
-        is_another, self._layer = layer is not self._layer, layer  # not another time point or channel
-        if self._session.busy or student is None:
+        session, student = self._session, self._session.first_student()
+        if session.busy or student is None:
             return
-        if self._session.model is None or (is_another and self._session.has_kept_student(student.parent)):
+        if session.model is None or (session.is_another_image and session.has_kept_student(student.parent)):
             self.load_from(student)
 
     def _on_model_changed(self) -> None:

@@ -12,7 +12,7 @@ from qtpy.QtCore import QSize, Qt, Signal
 from qtpy.QtGui import QIcon, QImage, QPixmap
 from qtpy.QtWidgets import QListWidget, QListWidgetItem, QWidget
 
-from napari_distillfss._annotations import PaintedLabels
+from napari_distillfss._annotations import PaintedLabels, PaintedSlice
 from napari_distillfss._tasks import THUMBNAIL, iter_thumbnails, pick
 from napari_distillfss._threads import LatestJob
 from napari_distillfss._widgets._colors import ERROR_IN_LIST
@@ -35,8 +35,8 @@ class SliceRow:
         Of the volume on screen; None for a row of another volume.
     labels : PaintedLabels, optional
         Of the volume of the slice; None where the row is no slice, or has no label.
-    number : int
-        Of the plane in them.
+    painted : PaintedSlice, optional
+        The slice in them.
     colors : mapping of label to color
         Colors ("#rrggbb") of the classes, by their painted labels.
     open : function, optional
@@ -50,7 +50,7 @@ class SliceRow:
     tooltip: str = ""
     plane: int | None = None
     labels: PaintedLabels | None = None
-    number: int = 0
+    painted: PaintedSlice | None = None
     colors: Mapping[int, str] = field(default_factory=dict)
     open: Callable[[], Any] | None = None
     is_used: bool = True
@@ -58,7 +58,7 @@ class SliceRow:
 
     @property
     def place(self) -> _Place | None:
-        return (self.labels.folder.name, self.number) if self.labels is not None else None
+        return (self.labels.folder.name, self.painted.plane) if self.labels and self.painted else None
 
 
 def _wrappable(text: str) -> str:
@@ -100,6 +100,15 @@ class SliceList(QListWidget):
         """What an item shows; None for no item."""
         return self._rows[self.row(item)] if item is not None else None
 
+    def ticked(self) -> list[tuple[PaintedSlice, tuple[str, ...]]]:
+        """The slices that are ticked, each with the names of its classes."""
+        items = (self.item(n) for n in range(self.count()))
+        return [
+            (row.painted, row.labels.class_names)
+            for row, item in zip(self._rows, items, strict=True)
+            if row.painted and row.labels and item and item.checkState() == Qt.CheckState.Checked
+        ]
+
     def setRows(self, rows: Sequence[SliceRow]) -> None:
         """Show these rows. Thumbnails that are missing follow."""
         chosen, self._rows = self.currentRow(), list(rows)
@@ -133,7 +142,7 @@ class SliceList(QListWidget):
         wanted: dict[str, tuple[Callable[[], Any], list[int]]] = {}
         for row in self._rows:
             if row.place is not None and row.open is not None and row.place not in self._pictures:
-                wanted.setdefault(row.place[0], (row.open, []))[1].append(row.number)
+                wanted.setdefault(row.place[0], (row.open, []))[1].append(row.place[1])
         if wanted:
             self._thumbnails.ask(lambda stop: iter_thumbnails(wanted, stop))
 

@@ -25,7 +25,6 @@ from napari_distillfss._annotations import (
     UNLABELED,
     Annotations,
     Class,
-    PaintedSlice,
     is_set_aside,
     unwritten,
 )
@@ -439,7 +438,7 @@ class SupportWidget(QWidget):
                         fmt.painted(s, names),
                         plane=s.plane,
                         labels=annotations,
-                        number=s.plane,
+                        painted=s,
                         colors=colors,
                         open=lambda: volume,
                         is_used=s.enabled,
@@ -456,14 +455,7 @@ class SupportWidget(QWidget):
 
     def _show_total(self) -> None:
         """Sum up what is labeled in the ticked slices, of other volumes too."""
-        annotations, layers = self._session.annotations, tuple(self._session.layers())
-        slices: list[tuple[PaintedSlice, tuple[str, ...]]] = []
-        if annotations is not None:
-            slices = [(s, annotations.class_names) for s in annotations.slices() if s.enabled]
-            for other in self._session.used()[0]:
-                if not other.problem(annotations.class_names, layers):
-                    own = (s for s in other.labels.slices() if s.enabled and s.plane not in other.left_out)
-                    slices += [(s, other.class_names) for s in own]
+        slices = self.list.ticked()
         self.total.setVisible(bool(slices))
         self.total.tell(fmt.total(slices) if slices else "")
 
@@ -486,7 +478,7 @@ class SupportWidget(QWidget):
                     fmt.painted(s, other.class_names, other.name),
                     tooltip="Of another volume; choose that volume to paint in it",
                     labels=other.labels,
-                    number=s.plane,
+                    painted=s,
                     colors=colors,
                     open=partial(other.open, layers),
                     is_used=s.plane not in other.left_out,
@@ -535,12 +527,13 @@ class SupportWidget(QWidget):
 
     def _on_slice_toggled(self, row: SliceRow, on: bool) -> None:
         annotations = self._session.annotations
-        if annotations is None or row.labels is None:
+        if annotations is None or row.labels is None or row.painted is None:
             return
+        number = row.painted.plane
         if row.labels is annotations:
-            annotations.enable(row.number, on)
+            annotations.enable(number, on)
         else:
-            self._session.leave_out(row.labels.folder.name, row.number, not on)
+            self._session.leave_out(row.labels.folder.name, number, not on)
         self._show_total()
         self._save()
         self._session.stroked.emit()
