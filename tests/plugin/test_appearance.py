@@ -104,6 +104,34 @@ def test_rows_that_cannot_be_used_are_readable_in_the_window(theme, drawn, qtbot
         assert contrast(widget.item(0).foreground().color(), background) >= 4.5
 
 
+def test_rows_follow_the_theme_at_once(drawn, qtbot, painted_truth, sample):
+    from napari_distillfss._widgets.slices import SliceRow
+    from napari_distillfss._widgets.sources import SourceList
+
+    viewer, dock = drawn
+    dock.session.annotations.put(1, painted_truth[1])
+    viewer.add_image(sample.image[::-1].copy(), name="another")
+    dock.volume.layers.setCurrentIndex(1)
+    dock.volume.layers.activated.emit(1)
+    (other,) = dock.session.others()
+    choice = SourceList([(other, "is no file, and not open here")], dock)
+    rows = dock.support.list
+    rows.setRows([SliceRow("nuclei: 2 slices cannot be used", is_problem=True), SliceRow("plane 3: suggested")])
+    changes = []
+    for widget in (choice.list, rows):
+        widget.itemChanged.connect(changes.append)
+        holder = widget if widget is rows else choice
+        holder.resize(300, 120)
+        holder.show()
+    for theme in (*THEMES, *THEMES):
+        set_theme(viewer, theme, qtbot)
+        for widget in (choice.list, rows):
+            background = widget.grab().toImage().pixelColor(widget.width() // 2, widget.height() - 4)
+            assert contrast(widget.item(0).foreground().color(), background) >= 4.5, theme
+    assert rows.item(1).foreground().style() == Qt.BrushStyle.NoBrush  # as the theme has it
+    assert changes == []
+
+
 def test_errors_are_readable_in_the_window_of_each_theme(drawn, qtbot):
     viewer, dock = drawn
     colors = []

@@ -21,6 +21,7 @@ from qtpy.QtWidgets import (
     QHBoxLayout,
     QLabel,
     QListWidget,
+    QListWidgetItem,
     QMessageBox,
     QProgressBar,
     QPushButton,
@@ -37,12 +38,14 @@ from napari_distillfss._layers import REPLACE_NAN
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._colors import ERROR
+from napari_distillfss._widgets._colors import ERROR, Tone
 
 Later = TypeVar("Later", bound=QObject)
 
 _LINES = 3  # of text that a message has room for
 _ANY_HEIGHT = 100_000  # pixels
+_NEW_LOOK = (QEvent.Type.StyleChange, QEvent.Type.PaletteChange)
+_TONE = Qt.ItemDataRole.UserRole + 1  # of a row: its `Tone`
 _PLAIN = "padding: 0px; margin: 0px;"  # so that the text has the whole widget
 
 
@@ -102,8 +105,7 @@ class Message(QLabel):
 
     def changeEvent(self, event: QEvent | None) -> None:
         super().changeEvent(event)
-        kinds = (QEvent.Type.StyleChange, QEvent.Type.PaletteChange, QEvent.Type.FontChange)
-        if event is not None and event.type() in kinds:
+        if event is not None and event.type() in (*_NEW_LOOK, QEvent.Type.FontChange):
             self._color()
             self._elide()
 
@@ -145,6 +147,24 @@ class Message(QLabel):
 def _breakable(text: str) -> str:
     """The text with places in paths where a line may end."""
     return re.sub(r"([/\\_])", "\\1\u200b", text)
+
+
+class ToneList(QListWidget):
+    """A list whose rows may have a tone, in the form that suits napari's theme also after it was changed."""
+
+    def set_tone(self, item: QListWidgetItem, tone: Tone) -> None:
+        """Give the text of a row a tone."""
+        item.setData(_TONE, tone)
+        item.setForeground(tone.on(self.palette().window().color()))
+
+    def changeEvent(self, event: QEvent | None) -> None:
+        super().changeEvent(event)
+        if event is not None and event.type() in _NEW_LOOK:
+            was_blocked = self.blockSignals(True)  # no item has changed for the user
+            for item in (self.item(row) for row in range(self.count())):
+                if item is not None and item.data(_TONE) is not None:
+                    self.set_tone(item, item.data(_TONE))
+            self.blockSignals(was_blocked)
 
 
 class Section(QWidget):

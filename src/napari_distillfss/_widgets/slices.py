@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from qtpy.QtCore import QSize, Qt, Signal
 from qtpy.QtGui import QIcon, QImage, QPixmap
-from qtpy.QtWidgets import QListWidget, QListWidgetItem, QWidget
+from qtpy.QtWidgets import QListWidgetItem, QWidget
 
 from napari_distillfss._annotations import PaintedLabels, PaintedSlice
 from napari_distillfss._tasks import THUMBNAIL, iter_thumbnails, pick
 from napari_distillfss._threads import LatestJob
 from napari_distillfss._widgets._colors import ERROR_IN_LIST
-from napari_distillfss._widgets._common import fit_rows
+from napari_distillfss._widgets._common import ToneList, fit_rows
 
 _MOST_ROWS = 2  # that are shown at a time: with the line below them they leave Train in sight
 _Place = tuple[str, int]
@@ -66,7 +66,7 @@ def _wrappable(text: str) -> str:
     return re.sub(r"(?<=\w)([_.-])(?=\w)", "\\1\u200b", text)
 
 
-class SliceList(QListWidget):
+class SliceList(ToneList):
     """Lists slices. ``toggled`` emits the `SliceRow` of a slice that the user ticks or unticks, and its state.
 
     The rows have the width of the dock: their text is wrapped.
@@ -85,9 +85,9 @@ class SliceList(QListWidget):
         self.setIconSize(QSize(THUMBNAIL, THUMBNAIL))
         self.setAccessibleName("Annotated slices")
         self.setWordWrap(True)
-        self.setResizeMode(QListWidget.ResizeMode.Adjust)
+        self.setResizeMode(ToneList.ResizeMode.Adjust)
         self.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
-        self.setVerticalScrollMode(QListWidget.ScrollMode.ScrollPerPixel)
+        self.setVerticalScrollMode(ToneList.ScrollMode.ScrollPerPixel)
         self.itemChanged.connect(self._on_item_changed)
         self.hide()
 
@@ -122,7 +122,7 @@ class SliceList(QListWidget):
                 item.setFlags(item.flags() | Qt.ItemFlag.ItemIsUserCheckable)
                 item.setCheckState(Qt.CheckState.Checked if row.is_used else Qt.CheckState.Unchecked)
             if row.is_problem:
-                item.setForeground(ERROR_IN_LIST.on(self.palette().window().color()))
+                self.set_tone(item, ERROR_IN_LIST)
             self.addItem(item)
         self.setCurrentRow(min(chosen, self.count() - 1))
         self.blockSignals(False)

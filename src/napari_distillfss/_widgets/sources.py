@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qtpy.QtCore import Qt, Signal
-from qtpy.QtWidgets import QDialog, QDialogButtonBox, QLabel, QListWidget, QListWidgetItem, QVBoxLayout, QWidget
+from qtpy.QtWidgets import QDialog, QDialogButtonBox, QLabel, QListWidgetItem, QVBoxLayout, QWidget
 
 from napari_distillfss import _format as fmt
 from napari_distillfss._sources import OtherSlices
 from napari_distillfss._widgets._colors import MUTED_IN_LIST
+from napari_distillfss._widgets._common import ToneList
 
 
 class SourceList(QWidget):
@@ -25,10 +26,9 @@ class SourceList(QWidget):
 
     def __init__(self, others: Sequence[tuple[OtherSlices, str]], parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.list = QListWidget()
+        self.list = ToneList()
         self.list.setAccessibleName("Other volumes with annotated slices")
         self.list.setWordWrap(True)
-        self.ensurePolished()  # it has the colors of the theme then
         for other, problem in others:
             count = fmt.count(len(other.labels.enabled()), "slice")
             item = QListWidgetItem(f"{other.name}: {count}, {', '.join(other.class_names)}")
@@ -38,7 +38,7 @@ class SourceList(QWidget):
             item.setCheckState(Qt.CheckState.Unchecked)
             if problem:
                 item.setText(f"{item.text()}\nit {problem}")
-                item.setForeground(MUTED_IN_LIST.on(self.palette().window().color()))
+                self.list.set_tone(item, MUTED_IN_LIST)
             self.list.addItem(item)
         self._problems = {other.key: problem for other, problem in others}
         layout = QVBoxLayout(self)
