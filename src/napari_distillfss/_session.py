@@ -64,6 +64,8 @@ class Session:
         Where annotations and students are kept as they are made; by default the user's data folder.
     layers : function, optional
         Gives the layers that are open, in which volumes of other slices are looked for.
+    annotates : bool
+        Whether slices are annotated and models trained in it; otherwise models are loaded only.
     """
 
     volume_changed = Signal()
@@ -75,8 +77,10 @@ class Session:
     busy_changed = Signal()
     closed = Signal()
 
-    def __init__(self, folder: Path | None = None, layers: Callable[[], Sequence[Any]] = tuple) -> None:
-        self.layers = layers
+    def __init__(
+        self, folder: Path | None = None, layers: Callable[[], Sequence[Any]] = tuple, *, annotates: bool = True
+    ) -> None:
+        self.layers, self.annotates = layers, annotates
         self.folder = folder or Path(platformdirs.user_data_dir("napari-distillfss", appauthor=False))
         self.volume: ChosenVolume | None = None
         self.annotations: Annotations | None = None
@@ -272,6 +276,11 @@ class Session:
         self._others = found
         used = [other.without(self.annotations.left_out(key)) for key, other in found.items()]
         return used, [key for key in self.annotations.also if key not in found]
+
+    @property
+    def no_model(self) -> str:
+        """What to do where there is no model, as an error says it."""
+        return f"there is no model yet; {'train or load' if self.annotates else 'load'} one first"
 
     @property
     def has_slices(self) -> bool:

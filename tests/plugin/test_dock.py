@@ -1849,6 +1849,40 @@ def test_the_dock_for_a_student_shows_the_student_before_preview_and_apply(viewe
     dock.deleteLater()
 
 
+def test_the_dock_for_a_student_asks_for_nothing_that_it_has_not(viewer, sample, qtbot, student, tmp_path):
+    from qtpy.QtWidgets import QAbstractButton
+
+    from napari_distillfss._widgets._common import Message
+    from napari_distillfss._widgets.dock import ApplyDock
+
+    dock = ApplyDock(viewer, tmp_path / "kept")
+    hidden = [dock.sections[part] for part in (dock.support, dock.distill)]
+    hidden += [dock.preview.live, dock.preview.source.parentWidget(), dock.preview.take]
+
+    def asked():
+        parts = [w for w in dock.widget().findChildren(QWidget) if not any(h is w or h.isAncestorOf(w) for h in hidden)]
+        texts = [w.toolTip() for w in parts] + [w.text() for w in parts if isinstance(w, (Message, QAbstractButton))]
+        assert len(texts) > 50
+        return [t for t in texts if re.search(r"\b(train|refine|paint|annotate|suggest)\b", t, re.IGNORECASE)]
+
+    assert asked() == []
+    assert dock.apply.message.text() == "Load a model first"
+    layer = viewer.add_image(sample.image, name="nuclei")
+    assert asked() == []
+    for start in (dock.apply.start, dock.apply.batch.start, dock.objects.start, dock.preview.on.click):
+        start()
+    assert asked() == []
+    assert dock.apply.message.text() == dock.apply.batch.message.text() == "there is no model yet; load one first"
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        dock.model.load_from(student)
+    assert dock.apply.message.text().startswith("Ready")
+    assert dock.apply.batch.message.text() == ""
+    viewer.layers.remove(layer)
+    assert asked() == []
+    dock.session.close()
+    dock.deleteLater()
+
+
 def test_a_copied_path_is_one_that_is_free(tmp_path):
     from napari_distillfss._scripts import free_name
 

@@ -65,7 +65,7 @@ NUMBERED = "numbered"
 METHODS = ("connected", "watershed", NUMBERED)
 _LABELS_OF_LAYER = ("any label", "selected label")
 _READY_TO_COUNT = "Ready to count the objects of {}"
-_NO_MODEL = "Train or load a model first"
+_NO_MODEL, _LOAD_FIRST = "Train or load a model first", "Load a model first"
 _READY = "Ready. You can stop and resume at any time"
 _MEASURED = 5  # annotated planes, at most, whose objects are measured
 _SPECK = 9  # pixels; fewer are no object but a stroke
@@ -83,6 +83,7 @@ class ApplyWidget(QWidget):
     def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
+        self._no_model = _NO_MODEL if session.annotates else _LOAD_FIRST
         self._running: Applied | None = None
         self._written = False
         self._levels: Sequence[OnGrid] = ()  # that the layer shows
@@ -112,7 +113,7 @@ class ApplyWidget(QWidget):
             "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
         self.job = Job(session, "Segmentation", self)
-        self.message = Message(_NO_MODEL)
+        self.message = Message(self._no_model)
         self.offer = ReplaceOffer(session, self.job)
         told = row(self.message, self.offer, first=3)
         self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
@@ -152,7 +153,7 @@ class ApplyWidget(QWidget):
             if chosen is None:
                 raise core.SettingsError("no volume is chosen; choose an image layer first")
             if model is None:
-                raise core.SettingsError("there is no model yet; train or load one first")
+                raise core.SettingsError(self._session.no_model)
             out = Path(self.out.text().strip() or ".").expanduser().absolute()
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
@@ -296,7 +297,7 @@ class ApplyWidget(QWidget):
     def _on_volume_changed(self) -> None:
         chosen = self._session.volume
         if not self.job.running:
-            self.message.tell(_READY if self._session.model is not None else _NO_MODEL)
+            self.message.tell(_READY if self._session.model is not None else self._no_model)
         if chosen is not None:
             z, y, x = chosen.volume.shape[:3]
             self.region.setShape((z, y, x))
@@ -347,7 +348,7 @@ class ApplyWidget(QWidget):
         has_both = self._session.model is not None and self._session.volume is not None
         self.apply.setEnabled(not self._session.busy and has_both)
         self.on_screen.setEnabled(self._session.volume is not None)
-        if self._session.model is not None and self.message.text() == _NO_MODEL:
+        if self._session.model is not None and self.message.text() in (self._no_model, self._session.no_model):
             self.message.tell(_READY)
 
 

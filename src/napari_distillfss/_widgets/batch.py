@@ -104,7 +104,7 @@ class BatchWidget(QWidget):
         def start() -> None:
             model = self._session.model
             if model is None:
-                raise core.SettingsError("there is no model yet; train or load one first")
+                raise core.SettingsError(self._session.no_model)
             self.job.check_free()
             out = self._folder_of(self.out, "the labels")
             plan = self._plan(out)
@@ -217,3 +217,5 @@ class BatchWidget(QWidget):
         for widget in (self.folder, self.browse_folder, self.channel):
             widget.setEnabled(is_files)
         self.run.setEnabled(not self._session.busy and self._session.model is not None)
+        if self._session.model is not None and self.message.text() == self._session.no_model:
+            self.message.tell("")

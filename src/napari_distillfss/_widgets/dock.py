@@ -74,11 +74,11 @@ class DistillDock(QScrollArea):
         self.viewer = _bare(napari_viewer)
         self._is_docked = False
         self._window: Callable[[], QMainWindow | None] = lambda: None  # that showed it last
-        session = self.session = Session(folder, lambda: tuple(napari_viewer.layers))
+        session = self.session = Session(folder, lambda: tuple(napari_viewer.layers), annotates=self.annotates)
         self.volume = VolumePicker(session, napari_viewer)
         self.support = SupportWidget(session, napari_viewer)
         self.distill = DistillWidget(session)
-        self.preview = PreviewWidget(session, napari_viewer, only_model=not self.annotates)
+        self.preview = PreviewWidget(session, napari_viewer)
         self.apply = ApplyWidget(session, napari_viewer)
         self.objects = ObjectsWidget(session, napari_viewer)
         self.model = ModelWidget(session)

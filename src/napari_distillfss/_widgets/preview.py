@@ -60,22 +60,15 @@ class PreviewWidget(QWidget):
 
     ``correct`` gives what the preview says of a plane, as it is painted, for the user to correct; ``settled`` is
     emitted whenever all that is on screen has been answered.
-
-    Parameters
-    ----------
-    only_model : bool
-        Whether it is of a loaded model alone, where nothing is annotated.
     """
 
     correct = Signal(object)
     settled = Signal()
 
-    def __init__(
-        self, session: Session, viewer: Any, parent: QWidget | None = None, *, only_model: bool = False
-    ) -> None:
+    def __init__(self, session: Session, viewer: Any, parent: QWidget | None = None) -> None:
         super().__init__(parent)
         self._session, self._viewer = session, viewer
-        self._no_model = _LOAD_FIRST if only_model else _NO_MODEL
+        self._no_model = _NO_MODEL if session.annotates else _LOAD_FIRST
         self._teacher: Any = None
         self._instant: InstantAnswers | None = None
         self._version = 0  # of the instant model, whose output is shown
@@ -96,7 +89,7 @@ class PreviewWidget(QWidget):
         self.source = combo(
             "model: the trained student; instant: a linear classifier that follows your strokes; teacher: a "
             "network with your slices as support, before any training; prototypes: likewise, by the mean of each class",
-            (MODEL,) if only_model else (MODEL, INSTANT, *TEACHERS),
+            (MODEL, INSTANT, *TEACHERS) if session.annotates else (MODEL,),
         )
         self.source.setCurrentText(INSTANT)
         self.live = QCheckBox("Live")
@@ -107,7 +100,7 @@ class PreviewWidget(QWidget):
         for name, help_ in {
             "labels": "The class of every pixel",
             "probability": "How probable the chosen class is, 0 to 1",
-            "uncertainty": "0 sure, 1 no idea: paint where it is bright",
+            "uncertainty": f"0 sure, 1 no idea{': paint where it is bright' if session.annotates else ''}",
         }.items():
             self.shown[name].setToolTip(help_)
             self.shown[name].toggled.connect(self._on_shown_toggled)
@@ -121,7 +114,7 @@ class PreviewWidget(QWidget):
         )
         self.take.setEnabled(False)
         self.job = Job(session, "Preparation of the teacher", self)
-        self.message = Message(self._no_model if only_model else _HINT)
+        self.message = Message(_HINT if session.annotates else self._no_model)
         self._latest = LatestJob(self)
         self.offer = ReplaceOffer(session, self._latest, self.job)
         told = row(self.message, self.offer, first=3)
@@ -141,7 +134,7 @@ class PreviewWidget(QWidget):
             JobBar(self.job, cancel="Stop", instead_of=told),
             told,
         )
-        if only_model:
+        if not session.annotates:
             for part in (self.live, using, self.take):
                 part.hide()
         self._connect(session, viewer)

@@ -243,7 +243,8 @@ class VolumePicker(QWidget):
         self.layers.blockSignals(False)
         if current is not None and current not in images:
             self._take(None)
-            self.message.tell(f"layer {current.name!r} was removed; what was painted and trained is kept")
+            kept = "; what was painted and trained is kept" if self._session.annotates else ""
+            self.message.tell(f"layer {current.name!r} was removed{kept}")
         added = getattr(event, "value", None) if getattr(event, "type", "") == "inserted" else None
         if current is None and images and (event is None or added in images):
             self.layers.setCurrentIndex(images.index(added) if added in images else 0)
