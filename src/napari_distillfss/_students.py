@@ -94,14 +94,15 @@ class KeptStudent:
         return tuple(self.record.get("support", ()))
 
     def describe(self) -> str:
-        """One or two lines: time, preset, slices, steps and IoU on the validation slice."""
+        """Time, preset, slices, steps and IoU on the validation slice in two lines; in a third the IoU to expect."""
         if self.error:
             return f"{self.name}: cannot be read"
         iou = f", IoU {self.validation_iou:.3f}" if self.validation_iou is not None else ""
         start = self.training.start if self.training is not None else None
         origin = f"refined from {name_of(start)}, " if start is not None else ""
         made = fmt.count(self.record.get("steps", 0), "step") if self.record.get("method") != "probe" else "probe"
-        return f"{self.time}, {self.preset}\n{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {made}{iou}"
+        learned = f"{self.name}: {origin}{fmt.count(len(self.slices), 'slice')}, {made}{iou}"
+        return "\n".join(filter(None, (f"{self.time}, {self.preset}", learned, core.describe_expectation(self.record))))
 
 
 @dataclass(frozen=True, eq=False)

@@ -107,6 +107,42 @@ def test_students_that_are_trained_are_listed_the_latest_first_with_their_origin
     assert not history.compare.isEnabled()
 
 
+def test_the_iou_to_expect_is_that_of_each_model_and_never_of_an_earlier_one(
+    viewer, nuclei, open_dock, students, few, qtbot, painted_truth
+):
+    dock = open_dock(viewer)
+    paint(dock, painted_truth, [1, 4])
+    folder = dock.session.annotations.folder
+    measured = core.StudentModel.load(students / "student-1.safetensors")
+    measured.training["expected_iou"], measured.training["no_expectation"] = 0.714, None
+    measured.save(folder / "model-1.safetensors")
+    dock.model.load_from(folder / "model-1.safetensors")
+    finish(qtbot, dock)
+    wait_for_students(qtbot, dock, 1)
+    phrase = "IoU 0.71 ± 0.15 expected on new slices of these kinds"
+    assert dock.model.history.list.item(0).text().splitlines()[2] == phrase
+    assert phrase in dock.model.card.toPlainText()
+    dock.distill.settings.setValue(few)
+    dock.distill.start_refining()
+    finish(qtbot, dock)
+    wait_for_students(qtbot, dock, 2)
+    refined, first = texts(dock.model.history.list)
+    assert "expected" not in refined
+    assert phrase in first
+    reason = "no IoU to expect, as it went on from another model"
+    for text in (dock.distill.message.text(), dock.model.card.toPlainText()):
+        assert reason in text
+        assert "expected" not in text
+    assert "No IoU to expect" in dock.model.history.list.item(0).toolTip()
+    assert not dock.distill.plot.isHidden()
+    dock.model.history.choose(folder / "model-1.safetensors")
+    dock.model.history.restore.click()
+    finish(qtbot, dock)
+    assert phrase in dock.model.card.toPlainText()
+    assert dock.distill.message.text() == "Ready to train on the slices that are ticked"
+    assert dock.distill.plot.isHidden()
+
+
 def test_a_student_is_restored_with_all_that_a_script_needs(trained, qtbot):
     history, folder = trained.model.history, trained.session.annotations.folder
     labels = {name: core.StudentModel.load(folder / f"{name}.safetensors") for name in ("student-1", "student-2")}

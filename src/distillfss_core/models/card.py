@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distillfss_core.errors import ModelFileError
 from distillfss_core.nn.checkpoint import FileKind, read_card_file
 from distillfss_core.nn.head import HeadForm
 from distillfss_core.support.support_set import SupportSet
@@ -33,11 +35,47 @@ class Thumbnails:
 _OLDER_KEYS = {"left_out_slice": "validation_slice", "left_out_iou": "validation_iou"}
 
 
-def upgrade_card(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card of an older file in the words of today; that of a new one as it is."""
-    training = {_OLDER_KEYS.get(name, name): value for name, value in card["training"].items()}
-    probe = {"alone": True, "bound": None, **card["probe"]} if card.get("probe") else None
-    return {**card, "probe": probe, "head": HeadForm.from_json(card["head"]).to_json(), "training": training}
+def upgrade_card(card: Mapping[str, Any], source: str | Path) -> dict[str, Any]:
+    """The card of an older file in the words of today; that of a new one as it is.
+
+    Parameters
+    ----------
+    card : mapping
+    source : str or path
+        For error messages.
+
+    Raises
+    ------
+    ModelFileError
+        If parts of it are missing or not possible.
+    """
+    try:
+        training = {_OLDER_KEYS.get(name, name): value for name, value in card["training"].items()}
+        probe = {"alone": True, "bound": None, **card["probe"]} if card.get("probe") else None
+        head = HeadForm.from_json(card["head"]).to_json()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"{source}: its card is damaged ({reason}); take another copy, or train again") from error
+    bad = [name for name, value in (probe or {}).items() if name in _OF_PROBE and not _OF_PROBE[name](value)]
+    if probe and bad:
+        raise ModelFileError(
+            f"{source}: its card is damaged: {bad[0]} {probe[bad[0]]!r} of its probe is not possible; take another "
+            "copy, or train again"
+        )
+    return {**card, "probe": probe, "head": head, "training": training}
+
+
+def _is_bound(value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (is_number and 0 < value < math.inf)
+
+
+_OF_PROBE: Mapping[str, Callable[[Any], bool]] = {
+    "inputs": lambda value: value in (1, 3),
+    "alone": lambda value: isinstance(value, bool),
+    "bound": _is_bound,
+}
+"""What the values of a probe must be."""
 
 
 def describe_expectation(training: Mapping[str, Any]) -> str | None:
@@ -56,6 +94,23 @@ def describe_expectation(training: Mapping[str, Any]) -> str | None:
     """
     value = training.get("expected_iou")
     return None if value is None else f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices of these kinds"
+
+
+def explain_no_expectation(training: Mapping[str, Any]) -> str | None:
+    """A phrase with the reason why no IoU is to be expected, such as "no IoU to expect, as it learned from one slice".
+
+    Parameters
+    ----------
+    training : mapping
+        Of the card of a student.
+
+    Returns
+    -------
+    str or None
+        None where an IoU is expected (`describe_expectation`), and for a file that does not state the reason.
+    """
+    reason = training.get("no_expectation")
+    return None if reason is None else f"no IoU to expect, as {reason}"
 
 
 def describe_specialization(training: Mapping[str, Any]) -> str | None:
@@ -82,7 +137,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         As `StudentModel.load` does.
     """
     card, _, header = read_card_file(path, STUDENT_FILE, tensors=False)
-    return upgrade_card(card) | {
+    return upgrade_card(card, path) | {
         "backbone_inside": header.get("backbone") == "true",
         "bytes": Path(path).stat().st_size,
     }

@@ -305,7 +305,7 @@ class StudentModel(Segmenter):
         path = Path(path)
         card, tensors, _ = read_card_file(path, STUDENT_FILE)
         try:
-            card = upgrade_card(card)
+            card = upgrade_card(card, path)
             chosen = choose_device(device, precision)
             own = _part(tensors, "backbone")
             backbone_card = card["backbone"]

@@ -300,6 +300,7 @@ class DistillRun(Iterator[TrainStep]):
             **self._unlabeled_card,
             **({"specialization": self._specialization} if self._specialization else {}),
             "expected_iou": self._expected_iou(),
+            "no_expectation": self._no_expectation(),
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
             "settings": self.settings.to_json(),
@@ -328,12 +329,24 @@ class DistillRun(Iterator[TrainStep]):
         Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these,
         nor from a training that has not ended.
         """
+        if self._no_expectation() is not None:
+            return None
+        ready, _ = self._prepared()
+        return max(ready.zoom_scores[ready.preprocess.zoom], self._probe_card.get("probe_iou") or 0.0)
+
+    def _no_expectation(self) -> str | None:
+        """Why no IoU is expected; None where one is."""
         ready, _ = self._prepared()
         annotated = [float((s.labels != IGNORE).mean()) for s in self.support.slices]
-        is_comparable = self._finished and self.settings.method != "probe"
-        if not is_comparable or not ready.zoom_scores or len(annotated) == 1 or min(annotated) < DENSE:
-            return None
-        return max(ready.zoom_scores[ready.preprocess.zoom], self._probe_card.get("probe_iou") or 0.0)
+        reasons = {
+            "a probe is not measured": self.settings.method == "probe",
+            "the training was stopped": not self._finished,
+            "it learned from one slice": len(annotated) == 1,
+            "slices with strokes are too easy to judge by": min(annotated) < DENSE,
+            "it went on from another model": self._init_from is not None,
+            "its zoom was given": not ready.zoom_scores,
+        }
+        return next((reason for reason, holds in reasons.items() if holds), None)
 
     def teacher(self) -> FewShotModel:
         """The teacher with its best weights so far, with the whole support set."""

@@ -29,6 +29,7 @@ class DistillWidget(QWidget):
         super().__init__(parent)
         self._session = session
         self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
+        self._trained: Any = None  # the latest student
         self._image: Any = None  # the layer of the volume that message and plot are of
         self.settings = PresetPicker()
         self.distill = button("Train", "Distill a student, a small model, from the annotated slices", self.start)
@@ -59,7 +60,7 @@ class DistillWidget(QWidget):
         self.plot.hide()
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self.message.warn)
-        session.model_changed.connect(self._on_state_changed)
+        session.model_changed.connect(self._on_model_changed)
         session.busy_changed.connect(self._on_state_changed)
         session.slices_changed.connect(self._on_slices_changed)
         session.volume_changed.connect(self._on_volume_changed)
@@ -114,6 +115,7 @@ class DistillWidget(QWidget):
             self.message.tell("stopped before the first step; nothing was changed")
             return
         settings, start, preset = self._started
+        self._trained = distilled.model
         self._session.take_student(distilled.model, distilled.path, settings, start, distilled.support, preset)
         card = distilled.model.training
         made = f"{card['steps']} steps" if card["steps"] else card["method"]
@@ -122,7 +124,7 @@ class DistillWidget(QWidget):
             self.plot.hide()
         if card.get("validation_iou") is not None:
             line += f", IoU {card['validation_iou']:.3f} on the validation slice"
-        if expectation := core.describe_expectation(card):
+        if expectation := core.describe_expectation(card) or core.explain_no_expectation(card):
             line += f"; {expectation}"
         if distilled.stopped:
             line += f"; the best model so far (step {card['best_step']}) is kept"
@@ -130,6 +132,14 @@ class DistillWidget(QWidget):
             self.message.warn(f"{line}. It is not kept yet: press Save and choose another place ({distilled.error})")
             return
         self.message.tell(line + ". Scroll to see its preview, paint where it is wrong, then press Refine")
+
+    def _on_model_changed(self) -> None:
+        """Forget the training of another model."""
+        if self._session.model is not self._trained and not self.message.warns and not self.job.running:
+            self._trained = None
+            self.plot.hide()
+            self.message.tell(_READY if self._session.has_slices else _HINT)
+        self._on_state_changed()
 
     def _on_volume_changed(self) -> None:
         """Forget the training of another volume; another time point or channel of an image leaves it."""

@@ -37,6 +37,9 @@ class StudentHistory(QWidget):
         self.list.setSelectionMode(QAbstractItemView.SelectionMode.ExtendedSelection)
         self.list.setToolTip("Students trained on this volume, the latest first; choose two to compare them")
         self.list.setAccessibleName("Models of this volume")
+        self.list.setWordWrap(True)
+        self.list.setResizeMode(QListWidget.ResizeMode.Adjust)
+        self.list.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.list.setMinimumHeight(90)
         self.list.setMaximumHeight(160)
         self.restore = button("Restore", "Use the chosen model again, with its settings", self._on_restore_clicked)
@@ -109,7 +112,9 @@ class StudentHistory(QWidget):
         for student in self.students():
             present = "in use: " if self._session.is_present(student) else ""
             item = QListWidgetItem(present + student.describe())
-            item.setToolTip(student.error or f"{student.path}\nIoU: on the validation slice")
+            reason = core.explain_no_expectation(student.record)
+            lines = filter(None, (str(student.path), "IoU: on the validation slice", fmt.sentence(reason or "")))
+            item.setToolTip(student.error or "\n".join(lines))
             item.setData(Qt.ItemDataRole.UserRole, student.path)
             self.list.addItem(item)
         self.choose(*chosen)

@@ -118,6 +118,45 @@ def test_a_bad_file_is_refused_in_one_clear_line(saved: Path, harm, message: str
     assert str(saved) in str(caught.value)
 
 
+def _with_probe(path: Path, **values: object) -> None:
+    card = read_card(path)
+    card["probe"] = {"inputs": 1, "alone": False, "bound": 2.0, **values}
+    _rewrite(path, card=json.dumps(card))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("bound", value) for value in (0, 0.0, -2.0, float("nan"), float("inf"), "2", True, [2.0])),
+        ("inputs", 2),
+        ("inputs", [1]),
+        ("alone", "no"),
+    ],
+)
+def test_values_of_a_probe_that_are_not_possible_are_refused(saved: Path, name: str, value: object) -> None:
+    _with_probe(saved, **{name: value})
+    for read in (StudentModel.load, read_card):
+        with pytest.raises(ModelFileError, match=f"damaged: {name} .* not possible; take another copy") as caught:
+            read(saved)
+        assert str(saved) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bound", [None, 1, 2.0])
+def test_bounds_of_a_probe_that_are_possible_are_read(saved: Path, bound: float | None) -> None:
+    _with_probe(saved, bound=bound)
+    assert read_card(saved)["probe"] == {"inputs": 1, "alone": False, "bound": bound}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("training", None), ("training", 3), ("head", None), ("head", 3), ("head", {"student": 3})]
+)
+def test_a_card_without_its_parts_is_refused_where_it_is_only_read(saved: Path, part: str, value: object) -> None:
+    _rewrite(saved, card=json.dumps(read_card(saved) | {part: value}))
+    with pytest.raises(ModelFileError, match="card is damaged"):
+        read_card(saved)
+
+
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     path = tmp_path / "evil.safetensors"
     torch.save({"a": torch.zeros(1)}, path)
