@@ -129,7 +129,7 @@ class InstantAnswers:
     def _read_other(self, other: OtherSlices, names: tuple[str, ...]) -> dict[int, core.AnnotatedSlice]:
         """All enabled slices of another volume by their planes, read again where its labels have changed."""
         everything = other.without(frozenset())
-        stamp = (names, other.class_names, [(z, other.labels.stamp(z)) for z in everything.planes])
+        stamp = (names, other.class_names, other.replace_nan, [(z, other.labels.stamp(z)) for z in everything.planes])
         earlier, slices = self._of_others.get(other.key, (None, {}))
         if earlier != stamp:
             own = core.VolumeSlices(self.volume.name, (), self.pixel_size, core.sample_volume(self.volume)[0])

@@ -409,7 +409,9 @@ def _are_axes(letters: Sequence[str]) -> bool:
     return len(set(letters)) == len(letters) and set(letters) <= set("tczyx") and {"y", "x"} <= set(letters)
 
 
-def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: int = 0) -> ChosenVolume:
+def choose_layer(
+    layer: Image, *, lead: Mapping[str, int] | None = None, level: int = 0, replace_nan: float | None = None
+) -> ChosenVolume:
     """Open the volume that an image layer shows; parts of three planes are read at most.
 
     Where the layer still shows what is in its file, the volume is that of the file.
@@ -422,6 +424,8 @@ def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: 
         Time point ("t") and channel ("c") where the layer has such axes; 0 by default.
     level : int
         Resolution of a multiscale layer, 0 is the finest.
+    replace_nan : float, optional
+        What pixels that are not finite are read as, where the layer itself has no choice.
 
     Raises
     ------
@@ -437,7 +441,8 @@ def choose_layer(layer: Image, *, lead: Mapping[str, int] | None = None, level: 
         raise core.SettingsError(f"layer {layer.name!r} has no level {level}; its levels are 0 to {len(levels) - 1}")
     ratio = {a: fine / coarse for a, fine, coarse in zip(axes, levels[0].shape, levels[level].shape, strict=False)}
     factors = (ratio.get("z", 1.0), ratio["y"], ratio["x"])
-    volume, opening = _open(layer, levels[level], axes, chosen, level)
+    own = layer.metadata.get(REPLACE_NAN)
+    volume, opening = _open(layer, levels[level], axes, chosen, level, replace_nan if own is None else own)
     _, unit = _scale(layer, axes, factors)
     result = ChosenVolume(layer, volume, chosen, factors, opening, axes)
     return _placed(result) if unit or volume.unit is None else result  # a file may know its scale better than the layer
@@ -464,7 +469,9 @@ def choose_labels(layer: Labels, point: Sequence[float]) -> ChosenVolume:
     return _placed(ChosenVolume(layer, volume, chosen, axes=axes))
 
 
-def volumes_over_time(layer: Image, point: Sequence[float], *, all_times: bool) -> list[tuple[int | None, Any]]:
+def volumes_over_time(
+    layer: Image, point: Sequence[float], *, all_times: bool, replace_nan: float | None = None
+) -> list[tuple[int | None, Any]]:
     """The volumes of an image layer with their time points; None where it has no axis of time.
 
     Parameters
@@ -473,6 +480,8 @@ def volumes_over_time(layer: Image, point: Sequence[float], *, all_times: bool) 
     point : sequence of float
         Of napari's world: the channel there is chosen, and the time point unless all are wanted.
     all_times : bool
+    replace_nan : float, optional
+        As for `choose_layer`.
 
     Raises
     ------
@@ -481,9 +490,9 @@ def volumes_over_time(layer: Image, point: Sequence[float], *, all_times: bool) 
     """
     lead = lead_at(layer, point)
     if "t" not in lead:
-        return [(None, choose_layer(layer, lead=lead).volume)]
+        return [(None, choose_layer(layer, lead=lead, replace_nan=replace_nan).volume)]
     times = range(finest_shape(layer)[layer_axes(layer).index("t")]) if all_times else [lead["t"]]
-    return [(t, choose_layer(layer, lead={**lead, "t": t}).volume) for t in times]
+    return [(t, choose_layer(layer, lead={**lead, "t": t}, replace_nan=replace_nan).volume) for t in times]
 
 
 def _placed(chosen: ChosenVolume) -> ChosenVolume:
@@ -493,10 +502,11 @@ def _placed(chosen: ChosenVolume) -> ChosenVolume:
     return replace(chosen, volume=replace(chosen.volume, name=chosen.name, scale=scale, unit=unit, origin=origin))
 
 
-def _open(layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level: int) -> tuple[Any, Mapping[str, Any]]:
+def _open(
+    layer: Image, array: Any, axes: str, chosen: Mapping[str, int], level: int, replace_nan: float | None
+) -> tuple[Any, Mapping[str, Any]]:
     channel = "all" if layer.rgb else chosen.get("c")
-    given = layer.metadata.get(REPLACE_NAN)
-    replaced = {} if given is None else {"replace_nan": given}
+    replaced: dict[str, Any] = {} if replace_nan is None else {"replace_nan": replace_nan}
     options: dict[str, Any] = {"level": level, "time": chosen.get("t"), "channel": channel, **replaced}
     from_array = core.open_volume(array, axes=axes + "c" * layer.rgb, time=options["time"], channel=channel, **replaced)
     remembered = layer.metadata.get(FROM_FILE)

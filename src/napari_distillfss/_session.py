@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from napari_distillfss._layers import ChosenVolume
 from napari_distillfss._sources import OtherSlices, other_slices, support_of
 from napari_distillfss._students import KeptStudent, Training, number_of, read_training, write_record
 
+_REPLACEMENTS = "replace_nan"  # name of the choices of `Session.replacement_of`
 _NO_VOLUME = "no volume is chosen; choose an image layer first"
 
 
@@ -215,6 +217,29 @@ class Session:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self._choices_path, self._remembered() | {name: value})
 
+    def replacement_of(self, chosen: ChosenVolume) -> float | None:
+        """The number that pixels of a volume are read as that are not finite, as was chosen before; None without."""
+        with suppress(core.DistillFSSError):
+            if chosen.volume.dtype.kind == "f":
+                return self._replacements().get(self._folder(own_folder, chosen).name)
+        return None
+
+    def keep_replacement(self, chosen: ChosenVolume, value: float | None) -> None:
+        """Keep for later sessions what pixels of a volume that are not finite are read as; None: as they are."""
+        with suppress(core.DistillFSSError):
+            self.keep_replacement_at(self._folder(own_folder, chosen).name, value)
+
+    def keep_replacement_at(self, key: str, value: float | None) -> None:
+        """As `keep_replacement`, of the volume whose annotations have this `OtherSlices.key`."""
+        others = {name: number for name, number in self._replacements().items() if name != key}
+        self.remember(_REPLACEMENTS, others if value is None else {**others, key: value})
+
+    def _replacements(self) -> dict[str, float]:
+        """Numbers that were chosen, by the names of the folders of annotations."""
+        kept = self.recall(_REPLACEMENTS, {})
+        numbers = kept.items() if isinstance(kept, dict) else ()
+        return {name: float(n) for name, n in numbers if isinstance(n, (int, float)) and math.isfinite(n)}
+
     @property
     def _choices_path(self) -> Path:
         return self.folder / "choices.json"
@@ -274,7 +299,10 @@ class Session:
             with suppress(core.SupportSetError):
                 found[key] = OtherSlices(self.annotations.folder.with_name(key))
         self._others = found
+        numbers = self._replacements()
         used = [other.without(self.annotations.left_out(key)) for key, other in found.items()]
+        for other in used:
+            other.replace_nan = numbers.get(other.key)
         return used, [key for key in self.annotations.also if key not in found]
 
     @property

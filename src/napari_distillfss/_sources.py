@@ -39,6 +39,14 @@ from napari_distillfss._layers import (
 _CHANGED = "has changed since it was annotated"
 
 
+class OtherNotFiniteError(core.NotFiniteError):
+    """Slices of another volume with pixels that are not finite; ``key`` is its `OtherSlices.key`."""
+
+    def __init__(self, text: str, key: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+
 class OtherSlices:
     """Annotated slices of a volume that is not the chosen one, as they are on disk.
 
@@ -51,6 +59,8 @@ class OtherSlices:
     ----------
     left_out : frozenset of int
         Planes that are not used for the chosen volume.
+    replace_nan : float or None
+        What pixels that are not finite are read as, where the volume was annotated without a choice.
 
     Raises
     ------
@@ -61,6 +71,7 @@ class OtherSlices:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.left_out: frozenset[int] = frozenset()
+        self.replace_nan: float | None = None
         try:
             self._version = (folder / NOTES).stat().st_mtime_ns
             notes = read_notes(folder)
@@ -136,7 +147,8 @@ class OtherSlices:
         if problem:
             raise core.SupportSetError(self._left_out(_CHANGED if has_name else problem))
         try:
-            volume = core.open_volume(self.record["location"], **self.record["opening"])
+            opening = {"replace_nan": self.replace_nan, **self.record["opening"]}
+            volume = core.open_volume(self.record["location"], **opening)
         except core.DistillFSSError as error:
             raise core.SupportSetError(self._left_out(f"cannot be opened ({error})")) from error
         if not self._is_of(identity_of(volume, self.record["lead"], self.record["factors"])):
@@ -149,7 +161,8 @@ class OtherSlices:
         Raises
         ------
         core.DistillFSSError
-            If the volume is missing, has other classes, or cannot be read.
+            If the volume is missing, has other classes, or cannot be read; an OtherNotFiniteError where pixels are not
+            finite.
         """
         problem = self.problem(class_names, layers)
         if problem:
@@ -157,7 +170,10 @@ class OtherSlices:
         volume, numbers = self.open(layers), np.arange(256, dtype=np.uint8)
         for own, class_name in enumerate(self.class_names, FIRST_CLASS - 1):
             numbers[own] = list(class_names).index(class_name) + FIRST_CLASS - 1
-        slices = [read_slice(volume, self.labels, z, f"{name}, plane {z}") for z in self.planes]
+        try:
+            slices = [read_slice(volume, self.labels, z, f"{name}, plane {z}") for z in self.planes]
+        except core.NotFiniteError as error:
+            raise OtherNotFiniteError(str(error), self.key) from error
         slices = [replace(s, labels=numbers[s.labels]) for s in slices]
         size = self.record["pixel_size"]
         return core.VolumeSlices(name, slices, tuple(size) if size else None, core.sample_volume(volume)[0])
@@ -176,7 +192,7 @@ class OtherSlices:
             sizes = dict(zip(layer_axes(layer), finest_shape(layer), strict=False))
             if {a for a in sizes if a in LEAD_NAMES} == set(lead) and all(n < sizes[a] for a, n in lead.items()):
                 for level in range(len(layer.data) if layer.multiscale else 1):
-                    chosen = choose_layer(layer, lead=lead, level=level)
+                    chosen = choose_layer(layer, lead=lead, level=level, replace_nan=self.replace_nan)
                     if list(chosen.factors) == self.record["factors"]:
                         yield chosen
 

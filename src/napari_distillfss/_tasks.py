@@ -63,12 +63,17 @@ class Written:
 
 @dataclass(frozen=True)
 class Batched:
-    """A step of a batch: ``index`` of ``total`` volumes are over; ``row`` is the report's on the latest of them."""
+    """A step of a batch: ``index`` of ``total`` volumes are over; ``row`` is the report's on the latest of them.
+
+    ``error`` is what that volume has failed with, and ``output`` where its labels are.
+    """
 
     index: int
     total: int
     stage: str
     row: Any = None
+    error: Exception | None = None
+    output: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,16 +254,19 @@ def iter_batching(
             rows: list[dict[str, Any]] | None = end.value
             return rows
         part = "" if step.shard is None else f", piece {step.shard.index} of {step.shard.total}"
-        yield Batched(step.index - (step.row is None), step.total, f"{step.job.source.name}{part}", step.row)
+        stage = f"{step.job.source.name}{part}"
+        yield Batched(step.index - (step.row is None), step.total, stage, step.row, step.error, step.job.output)
 
 
-def jobs_of_layers(layers: Sequence[Any], point: Sequence[float], out: Path, *, all_times: bool) -> list[core.BatchJob]:
+def jobs_of_layers(
+    layers: Sequence[Any], point: Sequence[float], out: Path, *, all_times: bool, replace_nan: float | None = None
+) -> list[core.BatchJob]:
     """A job for each image layer, and for each of its time points; what cannot be segmented is a job with an error."""
     jobs: list[core.BatchJob] = []
     for layer in layers:
         stem = "".join(c if c.isalnum() or c in "-_ " else "_" for c in layer.name.partition(".")[0]).strip() or "layer"
         try:
-            volumes = volumes_over_time(layer, point, all_times=all_times)
+            volumes = volumes_over_time(layer, point, all_times=all_times, replace_nan=replace_nan)
         except core.DistillFSSError as error:
             jobs.append(core.BatchJob(Path(layer.name), out / f"{stem}.ome.zarr", error=str(error)))
             continue

@@ -7,6 +7,7 @@ from qtpy.QtCore import QPoint, Qt
 import distillfss_core as core
 from napari_distillfss._layers import layer_of_file
 from napari_distillfss._scripts import command_line, python_lines
+from napari_distillfss._widgets.batch import FILES, LAYERS
 
 
 @pytest.fixture
@@ -126,6 +127,115 @@ def test_slices_of_another_volume_are_read_as_they_were_there(dock, viewer, open
         for layer in with_layer:  # the second time it is opened from its file
             viewer.layers.remove(layer)
     assert not with_layer
+
+
+@pytest.mark.parametrize("what", ["files", "layers"])
+def test_many_volumes_offer_to_read_them_as_zero_in_those_that_failed(
+    what, dock, viewer, qtbot, sample, student, tmp_path, holed
+):
+    (tmp_path / "volumes").mkdir()
+    holed.rename(tmp_path / "volumes" / "holed.npy")
+    np.save(tmp_path / "volumes" / "whole.npy", sample.image)
+    viewer.add_image(sample.image, name="whole")
+    dock.model.load_from(student)
+    ended(qtbot, dock)
+    batch, out = dock.apply.batch, tmp_path / "labels"
+    batch.what.setCurrentText(FILES if what == "files" else LAYERS)
+    batch.folder.setText(str(tmp_path / "volumes"))
+    batch.channel.clear()
+    batch.out.setText(str(out))
+    if what == "layers":
+        holed = tmp_path / "volumes" / "holed.npy"
+        viewer.layers["holed.npy"].metadata.clear()  # the file has moved
+        viewer.layers["holed.npy"].data = np.load(holed)
+    batch.start()
+    ended(qtbot, dock)
+    assert batch.message.warns
+    assert "1 of 2 volumes segmented; 1 with pixels that are NaN or infinite: Read as 0" in batch.message.text()
+    assert is_offered(batch)
+    whole = (out / "whole.ome.zarr" / "0" / "zarr.json").stat().st_mtime_ns
+    batch.offer.click()
+    ended(qtbot, dock)
+    assert "1 of 1 volume segmented" in batch.message.text()
+    assert not is_offered(batch)
+    assert (out / "whole.ome.zarr" / "0" / "zarr.json").stat().st_mtime_ns == whole
+    with core.open_volume(out / "holed.ome.zarr") as labels:
+        image = core.open_volume(tmp_path / "volumes" / "holed.npy", replace_nan=0)
+        expected = core.StudentModel.load(student).predict(image.plane(2)).labels
+        np.testing.assert_array_equal(labels.plane(2), expected)
+    assert len(list(out.glob("report*.csv"))) == 2
+
+
+def test_slices_of_another_volume_that_have_them_are_read_as_zero_after_the_offer(
+    dock, viewer, open_path, sample, tmp_path, qtbot, painted_truth
+):
+    key = dock.session.annotations.folder.name
+    np.save(tmp_path / "other.npy", sample.image)
+    open_path(dock, tmp_path / "other.npy")
+    dock.session.annotations.put(4, painted_truth[4])
+    dock.session.use_also([key])
+    dock.distill.start()
+    ended(qtbot, dock)
+    assert "holed.npy, plane 1" in dock.distill.message.text()
+    assert "pixels are NaN or infinite" in dock.distill.message.text()
+    assert is_offered(dock.distill)
+    dock.distill.offer.click()
+    assert not is_offered(dock.distill)
+    assert not dock.distill.message.warns
+    assert dock.volume._replacing.isHidden()  # the chosen volume is read as before
+    for _ in range(2):
+        own, other = dock.session.support_maker()().slices
+        assert np.isfinite(own.image).all()
+        assert np.isfinite(other.image).all()
+        for layer in [layer for layer in viewer.layers if layer.name == "holed.npy"]:  # then from its file
+            viewer.layers.remove(layer)
+    with qtbot.waitSignal(dock.distill.job.done, timeout=120_000):
+        dock.distill.start()
+
+
+def test_an_outline_offers_it_beside_its_message(dock, qtbot):
+    assert not is_offered(dock.support)
+    dock.support.outline.on.setChecked(True)
+    with qtbot.waitSignal(dock.support.outline.settled, timeout=60_000):
+        dock.support.outline.add_stroke([(41.0, 40.0)])
+    assert dock.support.message.warns
+    assert is_offered(dock.support)
+    dock.support.offer.click()
+    assert not is_offered(dock.support)
+    dock.support.outline.on.setChecked(True)
+    with qtbot.waitSignal(dock.support.outline.settled, timeout=60_000):
+        dock.support.outline.add_stroke([(41.0, 40.0)])
+    assert dock.support.outline.answer is not None
+
+
+@pytest.mark.parametrize("is_file", [True, False])
+def test_the_choice_is_there_again_in_a_later_napari(is_file, open_dock, open_path, holed, qtbot):
+    from napari.components import ViewerModel
+
+    def opened():
+        viewer = ViewerModel()
+        dock = open_dock(viewer)
+        if is_file:
+            open_path(dock, holed)
+        else:
+            viewer.add_image(np.load(holed), name="holed")
+        return dock
+
+    first = opened()
+    assert first.volume._replacing.isHidden()
+    first.volume.replace_nan(-2.0)
+    first.session.close()
+    second = opened()
+    assert second.volume.replaces.isChecked()
+    assert second.volume.replacement.value() == -2
+    assert not second.volume._replacing.isHidden()
+    assert second.session.volume.volume.plane(1)[41, 51] == -2
+    assert second.session.volume.record["opening"]["replace_nan"] == -2
+    second.volume.replaces.setChecked(False)
+    second.session.close()
+    third = opened()
+    assert third.volume._replacing.isHidden()
+    assert np.isnan(third.session.volume.volume.plane(1)[41, 51])
 
 
 def test_the_offer_and_the_choice_fit_the_dock(display, make_napari_viewer, open_dock, holed, qtbot):

@@ -66,7 +66,8 @@ class BatchJob:
 class BatchStep:
     """A step of the work: a shard of volume number ``index`` (from 1) of ``total``.
 
-    When that volume is over, ``shard`` is None and ``row`` is its row of the report.
+    When that volume is over, ``shard`` is None and ``row`` is its row of the report. ``error`` is what it has failed
+    with.
     """
 
     index: int
@@ -74,6 +75,7 @@ class BatchStep:
     job: BatchJob
     shard: ShardDone | None
     row: Mapping[str, Any] | None = None
+    error: Exception | None = None
 
 
 def plan_batch(
@@ -200,6 +202,7 @@ def iter_batch(
         start = time.monotonic()
         volume = printable(address_of(job.source) or job.source)
         row: dict[str, Any] = {**job.notes, "volume": volume, "output": printable(job.output), "status": "done"}
+        failed: Exception | None = None
         try:
             run = _segment_job(job, model, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster)
             while True:
@@ -207,6 +210,7 @@ def iter_batch(
         except StopIteration as end:
             row |= end.value
         except Exception as error:
+            failed = error
             row |= {"status": "failed", "error": printable(_reason(error, job))}
             log.debug("%s", job.source, exc_info=True)
         except BaseException:
@@ -220,7 +224,7 @@ def iter_batch(
         except OutputError as error:
             log.warning("%s (%d of %d volumes; the others go on)", error, index, len(jobs))
             unwritten = error
-        yield BatchStep(index, len(jobs), job, None, rows[-1])
+        yield BatchStep(index, len(jobs), job, None, rows[-1], failed)
     if unwritten is not None:
         raise unwritten
     return rows

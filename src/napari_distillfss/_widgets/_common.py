@@ -36,6 +36,7 @@ import distillfss_core as core
 from napari_distillfss import _format as fmt
 from napari_distillfss._layers import REPLACE_NAN
 from napari_distillfss._session import Session
+from napari_distillfss._sources import OtherNotFiniteError
 from napari_distillfss._tasks import Doing
 from napari_distillfss._threads import Job
 from napari_distillfss._widgets._colors import ERROR, Tone
@@ -344,18 +345,28 @@ class ReplaceOffer(QPushButton):
     session : Session
     jobs : Job or LatestJob
         Which show their errors in that message.
+
+    Attributes
+    ----------
+    key : str
+        `OtherSlices.key` of the other volume that has such pixels; "" where it is the chosen one.
     """
 
     def __init__(self, session: Session, *jobs: Any) -> None:
         super().__init__("Read as 0")
+        self.key = ""
         self.setToolTip(
             "Read pixels that are NaN or infinite as 0; the file is not changed. The choice is under Volume"
         )
         self._offer(False)
         for job in jobs:
-            job.failed.connect(lambda _, job=job: self._offer(_is_curable(session, job.error)))
+            job.failed.connect(lambda _, job=job: self._on_failed(session, job.error))
         session.busy_changed.connect(self._on_state_changed)
         session.volume_changed.connect(self._on_state_changed)
+
+    def _on_failed(self, session: Session, error: BaseException | None) -> None:
+        self.key = error.key if isinstance(error, OtherNotFiniteError) else ""
+        self._offer(bool(self.key) or _is_curable(session, error))
 
     def _on_state_changed(self) -> None:
         self._offer(False)

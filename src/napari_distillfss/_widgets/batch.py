@@ -37,6 +37,8 @@ class BatchWidget(QWidget):
         self._session, self._viewer, self._mode = session, viewer, mode
         self._report: Path | None = None
         self._failed = 0
+        self._plan: Callable[[float | None], list[core.BatchJob]] = lambda _: []
+        self._not_finite: set[Path] = set()  # labels of volumes with pixels that are not finite
         self.what = combo("Volumes to segment", (FILES, LIST, LAYERS, SELECTED))
         self.folder = QLineEdit()
         self.folder.setToolTip(f"Folder whose volumes are segmented; or files, with {_SEPARATOR!r} between them")
@@ -71,6 +73,14 @@ class BatchWidget(QWidget):
             widget.setAccessibleName(name)
         self.rows.hide()
         self.message = Message()
+        self.offer = button(
+            "Read as 0",
+            "Segment the volumes again that have pixels that are NaN or infinite, and read these as 0; the files are "
+            "not changed",
+            self.start_replacing,
+        )
+        self.offer.hide()
+        told = row(self.message, self.offer, first=3)
         column(
             self,
             self.what,
@@ -83,9 +93,9 @@ class BatchWidget(QWidget):
             JobBar(
                 self.job,
                 cancel="Stop; what is written is kept, and Segment all goes on from there",
-                instead_of=self.message,
+                instead_of=told,
             ),
-            self.message,
+            told,
             self.rows,
         )
         self.what.currentTextChanged.connect(self._on_state_changed)
@@ -107,24 +117,44 @@ class BatchWidget(QWidget):
                 raise core.SettingsError(self._session.no_model)
             self.job.check_free()
             out = self._folder_of(self.out, "the labels")
-            plan = self._plan(out)
+            plan = self._planner(out)
             try:
                 out.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise core.OutputError(f"cannot make {out}: {error.strerror}; choose another folder") from error
-            report = free_name(out / "report.csv")
-            replaces = self.replace.isChecked()
-            options = {"mode": self._mode(), "overwrite": replaces, "resume": not replaces}
-            self.job.start(lambda stop: iter_batching(plan, model, report, stop, **options))
-            self._report, self._failed = report, 0
-            self.rows.setRowCount(0)
-            self.rows.hide()
-            self.message.tell("")
+            self._start(lambda: plan(None), model, out, overwrite=self.replace.isChecked())
+            self._plan = plan
 
         attempt(self.message, start)
 
-    def _plan(self, out: Path) -> Callable[[], list[core.BatchJob]]:
-        """A function that lists the volumes, in another thread."""
+    def start_replacing(self) -> None:
+        """Segment those volumes again that have pixels that are not finite, which are read as 0.
+
+        What was written of their labels is replaced.
+        """
+
+        def start() -> None:
+            model, outputs, plan = self._session.model, set(self._not_finite), self._plan
+            if model is None:
+                raise core.SettingsError(self._session.no_model)
+            self.job.check_free()
+            out = next(iter(outputs)).parent
+            self._start(lambda: [job for job in plan(0.0) if job.output in outputs], model, out, overwrite=True)
+
+        attempt(self.message, start)
+
+    def _start(self, plan: Callable[[], list[core.BatchJob]], model: Any, out: Path, *, overwrite: bool) -> None:
+        report = free_name(out / "report.csv")
+        options = {"mode": self._mode(), "overwrite": overwrite, "resume": not overwrite}
+        self.job.start(lambda stop: iter_batching(plan, model, report, stop, **options))
+        self._report, self._failed, self._not_finite = report, 0, set()
+        self.offer.hide()
+        self.rows.setRowCount(0)
+        self.rows.hide()
+        self.message.tell("")
+
+    def _planner(self, out: Path) -> Callable[[float | None], list[core.BatchJob]]:
+        """A function that lists the volumes, in another thread, given what pixels that are not finite are read as."""
         all_times, channel = self.all_times.isChecked(), self.channel.text().strip()
         options = {"channel": int(channel) if channel.isdecimal() else channel} if channel else {}
         if self.what.currentText() == FILES:
@@ -133,15 +163,15 @@ class BatchWidget(QWidget):
                 raise core.InputFileError(f"{folder}: there is no such folder; choose the folder of the volumes")
             if folder.resolve() == out.resolve():
                 raise core.OutputError(f"{out}: labels among the volumes would be volumes next time; choose another")
-            return lambda: core.plan_batch(folder, out, options, all_times=all_times)
+            return lambda value: core.plan_batch(folder, out, options | _replaced(value), all_times=all_times)
         if self.what.currentText() == LIST:
             names = [name.strip() for name in self.folder.text().split(_SEPARATOR) if name.strip()]
             files = [Path(name).expanduser().absolute() for name in names]
             if not files:
                 raise core.SettingsError("no file is chosen; choose some with …")
-            return lambda: core.plan_batch(files, out, options, all_times=all_times)
+            return lambda value: core.plan_batch(files, out, options | _replaced(value), all_times=all_times)
         layers, point = self._layers(), self._viewer.dims.point
-        return lambda: jobs_of_layers(layers, point, out, all_times=all_times)
+        return lambda value: jobs_of_layers(layers, point, out, all_times=all_times, replace_nan=value)
 
     def _layers(self) -> list[Any]:
         layers = self._viewer.layers
@@ -173,6 +203,8 @@ class BatchWidget(QWidget):
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, Batched) and step.row is not None:
             self._failed += step.row["status"] == "failed"
+            if isinstance(step.error, core.NotFiniteError) and step.output is not None:
+                self._not_finite.add(step.output)
             self._add_row(step.row)
 
     def _add_row(self, report: Mapping[str, Any]) -> None:
@@ -200,7 +232,11 @@ class BatchWidget(QWidget):
         if rows is None:
             self.message.tell(f"Stopped; what is written is kept, and {self.run.text()} goes on from there")
             return
-        text = f"{len(rows) - self._failed} of {fmt.count(len(rows), 'volume')} segmented; report in {self._report}"
+        text = f"{len(rows) - self._failed} of {fmt.count(len(rows), 'volume')} segmented; "
+        if self._not_finite:
+            text += f"{len(self._not_finite)} with pixels that are NaN or infinite: Read as 0 segments them; "
+            self.offer.show()
+        text += f"report in {self._report}"
         (self.message.warn if self._failed else self.message.tell)(text)
 
     def _on_volume_changed(self) -> None:
@@ -219,3 +255,8 @@ class BatchWidget(QWidget):
         self.run.setEnabled(not self._session.busy and self._session.model is not None)
         if self._session.model is not None and self.message.text() == self._session.no_model:
             self.message.tell("")
+
+
+def _replaced(value: float | None) -> dict[str, float]:
+    """Option of a volume whose pixels that are not finite are read as a number."""
+    return {} if value is None else {"replace_nan": value}

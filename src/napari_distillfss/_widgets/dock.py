@@ -16,7 +16,7 @@ import distillfss_core as core
 from napari_distillfss._layers import ChosenVolume, take_units
 from napari_distillfss._process import rare_collections
 from napari_distillfss._session import Session
-from napari_distillfss._widgets._common import Section, WheelGuard
+from napari_distillfss._widgets._common import ReplaceOffer, Section, WheelGuard
 from napari_distillfss._widgets.apply import ApplyWidget, ObjectsWidget
 from napari_distillfss._widgets.distill import DistillWidget
 from napari_distillfss._widgets.model import ModelWidget
@@ -136,9 +136,18 @@ class DistillDock(QScrollArea):
         self.preview.correct.connect(self.support.put_into_plane)
         self.apply.appeared.connect(self.preview.give_way)
         self.preview.on.toggled.connect(self._on_preview_toggled)
-        for part in (self.distill, self.preview, self.apply):
-            part.offer.clicked.connect(lambda: self.volume.replace_nan(0.0))
+        for part in (self.support, self.distill, self.preview, self.apply, self.model.history):
+            part.offer.clicked.connect(lambda _, offer=part.offer: self._read_as_zero(offer))
         self.preview.offer.clicked.connect(lambda: self.preview.on.setChecked(True))  # the error has switched it off
+
+    def _read_as_zero(self, offer: ReplaceOffer) -> None:
+        """Read pixels that are not finite as 0, of the chosen volume or of another one whose slices are used."""
+        if not offer.key:
+            self.volume.replace_nan(0.0)
+            return
+        offer.hide()
+        self.session.keep_replacement_at(offer.key, 0.0)
+        self.session.slices_changed.emit()
 
     def sizeHint(self) -> QSize:
         return QSize(_WIDTH, 700)

@@ -96,6 +96,11 @@ class OutlineTool(QObject):
         viewer.layers.events.removed.connect(self._on_layer_removed)
 
     @property
+    def job(self) -> LatestJob:
+        """Computes the proposals."""
+        return self._latest
+
+    @property
     def busy(self) -> bool:
         """Whether an outline is being computed."""
         return self._latest.busy

@@ -16,7 +16,7 @@ from napari_distillfss._session import Session
 from napari_distillfss._students import Compared, KeptStudent, differences
 from napari_distillfss._tasks import iter_comparing, iter_students
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, row
+from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, attempt, button, column, row
 
 
 class StudentHistory(QWidget):
@@ -53,13 +53,14 @@ class StudentHistory(QWidget):
         self.job = Job(session, "Model comparison", self)
         self.message = Message(lines=None)
         self._reading = LatestJob(self)
+        self.offer = ReplaceOffer(session, self.job)
         buttons = row(self.restore, self.compare, self.discard)
         column(
             self,
             self.list,
             JobBar(self.job, cancel="Stop the comparison", instead_of=buttons, is_low=True),
             buttons,
-            self.message,
+            row(self.message, self.offer, first=3),
             margin=0,
         )
         self._reading.answered.connect(self._on_student_read)

@@ -54,6 +54,7 @@ from napari_distillfss._threads import Job
 from napari_distillfss._widgets._common import (
     JobBar,
     Message,
+    ReplaceOffer,
     attempt,
     button,
     column,
@@ -149,6 +150,8 @@ class SupportWidget(QWidget):
         self._then: tuple[Annotations | None, Callable[[Any], None]] = (None, self._show_suggested)
         self._answered_question: _Question | None = None
         self._soon = until_closed(session, qdebounced(self._on_painted, timeout=_WAIT))
+        self.offer = ReplaceOffer(session, self.job, self.selecting, self.outline.job)
+        told = row(self.message, self.offer, first=3)
         importing = QWidget()
         column(importing, row(self.import_file, self.import_layer, self.also), row("Import as", self.kind), margin=0)
         column(
@@ -167,8 +170,8 @@ class SupportWidget(QWidget):
                 is_low=True,
             ),
             importing,
-            JobBar(self.job, cancel="Stop looking", instead_of=self.message),
-            self.message,
+            JobBar(self.job, cancel="Stop looking", instead_of=told),
+            told,
         )
         self._connect(session, viewer)
 

@@ -283,11 +283,20 @@ class VolumePicker(QWidget):
             self._take(None)
 
     def _choose(self, layer: Any, lead: dict[str, int], level: int) -> ChosenVolume:
-        """The volume of a layer; the one that was opened last need not be opened again."""
+        """The volume of a layer; the one that was opened last need not be opened again.
+
+        Pixels that are not finite are read as was chosen in an earlier session.
+        """
         opened = self._opened
-        if opened is not None and opened.layer is layer and opened.lead == lead and not level:
-            return opened
-        return choose_layer(layer, lead=lead, level=level)
+        is_open = opened is not None and opened.layer is layer and opened.lead == lead and not level
+        chosen = opened if opened is not None and is_open else choose_layer(layer, lead=lead, level=level)
+        if REPLACE_NAN not in layer.metadata:
+            number = self._session.replacement_of(chosen)
+            if number is not None:
+                layer.metadata[REPLACE_NAN], self._opened = number, None
+                self._fit_boxes(layer)
+                return choose_layer(layer, lead=lead, level=level)
+        return chosen
 
     def _on_lead_edited(self) -> None:
         self._on_choice_changed()
@@ -346,6 +355,7 @@ class VolumePicker(QWidget):
         """Read pixels of the volume that are not finite as a number, or as they are. Annotations stay."""
         if self._value is not None and self._value.layer.metadata.get(REPLACE_NAN, math.nan) != value:
             self._value.layer.metadata[REPLACE_NAN] = value
+            self._session.keep_replacement(self._value, value)
             self._opened = None
             self._on_choice_changed()
 
