@@ -91,7 +91,10 @@ class OtherSlices:
     @property
     def name(self) -> str:
         """Of the volume, with its time point and channel: "stack.tif, time 3"."""
-        lead: Mapping[str, int] = self.record.get("lead", {})
+        lead: dict[str, int] = dict(self.record.get("lead", {}))
+        channel = self.record.get("opening", {}).get("channel")
+        if isinstance(channel, int):  # also of a layer that shows this channel alone
+            lead.setdefault("c", channel)
         parts = [str(self.record.get("name") or self.folder.name.rpartition("-")[0])]
         return ", ".join([*parts, *(f"{LEAD_NAMES[a]} {n}" for a, n in lead.items())])
 

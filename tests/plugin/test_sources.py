@@ -107,6 +107,33 @@ def test_a_file_has_the_same_annotations_whoever_opens_it(session, viewer, file,
     assert session.annotations.planes() == [3]
 
 
+def test_a_channel_that_has_a_layer_of_its_own_is_used_beside_the_same_file_as_one_layer(
+    session, viewer, sample, painted_truth, tmp_path
+):
+    image = np.stack([sample.image, sample.image.max() - sample.image], 1)
+    path = tmp_path / "two.ome.tif"
+    about = {"axes": "ZCYX", "Channel": {"Name": ["DAPI", "GFP"]}}
+    tifffile.imwrite(path, image, metadata=about, photometric="minisblack")
+    for number in (0, 1):  # as the reader of OME-Zarr splits a file
+        (level, *_), options = layer_of_file(path, channel=number)
+        viewer.add_image(level, **options | {"name": f"two: {number}"})
+    (level, *_), options = layer_of_file(path)
+    whole = viewer.add_image(level, **options)
+    keys = []
+    for number, layer in enumerate(viewer.layers[:2]):
+        session.choose_volume(choose_layer(layer))
+        session.annotations.put(1 + number, painted_truth[1 + number])
+        keys.append(session.annotations.folder.name)
+    assert keys[0] != keys[1]
+    session.choose_volume(choose_layer(whole, lead={"c": 1}))
+    assert session.annotations.folder.name not in keys
+    assert sorted(other.name for other in session.others()) == ["two.ome.tif, channel 0", "two.ome.tif, channel 1"]
+    session.use_also([keys[1]])
+    (labeled,) = session.support_maker()().slices
+    np.testing.assert_array_equal(labeled.image, image[2, 1])
+    np.testing.assert_array_equal(labeled.labels, painted_truth[2] - 1)
+
+
 def test_a_file_that_has_changed_is_not_paired_with_the_old_labels(session, viewer, nuclei, file, painted_truth):
     layer = open_file(viewer, file)
     other = annotate(session, layer, painted_truth, [3])
