@@ -79,7 +79,7 @@ class BatchWidget(QWidget):
             "not changed",
             self.start_replacing,
         )
-        self.offer.hide()
+        self._offer(False)
         told = row(self.message, self.offer, first=3)
         column(
             self,
@@ -148,7 +148,7 @@ class BatchWidget(QWidget):
         options = {"mode": self._mode(), "overwrite": overwrite, "resume": not overwrite}
         self.job.start(lambda stop: iter_batching(plan, model, report, stop, **options))
         self._report, self._failed, self._not_finite = report, 0, set()
-        self.offer.hide()
+        self._offer(False)
         self.rows.setRowCount(0)
         self.rows.hide()
         self.message.tell("")
@@ -222,6 +222,10 @@ class BatchWidget(QWidget):
             self.rows.setItem(number, at, item)
         self.rows.show()
 
+    def _offer(self, is_offered: bool) -> None:
+        self.offer.setVisible(is_offered)
+        self.offer.setEnabled(is_offered)
+
     def _on_row_chosen(self, number: int, *_: int) -> None:
         cells = [self.rows.item(number, at) for at in range(len(_COLUMNS))]
         if not self.job.running and all(cells):
@@ -235,7 +239,7 @@ class BatchWidget(QWidget):
         text = f"{len(rows) - self._failed} of {fmt.count(len(rows), 'volume')} segmented; "
         if self._not_finite:
             text += f"{len(self._not_finite)} with pixels that are NaN or infinite: Read as 0 segments them; "
-            self.offer.show()
+            self._offer(True)
         text += f"report in {self._report}"
         (self.message.warn if self._failed else self.message.tell)(text)
 
