@@ -64,6 +64,13 @@ WEIGHTS = {
     "import": 2,
     "2-D or 3-D": 2,
     "close and open the dock": 1,
+    "outline": 6,
+    "correct": 2,
+    "refine": 1,
+    "count": 1,
+    "earlier models": 1,
+    "batch": 1,
+    "apply dock": 1,
 }
 
 
@@ -507,18 +514,12 @@ class Monkey:
 
     def stroke(self, move: Callable[[], object]) -> bool:
         """Move something, draw a line with the mouse at once, and look where it has gone."""
-        from qtpy.QtCore import QEvent
-
         layer = self.dock.support.layer
         label = 0 if str(layer.mode) == "erase" else int(layer.selected_label)
         start, end = self.points()
         move()
         place = self.place()
-        self.mouse(QEvent.Type.MouseButtonPress, start)
-        for part in (0.25, 0.5, 0.75, 1.0):
-            self.mouse(QEvent.Type.MouseMove, start + part * (end - start))
-            self.run_events(0.006)
-        self.mouse(QEvent.Type.MouseButtonRelease, end)
+        self.draw(start, end)
         self.what += f" {layer.mode} {label} at {place}"
         if place is None:
             self.run_events(REST)
@@ -567,7 +568,17 @@ class Monkey:
         canvas = self.viewer.window._qt_viewer.canvas
         return np.array(canvas._map_canvas2world(tuple(point), canvas.view))
 
-    def mouse(self, kind: Any, point: np.ndarray) -> None:
+    def draw(self, start: np.ndarray, end: np.ndarray, *, with_control: bool = False) -> None:
+        """Press the mouse, move it on a line, and release it."""
+        from qtpy.QtCore import QEvent
+
+        self.mouse(QEvent.Type.MouseButtonPress, start, with_control=with_control)
+        for part in (0.25, 0.5, 0.75, 1.0):
+            self.mouse(QEvent.Type.MouseMove, start + part * (end - start), with_control=with_control)
+            self.run_events(0.006)
+        self.mouse(QEvent.Type.MouseButtonRelease, end, with_control=with_control)
+
+    def mouse(self, kind: Any, point: np.ndarray, *, with_control: bool = False) -> None:
         from qtpy.QtCore import QEvent, QPointF, Qt
         from qtpy.QtGui import QMouseEvent
 
@@ -576,7 +587,8 @@ class Monkey:
         button = none if kind == QEvent.Type.MouseMove else left
         held = none if kind == QEvent.Type.MouseButtonRelease else left
         at = QPointF(native.mapToGlobal(where.toPoint()))
-        self.app.sendEvent(native, QMouseEvent(kind, where, at, button, held, Qt.KeyboardModifier.NoModifier))
+        modifiers = Qt.KeyboardModifier.ControlModifier if with_control else Qt.KeyboardModifier.NoModifier
+        self.app.sendEvent(native, QMouseEvent(kind, where, at, button, held, modifiers))
 
     def click(self, button: Any) -> None:
         from qtpy.QtCore import Qt
@@ -586,14 +598,20 @@ class Monkey:
         self.dock.ensureWidgetVisible(button)
         press(button, Qt.MouseButton.LeftButton)
 
-    def press_key(self, letter: str) -> None:
+    def press_key(self, name: str) -> None:
+        """Press Enter or Escape, or undo (Z) or redo (Y) a stroke."""
         from qtpy.QtCore import Qt
         from qtpy.QtTest import QTest
 
+        control, shift = Qt.KeyboardModifier.ControlModifier, Qt.KeyboardModifier.ShiftModifier
+        keys = {
+            "Enter": (Qt.Key.Key_Return, Qt.KeyboardModifier.NoModifier),
+            "Escape": (Qt.Key.Key_Escape, Qt.KeyboardModifier.NoModifier),
+            "Z": (Qt.Key.Key_Z, control),
+            "Y": (Qt.Key.Key_Z, control | shift),
+        }
         press: Any = QTest.keyClick
-        shift = Qt.KeyboardModifier.ShiftModifier if letter == "Y" else Qt.KeyboardModifier.NoModifier
-        native = self.viewer.window._qt_viewer.canvas.native
-        press(native, Qt.Key.Key_Z, Qt.KeyboardModifier.ControlModifier | shift)
+        press(self.viewer.window._qt_viewer.canvas.native, *keys[name])
 
     # other gestures
 
@@ -726,6 +744,93 @@ class Monkey:
 
     def do_2_D_or_3_D(self) -> None:
         self.viewer.dims.ndisplay = 5 - self.viewer.dims.ndisplay
+
+    def do_outline(self) -> bool | None:
+        """Outline what is under the mouse, or in a box, and accept or drop it."""
+        if not self.prepare() or (place := self.place()) is None:
+            return None
+        tool, key, z = self.dock.support.outline, *place
+        self.dock.support.layer.mode = "paint"
+        self.click(tool.on)
+        if not tool.on.isChecked():
+            return None  # the message has the reason
+        start, end = self.points()
+        is_box = self.rng.random() < 0.3
+        self.draw(start, end if is_box else start, with_control=is_box)
+        self.wait(lambda: not tool.busy)
+        accepts, label = self.rng.random() < 0.7, self.dock.support.classes.brush()
+        answer = tool.answer
+        self.what = f"{'box' if is_box else 'click'} {label} at {place}, {'accepted' if accepts else 'dropped'}"
+        self.press_key("Enter" if accepts else "Escape")
+        is_known = accepts and answer is not None and not is_box  # a box may leave out a corner
+        if is_known and not self.wait(lambda: not self.wrong(key, z, [start], label)):
+            self.faults.append(f"outline of {label} at {place}: {self.wrong(key, z, [start], label)}")
+        self.click(tool.on)
+        self.run_events(REST)
+        self.check_unchanged({key} if accepts else {})
+        return False
+
+    def do_correct(self) -> bool | None:
+        """Copy the preview of the plane into its annotations."""
+        preview = self.dock.preview
+        if not self.prepare() or (place := self.place()) is None or not preview.take.isEnabled():
+            return None
+        key, z = place
+        self.click(preview.take)
+        is_filled = self.wait(lambda: self.key() == key and self.on_disk(key)[z].all(), 5)
+        self.what = f"{place} {'filled' if is_filled else preview.message.text()}"
+        return True
+
+    def do_refine(self) -> None:
+        if self.dock.distill.refine.isEnabled():
+            self.click(self.dock.distill.refine)
+            self.run_events(self.rng.choice((0.0, 0.3, 2.0)))
+
+    def do_count(self) -> None:
+        """Count the objects of written labels, or of a layer."""
+        objects = self.dock.objects
+        if objects.labels.count():
+            objects.labels.setCurrentIndex(self.rng.randrange(objects.labels.count()))
+            self.what = objects.labels.currentText()
+            self.click(objects.count)
+            self.run_events(self.rng.choice((0.0, 2.0)))
+
+    def do_earlier_models(self) -> None:
+        """Restore one of the models of the volume, or compare two."""
+        history = self.dock.model.history
+        paths = [student.path for student in history.students()]
+        history.list.clearSelection()
+        history.choose(*self.rng.sample(paths, min(len(paths), self.rng.choice((1, 2)))))
+        self.click(self.rng.choice((history.restore, history.compare)))
+        self.run_events(self.rng.choice((0.0, 1.0)))
+
+    def do_batch(self) -> None:
+        """Segment all image layers, and perhaps stop."""
+        batch = self.dock.apply.batch
+        if self.dock.session.model is not None and not batch.job.running:
+            self.outputs += 1
+            batch.what.setCurrentText("all image layers")
+            batch.out.setText(str(self.kept / f"batch-{self.outputs}"))
+            self.click(batch.run)
+            self.run_events(self.rng.choice((0.0, 0.5, 3.0)))
+            if self.rng.random() < 0.5:
+                batch.job.cancel()
+
+    def do_apply_dock(self) -> None:
+        """Open the dock for a model that exists, use it, and close it."""
+        from qtpy.QtCore import QEvent
+
+        from napari_distillfss._widgets.dock import ApplyDock
+
+        dock = ApplyDock(self.viewer, self.kept)
+        self.viewer.window.add_dock_widget(dock, name="Apply a model", area="right")
+        dock.model.load_from(self.inputs / "student.safetensors")
+        self.wait(lambda: dock.session.model is not None)
+        dock.preview.on.setChecked(True)
+        self.run_events(self.rng.choice((0.0, REST, 2.0)))
+        self.viewer.window.remove_dock_widget(dock)
+        dock.deleteLater()
+        self.app.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)
 
     def do_close_and_open_the_dock(self) -> None:
         from qtpy.QtCore import QEvent
