@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 if TYPE_CHECKING:
     from qtpy.QtWidgets import QWidget
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT = 1280, 800
 THEMES = ("light", "dark")
 FILM = (960, 600)
+CAPTION = 36  # pixels below the picture
 
 
 def main() -> None:
@@ -54,6 +55,7 @@ class Session:
 
         self.folder, self.kept = folder, kept
         self.frames: list[tuple[Image.Image, float]] = []
+        self.caption = ""
         self.viewer = napari.Viewer(title="napari", show=True)
         self.app = QApplication.instance() or QApplication([])
         self.viewer.window._qt_window.setGeometry(0, 0, WIDTH, HEIGHT)  # no window manager does it here
@@ -72,31 +74,75 @@ class Session:
         self.wait(lambda: not dock.support.selecting.running)
         self.wait(lambda: "Computes" in dock.volume.device.text())
         self.photograph("1-volume", dock.volume)
-        self.film(3)
+        self.film(4, "1  Choose a volume: here a stack of nuclei")
         self.annotate(made.labels)
         self.distill()
         self.preview()
+        self.refine(made.labels)
         self.segment()
         viewer.close()
         self.save_film()
 
     def annotate(self, labels: np.ndarray) -> None:
-        """Paint the suggested slices, object by object."""
+        """Annotate the suggested slices, object by object."""
         dock = self.dock
         self.scroll_to(dock.support)
-        for z in dock.support.suggested:
+        self.film(4, "2  Slices are suggested. A handful of them is enough")
+        for number, z in enumerate(dock.support.suggested):
             dock.support.go_to(z)
-            self.film(0.8)
-            for numbers in np.array_split(np.unique(labels[z])[1:], 12):
-                objects = np.nonzero(np.isin(labels[z], numbers))
-                dock.support.layer.data_setitem((np.full(len(objects[0]), z), *objects), 2)
-                self.film(0.4)
+            self.film(1.5, f"Annotate plane {z}")
+            objects = [int(n) for n in np.unique(labels[z])[1:]]
+            if number == 0:
+                objects = self.outline(labels[z], objects)
+                self.caption = "Or paint them"
+            for part in np.array_split(objects, 10):
+                rows, columns = np.nonzero(np.isin(labels[z], part))
+                dock.support.layer.data_setitem((np.full(len(rows), z), rows, columns), 2)
+                self.wait_for_instant()
+                self.film(0.6)
             dock.support.fill_rest()
-            self.film(1)
+            self.film(2, "All else is background")
+            if number == 0:
+                self.show_instant()
+        dock.preview.on.setChecked(False)
         dock.support.go_to(dock.support.suggested[2])
         dock.support.paint.click()
         self.wait(lambda: (first := dock.support.list.item(0)) is not None and not first.icon().isNull())
         self.photograph("2-support", dock.support)
+
+    def outline(self, labels: np.ndarray, objects: list[int]) -> list[int]:
+        """Accept the outlines of four clicked objects; returns the other objects."""
+        dock, tool = self.dock, self.dock.support.outline
+        sizes = np.bincount(labels.ravel())
+        clicked = sorted(objects, key=lambda n: -int(sizes[n]))[:4]
+        tool.on.setChecked(True)
+        self.caption = "A click proposes an outline, Enter accepts it"
+        for n in clicked:
+            rows, columns = np.nonzero(labels == n)
+            tool.add_stroke([(rows.mean(), columns.mean())])
+            self.wait(lambda: tool.answer is not None and not tool.busy)
+            self.film(1.2)
+            tool.accept()
+            self.film(0.6)
+        tool.on.setChecked(False)
+        dock.support.paint.click()
+        return [n for n in objects if n not in clicked]
+
+    def show_instant(self) -> None:
+        """Let the instant model answer in a plane without annotations, and follow from then on."""
+        dock = self.dock
+        dock.preview.on.setChecked(True)
+        dock.support.go_to(dock.support.suggested[0] + 1)
+        self.wait_for_instant()
+        self.scroll_to(dock.preview)
+        self.film(5, "An instant model answers from the first slice on, after each stroke")
+        self.scroll_to(dock.support)
+
+    def wait_for_instant(self) -> None:
+        """Wait for the answer of the preview, if it is on."""
+        if self.dock.preview.on.isChecked():
+            self.wait_a_moment()  # it waits for further strokes
+            self.wait(lambda: not self.dock.preview.busy)
 
     def distill(self) -> None:
         """Train, and show how."""
@@ -107,43 +153,77 @@ class Session:
         dock.distill.settings.setValue(settings)
         dock.distill.start()
         self.scroll_to(dock.distill)
+        self.caption = "3  A teacher learns from the slices, and a small student from the teacher"
         for count in range(0, 150, 10):
             self.wait(partial(self.has_trained, count))
-            self.film(0.3)
+            self.film(0.8)
         self.photograph("3-distill", dock.distill)
         self.wait(lambda: not dock.session.busy)
-        self.film(1.5)
+        self.film(4, "The student is ready, and the plot shows its IoU on a slice that it has not learned")
 
     def preview(self) -> None:
         """Walk through planes that are not annotated."""
         dock = self.dock
         dock.support.layer.visible = False
+        dock.preview.on.setChecked(True)
         self.scroll_to(dock.preview)
+        self.caption = "4  Preview: the student segments each plane on screen"
         for z in (0, 1, 3, 5, 6, 8):
             dock.support.go_to(z)
             self.wait(partial(self.has_preview, z))
-            self.film(1)
+            self.film(1.5)
         dock.support.go_to(4)
         dock.preview.shown["uncertainty"].setChecked(True)
         self.wait(partial(self.has_preview, 4))
-        self.film(2)
+        self.film(4, "Uncertainty is bright where another annotation helps")
         self.photograph("4-preview", dock.preview)
+        dock.preview.shown["uncertainty"].setChecked(False)
+
+    def refine(self, labels: np.ndarray) -> None:
+        """Take the preview of a plane as its annotation, mend it, and go on training."""
+        dock, z = self.dock, 4
+        dock.preview.correct_plane()
+        dock.preview.on.setChecked(False)
+        dock.support.layer.visible = True
+        self.scroll_to(dock.support)
+        self.film(4, "Correct a plane: its preview becomes the annotation")
+        annotations = dock.session.annotations
+        assert annotations is not None
+        rows, columns = np.nonzero((labels[z] > 0) != (annotations.plane(z) == 2))
+        wanted = np.where(labels[z] > 0, 2, 1)[rows, columns]
+        dock.support.layer.data_setitem((np.full(len(rows), z), rows, columns), wanted)
+        self.film(3, "Repaint what is wrong")
+        self.scroll_to(dock.distill)
+        dock.distill.start_refining()
+        self.wait(lambda: bool(dock.session.busy))
+        self.film(2, "Refine: the training goes on, in a fifth of the steps")
+        self.wait(lambda: not dock.session.busy)
+        self.film(3)
 
     def segment(self) -> None:
         """Write the labels of the whole volume, and count its objects."""
         dock = self.dock
         dock.preview.on.setChecked(False)
+        dock.support.layer.visible = False
         self.scroll_to(dock.apply)
-        self.film(1)
+        self.film(3, "5  Apply: the whole volume is written to OME-Zarr, piece by piece")
         dock.apply.start()
         self.wait(lambda: not dock.session.busy)
-        self.film(1.5)
+        self.caption = "A cancelled run can be continued"
+        for z in (4, 7, 10):
+            dock.support.go_to(z)
+            self.film(2)
+        self.scroll_to(dock.objects)
+        self.caption = "6  Count objects, and find one by its row"
         dock.objects.start()
         self.wait(lambda: not dock.session.busy)
-        dock.objects.table.view.selectRow(3)
-        dock.objects.table.choose(3)
-        self.film(3)
+        for row in (3, 20, 40):
+            dock.objects.table.view.selectRow(row)
+            dock.objects.table.choose(row)
+            self.film(3)
         self.photograph("5-apply", dock.apply)
+        self.scroll_to(dock.model)
+        self.film(5, "7  Models are kept: save one, restore an earlier one, or compare two")
         self.photograph("6-model", dock.model)
 
     def draw_samples(self) -> None:
@@ -191,10 +271,15 @@ class Session:
         if (bar := self.dock.verticalScrollBar()) is not None:
             bar.setValue(self.dock.sections[section].y())
 
-    def film(self, seconds: float) -> None:
-        """Add a frame that is shown for so long."""
+    def film(self, seconds: float, caption: str = "") -> None:
+        """Add a frame that is shown for so long, with a caption that stays until there is another."""
+        self.caption = caption or self.caption
         self.wait_a_moment(0.1)
-        self.frames.append((self.picture().resize(FILM, Image.Resampling.LANCZOS), seconds))
+        frame = Image.new("RGB", (FILM[0], FILM[1] + CAPTION), "#1d2128")
+        frame.paste(self.picture().resize(FILM, Image.Resampling.LANCZOS))
+        font = ImageFont.load_default(20)
+        ImageDraw.Draw(frame).text((12, FILM[1] + CAPTION // 2), self.caption, "white", font, anchor="lm")
+        self.frames.append((frame, seconds))
 
     def save_film(self) -> None:
         """Write the frames as an animation; all have one palette, so that only changes are stored."""
