@@ -408,7 +408,7 @@ def test_the_table_of_objects_comes_back_and_strokes_can_be_undone(
     assert second.objects.layer is first.objects.layer
     second.objects.layer.selected_label = int(rows[-1, 0])
     chosen = second.objects.table.view.currentIndex()
-    assert second.objects.table._sorted.mapToSource(chosen).row() == len(rows) - 1
+    assert second.objects.table.model.order[chosen.row()] == len(rows) - 1
     assert second.objects._first_output(second.session.applied) in second.objects._own  # replaced, as before
     array = second.session.annotations.array
     assert (array[3, 5, 6], array[3, 7, 6]) == (2, 0)

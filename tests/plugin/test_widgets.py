@@ -148,6 +148,20 @@ def test_the_table_sorts_by_number_and_tells_which_object(qtbot, tmp_path):
     assert table.view.selectionModel().selectedRows()[0].data() == "2"
 
 
+def test_objects_are_sorted_as_whole_columns_and_missing_measures_come_last(qtbot, tmp_path, monkeypatch):
+    (tmp_path / "t.csv").write_text("label,area\n1,3\n2,nan\n3,1\n4,2\n")
+    table = ObjectTable()
+    qtbot.addWidget(table)
+    table.read(tmp_path / "t.csv")
+    table.select(4)
+    monkeypatch.setattr(table.model, "data", lambda *_: pytest.fail("cells were compared one by one"))
+    table.view.sortByColumn(1, Qt.SortOrder.DescendingOrder)
+    assert list(table.model.order + 1) == [1, 4, 3, 2]
+    table.view.sortByColumn(1, Qt.SortOrder.AscendingOrder)
+    assert list(table.model.order + 1) == [3, 4, 1, 2]
+    assert table.view.currentIndex().row() == 1  # the chosen object stays chosen
+
+
 def test_headings_of_the_table_have_units_as_one_writes_them(qtbot, tmp_path):
     (tmp_path / "t.csv").write_text("label,volume_um3,centroid_z_um,volume_voxels,um\n1,2,3,4,5\n")
     table = ObjectTable()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from qtpy.QtCore import QAbstractTableModel, QModelIndex, QSortFilterProxyModel, Qt, Signal
+from qtpy.QtCore import QAbstractTableModel, QModelIndex, Qt, Signal
 from qtpy.QtWidgets import QAbstractItemView, QTableView, QVBoxLayout, QWidget
 
 _UNITS = {"um": "µm", "um3": "µm³"}
@@ -15,7 +15,7 @@ _UNITS = {"um": "µm", "um3": "µm³"}
 
 _WHOLE = 1e5  # from which on a measure is shown without decimals, never as a power of ten
 
-_ROLES = (Qt.ItemDataRole.DisplayRole, Qt.ItemDataRole.UserRole)
+_MEASURED_ROWS = 50  # whose texts decide the width of a column
 
 
 class ObjectTable(QWidget):
@@ -27,15 +27,16 @@ class ObjectTable(QWidget):
         super().__init__(parent)
         self.model = _Measures([], np.empty((0, 1)))
         self._quiet = False  # while rows change without the user
-        self._sorted = QSortFilterProxyModel(self)
-        self._sorted.setSortRole(Qt.ItemDataRole.UserRole)
         self.view = QTableView()
         self.view.setToolTip("Choose a row to see the object; click a heading to sort")
         self.view.setAccessibleName("Objects")
         self.view.setSortingEnabled(True)
         self.view.setSelectionBehavior(QAbstractItemView.SelectionBehavior.SelectRows)
         self.view.setMinimumHeight(160)
-        self.view.setModel(self._sorted)
+        self.view.setModel(self.model)
+        for headings in (self.view.horizontalHeader(), self.view.verticalHeader()):
+            assert headings is not None
+            headings.setResizeContentsPrecision(_MEASURED_ROWS)
         self.view.clicked.connect(self._on_view_clicked)
         rows = self.view.selectionModel()
         assert rows is not None  # the view has a model
@@ -48,10 +49,9 @@ class ObjectTable(QWidget):
         """Show a table that the core has written (.csv)."""
         with open(path, newline="") as file:
             columns, *objects = list(csv.reader(file))
-        self.model = _Measures(columns, np.array(objects, float).reshape(len(objects), len(columns)))
         self._quiet = True
-        self._sorted.setSourceModel(self.model)
-        self._sorted.sort(0)
+        self.model.show(columns, np.array(objects, float).reshape(len(objects), len(columns)))
+        self.view.sortByColumn(0, Qt.SortOrder.AscendingOrder)
         self._quiet = False
         self.view.resizeColumnsToContents()
 
@@ -66,7 +66,7 @@ class ObjectTable(QWidget):
         rows = np.flatnonzero(self.model.values[:, 0] == label)
         if len(rows):
             self._quiet = True
-            self.view.selectRow(self._sorted.mapFromSource(self.model.index(int(rows[0]), 0)).row())
+            self.view.selectRow(int(np.flatnonzero(self.model.order == rows[0])[0]))
             self._quiet = False
 
     def choose(self, row: int) -> None:
@@ -80,13 +80,37 @@ class ObjectTable(QWidget):
             self._on_view_clicked(index)
 
     def _on_view_clicked(self, index: QModelIndex) -> None:
-        self.choose(self._sorted.mapToSource(index).row())
+        self.choose(int(self.model.order[index.row()]))
 
 
 class _Measures(QAbstractTableModel):
+    """Rows of a file in the order of a column. ``order[row]`` is the row of the file that a row of the table shows.
+
+    It sorts whole columns: Qt would compare cell by cell, which takes seconds for many thousands of objects.
+    """
+
     def __init__(self, columns: list[str], values: np.ndarray) -> None:
         super().__init__()
-        self.columns, self.values = columns, values
+        self.columns, self.values, self.order = columns, values, np.arange(len(values))
+
+    def show(self, columns: list[str], values: np.ndarray) -> None:
+        """Show another table, in the order of the file."""
+        self.beginResetModel()
+        self.columns, self.values, self.order = columns, values, np.arange(len(values))
+        self.endResetModel()
+
+    def sort(self, column: int, order: Qt.SortOrder = Qt.SortOrder.AscendingOrder) -> None:
+        """Sort rows by a column; equal ones, and those without a number at the end, stay in the order of the file."""
+        if not 0 <= column < len(self.columns):
+            return
+        key = self.values[:, column] * (1 if order == Qt.SortOrder.AscendingOrder else -1)
+        self.layoutAboutToBeChanged.emit()
+        before, after = self.order, np.argsort(key, kind="stable")
+        place = np.argsort(after)  # of a row of the file
+        kept = self.persistentIndexList()
+        self.order = after
+        self.changePersistentIndexList(kept, [self.index(int(place[before[i.row()]]), i.column()) for i in kept])
+        self.layoutChanged.emit()
 
     def rowCount(self, parent: QModelIndex | None = None) -> int:
         return len(self.values)
@@ -95,11 +119,9 @@ class _Measures(QAbstractTableModel):
         return len(self.columns)
 
     def data(self, index: QModelIndex, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
-        if role not in _ROLES:
-            return None
-        value = float(self.values[index.row(), index.column()])
         if role != Qt.ItemDataRole.DisplayRole:
-            return value
+            return None
+        value = float(self.values[self.order[index.row()], index.column()])
         return f"{value:.0f}" if value.is_integer() or abs(value) >= _WHOLE else f"{value:.6g}"
 
     def headerData(self, section: int, side: Qt.Orientation, role: int = Qt.ItemDataRole.DisplayRole) -> Any:
