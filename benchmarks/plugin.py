@@ -156,9 +156,20 @@ def measure_gaps() -> dict[str, list[float]]:
     app.processEvents()
     during("a volume is chosen, torch loaded", add_image, lambda: "Computes" in dock.volume.device.text())
     during("slices are suggested", dock.support.suggest_slices, lambda: not dock.support.selecting.running)
-    assert dock.session.annotations is not None  # the suggestion made them
+    kept = dock.session.annotations
+    assert kept is not None  # the suggestion made them
+    first = dock.support.suggested[0]
+    dock.support.go_to(first)
+    dock.support.paint.click()
+    layer = dock.support.layer
+
+    def draw() -> None:
+        with layer.block_history():  # as between press and release of the mouse
+            layer._draw(2, (first, 100, 100), (first, 100, 200))
+
+    during("first stroke", draw, lambda: kept.plane(first).any())
     for z in dock.support.suggested:
-        dock.session.annotations.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
+        kept.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
     dock.session.painted()
     dock.distill.settings.setValue(DistillSettings(steps=40, crops=32, crop_size=128, zoom=Fraction(1)))
     during("preparing to distill", dock.distill.start, lambda: dock.distill.plot.losses)
@@ -172,6 +183,14 @@ def measure_gaps() -> dict[str, list[float]]:
     dock.apply.out.setText(str(folder / "out.ome.zarr"))
     during("Apply is pressed", dock.apply.start, lambda: True)
     during("applying", nothing, lambda: not dock.session.busy)
+    during("counting objects", dock.objects.start, lambda: not dock.session.busy)
+    during("refining", dock.distill.start_refining, lambda: not dock.session.busy)
+    count = len(viewer.layers)
+    during(
+        "a sample is generated",
+        lambda: viewer.open_sample("napari-distillfss", "nuclei"),
+        lambda: len(viewer.layers) > count,
+    )
     viewer.close()
     return gaps.found
 
