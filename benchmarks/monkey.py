@@ -371,6 +371,13 @@ class Monkey:
         self.docked = self.viewer.window.add_dock_widget(self.dock, name="DistillFSS", area="right")
         self.dock.distill.settings.setValue(few())
 
+    def close(self, dock: Any) -> None:
+        from qtpy.QtCore import QEvent
+
+        self.viewer.window.remove_dock_widget(dock)
+        dock.deleteLater()
+        self.app.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)  # processEvents leaves these to the loop
+
     def run_events(self, seconds: float) -> None:
         end = time.perf_counter() + seconds
         while True:
@@ -818,8 +825,6 @@ class Monkey:
 
     def do_apply_dock(self) -> None:
         """Open the dock for a model that exists, use it, and close it."""
-        from qtpy.QtCore import QEvent
-
         from napari_distillfss._widgets.dock import ApplyDock
 
         dock = ApplyDock(self.viewer, self.kept)
@@ -828,16 +833,10 @@ class Monkey:
         self.wait(lambda: dock.session.model is not None)
         dock.preview.on.setChecked(True)
         self.run_events(self.rng.choice((0.0, REST, 2.0)))
-        self.viewer.window.remove_dock_widget(dock)
-        dock.deleteLater()
-        self.app.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)
+        self.close(dock)
 
     def do_close_and_open_the_dock(self) -> None:
-        from qtpy.QtCore import QEvent
-
-        self.viewer.window.remove_dock_widget(self.dock)
-        self.dock.deleteLater()
-        self.app.sendPostedEvents(None, QEvent.Type.DeferredDelete.value)  # processEvents leaves these to the loop
+        self.close(self.dock)
         self.run_events(self.rng.choice((0.0, REST)))
         self.open_dock()
 

@@ -80,19 +80,25 @@ def test_colors_of_rows_have_a_contrast_of_four_and_a_half_on_naparis_lists(them
     assert contrast(tone.on(background), background) >= 4.5
 
 
-@pytest.mark.parametrize("theme", THEMES)
-def test_rows_that_cannot_be_used_are_readable_in_the_window(theme, drawn, qtbot, sample, painted_truth):
-    from napari_distillfss._widgets.slices import SliceRow
+def sources_that_cannot_be_used(viewer, dock, sample, painted_truth):
+    """The list of other volumes, with one row that cannot be chosen."""
     from napari_distillfss._widgets.sources import SourceList
 
-    viewer, dock = drawn
-    set_theme(viewer, theme, qtbot)
     dock.session.annotations.put(1, painted_truth[1])
     viewer.add_image(sample.image[::-1].copy(), name="another")
     dock.volume.layers.setCurrentIndex(1)
     dock.volume.layers.activated.emit(1)
     (other,) = dock.session.others()
-    choice = SourceList([(other, "is no file, and not open here")], dock)
+    return SourceList([(other, "is no file, and not open here")], dock)
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_rows_that_cannot_be_used_are_readable_in_the_window(theme, drawn, qtbot, sample, painted_truth):
+    from napari_distillfss._widgets.slices import SliceRow
+
+    viewer, dock = drawn
+    set_theme(viewer, theme, qtbot)
+    choice = sources_that_cannot_be_used(viewer, dock, sample, painted_truth)
     dock.support.list.setRows([SliceRow("nuclei: 2 slices cannot be used", is_problem=True)])
     for widget in (choice.list, dock.support.list):
         widget.show()
@@ -106,15 +112,9 @@ def test_rows_that_cannot_be_used_are_readable_in_the_window(theme, drawn, qtbot
 
 def test_rows_follow_the_theme_at_once(drawn, qtbot, painted_truth, sample):
     from napari_distillfss._widgets.slices import SliceRow
-    from napari_distillfss._widgets.sources import SourceList
 
     viewer, dock = drawn
-    dock.session.annotations.put(1, painted_truth[1])
-    viewer.add_image(sample.image[::-1].copy(), name="another")
-    dock.volume.layers.setCurrentIndex(1)
-    dock.volume.layers.activated.emit(1)
-    (other,) = dock.session.others()
-    choice = SourceList([(other, "is no file, and not open here")], dock)
+    choice = sources_that_cannot_be_used(viewer, dock, sample, painted_truth)
     rows = dock.support.list
     rows.setRows([SliceRow("nuclei: 2 slices cannot be used", is_problem=True), SliceRow("plane 3: suggested")])
     changes = []

@@ -286,6 +286,7 @@ class DistillRun(Iterator[TrainStep]):
                 "let it go on, or use method joint, which has a student from the first step"
             )
         ready, best = self._prepared()
+        no_expectation = self._no_expectation()
         card = {
             "method": self.settings.method,
             "head": ready.weights.name if ready.weights else None,
@@ -299,8 +300,8 @@ class DistillRun(Iterator[TrainStep]):
             **self._probe_card,
             **self._unlabeled_card,
             **({"specialization": self._specialization} if self._specialization else {}),
-            "expected_iou": self._expected_iou(),
-            "no_expectation": self._no_expectation(),
+            "expected_iou": self._expected_iou() if no_expectation is None else None,
+            "no_expectation": no_expectation,
             "seconds": round(time.perf_counter() - self._began, 1),
             "device": str(self.device),
             "settings": self.settings.to_json(),
@@ -323,19 +324,17 @@ class DistillRun(Iterator[TrainStep]):
             model.fit_halo(_busiest_part(self.support, model.halo_side))
         return model.to(self.device.name)  # as its file will be run; the halo does not hang on the processor
 
-    def _expected_iou(self) -> float | None:
-        """Best IoU on held-out slices of what the student learns from: its teacher before the training, and its probe.
-
-        Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these,
-        nor from a training that has not ended.
-        """
-        if self._no_expectation() is not None:
-            return None
+    def _expected_iou(self) -> float:
+        """Best IoU on held-out slices of what the student learns from: teacher before the training, and probe."""
         ready, _ = self._prepared()
         return max(ready.zoom_scores[ready.preprocess.zoom], self._probe_card.get("probe_iou") or 0.0)
 
     def _no_expectation(self) -> str | None:
-        """Why no IoU is expected; None where one is."""
+        """Why no IoU is expected; None where one is.
+
+        Strokes leave out what is hard, and crops of a single slice are too much alike: nothing is expected from these,
+        nor from a training that has not ended.
+        """
         ready, _ = self._prepared()
         annotated = [float((s.labels != IGNORE).mean()) for s in self.support.slices]
         reasons = {

@@ -25,7 +25,7 @@ class ObjectTable(QWidget):
 
     def __init__(self, parent: QWidget | None = None) -> None:
         super().__init__(parent)
-        self.model = _Measures([], np.empty((0, 1)))
+        self.model = _Measures()
         self._quiet = False  # while rows change without the user
         self.view = QTableView()
         self.view.setToolTip("Choose a row to see the object; click a heading to sort")
@@ -89,9 +89,9 @@ class _Measures(QAbstractTableModel):
     It sorts whole columns: Qt would compare cell by cell, which takes seconds for many thousands of objects.
     """
 
-    def __init__(self, columns: list[str], values: np.ndarray) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.columns, self.values, self.order = columns, values, np.arange(len(values))
+        self.show([], np.empty((0, 1)))
 
     def show(self, columns: list[str], values: np.ndarray) -> None:
         """Show another table, in the order of the file."""
