@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
 import pytest
 import tifffile
@@ -42,6 +43,32 @@ def slow(monkeypatch, qtbot):
     yield go_on
     go_on.set()
     wait_for_threads(qtbot)
+
+
+@pytest.fixture
+def hashing(monkeypatch, qtbot):
+    """Small arrays are hashed like large ones. Hashing waits for the event; `threads` are those it was done in."""
+    go_on, identity = threading.Event(), Volume.identity
+    go_on.threads = []
+
+    def look(self):
+        if threading.current_thread() is not threading.main_thread():
+            go_on.threads.append(threading.current_thread())
+            assert go_on.wait(60)
+        return identity.fget(self)
+
+    monkeypatch.setattr(volume, "_QUICK", 0)
+    monkeypatch.setattr(Volume, "identity", property(look))
+    yield go_on
+    go_on.set()
+    wait_for_threads(qtbot)
+
+
+def choose(dock, name):
+    """As the user does."""
+    index = dock.volume.layers.findText(name)
+    dock.volume.layers.setCurrentIndex(index)
+    dock.volume.layers.activated.emit(index)
 
 
 def wait_for_threads(qtbot):
@@ -206,3 +233,74 @@ def test_napari_reads_nothing_when_a_layer_of_a_file_is_added(number, files, vie
         data = layer.data[0] if options["multiscale"] else layer.data
         np.testing.assert_array_equal(np.asarray(data[index]), image[index])
         np.testing.assert_array_equal(np.asarray(data), image)
+
+
+@pytest.mark.parametrize("kind", ["array", "dask", "NaN"])
+def test_a_large_array_is_hashed_in_another_thread(kind, viewer, open_dock, qtbot, hashing, sample):
+    image = sample.image.astype(np.float32)
+    image[0, 0, 0] = np.nan if kind == "NaN" else 0
+    dock = open_dock(viewer)
+    viewer.add_image(da.from_array(image) if kind == "dask" else image, name="large")
+    viewer.add_image(image[1:], name="later")
+    (bar,) = dock.volume.findChildren(JobBar)
+    qtbot.waitUntil(lambda: bar.text.text() == "Reading large")
+    assert dock.volume.value() is None
+    assert dock.volume.layers.currentText() == "large"
+    hashing.set()
+    qtbot.waitUntil(lambda: dock.volume.value() is not None)
+    assert dock.volume.value().name == "large"
+    dock.session.annotations.put(2, np.full(image.shape[1:], 2, np.uint8))
+    kept = dock.session.annotations.folder
+    choose(dock, "later")
+    qtbot.waitUntil(lambda: dock.volume.value().name == "later")
+    assert dock.session.annotations.planes() == []
+    choose(dock, "large")
+    assert dock.volume.value().name == "large"  # known, so at once
+    assert dock.session.annotations.folder == kept
+    assert dock.session.annotations.planes() == [2]
+    assert len(hashing.threads) == 2
+    assert [layer.name for layer in viewer.layers][:2] == ["large", "later"]
+
+
+def test_the_volume_of_before_stays_until_a_large_one_is_hashed(viewer, open_dock, qtbot, hashing, sample, monkeypatch):
+    monkeypatch.setattr(volume, "_QUICK", sample.image.nbytes)
+    dock = open_dock(viewer)
+    viewer.add_image(sample.image, name="small")
+    viewer.add_image(np.concatenate([sample.image] * 2), name="large")
+    viewer.add_image(np.concatenate([sample.image] * 3), name="larger")
+    assert dock.volume.value().name == "small"
+    (bar,) = dock.volume.findChildren(JobBar)
+    (cancel,) = bar.findChildren(QPushButton)
+    choose(dock, "large")
+    qtbot.waitUntil(lambda: len(hashing.threads) == 1)
+    assert dock.volume.value().name == dock.session.volume.name == "small"
+    cancel.click()
+    assert dock.volume.layers.currentText() == "small"
+    choose(dock, "large")
+    choose(dock, "larger")
+    assert dock.volume.layers.currentText() == "larger"
+    viewer.layers.remove("larger")
+    assert dock.volume.layers.currentText() == "small"
+    assert not dock.volume.opening.running
+    choose(dock, "large")
+    choose(dock, "small")
+    assert not dock.volume.opening.running
+    hashing.set()
+    wait_for_threads(qtbot)
+    qtbot.wait(50)
+    assert dock.volume.value().name == dock.session.volume.name == "small"
+    choose(dock, "large")
+    qtbot.waitUntil(lambda: dock.session.volume.name == "large")
+    assert viewer.layers["large"].visible
+
+
+def test_a_large_series_is_hashed_once_for_all_time_points(viewer, open_dock, qtbot, hashing, sample):
+    hashing.set()
+    dock = open_dock(viewer)
+    viewer.add_image(np.stack([sample.image] * 3), name="series")
+    qtbot.waitUntil(lambda: dock.volume.value() is not None)
+    for time in (2, 1):
+        dock.volume.lead["t"].setValue(time)
+        assert dock.volume.value().lead == {"t": time}
+        assert dock.session.volume.lead == {"t": time}
+    assert len(hashing.threads) == 1

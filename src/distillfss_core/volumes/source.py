@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -40,6 +41,7 @@ UNITS = {  # of one of them in micrometers
 _HEX = 6  # digits of a color
 _HASHED = 1 << 28  # bytes of an array in memory that are looked at whole
 _SIDE = 256  # of a tile of a larger array, or of one that lies elsewhere
+_GLANCE = 32, 256  # side and number of the tiles by which an array is taken for unchanged since it was looked at
 _TILES = 8  # of an array that lies elsewhere: each may cost a chunk of it
 READ_ERRORS = (*DECODER_ERRORS, AssertionError, AttributeError, NotImplementedError)
 
@@ -199,17 +201,36 @@ class ArraySource:
 
 
 def array_content(source: ArraySource) -> str:
-    """A digest of the voxels: of all where they are few and in memory, else of tiles of some planes."""
-    digest, array = hashlib.sha256(), source.array
-    in_memory = isinstance(array, np.ndarray)
-    if in_memory and array.nbytes <= _HASHED:
-        for part in array:
-            digest.update(np.ascontiguousarray(part).data)
-        return digest.hexdigest()[:16]
-    sides = [min(n, _SIDE) if a in "yx" else 1 for a, n in zip(source.axes, source.shape, strict=True)]
-    count = _HASHED // (_SIDE * _SIDE * source.dtype.itemsize) if in_memory else _TILES
+    """A digest of the voxels: of all where they are few and in memory, else of tiles of some planes.
+
+    That of an array in memory is known from the second time on, unless small tiles all over it have changed.
+    """
+    array = source.array
+    if not isinstance(array, np.ndarray):
+        return _digest_of(_tiles(source, _SIDE, _TILES))
+    glance = _digest_of(_tiles(source, *_GLANCE))
+    holder, seen, known = _known.get(id(array), (None, "", ""))
+    if holder is not None and holder() is array and seen == glance:
+        return known
+    small, count = array.nbytes <= _HASHED, _HASHED // (_SIDE * _SIDE * source.dtype.itemsize)
+    digest = _digest_of(array if small else _tiles(source, _SIDE, count))
+    number = id(array)
+    _known[number] = weakref.ref(array, lambda _: _known.pop(number, None)), glance, digest
+    return digest
+
+
+_known: dict[int, tuple[weakref.ref[Array], str, str]] = {}  # arrays in memory by `id`: a glance at them, and digest
+
+
+def _tiles(source: ArraySource, side: int, count: int) -> Iterator[Array]:
+    sides = [min(n, side) if a in "yx" else 1 for a, n in zip(source.axes, source.shape, strict=True)]
     for corner in spread([-(-n // side) for n, side in zip(source.shape, sides, strict=True)], count):
         starts = [min(i * side, n - side) for i, side, n in zip(corner, sides, source.shape, strict=True)]
-        tile = source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
-        digest.update(np.ascontiguousarray(tile).data)
+        yield source.get(tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True)))
+
+
+def _digest_of(parts: Iterable[Array]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).data)
     return digest.hexdigest()[:16]

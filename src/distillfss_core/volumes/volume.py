@@ -77,7 +77,8 @@ class Volume:
         """JSON-able; two volumes that differ in it are not the same.
 
         Files are distinguished by size and time, zarr by a few megabytes of its chunks, an array in memory by its
-        voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access.
+        voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access. An array in
+        memory is read once, as long as small tiles all over it stay as they are.
         """
         return self._identify()
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from napari.layers import Image
@@ -55,6 +57,7 @@ from napari_distillfss._widgets._common import (
 )
 
 _MOST = 1e9  # that NaN is replaced by
+_QUICK = 16_000_000  # bytes of an array that are hashed in a moment
 _WAIT = 150  # milliseconds without a move of a slider before its time or channel is chosen
 
 
@@ -101,8 +104,19 @@ class ChannelChoice(QComboBox):
         self.valueChanged.emit(index)
 
 
+@dataclass(frozen=True, eq=False)
+class _Awaited:
+    """A layer that was chosen and is being hashed: `id` of its array, and what chooses it once this is done."""
+
+    layer: Any
+    array: int
+    again: Callable[[], object]
+
+
 class VolumePicker(QWidget):
     """Edits the chosen volume. ``valueChanged`` emits a ChosenVolume or None.
+
+    The volume of a large array is chosen once another thread has hashed it; until then the one before stays.
 
     Time and channel are those of napari's sliders: either one moves the other. After a slider the volume is chosen a
     moment later, or at once before the user presses anything: a stroke never meets the annotations of another time.
@@ -115,6 +129,8 @@ class VolumePicker(QWidget):
         self._session, self._viewer = session, viewer
         self._value: ChosenVolume | None = None
         self._opened: ChosenVolume | None = None  # as the latest file was opened
+        self._awaited: _Awaited | None = None
+        self._hashed: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()  # of a layer: arrays, by their `id`
         self.layers = combo("The image layer to segment")
         self.layers.activated.connect(self._on_layer_activated)
         self.open_file = button(
@@ -175,6 +191,7 @@ class VolumePicker(QWidget):
         self._job.failed.connect(self.device.warn)
         self.opening.done.connect(self._on_opened)
         self.opening.failed.connect(self.message.warn)
+        self.opening.ended.connect(self._on_opening_ended)
         session.closed.connect(self.opening.abandon)
         session.closed.connect(self._forget_viewer)
         viewer.layers.events.inserted.connect(self._on_layers_changed)
@@ -190,6 +207,7 @@ class VolumePicker(QWidget):
 
     def setValue(self, value: ChosenVolume | None, level: int | None = None) -> None:
         if value is None:
+            self._stop_waiting()
             self.layers.setCurrentIndex(-1)
             self._take(None)
             return
@@ -211,19 +229,39 @@ class VolumePicker(QWidget):
         self.opening.start(lambda stop: _iter_opening(path, stop, point))
 
     def _on_opened(self, opened: ChosenVolume | None) -> None:
+        awaited, self._awaited = self._awaited, None
         if opened is None or self.opening.was_stopped:
+            self._show_choice()
             self.message.tell("Stopped; nothing was opened")
+            return
+        if awaited is not None:
+            self._on_hashed(opened, awaited)
             return
         self._opened = opened
         self._viewer.add_layer(opened.layer)
         self.layers.setCurrentIndex(self._images().index(opened.layer))
         self._choose_and_show()
 
+    def _on_hashed(self, opened: ChosenVolume, awaited: _Awaited) -> None:
+        before, self._opened = self._opened, opened
+        self._hashed.setdefault(opened.layer, set()).add(awaited.array)
+        self.layers.setCurrentIndex(self._images().index(opened.layer))
+        awaited.again()
+        self._opened = before  # the layer may be changed before it is chosen again
+
+    def _on_opening_ended(self) -> None:
+        if not self.opening.running:
+            self._awaited = None
+
+    def _stop_waiting(self) -> None:
+        if self._awaited is not None:
+            self.opening.abandon()
+
     def _choose_and_show(self) -> None:
         """Choose the volume, and fit the view to it unless it lies where the one before does."""
         before = self._value
         self._on_choice_changed()
-        if self._value is None:
+        if self._value is None or self._awaited is not None:
             return
         layer = self._value.layer
         is_elsewhere = before is None or not _lie_alike(before.layer, layer)
@@ -239,13 +277,17 @@ class VolumePicker(QWidget):
         self.layers.blockSignals(True)
         self.layers.clear()
         self.layers.addItems([layer.name for layer in images])
-        self.layers.setCurrentIndex(images.index(current) if current in images else -1)
+        if self._awaited is not None and self._awaited.layer not in images:
+            self._stop_waiting()
+        self._show_choice()
         self.layers.blockSignals(False)
         if current is not None and current not in images:
             self._take(None)
             kept = "; what was painted and trained is kept" if self._session.annotates else ""
             self.message.tell(f"layer {current.name!r} was removed{kept}")
         added = getattr(event, "value", None) if getattr(event, "type", "") == "inserted" else None
+        if self._awaited is not None:
+            return
         if current is None and images and (event is None or added in images):
             self.layers.setCurrentIndex(images.index(added) if added in images else 0)
             self._on_choice_changed()
@@ -257,6 +299,9 @@ class VolumePicker(QWidget):
     def _on_layer_activated(self) -> None:
         """Choose the volume and show it: opaque images above it are hidden, and stay where they are in the list."""
         self._choose_and_show()
+        if self._awaited is not None:
+            self._awaited = replace(self._awaited, again=self._on_layer_activated)
+            return
         if self._value is None:
             return
         image = self._value.layer
@@ -277,19 +322,29 @@ class VolumePicker(QWidget):
             if self._value is None or layer is not self._value.layer:
                 self._follow_sliders(layer)
             lead = {letter: self.lead[letter].value() for letter in lead_axes(layer)}
-            self._take(self._choose(layer, lead, self.level.value()))
+            chosen = self._choose(layer, lead, self.level.value())
+            if chosen is not None:
+                self._take(chosen)
 
         if not attempt(self.message, choose):
             self._take(None)
 
-    def _choose(self, layer: Any, lead: dict[str, int], level: int) -> ChosenVolume:
+    def _choose(self, layer: Any, lead: dict[str, int], level: int) -> ChosenVolume | None:
         """The volume of a layer; the one that was opened last need not be opened again.
 
-        Pixels that are not finite are read as was chosen in an earlier session.
+        None if it is hashed before, in another thread. Pixels that are not finite are read as was chosen in an earlier
+        session.
         """
         opened = self._opened
         is_open = opened is not None and opened.layer is layer and opened.lead == lead and not level
         chosen = opened if opened is not None and is_open else choose_layer(layer, lead=lead, level=level)
+        array = _array_of(layer, level)
+        if chosen.volume.location is None and _size_of(array) > _QUICK and id(array) not in self._hashed.get(layer, ()):
+            self.opening.abandon()
+            self.opening.start(lambda stop: _iter_hashing(chosen, stop))
+            self._awaited = _Awaited(layer, id(array), self._on_choice_changed)
+            self.layers.setCurrentIndex(self._images().index(layer))
+            return None
         if REPLACE_NAN not in layer.metadata:
             number = self._session.replacement_of(chosen)
             if number is not None:
@@ -362,9 +417,15 @@ class VolumePicker(QWidget):
     def _on_replacement_edited(self) -> None:
         self.replace_nan(self.replacement.value() if self.replaces.isChecked() else None)
 
+    def _show_choice(self) -> None:
+        """Show the layer of the volume in the list, or the one that is being hashed where none is chosen."""
+        images, chosen = self._images(), self._value or self._awaited
+        self.layers.setCurrentIndex(images.index(chosen.layer) if chosen and chosen.layer in images else -1)
+
     def _take(self, value: ChosenVolume | None) -> None:
         self._value = value
         if value is not None:
+            self._stop_waiting()
             self.message.tell(self._text())
             if not self.device.text() and not self._job.running:
                 self.device.tell("looking for a GPU")
@@ -423,9 +484,25 @@ def _iter_opening(
     yield Doing(f"reading {options['name']}")
     levels = hold_shown(levels, options, point)
     opened = choose_layer(Image(levels if options["multiscale"] else levels[0], **options))
+    return (yield from _iter_hashing(opened, stop))
+
+
+def _iter_hashing(chosen: ChosenVolume, stop: Event) -> Generator[Doing, None, ChosenVolume | None]:
+    """Read what tells a volume from others, which is kept. Returns None if it was stopped."""
+    yield Doing(f"reading {chosen.name}")
     with suppress(core.DistillFSSError):  # the session says why it keeps no annotations
-        _ = opened.volume.identity  # read here, as it is kept
-    return None if stop.is_set() else opened
+        _ = chosen.volume.identity
+    return None if stop.is_set() else chosen
+
+
+def _array_of(layer: Any, level: int) -> Any:
+    return layer.data[level] if layer.multiscale else layer.data
+
+
+def _size_of(array: Any) -> int:
+    """Bytes of an array."""
+    size: int = math.prod(array.shape) * np.dtype(array.dtype).itemsize
+    return size
 
 
 def _lie_alike(layer: Any, other: Any) -> bool:

@@ -20,6 +20,7 @@ import zarr
 from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import read_stack
 from distillfss_core.io.writing import write_labels
+from distillfss_core.volumes import source as sources
 from distillfss_core.volumes.source import Channel, spread
 from distillfss_core.volumes.volume import open_volume, read_channels
 from volumes import noise, write_ome_zarr
@@ -295,6 +296,21 @@ def test_an_unchanged_volume_keeps_its_identity_wherever_a_zarr_lies(tmp_path):
     for array in (data, da.from_array(data)):
         assert open_volume(array).identity == open_volume(array.copy()).identity
     assert open_volume(data).along("y").identity == open_volume(data).identity
+
+
+def test_an_array_in_memory_is_hashed_once_until_it_changes(monkeypatch):
+    array = noise((3, 4, 40, 50))
+    hashed, digest_of = [], sources._digest_of
+    monkeypatch.setattr(sources, "_digest_of", lambda parts: (hashed.append(parts is array), digest_of(parts))[1])
+    first = open_volume(array, axes="tzyx", time=0).identity
+    for time in (1, 2, 0):
+        assert open_volume(array, axes="tzyx", time=time).identity["content"] == first["content"]
+    assert sum(hashed) == 1
+    array[1] += 1
+    changed = open_volume(array, axes="tzyx", time=0).identity
+    assert changed != first
+    assert sum(hashed) == 2
+    assert open_volume(array.copy(), axes="tzyx", time=0).identity == changed
 
 
 def test_little_is_read_to_tell_a_large_volume_from_another():
