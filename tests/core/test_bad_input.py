@@ -171,7 +171,9 @@ def test_volumes_with_pixels_that_are_no_number_are_segmented_and_learned_from_o
     labels = open_volume("o.ome.zarr")
     for z in range(3):
         np.testing.assert_array_equal(labels.plane(z), StudentModel.load("model.safetensors").predict(stack[z]).labels)
-    assert "was begun with another" in error(to_zarr("--replace-nan=0", "--resume"))
+    assert "was begun with another replace_nan (-2.0, not 0.0);" in error(to_zarr("--replace-nan=0", "--resume"))
+    assert "was begun with another replace_nan (-2.0, not None);" in error(to_zarr("--resume"))
+    assert to_zarr("--replace-nan=-2", "--resume") == FINE
 
 
 def test_a_bad_plane_is_named_and_no_half_stack_stays(here, error):

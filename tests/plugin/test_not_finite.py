@@ -95,6 +95,40 @@ def test_training_and_apply_offer_it_and_scripts_repeat_it(dock, qtbot, tmp_path
         dock.distill.start()
 
 
+def test_labels_begun_with_other_pixels_in_place_of_nan_are_replaced_by_a_button(
+    dock, qtbot, tmp_path, student, holed, sample
+):
+    dock.model.load_from(student)
+    ended(qtbot, dock)
+    out, message = tmp_path / "o.ome.zarr", dock.apply.message
+    dock.apply.out.setText(str(out))
+    dock.apply.start()
+    ended(qtbot, dock)
+    assert "of 9216 pixels are NaN or infinite" in message.text()
+    assert dock.apply.anew.isHidden()
+    dock.apply.offer.click()
+    dock.apply.start()
+    ended(qtbot, dock)
+    assert message.text() == (
+        "o.ome.zarr: holds results with NaN and infinite pixels as they are, not read as 0. Press “Replace labels” or "
+        "choose another name"
+    )
+    assert not dock.apply.anew.isHidden()
+    dock.apply.out.setText(str(tmp_path / "p.ome.zarr"))
+    assert dock.apply.anew.isHidden()
+    dock.apply.out.setText(str(out))
+    dock.apply.start()
+    ended(qtbot, dock)
+    dock.apply.anew.click()
+    ended(qtbot, dock)
+    assert "Done" in message.text()
+    assert dock.apply.anew.isHidden()
+    assert not dock.apply.replace.isChecked()
+    with core.open_volume(out) as labels, core.open_volume(holed, replace_nan=0) as image:
+        expected = core.StudentModel.load(student).predict(image.plane(2)).labels
+        np.testing.assert_array_equal(labels.plane(2), expected)
+
+
 def test_it_is_not_offered_for_other_errors_nor_twice(dock, qtbot, monkeypatch):
     dock.volume.replace_nan(0.0)
     for error in (core.ImageError("no"), core.NotFiniteError("in another volume")):

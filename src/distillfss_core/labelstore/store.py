@@ -40,7 +40,8 @@ log: logging.Logger = logging.getLogger(__name__)
 JOURNAL = Path("0", ".distillfss", "record")  # in the finest array: a group that held it would be no clean zarr
 _OLDER_MODES = {"planes": "planewise", "smooth": "smoothed"}
 """Names of modes in journals that were begun before the modes had their names of now."""
-_TELLING = ("device", "mode", "tile")  # settings that are short enough to be told
+_REPLACED = "replace_nan"  # of a volume
+_TELLING = ("device", "mode", "tile", _REPLACED)  # settings that are short enough to be told
 
 
 def _within(a: Box, b: Sequence[Sequence[int]]) -> bool:
@@ -223,9 +224,16 @@ class LabelStore:
         before = dict(self.journal.header.get("settings", {}))
         if "mode" in before:
             before["mode"] = _OLDER_MODES.get(before["mode"], before["mode"])
-        differing = [k for k in sorted({*before, *settings}) if before.get(k) != settings.get(k)]
+        present = dict(settings)
+        volumes = [s.get("volume") for s in (before, present)]
+        if all(isinstance(volume, Mapping) for volume in volumes):
+            same, other = ({**volume, _REPLACED: None} for volume in volumes)
+            if same == other:  # but for the pixels that are not finite
+                before, present = ({**s, "volume": same} for s in (before, present))
+                before[_REPLACED], present[_REPLACED] = (volume.get(_REPLACED) for volume in volumes)
+        differing = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
         if differing:
-            changes = [f"{k} ({before.get(k)}, not {settings.get(k)})" if k in _TELLING else k for k in differing]
+            changes = [f"{k} ({before.get(k)}, not {present.get(k)})" if k in _TELLING else k for k in differing]
             raise SettingsError(
                 f"{self.path}: was begun with another {', '.join(changes)}; "
                 "give what it was begun with, or another name"

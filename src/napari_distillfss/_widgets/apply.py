@@ -90,6 +90,7 @@ class ApplyWidget(QWidget):
         self._is_behind = False  # whether labels were written that the layer does not show yet
         self._active: Any = None  # the layer that was chosen when Apply was pressed
         self._shown: Path | None = None  # whose labels the layer shows; None while it is empty
+        self._of: Any = None  # the grid of voxels, and the labels of before, that path and region were chosen for
         self._colored: tuple[Class, ...] = ()  # classes that its colors are of
         self.layer: Any = None
         self.region = RegionEdit()
@@ -115,7 +116,9 @@ class ApplyWidget(QWidget):
         self.job = Job(session, "Segmentation", self)
         self.message = Message(self._no_model)
         self.offer = ReplaceOffer(session, self.job)
-        told = row(self.message, self.offer, first=3)
+        self.anew = button("Replace labels", "Replace the labels that are there, and begin anew", self.start_anew)
+        self.anew.hide()
+        told = row(self.message, self.offer, self.anew, first=3)
         self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
         column(
             self,
@@ -143,11 +146,19 @@ class ApplyWidget(QWidget):
         session.labels_changed.connect(self._on_classes_changed)  # those of a closed dock are taken up
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
+        for changed in (session.busy_changed, session.volume_changed, self.out.textChanged):
+            changed.connect(lambda *_: self.anew.hide())
         self._on_state_changed()
 
     def start(self) -> None:
         """Segment the volume, or continue a stopped run."""
+        self._start(overwrite=self.replace.isChecked())
 
+    def start_anew(self) -> None:
+        """Segment the volume in place of the labels that are there."""
+        self._start(overwrite=True)
+
+    def _start(self, *, overwrite: bool) -> None:
         def start() -> None:
             chosen, model = self._session.volume, self._session.model
             if chosen is None:
@@ -158,7 +169,7 @@ class ApplyWidget(QWidget):
             if ".zarr" not in out.suffixes and out.parent.name != "labels":
                 raise core.OutputError(f"{out}: labels are OME-Zarr; end the name in .ome.zarr")
             region, mode = self.region.value(), MODES[self.mode.currentText()]
-            options = {"region": region, "mode": mode, "overwrite": self.replace.isChecked()}
+            options = {"region": region, "mode": mode, "overwrite": overwrite}
             self.job.check_free()
             by = (self._session.model_path, tuple(model.class_names))
             self._running, self._written = Applied(chosen, out, mode, region, *by), False
@@ -223,11 +234,13 @@ class ApplyWidget(QWidget):
     def _on_job_failed(self, message: str) -> None:
         begun = re.fullmatch(r"(.*): was begun with another (.*); .*", message)
         if begun is not None:
-            message = (
-                f"{Path(begun[1]).name}: holds results of another {begun[2]}. Tick “{self.replace.text()}” or choose "
-                "another name"
-            )
+            what = f"results of another {begun[2]}"
+            read = re.fullmatch(r"replace_nan \((.*), not (.*)\)", begun[2])
+            if read is not None:
+                what = f"results with NaN and infinite pixels {_as_read(read[1])}, not {_as_read(read[2])}"
+            message = f"{Path(begun[1]).name}: holds {what}. Press “{self.anew.text()}” or choose another name"
         self.message.warn(message)
+        self.anew.setVisible(begun is not None)
 
     def _show(self, data: Any) -> None:
         """Show labels as they are seen in napari: the finest level during the run, the pyramid after it."""
@@ -298,13 +311,14 @@ class ApplyWidget(QWidget):
         chosen = self._session.volume
         if not self.job.running:
             self.message.tell(_READY if self._session.model is not None else self._no_model)
-        if chosen is not None:
+        earlier = self._session.annotations.written if self._session.annotations else None
+        before, self._of = self._of, (chosen.layer, chosen.lead, chosen.factors, earlier) if chosen else None
+        if chosen is not None and self._of != before:  # where NaN is read as another number they stay
             z, y, x = chosen.volume.shape[:3]
             self.region.setShape((z, y, x))
             path = chosen.volume.path
             folder = path.parent if path and os.access(path.parent, os.W_OK) else Path.home()
             stem = (path.name if path else chosen.name.replace("/", "_")).partition(".")[0].strip()
-            earlier = self._session.annotations.written if self._session.annotations else None
             is_there = earlier is not None and earlier.is_dir()
             self.out.setText(str(earlier if is_there else folder / f"{stem}-labels.ome.zarr"))
             self._take_earlier(chosen, Path(self.out.text()))
@@ -350,6 +364,11 @@ class ApplyWidget(QWidget):
         self.on_screen.setEnabled(self._session.volume is not None)
         if self._session.model is not None and self.message.text() in (self._no_model, self._session.no_model):
             self.message.tell(_READY)
+
+
+def _as_read(number: str) -> str:
+    """What is read in place of pixels that are not finite, as a phrase."""
+    return "as they are" if number == "None" else f"read as {float(number):g}"
 
 
 def _seen_in(chosen: ChosenVolume, dims: Any) -> Callable[[list[Any]], Any]:
