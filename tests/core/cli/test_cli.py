@@ -213,6 +213,7 @@ def test_distill_says_what_it_made(here, capsys):
     said = capsys.readouterr()
     assert "new.safetensors" in said.out
     assert "3 steps" in said.out
+    assert said.out.endswith("; no IoU to expect, as its zoom was given\n")
     assert said.err == "distillfss: warning: 2 of 4 images in images have no label file; left out\n"
     assert StudentModel.load("new.safetensors").training["support"] == ["plane_0.tif", "plane_2.tif"]
 
@@ -628,6 +629,25 @@ def test_info_prints_the_card(here, capsys):
     for part in ("efficientnet_lite0", "1 object", "12 steps", "plane_0.tif, plane_2.tif", "in the file", "not given"):
         assert part in text
     assert "stack.tif" in error_of(capsys, "info", "stack.tif")
+
+
+@pytest.mark.parametrize(
+    ("training", "text"),
+    [
+        ({"expected_iou": 0.714, "no_expectation": None}, "IoU 0.71 ± 0.15 expected on new slices of these kinds"),
+        ({"expected_iou": None, "no_expectation": "it learned from one slice"}, "no IoU to expect, as it learned from"),
+        ({}, None),
+    ],
+)
+def test_info_states_the_iou_to_expect_or_why_there_is_none(here, capsys, training, text):
+    model = StudentModel.load("model.safetensors")
+    for name in ("expected_iou", "no_expectation"):
+        model.training.pop(name, None)
+    model.training.update(training)
+    model.save("other.safetensors")
+    assert run("info", "other.safetensors") == FINE
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("quality")]
+    assert [text in line for line in said] == ([True] if text else [])
 
 
 def test_backbones_lists_all_and_says_which_is_here(capsys):
