@@ -36,7 +36,9 @@ KINDS = ("masks", "classes", "scribbles")
 NOTES = "notes.json"
 _COUNTS = "counts.json"
 _FEW = 16  # labels up to which a plane is compared with each of them
+_DIGITS = 12  # of the digest of a volume, in the name of its folder
 _APART = re.compile(r"(-\d+)?(\.old\d+)?")  # what the names of other annotations of a volume end in
+_OTHER = re.compile(rf"(.*-[0-9a-f]{{{_DIGITS}}}){_APART.pattern}$")
 _Stamp = tuple[tuple[int, int, int], ...]
 
 
@@ -475,9 +477,14 @@ def folder_for(root: Path, name: str, identity: Mapping[str, Any], shape: Sequen
 def own_folder(root: Path, name: str, identity: Mapping[str, Any], shape: Sequence[int]) -> Path:
     """Folder of the annotations of a volume where no other process uses it."""
     identity_text = json.dumps([name, dict(identity), list(shape)], sort_keys=True, default=str)
-    digest = hashlib.sha256(identity_text.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(identity_text.encode()).hexdigest()[:_DIGITS]
     stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
     return root / f"{stem}-{digest}"
+
+
+def own_name(name: str) -> str:
+    """Name of the folder of the annotations of a volume where no other process uses it, from that of any of them."""
+    return _OTHER.sub(r"\1", name)
 
 
 def kept_apart(own: Path, present: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from napari_distillfss._annotations import (
     kept_apart,
     move_annotations,
     own_folder,
+    own_name,
     read_slice,
     set_aside,
     user_of,
@@ -231,14 +232,14 @@ class Session:
 
     def keep_replacement_at(self, key: str, value: float | None) -> None:
         """As `keep_replacement`, of the volume whose annotations have this `OtherSlices.key`."""
-        others = {name: number for name, number in self._replacements().items() if name != key}
-        self.remember(_REPLACEMENTS, others if value is None else {**others, key: value})
+        others = {name: number for name, number in self._replacements().items() if name != own_name(key)}
+        self.remember(_REPLACEMENTS, others if value is None else {**others, own_name(key): value})
 
     def _replacements(self) -> dict[str, float]:
-        """Numbers that were chosen, by the names of the folders of annotations."""
+        """Numbers that were chosen, by the `own_name` of the folders of annotations: the choice is the volume's."""
         kept = self.recall(_REPLACEMENTS, {})
-        numbers = kept.items() if isinstance(kept, dict) else ()
-        return {name: float(n) for name, n in numbers if isinstance(n, (int, float)) and math.isfinite(n)}
+        numbers = sorted(kept.items(), reverse=True) if isinstance(kept, dict) else ()  # the own folder comes last
+        return {own_name(name): float(n) for name, n in numbers if isinstance(n, (int, float)) and math.isfinite(n)}
 
     @property
     def _choices_path(self) -> Path:
@@ -302,7 +303,7 @@ class Session:
         numbers = self._replacements()
         used = [other.without(self.annotations.left_out(key)) for key, other in found.items()]
         for other in used:
-            other.replace_nan = numbers.get(other.key)
+            other.replace_nan = numbers.get(own_name(other.key))
         return used, [key for key in self.annotations.also if key not in found]
 
     @property

@@ -5,6 +5,7 @@ import pytest
 from qtpy.QtCore import QPoint, Qt
 
 import distillfss_core as core
+from napari_distillfss import _annotations
 from napari_distillfss._layers import layer_of_file
 from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._widgets.batch import FILES, LAYERS
@@ -225,6 +226,58 @@ def test_slices_of_another_volume_that_have_them_are_read_as_zero_after_the_offe
             viewer.layers.remove(layer)
     with qtbot.waitSignal(dock.distill.job.done, timeout=120_000):
         dock.distill.start()
+
+
+@pytest.mark.parametrize("is_earlier", [True, False], ids=["chosen before", "offered"])
+def test_the_choice_holds_for_all_annotations_of_a_volume(
+    is_earlier, dock, open_dock, open_path, sample, tmp_path, qtbot, holed, painted_truth, monkeypatch
+):
+    from napari.components import ViewerModel
+
+    own = dock.session.annotations.folder
+    monkeypatch.setattr(_annotations, "user_of", lambda folder: folder == own or None)  # in another window
+    other = open_dock(ViewerModel())
+    open_path(other, holed)
+    key = other.session.annotations.folder.name
+    assert key == f"{own.name}-2"
+    other.session.annotations.put(3, painted_truth[3])
+    if is_earlier:
+        dock.session.keep_replacement(dock.session.volume, 7.0)
+    np.save(tmp_path / "whole.npy", sample.image)
+    open_path(other, tmp_path / "whole.npy")
+    other.session.annotations.put(4, painted_truth[4])
+    other.session.use_also([key])
+    if not is_earlier:
+        with pytest.raises(core.NotFiniteError):
+            other.session.support_maker()()
+        other.session.keep_replacement_at(key, 7.0)
+    number = {slice_.source: slice_.image[41, 51] for slice_ in other.session.support_maker()().slices}
+    assert number["holed.npy, plane 3"] == pytest.approx(7, abs=1e-3)
+    third = open_dock(ViewerModel())
+    open_path(third, holed)
+    assert third.volume.replacement.value() == 7
+    third.volume.replaces.setChecked(False)
+    with pytest.raises(core.NotFiniteError):
+        other.session.support_maker()()
+
+
+def test_a_choice_of_a_second_window_that_an_older_version_kept_is_found(dock, open_dock, open_path, holed):
+    from napari.components import ViewerModel
+
+    folder = dock.session.annotations.folder.name
+    dock.session.remember("replace_nan", {f"{folder}-2": 5, "another-123456789012": 4})
+    other = open_dock(ViewerModel())
+    open_path(other, holed)
+    assert other.volume.replacement.value() == 5
+    dock.session.remember("replace_nan", {folder: 0, **dock.session.recall("replace_nan", {})})
+    assert dock.session.replacement_of(dock.session.volume) == 0
+
+
+def test_names_of_the_folders_of_one_volume():
+    for own in ("stack.tif-0123456789ab", "a-0123456789ab-123456789012", "a-2-0123456789ab"):
+        for end in ("", "-2", "-13", ".old1", "-2.old3"):
+            assert _annotations.own_name(own + end) == own
+    assert _annotations.own_name("elsewhere") == "elsewhere"
 
 
 def test_an_outline_offers_it_beside_its_message(dock, qtbot):
