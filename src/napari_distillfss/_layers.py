@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,7 +19,7 @@ import distillfss_core as core
 if TYPE_CHECKING:
     from napari.layers import Image, Labels
 
-_HELD = 2048**2  # pixels of a plane of results that may be held
+_HELD = 4096**2  # pixels of a plane of results that may be held
 _CANVAS = 1024  # pixels that fill a canvas, so that napari shows no finer level of a pyramid at first
 _SAMPLE = 128  # pixels around the middle of a plane, by which a file and an array are compared
 
@@ -171,20 +171,20 @@ class ChosenVolume:
         """An array (z, y, x) of the volume's size, seen with the axes of the layer."""
         return OnGrid(array, self.axes)
 
-    def pyramid(self, levels: Sequence[Any], *, shown: int | None = None) -> Any:
+    def pyramid(self, levels: Sequence[Any], *, shown: Collection[int] = ()) -> Any:
         """Arrays (z, y, x), finest first, as data of a multiscale layer; napari takes no list of a single level.
 
         Parameters
         ----------
-        shown : int, optional
-            The plane that napari shows first, which is read here.
+        shown : collection of int, optional
+            The planes that napari shows first, which are read here. For a layer that is made of the data, it reads
+            plane 0 before the one at its sliders.
         """
         from napari.layers._multiscale_data import MultiScaleData
 
         seen = [self.on_grid(level) for level in levels]
-        if shown is not None:
-            for level in seen:
-                _ = level._read((shown * level.planes // self.planes,))
+        for level in seen:
+            level.hold({z * level.planes // self.planes for z in shown})
         return MultiScaleData(seen)
 
     def on_screen(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -705,7 +705,7 @@ def hold_shown(levels: Sequence[Any], options: Mapping[str, Any], point: Sequenc
 class OnGrid:
     """View of an array (z, y, x) with the axes of a layer: length 1 for time and channel, or without z for a plane.
 
-    The plane that was read last is in memory until `forget`: napari reads each plane several times.
+    The plane that was read last is in memory until `renew`: napari reads each plane several times.
 
     Parameters
     ----------
@@ -717,7 +717,7 @@ class OnGrid:
     def __init__(self, array: Any, axes: str) -> None:
         self._array, self._axes = array, axes
         self._may_hold = math.prod(array.shape[1:3]) <= _HELD
-        self._held: tuple[int, np.ndarray] | None = None
+        self._held: Mapping[int, np.ndarray] = {}
         self.dtype, self.ndim = array.dtype, len(axes)
         self.planes = int(array.shape[0])
         size = {**dict.fromkeys("tc", 1), **dict(zip("zyx", array.shape, strict=True))}
@@ -748,14 +748,19 @@ class OnGrid:
         z, *inside = key
         if not self._may_hold or not isinstance(z, (int, np.integer)):
             return np.asarray(self._array[key])
-        held = self._held
-        if held is None or held[0] != z:
-            held = self._held = int(z), np.asarray(self._array[z])
-        return np.array(held[1][tuple(inside)])
+        plane = self._held.get(int(z))
+        if plane is None:
+            plane = np.asarray(self._array[z])
+            self._held = {int(z): plane}
+        return np.array(plane[tuple(inside)])
 
-    def forget(self) -> None:
-        """Read anew what is asked for next: the array has changed."""
-        self._held = None
+    def hold(self, planes: Collection[int]) -> None:
+        """Read planes, unless they are too large, and hold no others."""
+        self._held = {z: np.asarray(self._array[z]) for z in planes} if self._may_hold else {}
+
+    def renew(self) -> None:
+        """Read what is held anew, in any thread: the array has changed."""
+        self.hold(self._held)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.read((slice(None),) * self.ndim), dtype)

@@ -20,6 +20,7 @@ from distillfss_core.models.card import read_card
 from napari_distillfss._annotations import Annotations, Class
 from napari_distillfss._format import short
 from napari_distillfss._layers import ANNOTATIONS, choose_layer
+from napari_distillfss._session import Applied
 from napari_distillfss._students import KeptStudent
 
 
@@ -302,6 +303,28 @@ def test_written_pieces_are_shown_now_and_then(dock, qtbot):
     qtbot.waitUntil(lambda: bool(looks))
     qtbot.wait(150)
     assert len(looks) == 1
+
+
+def test_written_pieces_are_read_in_another_thread(dock, viewer, qtbot):
+    class Pieces:
+        shape, dtype, value = (8, 96, 96), np.dtype(np.uint8), 1
+
+        def __getitem__(self, key):
+            threads.append(current_thread())
+            return np.broadcast_to(np.uint8(self.value), self.shape)[key]
+
+    threads = []
+    chosen, pieces = dock.session.volume, Pieces()
+    dock.apply._running = Applied(chosen, Path("out.ome.zarr"), "planewise", None, None, ("object",))
+    dock.apply._show(chosen.pyramid([pieces], shown=[chosen.plane_on(viewer.dims)]))
+    assert np.unique(dock.apply.layer._slice.image.raw).tolist() == [1]
+    threads.clear()
+    pieces.value = 2
+    dock.apply._on_job_stepped(type("Step", (), {"level": 0})())
+    dock.apply._show_again()
+    qtbot.waitUntil(lambda: np.unique(dock.apply.layer._slice.image.raw).tolist() == [2])
+    assert threads
+    assert main_thread() not in threads
 
 
 def test_two_viewers_on_one_image_do_not_share_annotations(dock, sample, open_dock, tmp_path):

@@ -167,14 +167,14 @@ def test_painted_planes_of_interleaved_channels_are_planes(tmp_path):
 
 def test_a_plane_of_results_is_read_once_until_the_array_has_changed(monkeypatch):
     array = zarr.array(STACK)
-    level = choose_layer(Image(STACK)).pyramid([array], shown=2)[0]
+    level = choose_layer(Image(STACK)).pyramid([array], shown=[2])[0]
     before = STACK[2].copy()
     array[2] = 7
     np.testing.assert_array_equal(level[2, 3:9, 4:8], before[3:9, 4:8])
     np.testing.assert_array_equal(level[1], STACK[1])
     np.testing.assert_array_equal(level[2], np.full_like(before, 7))  # only one plane is held
     array[2] = 8
-    level.forget()
+    level.renew()
     np.testing.assert_array_equal(level[2], np.full_like(before, 8))
     monkeypatch.setattr("napari_distillfss._layers._HELD", 10)
     large = choose_layer(Image(STACK)).on_grid(array)
@@ -300,7 +300,7 @@ def test_napari_reads_one_plane_of_written_labels_at_a_time(viewer):
     layer = viewer.add_labels(chosen.pyramid([np.zeros((6, 20, 30), np.uint8)]), multiscale=True, **chosen.place())
     for array in arrays:
         array.read.clear()
-    move_layer(viewer, layer, chosen.pyramid(arrays, shown=3), chosen.place())
+    move_layer(viewer, layer, chosen.pyramid(arrays, shown=[3]), chosen.place())
     for z in (0, 5, 2):
         viewer.dims.set_point(0, z)
     assert arrays[1].read

@@ -1,6 +1,7 @@
 """Objects of any labels layer are counted, found again in the table and exported."""
 
 import csv
+import threading
 from threading import Event
 
 import numpy as np
@@ -10,7 +11,8 @@ import zarr
 from qtpy.QtWidgets import QFileDialog, QMessageBox
 
 import distillfss_core as core
-from napari_distillfss._tasks import iter_exporting
+from napari_distillfss import _tasks
+from napari_distillfss._tasks import iter_exporting, open_levels
 from napari_distillfss._widgets.apply import NUMBERED
 from napari_distillfss._widgets.mark import middle_of
 from napari_distillfss._widgets.table import ObjectTable
@@ -48,6 +50,30 @@ def test_objects_of_a_labels_layer_are_counted_without_any_student(dock, viewer,
     layer = dock.objects.layer
     np.testing.assert_array_equal(layer.extent.world, viewer.layers["by hand"].extent.world)
     assert str(dock.session.folder) in dock.objects.message.text()
+
+
+def test_napari_reads_no_objects_from_disk_when_their_layer_is_made(dock, viewer, qtbot, monkeypatch):
+    class Spy:
+        """Notes the threads in which an array is read."""
+
+        def __init__(self, array):
+            self.array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def __getitem__(self, key):
+            threads.add(threading.current_thread())
+            return self.array[key]
+
+    threads = set()
+    monkeypatch.setattr(_tasks, "open_levels", lambda path: [Spy(array) for array in open_levels(path)])
+    viewer.dims.set_point(0, 2 * 2.5)
+    dock.objects.start()
+    finish(qtbot, dock)
+    assert threads
+    assert threading.main_thread() not in threads
+    assert np.unique(dock.objects.layer._slice.image.raw).tolist() == [0, 1]
+    viewer.dims.set_point(0, 6 * 2.5)
+    assert np.unique(dock.objects.layer._slice.image.raw).tolist() == [0, 2]
+    assert threading.main_thread() in threads
 
 
 def test_measures_are_never_powers_of_ten(qtbot, tmp_path):

@@ -225,12 +225,10 @@ class LabelStore:
         if "mode" in before:
             before["mode"] = _OLDER_MODES.get(before["mode"], before["mode"])
         present = dict(settings)
-        volumes = [s.get("volume") for s in (before, present)]
-        if all(isinstance(volume, Mapping) for volume in volumes):
-            same, other = ({**volume, _REPLACED: None} for volume in volumes)
-            if same == other:  # but for the pixels that are not finite
-                before, present = ({**s, "volume": same} for s in (before, present))
-                before[_REPLACED], present[_REPLACED] = (volume.get(_REPLACED) for volume in volumes)
+        old, new = before.get("volume"), present.get("volume")
+        if isinstance(old, Mapping) and isinstance(new, Mapping) and {**old, _REPLACED: 0} == {**new, _REPLACED: 0}:
+            before |= {"volume": new, _REPLACED: old.get(_REPLACED)}  # the same, but for pixels that are not finite
+            present[_REPLACED] = new.get(_REPLACED)
         differing = [k for k in sorted({*before, *present}) if before.get(k) != present.get(k)]
         if differing:
             changes = [f"{k} ({before.get(k)}, not {present.get(k)})" if k in _TELLING else k for k in differing]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ from napari_distillfss._layers import (
 )
 from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Applied, Counted, Session
-from napari_distillfss._tasks import Written, iter_applying, iter_counting, iter_exporting, open_levels
+from napari_distillfss._tasks import Seen, Written, iter_applying, iter_counting, iter_exporting, open_levels
 from napari_distillfss._threads import Job, LatestJob
 from napari_distillfss._widgets._common import (
     JobBar,
@@ -136,6 +136,9 @@ class ApplyWidget(QWidget):
             Section("Many volumes", self.batch, tooltip="Folders of files, open layers, time points", unfolded=False),
         )
         self._soon = until_closed(session, qthrottled(self._show_again, timeout=_LOOK_AGAIN, leading=False))
+        self._reading = LatestJob(self)
+        self._reading.answered.connect(self._on_read)
+        session.closed.connect(self._reading.cancel)
         self.job.stepped.connect(self._on_job_stepped)
         self.job.done.connect(self._on_job_done)
         self.job.failed.connect(self._on_job_failed)
@@ -200,11 +203,20 @@ class ApplyWidget(QWidget):
             self._soon()
 
     def _show_again(self) -> None:
-        """Read the labels on screen again, which takes the window a moment: not after every piece."""
+        """Read the labels on screen again, in another thread; napari draws them then, so not after every piece."""
         if self.layer is not None and self._is_behind:
             self._is_behind = False
-            for level in self._levels:
-                level.forget()
+            levels = self._levels
+
+            def read(_: Event) -> Generator[Sequence[OnGrid], None, None]:
+                for level in levels:
+                    level.renew()
+                yield levels
+
+            self._reading.ask(read)
+
+    def _on_read(self, levels: Sequence[OnGrid]) -> None:
+        if levels is self._levels:
             self.layer.refresh()
 
     def _on_job_ended(self) -> None:
@@ -371,9 +383,9 @@ def _as_read(number: str) -> str:
     return "as they are" if number == "None" else f"read as {float(number):g}"
 
 
-def _seen_in(chosen: ChosenVolume, dims: Any) -> Callable[[list[Any]], Any]:
+def _seen_in(chosen: ChosenVolume, dims: Any) -> Seen:
     """Makes a pyramid of levels; the plane on screen is in memory, so that napari does not wait for the disk."""
-    return lambda levels: chosen.pyramid(levels, shown=chosen.plane_on(dims))
+    return lambda levels: chosen.pyramid(levels, shown=[chosen.plane_on(dims)])
 
 
 def object_radius(planes: Sequence[np.ndarray], default: float = 8.0) -> float:
@@ -510,7 +522,7 @@ class ObjectsWidget(QWidget):
             measured = {"image": image} if image is not None and image.ndim == 3 else {}
             overwrite = first in self._own
             written: dict[str, Any] = {"table": table, "overwrite": overwrite, **measured, **options}
-            see = _seen_in(chosen, self._viewer.dims)
+            see: Seen = lambda levels: chosen.pyramid(levels, shown=[0, chosen.plane_on(self._viewer.dims)])  # noqa: E731
             self.job.start(lambda stop: iter_counting(labels, out, stop, see=see, **written))
             self._own[first] = out
             self._running = _Count(chosen, Counted(out, table, options), is_of_applied)

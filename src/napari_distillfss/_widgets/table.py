@@ -15,7 +15,7 @@ _UNITS = {"um": "µm", "um3": "µm³"}
 
 _WHOLE = 1e5  # from which on a measure is shown without decimals, never as a power of ten
 
-_MEASURED_ROWS = 50  # whose texts decide the width of a column
+_MEASURED_ROWS = 8  # whose texts decide the width of a column
 
 
 class ObjectTable(QWidget):
