@@ -5,8 +5,9 @@
 Opening is measured in fresh processes, beside napari alone; standing still by a timer of 20 ms (its longest gap), in a
 window with the generated nuclei. The stack of the window is sampled in each gap: whether napari is at work, the plugin,
 or neither (Qt, or another thread has Python's lock). A labels layer in napari without the dock stands beside it. Memory
-is that of the process with the same nuclei. Each the median of three. A stroke is drawn into the annotations of a
-series, without a window; of eight the fastest, for each event of the mouse.
+is that of the process with the same nuclei. Cancelling is measured from the press of the button: until the window has
+answered, until the job has ended, and until its thread has. Each the median of three. A stroke is drawn into the
+annotations of a series, without a window; of eight the fastest, for each event of the mouse.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,9 @@ def main() -> None:
     if sys.argv[1:] == ["memory"]:
         print(json.dumps(measure_memory()))
         return
+    if sys.argv[1:] == ["cancels"]:
+        print(json.dumps(measure_cancels()))
+        return
     opened = [_last_line([sys.executable, "-c", OPENING]).split() for _ in range(RUNS)]
     alone, dock = (statistics.median(float(run[k]) for run in opened) for k in (0, 1))
     print(f"napari alone {alone:.2f} s, the dock {dock:.2f} s more; torch loaded: {opened[0][2]}")
@@ -63,6 +68,10 @@ def main() -> None:
     held = [json.loads(_last_line([sys.executable, __file__, "memory"])) for _ in range(RUNS)]
     for phase in held[0]:
         print(f"{phase}: {statistics.median(run[phase] for run in held):.0f} MB")
+    cancels = [json.loads(_last_line([sys.executable, __file__, "cancels"])) for _ in range(RUNS)]
+    for phase in cancels[0]:
+        answered, ended, over = (statistics.median(run[phase][k] for run in cancels) for k in range(3))
+        print(f"cancel {phase}: answered after {1000 * answered:.0f} ms, ended {ended:.1f} s, its thread {over:.1f} s")
     print(f"a stroke: {1000 * measure_stroke():.1f} ms for each event of the mouse")
 
 
@@ -245,6 +254,115 @@ def measure_memory() -> dict[str, float]:
     after("the dock is closed", lambda: time.monotonic() > closing + 1)
     viewer.close()
     return held
+
+
+class Cancels:
+    """Seconds from a press of Cancel until the window has answered, the job has ended, and its thread has."""
+
+    def __init__(self, dock: Any) -> None:
+        self._dock, self.found = dock, dict[str, list[float]]()
+
+    def go_on(self, until: Callable[[], object]) -> None:
+        from qtpy.QtWidgets import QApplication
+
+        while not until():
+            QApplication.processEvents()
+            time.sleep(0.001)
+
+    def note(self, phase: str, press: Callable[[], object], ended: Callable[[], bool]) -> None:
+        start = time.perf_counter()
+        press()
+        self.found[phase] = []
+        for is_reached in (lambda: True, ended, _no_thread):
+            self.go_on(is_reached)
+            self.found[phase].append(time.perf_counter() - start)
+
+    def during(self, phase: str, job: Any, begin: Callable[[], object], ready: Callable[[Any], bool]) -> None:
+        """Begin a job, and cancel it after a step that is ready for it."""
+        from napari_distillfss._widgets._common import JobBar
+
+        steps: list[Any] = []
+        job.stepped.connect(steps.append)
+        (bar,) = (bar for bar in self._dock.findChildren(JobBar) if bar._job is job)
+        begin()
+        self.go_on(lambda: any(map(ready, steps)))
+        self.note(phase, bar.cancel.click, lambda: not job.running)
+        job.stepped.disconnect(steps.append)
+
+
+def _no_thread() -> bool:
+    return not any(thread.name.startswith("distillfss") for thread in threading.enumerate())
+
+
+def measure_cancels() -> dict[str, list[float]]:
+    """What `Cancels` has found in one session."""
+    import napari
+
+    from distillfss_core import DistillSettings, TrainStep, generate_sample
+    from napari_distillfss._widgets.dock import DistillDock
+
+    viewer = napari.Viewer()
+    made = generate_sample(planes=12, size=512)
+    folder = Path(tempfile.mkdtemp())
+    dock = DistillDock(viewer, folder)
+    cancels = Cancels(dock)
+    during = cancels.during
+    viewer.window.add_dock_widget(dock, area="right")
+    viewer.add_image(made.image, name="nuclei")
+    cancels.go_on(lambda: "omputes" in dock.volume.device.text())
+    kept = dock.session.annotations
+    assert kept is not None  # the volume made them
+    for z in (1, 4, 6, 9, 11):
+        kept.put(z, (made.labels[z] > 0).astype(np.uint8) + 1)
+    dock.session.painted()
+    dock.preview.on.setChecked(True)
+    waited = time.perf_counter() + 2
+    cancels.go_on(lambda: time.perf_counter() > waited)
+    cancels.note("the first preview", lambda: dock.preview.on.setChecked(False), lambda: not dock.preview.layers)
+    train, job = dock.distill.start, dock.distill.job
+    during("Train, loading", job, train, lambda step: "backbone" in getattr(step, "text", ""))
+    during("Train, fitting a probe", job, train, lambda step: getattr(step, "stage", "") == "fit")
+    dock.distill.settings.setValue(DistillSettings(steps=40, zoom=Fraction(1)))
+    during("Train, a step", job, train, lambda step: isinstance(step, TrainStep) and not step.is_preparation)
+    cancels.go_on(lambda: not dock.preview.busy)
+    dock.preview.on.setChecked(False)
+    dock.support.way.setCurrentText("least sure")
+    during("Suggest slices", dock.support.job, dock.support.suggest_slices, lambda step: True)
+    dock.support.outline.on.setChecked(True)
+    dock.support.outline.add_stroke([(200.0, 200.0)])
+    cancels.note("an outline", dock.support.outline.drop, lambda: not dock.support.outline.busy)
+    dock.apply.out.setText(str(folder / "out.ome.zarr"))
+    during("Apply", dock.apply.job, dock.apply.start, lambda step: hasattr(step, "level"))
+    viewer.add_labels(made.labels, name="truth")
+    dock.objects.labels.setCurrentText("truth")
+    dock.objects.method.setCurrentText("watershed")
+    cancels.go_on(lambda: not dock.objects._measuring.busy)
+    during("Count objects", dock.objects.job, dock.objects.start, lambda step: hasattr(step, "total"))
+    cancels.found["a sample"] = _cancel_sample(viewer)
+    viewer.close()
+    return cancels.found
+
+
+def _cancel_sample(viewer: Any) -> list[float]:
+    """As `Cancels` finds it: the dialog waits for the job, and the job for its thread."""
+    from qtpy.QtCore import QTimer
+    from qtpy.QtWidgets import QApplication, QProgressDialog
+
+    from distillfss_core import DistillFSSError
+
+    pressed: list[float] = []
+
+    def press() -> None:
+        (dialog,) = (w for w in QApplication.topLevelWidgets() if isinstance(w, QProgressDialog) and w.isVisible())
+        pressed.append(time.perf_counter())
+        dialog.canceled.emit()
+        pressed.append(time.perf_counter())
+
+    QTimer.singleShot(700, press)
+    with suppress(DistillFSSError):
+        viewer.open_sample("napari-distillfss", "nuclei")
+    ended = time.perf_counter() - pressed[0]
+    return [pressed[1] - pressed[0], ended, ended]
 
 
 def measure_stroke() -> float:

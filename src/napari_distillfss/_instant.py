@@ -76,6 +76,8 @@ class InstantAnswers:
     def follow(self, stop: Event) -> None:
         """Fit the model to the annotations as they are now, if they have changed. Only changed planes are read.
 
+        It stops between parts of planes that go through the backbone, which are kept, so a newer stroke loses nothing.
+
         Raises
         ------
         core.SupportSetError
@@ -97,7 +99,9 @@ class InstantAnswers:
         if stop.is_set():
             return
         self._learned = None  # where the fit fails, the next one tries again
-        self.model.fit([*(labeled for _, labeled in self._slices.values()), *others.values()], names)
+        for _ in self.model.iter_fit([*(labeled for _, labeled in self._slices.values()), *others.values()], names):
+            if stop.is_set():
+                return
         self._learned = present
         self.version += 1
 

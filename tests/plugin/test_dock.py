@@ -22,6 +22,8 @@ from napari_distillfss._format import short
 from napari_distillfss._layers import ANNOTATIONS, choose_layer
 from napari_distillfss._session import Applied
 from napari_distillfss._students import KeptStudent
+from napari_distillfss._widgets import support
+from napari_distillfss._widgets._common import JobBar
 
 
 def finish(qtbot, dock, timeout=60_000):
@@ -425,11 +427,12 @@ def test_the_brush_and_the_layer_agree(dock):
 @pytest.mark.parametrize(
     "place", [{}, {"scale": (2, 0.325, 0.325)}, {"scale": (2, 0.325, 0.325), "units": ("um",) * 3}]
 )
-def test_size_pixel_and_memory_of_a_volume_are_a_line_each(viewer, open_dock, place):
+def test_size_pixel_and_memory_of_a_volume_are_a_line_each(viewer, open_dock, place, qtbot):
     image = da.zeros((1200, 4096, 4096), dtype=np.uint16, chunks=(1, 4096, 4096))
     viewer.add_image(image, contrast_limits=(0, 1), multiscale=False, cache=False, **place)
     dock = open_dock(viewer)
     dock.resize(380, 700)
+    qtbot.waitUntil(lambda: dock.volume.value() is not None)  # a large array is read in another thread
     text = dock.volume.message
     lines = text.text().splitlines()
     assert len(lines) == 3
@@ -1580,18 +1583,21 @@ def test_refining_takes_a_fifth_of_the_steps(preset, steps, dock, qtbot, student
     assert seen == [steps, 5 * steps]
 
 
-def test_cancel_is_acknowledged_while_a_training_starts(dock, qtbot, painted_truth, monkeypatch):
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_cancel_is_acknowledged_while_a_training_starts_or_goes_on(dock, qtbot, painted_truth, monkeypatch, has_begun):
+    """What is only prepared ends at once; a training ends its step, and its student is kept."""
     import threading
 
     from qtpy.QtWidgets import QPushButton
 
+    from distillfss_core import TrainStep
     from napari_distillfss._tasks import Doing
     from napari_distillfss._widgets import distill
-    from napari_distillfss._widgets._common import JobBar
 
     go_on = threading.Event()
 
     def starting(*_):
+        yield TrainStep(1, 9, stage="joint" if has_begun else "zoom")
         yield Doing("reading the annotated slices")
         go_on.wait(20)
         yield Doing("loading the backbone")
@@ -1602,12 +1608,37 @@ def test_cancel_is_acknowledged_while_a_training_starts(dock, qtbot, painted_tru
     (bar,) = dock.distill.findChildren(JobBar)
     qtbot.waitUntil(lambda: "Reading" in bar.text.text())
     (cancel,) = [b for b in bar.findChildren(QPushButton) if b.text() == "Cancel"]
-    cancel.click()
     shown = []
     dock.distill.job.stepped.connect(lambda _: shown.append(bar.text.text()))
+    cancel.click()
+    assert bool(dock.session.busy) is has_begun
+    if not has_begun:
+        assert "nothing was changed" in dock.distill.message.text()
+        assert dock.distill.distill.isEnabled()
     go_on.set()
     finish(qtbot, dock)
-    assert shown == ["Stopping…"]
+    qtbot.waitUntil(lambda: not any("Training" in thread.name for thread in threading.enumerate()))
+    qtbot.wait(20)
+    assert shown == (["Stopping…"] if has_begun else [])
+
+
+@pytest.mark.parametrize("is_import", [False, True])
+def test_an_import_ends_its_step_and_a_suggestion_at_once(dock, qtbot, is_import):
+    """An import changes annotations: what it has taken over is shown."""
+    import threading
+
+    go_on = threading.Event()
+
+    def work(_):
+        yield
+        go_on.wait(20)
+
+    dock.support._start(support._IMPORT if is_import else support._SUGGESTION, work, lambda _: None)
+    (bar,) = [bar for bar in dock.support.findChildren(JobBar) if bar._job is dock.support.job]
+    bar.stop()
+    assert bool(dock.session.busy) is is_import
+    go_on.set()
+    finish(qtbot, dock)
 
 
 def reopened(dock, sample, open_dock, tmp_path):

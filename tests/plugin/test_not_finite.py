@@ -111,8 +111,8 @@ def test_labels_begun_with_other_pixels_in_place_of_nan_are_replaced_by_a_button
     dock.apply.start()
     ended(qtbot, dock)
     assert message.text() == (
-        "o.ome.zarr: holds results with NaN and infinite pixels as they are, not read as 0. Press “Replace labels” or "
-        "choose another name"
+        "o.ome.zarr: holds results with NaN and infinite pixels as they are, not read as 0. Press “Replace labels”, "
+        "tick “Replace existing labels”, or choose another name"
     )
     assert not dock.apply.anew.isHidden()
     dock.apply.out.setText(str(tmp_path / "p.ome.zarr"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -72,6 +72,9 @@ class ContentCache:
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._values
 
     def get(self, key: bytes, make: Callable[[], _Value]) -> _Value:
         """The value of a key, made now if it is not there."""
@@ -166,13 +169,25 @@ class InstantModel(Segmenter):
         ImageError
             If a slice has other channels than the volume.
         """
+        for _ in self.iter_fit(slices, class_names):
+            pass
+
+    def iter_fit(
+        self, slices: Sequence[AnnotatedSlice], class_names: Sequence[str] = ("object",)
+    ) -> Generator[None, None, None]:
+        """As `fit`; it yields after each part of a plane that went through the backbone.
+
+        Stopped before its end, the model is as before, and the features of these parts are stored.
+        """
         names = tuple(class_names)
         counts = np.stack([count_labels(s.labels) for s in slices]) if slices else np.zeros((0, IGNORE + 1), int)
         with_rest = _dense(counts) if not counts[:, 0].sum() else np.zeros(len(slices), bool)
         counts[with_rest, 0] = counts[with_rest, IGNORE]
         totals = counts[:, : len(names) + 1].sum(0)
         _check_totals(totals, counts[:, len(names) + 1 : IGNORE])
-        drawn = [self._drawn(s, len(names), bool(rest)) for s, rest in zip(slices, with_rest, strict=True)]
+        drawn: list[_Drawn] = []
+        for labeled, rest in zip(slices, with_rest, strict=True):
+            drawn.append((yield from self._iter_drawn(labeled, len(names), bool(rest))))
         origins = torch.repeat_interleave(torch.tensor([len(d.labels) for d in drawn]))
         new = Probe(self.backbone.spec, len(names), self.preprocess.inputs)
         shares = torch.from_numpy(totals / totals.sum()).float()
@@ -212,17 +227,19 @@ class InstantModel(Segmenter):
             sha.update(part)
         return sha.digest()
 
-    def _drawn(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> _Drawn:
+    def _iter_drawn(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> Generator[None, None, _Drawn]:
         if labeled not in self._digests:
             arrays = (labeled.image, labeled.labels)
             digests = [hashlib.blake2b(np.ascontiguousarray(array).data).digest() for array in arrays]
             kinds = [f"{array.dtype}{array.shape}".encode() for array in arrays]
             self._digests[labeled] = b"".join((*digests, *kinds))
         key = self._key("drawn", f"{classes} {with_rest}".encode(), self._digests[labeled])
-        return self.cache.get(key, lambda: self._draw(labeled, classes, with_rest))
+        made: list[_Drawn] = []
+        if key not in self.cache:
+            made.append((yield from self._iter_draw(labeled, classes, with_rest)))
+        return self.cache.get(key, made.pop)
 
-    @torch.no_grad()
-    def _draw(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> _Drawn:
+    def _iter_draw(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> Generator[None, None, _Drawn]:
         labels = np.where(labeled.labels == IGNORE, 0, labeled.labels) if with_rest else labeled.labels
         plane = self.preprocess.as_channels(labeled.image, labeled.source)
         limits = self.preprocess.limits(plane)
@@ -232,10 +249,14 @@ class InstantModel(Segmenter):
         for tile, pixels in zip(tiles, drawn, strict=True):
             if len(pixels):
                 image, size = self._network_input(self.preprocess.to_tensor(plane[tile.outer], limits))
+                before = self.cache.misses
                 inputs = FeaturePyramid(self._inputs_of(image).stages, size)  # pixels as they are before the zoom
                 corner = [span.start for span in tile.outer]
-                columns.append(point_features(inputs, torch.from_numpy(pixels - corner)).cpu())
+                with torch.no_grad():
+                    columns.append(point_features(inputs, torch.from_numpy(pixels - corner)).cpu())
                 values.append(torch.from_numpy(labels[pixels[:, 0], pixels[:, 1]]).long())
+                if self.cache.misses > before:
+                    yield
         return _Drawn(torch.cat(columns), torch.cat(values))
 
     def _tiles_to_learn_from(self, labels: Array, classes: int) -> list[Tile]:

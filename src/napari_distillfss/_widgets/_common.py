@@ -230,8 +230,8 @@ class JobBar(QWidget):
         In the place of this widget, so that nothing is moved.
     is_low : bool
         One line, with the text in the bar.
-    is_patient : bool
-        Whether a cancelled job goes on to the end of its present step; otherwise it is abandoned.
+    is_patient : function
+        Whether a cancelled job goes on to the end of its present step; otherwise it is abandoned, at once.
     tells_end : bool
         Whether napari notifies the user of the end where it cannot be seen; of a failure it always does.
     describe : function
@@ -246,7 +246,7 @@ class JobBar(QWidget):
         starting: str = "Starting (the first time takes some seconds)",
         instead_of: QWidget | None = None,
         is_low: bool = False,
-        is_patient: bool = True,
+        is_patient: Callable[[], bool] = lambda: True,
         tells_end: bool = True,
         describe: Callable[[core.TrainStep], str] = core.describe_step,
     ) -> None:
@@ -328,7 +328,7 @@ class JobBar(QWidget):
 
     def stop(self) -> None:
         """Cancel the job."""
-        if not self._is_patient:
+        if not self._is_patient():
             self._job.abandon()
             return
         self.cancel.setEnabled(False)

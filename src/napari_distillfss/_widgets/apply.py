@@ -250,7 +250,10 @@ class ApplyWidget(QWidget):
             read = re.fullmatch(r"replace_nan \((.*), not (.*)\)", begun[2])
             if read is not None:
                 what = f"results with NaN and infinite pixels {_as_read(read[1])}, not {_as_read(read[2])}"
-            message = f"{Path(begun[1]).name}: holds {what}. Press “{self.anew.text()}” or choose another name"
+            message = (
+                f"{Path(begun[1]).name}: holds {what}. Press “{self.anew.text()}”, tick “{self.replace.text()}”, or "
+                "choose another name"
+            )
         self.message.warn(message)
         self.anew.setVisible(begun is not None)
 

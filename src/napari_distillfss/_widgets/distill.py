@@ -29,6 +29,7 @@ class DistillWidget(QWidget):
         super().__init__(parent)
         self._session = session
         self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
+        self._has_begun = False  # whether the training is beyond its preparation, of which nothing is kept
         self._trained: Any = None  # the latest student
         self._image: Any = None  # the layer of the volume that message and plot are of
         self.settings = PresetPicker()
@@ -52,6 +53,7 @@ class DistillWidget(QWidget):
                 self.job,
                 cancel="Stop the training and keep the best model so far",
                 instead_of=told,
+                is_patient=lambda: self._has_begun,
                 describe=self._describe,
             ),
             told,
@@ -90,7 +92,7 @@ class DistillWidget(QWidget):
             volume = chosen.volume if chosen else None
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop, volume))
             start = self._session.model_path if model is not None else None
-            self._started = (settings, start, self.settings.preset.currentText())
+            self._started, self._has_begun = (settings, start, self.settings.preset.currentText()), False
             self.plot.clear()
             self.plot.show()
             self.message.tell("")
@@ -99,6 +101,7 @@ class DistillWidget(QWidget):
 
     def _on_job_stepped(self, step: Any) -> None:
         if isinstance(step, core.TrainStep) and not step.is_preparation:
+            self._has_begun = True
             loss = sum(step.losses.values()) if step.losses else None
             self.plot.add(step.index, step.total, loss, step.metrics.get("iou"))
 

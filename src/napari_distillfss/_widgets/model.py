@@ -53,7 +53,7 @@ class ModelWidget(QWidget):
         self.job = Job(session, "Model loading", self)
         self.message = Message("No model yet")
         # a volume loads its model unasked, so the end is not notified
-        bar = JobBar(self.job, cancel="Stop", instead_of=self.message, tells_end=False)
+        bar = JobBar(self.job, cancel="Stop", instead_of=self.message, tells_end=False, is_patient=lambda: False)
         column(
             self,
             row(self.save, self.load),

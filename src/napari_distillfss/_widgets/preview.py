@@ -131,7 +131,7 @@ class PreviewWidget(QWidget):
             row("Probability of", self.of_class),
             row("Labels as", self.drawn_as),
             self.take,
-            JobBar(self.job, cancel="Stop", instead_of=told),
+            JobBar(self.job, cancel="Stop", instead_of=told, is_patient=lambda: False),
             told,
         )
         if not session.annotates:

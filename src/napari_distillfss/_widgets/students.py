@@ -58,7 +58,7 @@ class StudentHistory(QWidget):
         column(
             self,
             self.list,
-            JobBar(self.job, cancel="Stop the comparison", instead_of=buttons, is_low=True),
+            JobBar(self.job, cancel="Stop the comparison", instead_of=buttons, is_low=True, is_patient=lambda: False),
             buttons,
             row(self.message, self.offer, first=3),
             margin=0,

@@ -170,7 +170,12 @@ class SupportWidget(QWidget):
                 is_low=True,
             ),
             importing,
-            JobBar(self.job, cancel="Stop looking", instead_of=told),
+            JobBar(
+                self.job,
+                cancel="Stop looking",
+                instead_of=told,
+                is_patient=lambda: self.job.name == _IMPORT,  # which changes annotations
+            ),
             told,
         )
         self._connect(session, viewer)

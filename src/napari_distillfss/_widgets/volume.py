@@ -181,7 +181,7 @@ class VolumePicker(QWidget):
                 cancel="Open nothing",
                 starting="Opening",
                 instead_of=self.message,
-                is_patient=False,
+                is_patient=lambda: False,
             ),
             self.message,
             self.device,

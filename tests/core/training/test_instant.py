@@ -312,3 +312,25 @@ def test_a_volume_is_segmented_lazily(tiny):
     model.fit([scribbled(0)])
     outputs = segment_lazy(volume, model, what="probabilities", tile=model.tile)
     np.testing.assert_array_equal(outputs[:, 2].compute(), model.predict(stack[2]).probabilities)
+
+
+def test_a_fit_that_is_stopped_changes_nothing_and_goes_on_later(fresh, model, encoded, monkeypatch):
+    monkeypatch.setattr(InstantModel, "tile", 32)
+    model.halo = 32
+    slices = [scribbled(0, size=160), scribbled(1, size=160)]
+    parts = model.iter_fit(slices)
+    for _ in range(3):
+        next(parts)
+    assert len(encoded) == 3
+    parts.close()
+    with pytest.raises(NoStudentYetError):
+        model.predict(slices[0].image)
+    model.fit(slices)
+    whole = len(encoded)
+    assert whole > 3
+    assert list(model.iter_fit(slices)) == []  # all is stored
+    again = copy.copy(fresh)
+    again.cache, again.halo = ContentCache(), 32
+    again.fit(slices)
+    assert len(encoded) == 2 * whole  # so none was encoded twice before
+    assert again.probe.state_dict().keys() == model.probe.state_dict().keys()
