@@ -315,6 +315,36 @@ def test_labels_that_were_written_elsewhere_are_found_by_the_next_napari(
     assert open_dock(viewer).apply.out.text() == default
 
 
+def test_labels_of_before_are_read_when_they_are_seen(
+    viewer, nuclei, open_dock, painted_truth, qtbot, tmp_path, monkeypatch
+):
+    import zarr
+
+    from napari_distillfss._layers import OnGrid
+    from napari_distillfss._session import Applied
+
+    out, reads, read = tmp_path / "elsewhere.ome.zarr", [], OnGrid._read
+
+    def spy(self, key):
+        if isinstance(self._array, zarr.Array):  # not the empty one of a layer that is made
+            reads.append(key)
+        return read(self, key)
+
+    zarr.create_array(out / "0", data=painted_truth)
+    dock = open_dock(viewer)
+    dock.session.annotations.put(1, painted_truth[1])
+    dock.session.set_applied(Applied(dock.session.volume, out, "planes", None, None, ("object",)))
+    close(qtbot, dock)
+    monkeypatch.setattr(OnGrid, "_read", spy)
+    open_dock(viewer)
+    (layer,) = [layer for layer in viewer.layers if layer.name == "elsewhere"]
+    assert reads == []
+    layer.visible = True
+    assert reads
+    z = choose_layer(nuclei).plane_on(viewer.dims)
+    np.testing.assert_array_equal(layer._slice.image.raw, painted_truth[z])
+
+
 def test_the_preview_of_a_volume_that_was_removed_asks_for_another(viewer, nuclei, open_dock, student, qtbot):
     dock = open_dock(viewer)
     previewed(qtbot, dock, student)

@@ -358,8 +358,9 @@ class ApplyWidget(QWidget):
             return
         selection = self._viewer.layers.selection
         active, self._running = selection.active, applied
-        self._show(_seen_in(applied.volume, self._viewer.dims)(levels))
-        self.layer.visible = False
+        self._prepare_layer(applied)
+        self.layer.visible = False  # before it has the labels, so that none are read until they are seen
+        self._show(applied.volume.pyramid(levels))
         selection.active = active
         self.message.tell(f"Labels of before are in the hidden layer {self.layer.name!r}")
 
