@@ -433,6 +433,13 @@ def iter_plane(
         yield PlanePart(z, where, segmentation.labels, probabilities, segmentation.uncertainty)
 
 
+def iter_filled(arrays: Sequence[npt.NDArray[Any]], parts: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
+    """Fill new arrays with 0, then iterate: the window need not wait for their memory when it writes into them."""
+    for array in arrays:
+        array.fill(0)
+    return (yield from parts)
+
+
 def iter_instant(
     instant: InstantAnswers,
     z: int,

@@ -329,6 +329,34 @@ def test_written_pieces_are_read_in_another_thread(dock, viewer, qtbot):
     assert main_thread() not in threads
 
 
+def test_memory_of_a_preview_is_there_before_the_window_writes_into_it(dock, student, qtbot, monkeypatch):
+    from napari_distillfss._widgets import preview
+
+    filled, fill = [], preview.iter_filled
+
+    def spy(arrays, parts):
+        filled.append((arrays, current_thread()))
+        for array in arrays:
+            array[...] = 1  # as memory is that was used before
+        return (yield from fill(arrays, parts))
+
+    monkeypatch.setattr(preview, "iter_filled", spy)
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    qtbot.waitUntil(lambda: "is ready" in dock.preview.message.text() and not dock.preview.busy, timeout=60_000)
+    arrays, thread = filled[-1]
+    assert thread is not main_thread()
+    assert any(array is dock.preview._probabilities for array in arrays)
+    for own in dock.preview._arrays.values():
+        assert any(array is own for array in arrays)
+    assert dock.preview._probabilities.min() < 1
+    shown = dock.preview._probabilities.copy()
+    dock.preview._ask()
+    qtbot.waitUntil(lambda: len(filled) > 1 and not dock.preview.busy)
+    assert filled[-1][0] == []  # what is painted stays
+    np.testing.assert_array_equal(dock.preview._probabilities, shown)
+
+
 def test_two_viewers_on_one_image_do_not_share_annotations(dock, sample, open_dock, tmp_path):
     from napari.components import ViewerModel
 

@@ -20,6 +20,7 @@ from napari_distillfss._tasks import (
     Noticed,
     PlanePart,
     Unanswered,
+    iter_filled,
     iter_instant,
     iter_plane,
     iter_teacher,
@@ -361,8 +362,9 @@ class PreviewWidget(QWidget):
         self._go_to(chosen, z, list(model.class_names))
         self._latest.cancel()
         painted, on_screen, volume = frozenset(self._painted_tiles), chosen.on_screen(), chosen.volume
+        new = [] if painted else [a for a in (*self._arrays.values(), self._probabilities) if a is not None]
         self.message.tell(f"Preview of plane {z}: computing")
-        self._latest.ask(lambda stop: iter_plane(volume, model, z, on_screen, painted, stop))
+        self._latest.ask(lambda stop: iter_filled(new, iter_plane(volume, model, z, on_screen, painted, stop)))
 
     def _ask_instant(self, chosen: ChosenVolume, z: int) -> None:
         """Request an output of the instant model, which follows the annotations before."""
