@@ -9,14 +9,17 @@ fluorescence of the training part of DSB 2018. Five others of it, with labels, a
 backbone learns for as many steps on as many views:
 
 - *start*: not at all.
-- *mse*, *cwd*, *qsd*, *qsd+mask*: features of the teacher, without labels (decoupled).
-- *task*: the labels of the support alone, by a linear head on strides 8, 16 and 32, which is dropped.
-- *joint mse*, *joint qsd*: both at once; the losses are added.
-- *teacher*: the teacher itself.
+- *mse*, *cwd*, *qsd*, *qsd+mask*: features of the teacher, without labels.
+- *teacher*: not at all; the backbone is the teacher itself.
 
-Then it is frozen, and a probe at zoom 1 learns from the support. It is tested on other images of three kinds: *same*
-(fluorescence of the same set, not among the images without labels), *other set* (planes of ovules, confocal) and
-*other modality* (stained tissue). Scores are pooled IoU.
+It is frozen then, and a linear head on its maps of strides 8, 16 and 32 learns the labels for as many steps again
+(decoupled). In these ways both learn at once:
+
+- *task*: the labels alone.
+- *joint mse*, *joint qsd*: labels and features; the losses are added.
+
+Backbone and head are tested on other images of three kinds: *same* (fluorescence of the same set, not among the images
+without labels), *other set* (planes of ovules, confocal) and *other modality* (stained tissue). Scores are pooled IoU.
 """
 
 from __future__ import annotations
@@ -24,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, replace
@@ -39,23 +41,21 @@ from torch import Tensor, nn
 from validation import ovule
 
 from distillfss_core.metrics import Tally
-from distillfss_core.models.preprocess import fit_preprocess
-from distillfss_core.nn.backbone_file import save_backbone
-from distillfss_core.nn.backbones import Backbone, DistillingBackbone, backbone_from_state, load_backbone
+from distillfss_core.models.preprocess import Preprocess, fit_preprocess
+from distillfss_core.nn.backbones import Backbone, DistillingBackbone, load_backbone
 from distillfss_core.nn.device import choose_device, seeded
 from distillfss_core.nn.token_losses import TokenLoss
-from distillfss_core.settings import BackboneSettings, DistillSettings, parse_zoom
+from distillfss_core.settings import BackboneSettings
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.training import distill
-from distillfss_core.training.backbone import DistilledBackbone, iter_features
-from distillfss_core.training.backbone_teacher import TeacherTokens, last_map, load_teacher, stage_of
+from distillfss_core.training.backbone import iter_features
+from distillfss_core.training.backbone_teacher import TeacherTokens, last_map, load_teacher, stage_of, token_size
 from distillfss_core.training.backbone_views import Views
 from distillfss_core.training.crops import Augmentation, CropSampler
 from distillfss_core.types import IGNORE, AnnotatedSlice, as_run, finish
 
-WAYS = ("start", "mse", "cwd", "qsd", "qsd+mask", "task", "joint mse", "joint qsd", "teacher")
-OF_THE_SUPPORT = ("task", "joint mse", "joint qsd")
-"""Ways whose backbone depends on the draw."""
+WAYS = ("start", "mse", "cwd", "qsd", "qsd+mask", "teacher", "task", "joint mse", "joint qsd")
+AT_ONCE = ("task", "joint mse", "joint qsd")
+"""Ways in which backbone and head learn at once."""
 KINDS = ("same", "other set", "other modality")
 UNLABELED, SHOTS, TESTS = 60, 5, 20
 STRIDES, SIDE, BATCH = (8, 16, 32), 128, 16
@@ -91,74 +91,92 @@ def material(shared: Path, draws: int) -> Material:
     )
 
 
-def learned(way: str, support: SupportSet, views: Views, start: Backbone, settings: BackboneSettings) -> Backbone:
-    """The backbone of a way, frozen."""
+class Segmenting(nn.Module):
+    """A backbone, and a linear head on its standardized maps; of images in [0, 1] it gives logits "b 2 h w"."""
+
+    def __init__(self, backbone: Backbone | DistillingBackbone, seed: int) -> None:
+        super().__init__()
+        self.backbone: Backbone | DistillingBackbone = backbone
+        spec = backbone.spec
+        self.strides: tuple[int, ...] = tuple(s for s in STRIDES if stage_of(spec, s) is not None)
+        channels = [spec.channels[stage_of(spec, s) or 0] for s in self.strides]
+        with seeded(seed):
+            self.head: nn.Module = nn.Sequential(nn.BatchNorm2d(sum(channels)), nn.Conv2d(sum(channels), 2, 1))
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Feature maps of the strides; a DINO has one of stride 16 only."""
+        spec = self.backbone.spec
+        if spec.family == "vit":
+            size = [token_size(n + -n % 16, spec) for n in images.shape[-2:]]
+            images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        pyramid = self.backbone(images)
+        return [last_map(pyramid, spec, stride) for stride in self.strides]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of the two classes at the size of the images."""
+        maps = self.maps(images)
+        joined = torch.cat([F.interpolate(x, maps[0].shape[-2:], mode="bilinear") for x in maps], 1)
+        return F.interpolate(self.head(joined), images.shape[-2:], mode="bilinear")
+
+
+def learned(way: str, views: Views, start: Backbone, settings: BackboneSettings) -> Backbone:
+    """The frozen backbone of a way that does not look at labels."""
+    if way == "start":
+        return start
     teacher = load_teacher(settings.teacher)
-    if way in ("start", "teacher"):
-        return start if way == "start" else teacher
-    device = choose_device("cpu")
-    if way in OF_THE_SUPPORT:
-        return _with_the_task(way.removeprefix("joint "), support, views, teacher, start, settings)
+    if way == "teacher":
+        return teacher
     loss, _, mask = way.partition("+")
-    settings = replace(settings, loss=loss, mask_weight=1.0 if mask else 0.0)
-    result: DistilledBackbone = finish(as_run(iter_features)(views, teacher, start, settings, device))
-    return result.backbone
+    form = replace(settings, loss=loss, mask_weight=1.0 if mask else 0.0)
+    return finish(as_run(iter_features)(views, teacher, start, form, choose_device("cpu"))).backbone
 
 
-def _with_the_task(
-    loss: str, support: SupportSet, views: Views, teacher: Backbone, start: Backbone, settings: BackboneSettings
-) -> Backbone:
-    """A backbone that learns the labels of the support, and the teacher's features unless ``loss`` is "task"."""
-    tokens = TeacherTokens(teacher, views, STRIDES, choose_device("cpu"), settings.cache_mb << 20)
-    student = DistillingBackbone(start)
-    channels = {stride: student.spec.channels[stage_of(student.spec, stride) or 0] for stride in STRIDES}
-    with seeded(settings.seed):
-        head = nn.Conv2d(sum(channels.values()), 2, 1)
-        losses = [TokenLoss(loss, c, tokens.channels(s)) for s, c in channels.items() if loss != "task"]
-    modules = nn.ModuleList([student, head, *losses]).train()
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, 1e-5)
-    sampler = CropSampler(support, fit_preprocess([s.image for s in support.slices]), settings.size, Augmentation())
-    if losses:
+def train(
+    model: Segmenting, sampler: CropSampler, settings: BackboneSettings, views: Views, loss: str | None = None
+) -> None:
+    """Have the head learn the support, and the backbone too if it can; with a loss also the teacher's features."""
+    parts: list[nn.Module] = [model]
+    losses: list[TokenLoss] = []
+    if loss is not None:
+        tokens = TeacherTokens(
+            load_teacher(settings.teacher), views, STRIDES, choose_device("cpu"), settings.cache_mb << 20
+        )
         deque(tokens.fit(), maxlen=0)
+        spec = model.backbone.spec
+        with seeded(settings.seed):
+            losses = [TokenLoss(loss, spec.channels[stage_of(spec, s) or 0], tokens.channels(s)) for s in STRIDES]
+        parts += losses
+    learning = [p for part in parts for p in part.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, 1e-5)
     rng = np.random.default_rng(settings.seed)
+    model.train()
     for _ in range(settings.steps):
-        crops = [sampler.cut(int(index), rng) for index in rng.integers(len(support), size=LABELED)]
-        maps = _maps(student, torch.stack([crop.image for crop in crops]))
-        finest = maps[0].shape[-2:]
-        logits = head(torch.cat([F.interpolate(x, finest, mode="bilinear") for x in maps], 1))
+        crops = [sampler.cut(int(index), rng) for index in rng.integers(SHOTS, size=LABELED)]
+        logits = model(torch.stack([crop.image for crop in crops]))
         labels = torch.stack([crop.labels for crop in crops]).long()
-        total = F.cross_entropy(F.interpolate(logits, labels.shape[1:], mode="bilinear"), labels, ignore_index=IGNORE)
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE)
         if losses:
-            images, features = tokens.batch(rng.integers(len(views), size=settings.batch).tolist())
-            each = [f(x, features[s]) for f, x, s in zip(losses, _maps(student, images), STRIDES, strict=True)]
+            images, features = tokens.batch(rng.integers(len(views), size=BATCH).tolist())
+            each = [f(x, features[s]) for f, x, s in zip(losses, model.maps(images), STRIDES, strict=True)]
             total = total + torch.stack(each).mean()
         optimizer.zero_grad(set_to_none=True)
         total.backward()
         optimizer.step()
         schedule.step()
-    return backbone_from_state(student.spec.name, {name: x.detach() for name, x in student.state().items()}, "joint")
+    model.eval()
 
 
-def _maps(student: DistillingBackbone, images: Tensor) -> list[Tensor]:
-    pyramid = student(images)
-    return [last_map(pyramid, student.spec, stride) for stride in STRIDES]
-
-
-def scores(backbone: Backbone, support: SupportSet, tests: dict[str, list[AnnotatedSlice]]) -> dict[str, float]:
-    """Pooled IoU of a probe on the frozen backbone, by the kind of image."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "backbone.safetensors"
-        save_backbone(file, backbone, {})
-        settings = DistillSettings(
-            backbone=backbone.spec.name, weights=str(file), method="probe", head="none", zoom=parse_zoom("1")
-        )
-        probe = distill(support, settings)
+@torch.no_grad()
+def scores(model: Segmenting, preprocess: Preprocess, tests: dict[str, list[AnnotatedSlice]]) -> dict[str, float]:
+    """Pooled IoU by the kind of image."""
     result = {}
     for name, queries in tests.items():
         tally = Tally(1)
         for query in queries:
-            tally.add(probe.predict_labels(query.image), query.labels)
+            pixels = preprocess.as_channels(query.image)
+            image = preprocess.to_tensor(pixels, preprocess.limits(pixels))
+            tally.add(model(image[None])[0].argmax(0).numpy().astype(np.uint8), query.labels)
         result[name] = round(float(tally.scores().pooled.iou[0]), 4)
     return result
 
@@ -171,38 +189,38 @@ def run(shared: Path, out: Path, ways: list[str], draws: int, settings: Backbone
     deque(views.scan(), maxlen=0)
     start = load_backbone(settings.student, settings.student_weights, seed=settings.seed)
     for way in ways:
-        backbone, seconds = None, 0.0
+        frozen = None
         for draw, support in enumerate(given.supports):
             if (settings.student, settings.teacher, way, draw) in known:
                 continue
-            if backbone is None or way in OF_THE_SUPPORT:
-                began = time.perf_counter()
-                backbone = learned(way, support, views, start, settings)
-                seconds = time.perf_counter() - began
+            preprocess = fit_preprocess([s.image for s in support.slices])
+            sampler = CropSampler(support, preprocess, SIDE, Augmentation())
+            began = time.perf_counter()
+            if way in AT_ONCE:
+                model = Segmenting(DistillingBackbone(start), settings.seed)
+                train(model, sampler, settings, views, None if way == "task" else way.removeprefix("joint "))
+            else:
+                frozen = frozen or learned(way, views, start, settings)
+                model = Segmenting(frozen, settings.seed)
+                train(model, sampler, settings, views)
             row: dict[str, Any] = {"student": settings.student, "teacher": settings.teacher, "way": way, "draw": draw}
-            row |= {
-                "steps": settings.steps,
-                "seconds": round(seconds, 1),
-                "iou": scores(backbone, support, given.tests),
-            }
+            row |= {"steps": settings.steps, "seconds": round(time.perf_counter() - began, 1)}
+            row["iou"] = scores(model, preprocess, given.tests)
             with out.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(json.dumps(row), flush=True)
 
 
 def table(path: Path) -> None:
-    """A line a way: mean and standard deviation over the draws, and the seconds that the backbone learned."""
+    """A line a way: mean and standard deviation of the IoU over the draws."""
     rows = list(rows_of(path))
-    print("| student | teacher | way | " + " | ".join(KINDS) + " | s |")
-    print("|---" * (4 + len(KINDS)) + "|")
+    print("| student | teacher | way | " + " | ".join(KINDS) + " |")
+    print("|---" * (3 + len(KINDS)) + "|")
     for key in dict.fromkeys((row["student"], row["teacher"], row["way"]) for row in rows):
         own = [row for row in rows if (row["student"], row["teacher"], row["way"]) == key]
-        cells = []
-        for name in KINDS:
-            values = [row["iou"][name] for row in own]
-            cells.append(f"{statistics.mean(values):.3f} ± {statistics.pstdev(values):.3f}")
-        seconds = statistics.median(row["seconds"] for row in own)
-        print(f"| {' | '.join(key)} | {' | '.join(cells)} | {seconds:.0f} |")
+        values = [[row["iou"][name] for row in own] for name in KINDS]
+        cells = [f"{statistics.mean(v):.3f} ± {statistics.pstdev(v):.3f}" for v in values]
+        print(f"| {' | '.join([*key, *cells])} |")
 
 
 def main() -> None:
