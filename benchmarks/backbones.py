@@ -60,6 +60,7 @@ KINDS = ("same", "other set", "other modality")
 UNLABELED, SHOTS, TESTS = 60, 5, 20
 STRIDES, SIDE, BATCH = (8, 16, 32), 128, 16
 LABELED = 4  # crops of the support in a step
+HEAD_RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,10 @@ def train(
         with seeded(settings.seed):
             losses = [TokenLoss(loss, spec.channels[stage_of(spec, s) or 0], tokens.channels(s)) for s in STRIDES]
         parts += losses
-    learning = [p for part in parts for p in part.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    own = list(model.head.parameters())
+    learning = [p for part in parts for p in part.parameters() if p.requires_grad and all(p is not q for q in own)]
+    groups = [{"params": own, "lr": HEAD_RATE}, {"params": learning, "lr": settings.learning_rate}]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=settings.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.steps, 1e-5)
     rng = np.random.default_rng(settings.seed)
     model.train()
