@@ -36,6 +36,7 @@ from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.slice_selection import choose_medoids, comparable, describe_plane, suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, unrefined_teacher
+from distillfss_core.training.disagreement import divergence, entropy
 from distillfss_core.types import AnnotatedSlice, Array
 
 SIZES = (1, 2, 4, 6, 8, 12)
@@ -97,12 +98,6 @@ def support_of(chosen: list[AnnotatedSlice]) -> SupportSet:
     return SupportSet(chosen, names, planes_of_one_volume=True)
 
 
-def entropy(p: Array) -> Array:
-    """Of probabilities "k y x", in nats."""
-    result: Array = -(p * np.log(np.clip(p, 1e-7, 1))).sum(0)
-    return result
-
-
 def doubts(way: str, support: SupportSet, images: list[Array], probe: Segmenter | None) -> Array:
     """How much each image is worth by ``way``."""
     assert probe is not None
@@ -111,8 +106,7 @@ def doubts(way: str, support: SupportSet, images: list[Array], probe: Segmenter 
         return np.array([entropy(p).mean() for p in predicted])
     teacher = unrefined_teacher(support, ATTENTION)
     others = [teacher.predict(image).probabilities for image in images]
-    pairs = zip(predicted, others, strict=True)
-    return np.array([(entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2).mean() for p, q in pairs])
+    return np.array([divergence(p, q) for p, q in zip(predicted, others, strict=True)])
 
 
 def choose(way: str, slices: list[AnnotatedSlice], chosen: list[int], count: int, probe: Segmenter | None) -> list[int]:

@@ -44,6 +44,7 @@ from .support.support_set import SupportSet, load_support
 from .support.unlabeled import load_unlabeled
 from .training.adapter import DistilledAdapter, distill_adapter, iter_distill_adapter
 from .training.backbone import DistilledBackbone, distill_backbone, iter_distill_backbone
+from .training.disagreement import iter_disputed_planes
 from .training.distillation import (
     DistillRun,
     distill,
@@ -145,6 +146,7 @@ __all__ = [
     "generate_sample",
     "import_checkpoint",
     "iter_batch",
+    "iter_disputed_planes",
     "iter_distill",
     "iter_distill_adapter",
     "iter_distill_backbone",

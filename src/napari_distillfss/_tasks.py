@@ -495,6 +495,13 @@ def iter_different(volume: Any, count: int, taken: Collection[int], stop: Event)
     return (yield from iter_until(core.iter_diverse_planes(volume, count, taken=taken), stop))
 
 
+def iter_disputed(
+    volume: Any, make_support: Callable[[], core.SupportSet], count: int, taken: Collection[int], stop: Event
+) -> Generator[Any, None, Any]:
+    """Choose the planes on which two models of the annotations disagree most. Returns None if it was stopped."""
+    return (yield from iter_until(core.iter_disputed_planes(volume, make_support(), count, taken=taken), stop))
+
+
 def iter_least_sure(
     volume: Any, model: Any, planes: Sequence[int], count: int, stop: Event
 ) -> Generator[core.TrainStep, None, list[int]]:

@@ -653,6 +653,19 @@ def test_the_planes_least_sure_are_suggested(dock, qtbot, student):
         assert dock.support.plane() == at
 
 
+def test_disputed_planes_are_suggested_from_what_is_annotated_without_a_model(dock, qtbot, painted_truth):
+    dock.support.way.setCurrentText("disputed")
+    dock.support.suggest_slices()
+    assert "no slice is annotated" in dock.support.message.text()
+    paint(dock, painted_truth, [2])
+    dock.support.count.setValue(3)
+    dock.support.suggest_slices()
+    finish(qtbot, dock)
+    assert len(dock.support.suggested) == 3
+    assert 2 not in dock.support.suggested
+    assert dock.support.plane() == dock.support.suggested[0]
+
+
 def test_a_teacher_answers_before_any_training(dock, qtbot, painted_truth):
     paint(dock, painted_truth, [2])
     for source in (TEACHER, PROTOTYPES):

@@ -46,6 +46,7 @@ from napari_distillfss._shapes import outlines_of
 from napari_distillfss._tasks import (
     Work,
     iter_different,
+    iter_disputed,
     iter_drawing,
     iter_import,
     iter_least_sure,
@@ -68,7 +69,7 @@ from napari_distillfss._widgets.outline import OutlineTool
 from napari_distillfss._widgets.slices import SliceList, SliceRow
 from napari_distillfss._widgets.sources import ask_for_sources
 
-DIFFERENT, EVENLY, LEAST_SURE = ("different", "evenly", "least sure")
+DIFFERENT, EVENLY, LEAST_SURE, DISPUTED = ("different", "evenly", "least sure", "disputed")
 
 KIND_NAMES = dict(zip(("binary mask", "class numbers", "scribbles"), KINDS, strict=True))
 
@@ -105,8 +106,9 @@ class SupportWidget(QWidget):
         self.count = spin(1, 100, 5, "How many slices to suggest")
         self.way = combo(
             "different: planes that represent all others best in brightness, texture and position; evenly: both "
-            "ends, then midpoints; least sure: planes with the largest uncertainty of the model",
-            (DIFFERENT, EVENLY, LEAST_SURE),
+            "ends, then midpoints; least sure: planes with the largest uncertainty of the model; disputed: planes on "
+            "which two quick models of what is annotated so far disagree most",
+            (DIFFERENT, EVENLY, LEAST_SURE, DISPUTED),
         )
         self.suggest = button("Suggest slices", "Suggest slices to paint", self.suggest_slices)
         self.classes = ClassList()
@@ -214,7 +216,7 @@ class SupportWidget(QWidget):
         self.selecting.cancel()
         annotations = self._session.annotations
         painted = set(annotations.planes()) if annotations else set()
-        if self.way.currentText() != LEAST_SURE:
+        if self.way.currentText() in (EVENLY, DIFFERENT):
             self._show_suggested(core.suggest_planes(chosen.planes, count))
             self._question = None
             if self.way.currentText() == DIFFERENT and chosen.planes > count:
@@ -222,15 +224,25 @@ class SupportWidget(QWidget):
                 self._question = _Question(chosen, count, painted, stamps)
                 self._select_slices()
             return
+        if self.way.currentText() == DISPUTED:
+            attempt(self.message, lambda: self._suggest_disputed(chosen, count, painted))
+            return
         model = self._session.model
         if model is None:
             self.message.warn("there is no model yet; train one first, or choose evenly")
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
-        work: Work = lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop)  # noqa: E731
+        self._suggest_by(lambda stop: iter_least_sure(chosen.volume, model, planes, count, stop))
+
+    def _suggest_disputed(self, chosen: Any, count: int, painted: set[int]) -> None:
+        make_support = self._session.support_maker()
+        self._suggest_by(lambda stop: iter_disputed(chosen.volume, make_support, count, painted, stop))
+
+    def _suggest_by(self, work: Work) -> None:
+        """Suggest what the work chooses; the view stays if the user goes on meanwhile."""
         before = self._work()
-        self._start(_SUGGESTION, work, lambda chosen: self._show_suggested(chosen, stay=self._work() != before))
+        self._start(_SUGGESTION, work, lambda planes: self._show_suggested(planes, stay=self._work() != before))
 
     def _work(self) -> tuple[int, list[Any]]:
         """The plane on screen and the state of what is painted, which differ once the user goes on."""
