@@ -229,7 +229,7 @@ class SupportWidget(QWidget):
             return
         model = self._session.model
         if model is None:
-            self.message.warn("there is no model yet; train one first, or choose evenly")
+            self.message.warn("there is no model yet; train one first, or choose disputed, which needs none")
             return
         looked_at = core.suggest_planes(chosen.planes, min(_MOST_LOOKED_AT, chosen.planes))
         planes = [z for z in looked_at if z not in painted]
