@@ -47,8 +47,7 @@ def suggest_planes(planes: int, count: int) -> list[int]:
     >>> suggest_planes(50, 5)
     [0, 12, 24, 36, 49]
     """
-    if not 1 <= count <= planes:
-        raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")
+    check_count(count, planes)
     chosen = [0]
     if count > 1:
         chosen.append(planes - 1)
@@ -58,6 +57,12 @@ def suggest_planes(planes: int, count: int) -> list[int]:
         chosen += [middle for _, middle, _ in split][: count - len(chosen)]
         gaps = [pair for a, m, b in split for pair in ((a, m), (m, b))]
     return sorted(chosen)
+
+
+def check_count(count: int, planes: int) -> None:
+    """Raise SupportSetError if ``count`` is not 1 to the number of planes."""
+    if not 1 <= count <= planes:
+        raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")
 
 
 def suggest_diverse_planes(volume: Volume, count: int, *, taken: Collection[int] = ()) -> list[int]:
@@ -98,8 +103,7 @@ def iter_diverse_planes(
 ) -> Generator[TrainStep, None, list[int]]:
     """`suggest_diverse_planes` as a run: a step a plane that was read; closed, it has chosen nothing."""
     planes = volume.shape[0]
-    if not 1 <= count <= planes:
-        raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")
+    check_count(count, planes)
     # the planes chosen evenly are part of those that are looked at
     looked_at = sorted({*suggest_planes(planes, min(planes, max(count, LOOKED_AT))), *taken})
     middle = [slice(max(0, (n - _WINDOW) // 2), max(0, (n - _WINDOW) // 2) + _WINDOW) for n in volume.shape[1:3]]

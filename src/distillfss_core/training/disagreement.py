@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from distillfss_core.errors import SupportSetError
 from distillfss_core.settings import DistillSettings, parse_zoom
-from distillfss_core.support.slice_selection import suggest_planes
+from distillfss_core.support.slice_selection import check_count, suggest_planes
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.distillation import iter_distill, iter_unrefined_teacher
 from distillfss_core.types import Array, TrainStep, as_run
@@ -65,8 +64,7 @@ def iter_disputed_planes(
        committee's disagreement as a divergence from its mean.
     """
     planes = volume.shape[0]
-    if not 1 <= count <= planes:
-        raise SupportSetError(f"cannot choose {count} of {planes} planes; ask for 1 to {planes}")
+    check_count(count, planes)
     settings = settings or DistillSettings()
     if settings.zoom == "auto":
         settings = replace(settings, zoom=parse_zoom("1"))
