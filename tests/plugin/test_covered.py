@@ -78,7 +78,7 @@ def lies_on_screen(viewer, layer):
 
 @pytest.mark.parametrize("beside", [(), (2, 4, 40, 40), (2, 2, 4, 40, 40)], ids=["alone", "time", "time and channels"])
 def test_the_view_follows_a_volume_of_another_size_and_stays_for_one_of_the_same(
-    viewer, nuclei, later, open_dock, beside
+    viewer, nuclei, later, open_dock, beside, qtbot
 ):
     dock = open_dock(viewer)
     if beside:
@@ -88,7 +88,7 @@ def test_the_view_follows_a_volume_of_another_size_and_stays_for_one_of_the_same
     viewer.dims.set_point(viewer.dims.ndim - 3, 15)  # plane 6, which the large one has not
     first = viewer.layers.index(nuclei)
     choose(dock, first + 2)
-    assert dock.session.volume.layer is large
+    qtbot.waitUntil(lambda: dock.session.volume.layer is large)  # it is hashed in another thread
     assert lies_on_screen(viewer, large)
     assert viewer.dims.point[-3] == 7.5  # its last plane
     choose(dock, first)

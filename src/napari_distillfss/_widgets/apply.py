@@ -117,7 +117,7 @@ class ApplyWidget(QWidget):
         self.message = Message(self._no_model)
         self.offer = ReplaceOffer(session, self.job)
         self.anew = button("Replace labels", "Replace the labels that are there, and begin anew", self.start_anew)
-        self.anew.hide()
+        self._offer_anew(False)
         told = row(self.message, self.offer, self.anew, first=3)
         self.batch = BatchWidget(session, viewer, lambda: MODES[self.mode.currentText()])
         column(
@@ -150,7 +150,7 @@ class ApplyWidget(QWidget):
         session.model_changed.connect(self._on_state_changed)
         session.busy_changed.connect(self._on_state_changed)
         for changed in (session.busy_changed, session.volume_changed, self.out.textChanged):
-            changed.connect(lambda *_: self.anew.hide())
+            changed.connect(lambda *_: self._offer_anew(False))
         self._on_state_changed()
 
     def start(self) -> None:
@@ -160,6 +160,10 @@ class ApplyWidget(QWidget):
     def start_anew(self) -> None:
         """Segment the volume in place of the labels that are there."""
         self._start(overwrite=True)
+
+    def _offer_anew(self, is_offered: bool) -> None:
+        self.anew.setVisible(is_offered)
+        self.anew.setEnabled(is_offered)
 
     def _start(self, *, overwrite: bool) -> None:
         def start() -> None:
@@ -255,7 +259,7 @@ class ApplyWidget(QWidget):
                 "choose another name"
             )
         self.message.warn(message)
-        self.anew.setVisible(begun is not None)
+        self._offer_anew(begun is not None)
 
     def _show(self, data: Any) -> None:
         """Show labels as they are seen in napari: the finest level during the run, the pyramid after it."""
