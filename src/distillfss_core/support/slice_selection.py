@@ -106,10 +106,9 @@ def iter_diverse_planes(
     check_count(count, planes)
     # the planes chosen evenly are part of those that are looked at
     looked_at = sorted({*suggest_planes(planes, min(planes, max(count, LOOKED_AT))), *taken})
-    middle = [slice(max(0, (n - _WINDOW) // 2), max(0, (n - _WINDOW) // 2) + _WINDOW) for n in volume.shape[1:3]]
     described = []
     for index, z in enumerate(looked_at, 1):
-        described.append(describe_plane(volume.read(slice(z, z + 1), *middle)[0]))
+        described.append(describe_plane(volume.plane(z, _WINDOW)))
         yield TrainStep(index, len(looked_at), stage="looking")
     features = comparable(np.array(looked_at, np.float32), described)
     blank = [not texture.any() for _, texture, _ in described]

@@ -166,8 +166,7 @@ class Views:
         if index not in self._fitted:
             source = self._volume(index)
             if isinstance(source, Volume):
-                middle = [slice(max(0, (n - FITTED_SIDE) // 2), (n + FITTED_SIDE) // 2) for n in source.shape[1:3]]
-                planes = [source.read(slice(z, z + 1), *middle)[0] for z in evenly(source.shape[0], FITTED_PLANES)]
+                planes = [source.plane(z, FITTED_SIDE) for z in evenly(source.shape[0], FITTED_PLANES)]
             else:
                 planes = [source]
             self._fitted[index] = fit_preprocess(planes, scope="volume")

@@ -72,11 +72,11 @@ def iter_disputed_planes(
     yield from probing
     probe = probing.result(measure_halo=False)
     teacher = yield from iter_unrefined_teacher(support, settings)
-    looked_at = [z for z in suggest_planes(planes, min(planes, LOOKED_AT + len(taken))) if z not in taken][:LOOKED_AT]
-    middle = [slice(max(0, (n - _WINDOW) // 2), (n + _WINDOW) // 2) for n in volume.shape[1:3]]
+    free = [z for z in range(planes) if z not in taken]
+    looked_at = [free[i] for i in suggest_planes(len(free), min(len(free), LOOKED_AT))] if free else []
     dispute: dict[int, float] = {}
     for index, z in enumerate(looked_at, 1):
-        plane = volume.read(slice(z, z + 1), *middle)[0]
+        plane = volume.plane(z, _WINDOW)
         dispute[z] = divergence(*(model.predict(plane).probabilities for model in (probe, teacher)))
         yield TrainStep(index, len(looked_at), stage="looking")
     return sorted(sorted(dispute, key=lambda z: -dispute[z])[:count])

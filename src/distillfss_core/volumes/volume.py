@@ -128,8 +128,8 @@ class Volume:
             ) from error
         return self._ordered(voxels)
 
-    def plane(self, z: int) -> Array:
-        """Plane ``z``, shape (y, x) or (y, x, c).
+    def plane(self, z: int, side: int | None = None) -> Array:
+        """Plane ``z``, shape (y, x) or (y, x, c); with ``side``, at most so many pixels of its middle along y and x.
 
         Raises
         ------
@@ -140,7 +140,10 @@ class Volume:
         """
         if not 0 <= z < self.shape[0]:
             raise SettingsError(f"{self.name}: has no plane {z}; its planes are 0 to {self.shape[0] - 1}")
-        result: Array = self.read(slice(z, z + 1))[0]
+        whole = self.shape[1:3]
+        corner = [max(0, (n - side) // 2) if side else 0 for n in whole]
+        spans = [slice(start, start + (side or n)) for start, n in zip(corner, whole, strict=True)]
+        result: Array = self.read(slice(z, z + 1), *spans)[0]
         return result
 
     def along(self, axis: str) -> Volume:

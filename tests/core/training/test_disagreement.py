@@ -7,6 +7,7 @@ from distillfss_core import DistillSettings, SupportSet, SupportSetError, iter_d
 from distillfss_core.training import disagreement
 from distillfss_core.training.disagreement import divergence
 from distillfss_core.types import AnnotatedSlice, finish
+from distillfss_core.volumes.volume import Volume
 
 
 @pytest.fixture
@@ -48,6 +49,14 @@ def test_the_planes_of_the_largest_divergence_are_chosen(stack, support, monkeyp
 
 def test_an_odd_plane_is_chosen(stack, support):
     assert finish(iter_disputed_planes(open_volume(stack[0]), support, 1, taken=(0, 5))) == [3]
+
+
+def test_planes_up_to_the_last_are_looked_at_whichever_are_annotated(stack, support, monkeypatch):
+    read = []
+    monkeypatch.setattr(disagreement, "LOOKED_AT", 3)
+    monkeypatch.setattr(Volume, "plane", lambda self, z, side: read.append(z) or stack[0][z])
+    finish(iter_disputed_planes(open_volume(stack[0]), support, 1, taken=(4,)))
+    assert read == [0, 2, 5]
 
 
 @pytest.mark.parametrize("count", [0, 7])

@@ -481,6 +481,15 @@ def test_damaged_inputs_give_one_clear_error_and_never_silent_zeros(sound, tmp_p
 # alpha
 
 
+@pytest.mark.parametrize(
+    ("side", "y", "x"),
+    [(None, (0, 7), (0, 12)), (4, (1, 5), (4, 8)), (8, (0, 7), (2, 10)), (5, (1, 6), (3, 8)), (100, (0, 7), (0, 12))],
+)
+def test_the_middle_of_a_plane(side, y, x):
+    array = noise((3, 7, 12))
+    np.testing.assert_array_equal(open_volume(array).plane(2, side), array[2, slice(*y), slice(*x)])
+
+
 @pytest.mark.parametrize("planes", [1, 3])
 @pytest.mark.parametrize("planar", ["contig", "separate"])
 def test_a_volume_and_an_image_agree_on_alpha(tmp_path, planes, planar):
