@@ -49,17 +49,9 @@ viewer.close()
 
 
 def main() -> None:
-    if sys.argv[1:] == ["gaps"]:
-        print(json.dumps(measure_gaps()))
-        return
-    if sys.argv[1:] == ["large"]:
-        print(json.dumps(measure_large()))
-        return
-    if sys.argv[1:] == ["memory"]:
-        print(json.dumps(measure_memory()))
-        return
-    if sys.argv[1:] == ["cancels"]:
-        print(json.dumps(measure_cancels()))
+    parts = {"gaps": measure_gaps, "large": measure_large, "memory": measure_memory, "cancels": measure_cancels}
+    if sys.argv[1:]:
+        print(json.dumps(parts[sys.argv[1]]()))
         return
     opened = [_last_line([sys.executable, "-c", OPENING]).split() for _ in range(RUNS)]
     alone, dock = (statistics.median(float(run[k]) for run in opened) for k in (0, 1))
@@ -122,20 +114,22 @@ class Gaps:
         """Measure from the beginning, which is part of it, until what was begun last has ended, too."""
         self._ticks[:] = [time.perf_counter()]
         begin()
-        self._go_on(until)
+        go_on(until)
         seen = len(self._ticks)
-        self._go_on(lambda: len(self._ticks) > seen + 5)
+        go_on(lambda: len(self._ticks) > seen + 5)
         start, end = max(itertools.pairwise(self._ticks), key=lambda pair: pair[1] - pair[0])
         places = self._samples.between(start, end)
         shares = [places.count(name) / max(1, len(places)) for name in ("napari", "plugin")]
         self.found[phase] = [end - start, *((end - start) * share for share in shares)]
 
-    def _go_on(self, until: Callable[[], object]) -> None:
-        from qtpy.QtWidgets import QApplication
 
-        while not until():
-            QApplication.processEvents()
-            time.sleep(0.001)
+def go_on(until: Callable[[], object]) -> None:
+    """Let the window go on."""
+    from qtpy.QtWidgets import QApplication
+
+    while not until():
+        QApplication.processEvents()
+        time.sleep(0.001)
 
 
 def measure_gaps() -> dict[str, list[float]]:
@@ -314,19 +308,12 @@ class Cancels:
     def __init__(self, dock: Any) -> None:
         self._dock, self.found = dock, dict[str, list[float]]()
 
-    def go_on(self, until: Callable[[], object]) -> None:
-        from qtpy.QtWidgets import QApplication
-
-        while not until():
-            QApplication.processEvents()
-            time.sleep(0.001)
-
     def note(self, phase: str, press: Callable[[], object], ended: Callable[[], bool]) -> None:
         start = time.perf_counter()
         press()
         self.found[phase] = []
         for is_reached in (lambda: True, ended, _no_thread):
-            self.go_on(is_reached)
+            go_on(is_reached)
             self.found[phase].append(time.perf_counter() - start)
 
     def during(self, phase: str, job: Any, begin: Callable[[], object], ready: Callable[[Any], bool]) -> None:
@@ -337,7 +324,7 @@ class Cancels:
         job.stepped.connect(steps.append)
         (bar,) = (bar for bar in self._dock.findChildren(JobBar) if bar._job is job)
         begin()
-        self.go_on(lambda: any(map(ready, steps)))
+        go_on(lambda: any(map(ready, steps)))
         self.note(phase, bar.cancel.click, lambda: not job.running)
         job.stepped.disconnect(steps.append)
 
@@ -361,7 +348,7 @@ def measure_cancels() -> dict[str, list[float]]:
     during = cancels.during
     viewer.window.add_dock_widget(dock, area="right")
     viewer.add_image(made.image, name="nuclei")
-    cancels.go_on(lambda: "omputes" in dock.volume.device.text())
+    go_on(lambda: "omputes" in dock.volume.device.text())
     kept = dock.session.annotations
     assert kept is not None  # the volume made them
     for z in (1, 4, 6, 9, 11):
@@ -369,14 +356,14 @@ def measure_cancels() -> dict[str, list[float]]:
     dock.session.painted()
     dock.preview.on.setChecked(True)
     waited = time.perf_counter() + 2
-    cancels.go_on(lambda: time.perf_counter() > waited)
+    go_on(lambda: time.perf_counter() > waited)
     cancels.note("the first preview", lambda: dock.preview.on.setChecked(False), lambda: not dock.preview.layers)
     train, job = dock.distill.start, dock.distill.job
     during("Train, loading", job, train, lambda step: "backbone" in getattr(step, "text", ""))
     during("Train, fitting a probe", job, train, lambda step: getattr(step, "stage", "") == "fit")
     dock.distill.settings.setValue(DistillSettings(steps=40, zoom=Fraction(1)))
     during("Train, a step", job, train, lambda step: isinstance(step, TrainStep) and not step.is_preparation)
-    cancels.go_on(lambda: not dock.preview.busy)
+    go_on(lambda: not dock.preview.busy)
     dock.preview.on.setChecked(False)
     dock.support.way.setCurrentText("least sure")
     during("Suggest slices", dock.support.job, dock.support.suggest_slices, lambda step: True)
@@ -388,7 +375,7 @@ def measure_cancels() -> dict[str, list[float]]:
     viewer.add_labels(made.labels, name="truth")
     dock.objects.labels.setCurrentText("truth")
     dock.objects.method.setCurrentText("watershed")
-    cancels.go_on(lambda: not dock.objects._measuring.busy)
+    go_on(lambda: not dock.objects._measuring.busy)
     during("Count objects", dock.objects.job, dock.objects.start, lambda step: hasattr(step, "total"))
     cancels.found["a sample"] = _cancel_sample(viewer)
     viewer.close()

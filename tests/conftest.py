@@ -3,8 +3,10 @@
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import settings
@@ -84,6 +86,14 @@ def any_processor() -> Iterator[None]:
 def root() -> Path:
     """The project's folder."""
     return ROOT
+
+
+@pytest.fixture(scope="module")
+def import_benchmark(root: Path) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a script of ``benchmarks`` by its name; they import one another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root / "benchmarks")
+        yield import_module
 
 
 @pytest.fixture(scope="session")

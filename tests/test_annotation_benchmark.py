@@ -11,12 +11,8 @@ pytest.importorskip("skimage", reason="needs scikit-image")
 
 
 @pytest.fixture(scope="module")
-def annotation(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        import annotation
-
-        yield annotation
+def annotation(import_benchmark):
+    return import_benchmark("annotation")
 
 
 @pytest.fixture

@@ -18,12 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def backbones(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        import backbones
-
-        yield backbones
+def backbones(import_benchmark):
+    return import_benchmark("backbones")
 
 
 @pytest.fixture

@@ -12,12 +12,8 @@ pytest.importorskip("skimage", reason="needs scikit-image")
 
 
 @pytest.fixture(scope="module")
-def validation(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(root / "benchmarks")
-        import validation
-
-        yield validation
+def validation(import_benchmark):
+    return import_benchmark("validation")
 
 
 def test_phases_of_levels_differ_by_their_gray_level(validation):

@@ -208,13 +208,12 @@ def array_content(source: ArraySource) -> str:
     array = source.array
     if not isinstance(array, np.ndarray):
         return _digest_of(_tiles(source, _SIDE, _TILES))
-    glance = _digest_of(_tiles(source, *_GLANCE))
-    holder, seen, known = _known.get(id(array), (None, "", ""))
+    number, glance = id(array), _digest_of(_tiles(source, *_GLANCE))
+    holder, seen, known = _known.get(number, (None, "", ""))
     if holder is not None and holder() is array and seen == glance:
         return known
     small, count = array.nbytes <= _HASHED, _HASHED // (_SIDE * _SIDE * source.dtype.itemsize)
     digest = _digest_of(array if small else _tiles(source, _SIDE, count))
-    number = id(array)
     _known[number] = weakref.ref(array, lambda _: _known.pop(number, None)), glance, digest
     return digest
 
