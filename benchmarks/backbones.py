@@ -115,9 +115,11 @@ class Segmenting(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the two classes at the size of the images."""
-        maps = self.maps(images)
+        h, w = images.shape[-2:]
+        padded = F.pad(images, (0, -w % STRIDES[-1], 0, -h % STRIDES[-1]), mode="replicate")  # cells of all maps agree
+        maps = self.maps(padded)
         joined = torch.cat([F.interpolate(x, maps[0].shape[-2:], mode="bilinear") for x in maps], 1)
-        return F.interpolate(self.head(joined), images.shape[-2:], mode="bilinear")
+        return F.interpolate(self.head(joined), padded.shape[-2:], mode="bilinear")[..., :h, :w]
 
 
 def learned(way: str, views: Views, start: Backbone, settings: BackboneSettings) -> Backbone:
