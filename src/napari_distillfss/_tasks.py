@@ -214,8 +214,8 @@ def iter_applying(
 ) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr. Finished labels are kept when it is stopped. `Written` comes first and last."""
     yield Doing("preparing")
-    run = iter_until(core.iter_segment(volume, model, out, resume=True, **options), stop)
-    begun = False
+    run = iter_until(core.iter_segment(volume, model, out, resume=True, by_plane=True, **options), stop)
+    written, paused = 0, False
     while True:
         try:
             step = next(run)
@@ -223,9 +223,14 @@ def iter_applying(
             if end.value is not None:
                 yield Written(see(open_levels(out)))
             return end.value
-        if not begun:
-            begun = True
+        if step.index == written:  # a plane of the next shard
+            if not written and not paused:
+                paused = True
+                yield Doing("segmenting the first piece")
+            continue
+        if not written:
             yield Written(see(open_levels(out)[:1]))
+        written = step.index
         yield step
 
 
@@ -246,14 +251,14 @@ def iter_batching(
     """Segment many volumes. Returns the rows of the report, or None if it was stopped; finished labels are kept."""
     yield Doing("listing the volumes")
     load_torch()
-    run = iter_until(core.iter_batch(plan(), model, report, **options), stop)
+    run = iter_until(core.iter_batch(plan(), model, report, by_plane=True, **options), stop)
     while True:
         try:
             step = next(run)
         except StopIteration as end:
             rows: list[dict[str, Any]] | None = end.value
             return rows
-        part = "" if step.shard is None else f", piece {step.shard.index} of {step.shard.total}"
+        part = "" if step.shard is None or not step.shard.index else f", piece {step.shard.index} of {step.shard.total}"
         stage = f"{step.job.source.name}{part}"
         yield Batched(step.index - (step.row is None), step.total, stage, step.row, step.error, step.job.output)
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tifffile
 
-from distillfss_core import AnnotatedSlice, DistillFSSError, DistillSettings, SupportSet, open_volume
+from distillfss_core import AnnotatedSlice, DistillFSSError, DistillSettings, StudentModel, SupportSet, open_volume
 from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import Annotations
-from napari_distillfss._tasks import iter_import, iter_teacher, iter_until, thumbnail, tiles_on_screen
+from napari_distillfss._tasks import iter_applying, iter_import, iter_teacher, iter_until, thumbnail, tiles_on_screen
 
 
 def drain(run):
@@ -42,6 +42,17 @@ def test_work_that_is_told_to_stop_closes_its_run():
     stop.set()
     assert drain(run) is None
     assert closed == [True]
+
+
+def test_applying_stops_between_the_planes_of_its_first_piece(student, sample, tmp_path):
+    volume, stop, model = open_volume(sample.image), Event(), StudentModel.load(student)
+    run = iter_applying(volume, model, tmp_path / "labels.ome.zarr", stop)
+    steps = [next(run) for _ in range(2)]
+    assert [step.text for step in steps] == ["preparing", "segmenting the first piece"]
+    stop.set()
+    assert drain(run) is None
+    done = drain(iter_applying(volume, model, tmp_path / "labels.ome.zarr", Event()))
+    assert done.finished == 0
 
 
 def test_the_preparation_of_a_teacher_shows_its_steps_and_stops_between_them(sample):

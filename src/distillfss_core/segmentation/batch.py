@@ -165,6 +165,7 @@ def iter_batch(
     mode: str = "planewise",
     tile: int | None = None,
     cluster: str | Connection | None = None,
+    by_plane: bool = False,
 ) -> Generator[BatchStep, None, list[dict[str, Any]]]:
     """Segment volumes; one that fails does not stop the others. The report is written anew after each.
 
@@ -174,7 +175,7 @@ def iter_batch(
     model : StudentModel
     report : path
         Ends in .csv or .json.
-    resume, overwrite, mode, tile, cluster
+    resume, overwrite, mode, tile, cluster, by_plane
         As for `iter_segment`.
 
     Returns
@@ -204,7 +205,16 @@ def iter_batch(
         row: dict[str, Any] = {**job.notes, "volume": volume, "output": printable(job.output), "status": "done"}
         failed: Exception | None = None
         try:
-            run = _segment_job(job, model, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster)
+            run = _segment_job(
+                job,
+                model,
+                resume=resume,
+                overwrite=overwrite,
+                mode=mode,
+                tile=tile,
+                cluster=cluster,
+                by_plane=by_plane,
+            )
             while True:
                 yield BatchStep(index, len(jobs), job, next(run))
         except StopIteration as end:
@@ -278,6 +288,7 @@ def _segment_job(
     mode: str,
     tile: int | None,
     cluster: str | Connection | None,
+    by_plane: bool,
 ) -> Generator[ShardDone, None, dict[str, Any]]:
     if job.error:
         raise InputFileError(job.error)
@@ -294,6 +305,7 @@ def _segment_job(
             mode=mode,
             tile=tile,
             cluster=cluster,
+            by_plane=by_plane,
         )
         counts = count_voxels(job.output, check_region(volume, job.region), len(model.class_names))
         scale = dict(zip(("scale_z", "scale_y", "scale_x"), volume.scale, strict=True))

@@ -6,7 +6,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import product
@@ -20,7 +20,7 @@ from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, sample_step
 from distillfss_core.models.segmenter import Region, Segmenter, Window
 from distillfss_core.segmentation.rows import RowReader
-from distillfss_core.types import Array, Segmentation, check_image, evenly
+from distillfss_core.types import Array, GeneratorRun, Segmentation, check_image, evenly, finish
 from distillfss_core.volumes.volume import Volume, split_index
 
 KINDS = ("labels", "probabilities", "uncertainty")
@@ -161,10 +161,15 @@ class VolumeSegmenter:
     def stack_labels(self, planes: range, region: Region, pixels: Array) -> Array:
         """Labels of a region of several planes, shape (z, y, x), from what `read` gave for them; as `labels` otherwise,
         but that a GPU computes many planes at once."""
+        return finish(GeneratorRun(self.iter_stack_labels(planes, region, pixels)))
+
+    def iter_stack_labels(self, planes: range, region: Region, pixels: Array) -> Generator[None, None, Array]:
+        """`stack_labels`, which pauses after each plane that is computed alone."""
         if not self.model.batched:
             labels = np.empty((len(planes), *(stop - start for start, stop in region)), np.uint8)
             for i, z in enumerate(planes):
                 labels[i] = self.labels(z, region, pixels[i])
+                yield
             return labels
         limits = [self.limits(z) for z in planes]
         for z, plane in zip(planes, pixels, strict=True):

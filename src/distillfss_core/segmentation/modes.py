@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Generator
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from distillfss_core.models.preprocess import Limits
 from distillfss_core.models.segmenter import TILE, Segmenter
 from distillfss_core.segmentation.directions import CUBIC, compare_directions
 from distillfss_core.segmentation.lazy import VolumeSegmenter
-from distillfss_core.types import Array, evenly, likeliest
+from distillfss_core.types import Array, GeneratorRun, evenly, finish, likeliest
 from distillfss_core.volumes.volume import Volume
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -60,7 +61,11 @@ class PlanewiseLabels:
 
     def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
         """Labels of a box, shape (z, y, x), from what `read` gave."""
-        return self.segmenter.stack_labels(range(*box[0]), box[1:], pixels)
+        return finish(GeneratorRun(self.iter_labels(box, pixels)))
+
+    def iter_labels(self, box: Box, pixels: Array) -> Generator[None, None, npt.NDArray[np.uint8]]:
+        """`labels`, which pauses after each plane."""
+        return self.segmenter.iter_stack_labels(range(*box[0]), box[1:], pixels)
 
 
 class SmoothedLabels(PlanewiseLabels):
@@ -78,8 +83,8 @@ class SmoothedLabels(PlanewiseLabels):
         """Voxels of a box and of its neighboring planes."""
         return super().read(self._with_neighbors(box))
 
-    def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
-        """Labels of a box, shape (z, y, x), from the result of `read`."""
+    def iter_labels(self, box: Box, pixels: Array) -> Generator[None, None, npt.NDArray[np.uint8]]:
+        """Labels of a box, shape (z, y, x), from the result of `read`; it pauses after each plane."""
         labels = np.empty([b - a for a, b in box], np.uint8)
         first, last = self._with_neighbors(box)[0]
         planes: dict[int, npt.NDArray[np.float32]] = {}
@@ -94,6 +99,7 @@ class SmoothedLabels(PlanewiseLabels):
                 if n != z:
                     total += planes[n]
             labels[row] = likeliest(total)
+            yield
         return labels
 
     def _with_neighbors(self, box: Box) -> Box:
@@ -149,12 +155,12 @@ class ConsensusLabels(PlanewiseLabels):
         """Nothing: each direction reads its planes when it comes to them, so that only one has to be held."""
         return np.empty(0)
 
-    def labels(self, box: Box, pixels: Array) -> npt.NDArray[np.uint8]:
+    def iter_labels(self, box: Box, pixels: Array) -> Generator[None, None, npt.NDArray[np.uint8]]:
         """Labels of a box, shape (z, y, x), from planes read in three directions; ``pixels`` is not used."""
         z, y, x = box
-        total = _chances(self.segmenter, z, (y, x))
-        total += _chances(self._others[0], y, (z, x)).transpose(0, 2, 1, 3)
-        total += _chances(self._others[1], x, (z, y)).transpose(0, 2, 3, 1)
+        total = yield from _iter_chances(self.segmenter, z, (y, x))
+        total += (yield from _iter_chances(self._others[0], y, (z, x))).transpose(0, 2, 1, 3)
+        total += (yield from _iter_chances(self._others[1], x, (z, y))).transpose(0, 2, 3, 1)
         return likeliest(total)
 
 
@@ -202,8 +208,10 @@ def _limits_of_some(segmenter: VolumeSegmenter) -> Limits:
     return segmenter.limits_of(evenly(segmenter.volume.shape[0], _SAMPLED))
 
 
-def _chances(segmenter: VolumeSegmenter, planes: tuple[int, int], region: tuple[tuple[int, int], ...]) -> Array:
-    """Probabilities "k+1 plane row column" of a region of some planes, read a few planes at a time."""
+def _iter_chances(
+    segmenter: VolumeSegmenter, planes: tuple[int, int], region: tuple[tuple[int, int], ...]
+) -> Generator[None, None, Array]:
+    """Probabilities "k+1 plane row column" of a region of some planes, read a few at a time; pauses after each."""
     (y0, y1), (x0, x1) = region
     count = len(segmenter.model.class_names) + 1
     blended = np.empty((count, planes[1] - planes[0], y1 - y0, x1 - x0), np.float32)
@@ -213,4 +221,5 @@ def _chances(segmenter: VolumeSegmenter, planes: tuple[int, int], region: tuple[
         pixels = segmenter.read(slice(start, stop), ((y0, y1), (x0, x1)))
         for z in range(start, stop):
             blended[:, z - planes[0]] = segmenter.probabilities(z, ((y0, y1), (x0, x1)), pixels[z - start])
+            yield
     return blended

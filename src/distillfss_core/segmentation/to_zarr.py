@@ -135,6 +135,7 @@ def iter_segment(
     mode: str = "planewise",
     tile: int | None = None,
     cluster: str | Connection | None = None,
+    by_plane: bool = False,
 ) -> Generator[ShardDone, None, VolumeReport]:
     """Segment a volume into OME-Zarr 0.5 labels, shard by shard.
 
@@ -164,6 +165,9 @@ def iter_segment(
     cluster : str or Connection, optional
         Workers that segment the shards, as for `cluster.connect`; they load the model anew, on what devices they have.
         By default this process does it, on the device of ``model``.
+    by_plane : bool
+        Give a step after each plane of a shard as well, with the index of the step before: the run can be closed there.
+        Shards of a cluster, and those that a GPU computes whole, have no such steps.
 
     Yields
     ------
@@ -223,14 +227,18 @@ def iter_segment(
         clock = _Clock(start, plan.total, plan.finished)
         if plan.finished:
             yield clock.step(0, computed=False, count=0)
+        run: Generator[Index | None, None, None]
         if workers:
             run = _segmented_by(workers, model, engine, mode_labels, store, plan.todo, missing)
         else:
             run = _segmented(mode_labels, store, plan.todo)
             stack.enter_context(_threads(model, store.notes["threads"]))
         with closing(run):
-            for _ in run:
-                yield clock.step(0)
+            for index in run:
+                if index is not None:
+                    yield clock.step(0)
+                elif by_plane:
+                    yield clock.step(0, count=0)
         for level, index in plan.coarser:
             yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
@@ -320,8 +328,8 @@ def plan_work(store: LabelStore, wanted: Box) -> Plan:
 
 def _segmented(
     mode_labels: PlanewiseLabels, store: LabelStore, todo: dict[Index, list[Box]]
-) -> Generator[Index, None, None]:
-    """Read, infer and write at the same time; gives each shard when it is in the record.
+) -> Generator[Index | None, None, None]:
+    """Read, infer and write at the same time; gives each shard when it is in the record, and None after each plane.
 
     Left early, what is being written is still written and noted.
     """
@@ -353,7 +361,9 @@ def _segmented(
                 break
             index, boxes, coming = reading.popleft()
             blocks = coming.result()
-            labels = [mode_labels.labels(box, pixels) for box, pixels in zip(boxes, blocks, strict=True)]
+            labels = []
+            for box, pixels in zip(boxes, blocks, strict=True):
+                labels.append((yield from mode_labels.iter_labels(box, pixels)))
             del blocks, coming
             writing.append(writers.submit(write, index, boxes, labels))
             while writing and (writing[0].done() or len(writing) > threads.writers):
@@ -403,14 +413,16 @@ class _Clock:
 
     def __init__(self, start: float, total: int, finished: int) -> None:
         self.start, self.total, self.index, self.computed = start, total, finished, 0
-        self._begun = time.monotonic()
+        self._begun, self._pace = time.monotonic(), math.nan
 
     def step(self, level: int, *, computed: bool = True, count: int = 1) -> ShardDone:
-        self.index += count
-        self.computed += computed
         now = time.monotonic()
-        pace = (now - self._begun) / self.computed if self.computed else math.nan
-        return ShardDone(self.index, self.total, level, computed, now - self.start, pace * (self.total - self.index))
+        self.index += count
+        if computed and count:
+            self.computed += count
+            self._pace = (now - self._begun) / self.computed
+        left = self._pace * (self.total - self.index)
+        return ShardDone(self.index, self.total, level, computed, now - self.start, left)
 
 
 def _path_to_image(volume: Volume, out: Path) -> str | None:

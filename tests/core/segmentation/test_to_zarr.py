@@ -178,6 +178,24 @@ def test_a_cancelled_run_goes_on_without_computing_again(volume, plain_student, 
     assert np.array_equal(labels_of(out), expected)
 
 
+@pytest.mark.parametrize("mode", ["planewise", "smoothed", "consensus"])
+def test_a_run_by_planes_pauses_within_each_shard(plain_student, tmp_path, mode):
+    """Who closes it need not wait for a shard, and nothing of the shard under way is taken for finished."""
+    volume, options = open_volume(STACK[:, :100, :100]), {"tile": TILE, "mode": mode}
+    segment_to_zarr(volume, plain_student, tmp_path / "once.ome.zarr", **options)
+    run = iter_segment(volume, plain_student, tmp_path / "parts.ome.zarr", by_plane=True, **options)
+    first = next(run)
+    assert (first.index, first.total > 1, np.isnan(first.eta)) == (0, True, True)
+    run.close()
+    run = iter_segment(volume, plain_student, tmp_path / "parts.ome.zarr", resume=True, by_plane=True, **options)
+    indices = [step.index for step in run]
+    assert run.result().finished == 0
+    assert sorted(set(indices)) == list(range(first.total + 1))
+    assert indices == sorted(indices)
+    assert len(indices) > first.total + 1
+    assert np.array_equal(labels_of(tmp_path / "parts.ome.zarr"), labels_of(tmp_path / "once.ome.zarr"))
+
+
 def test_a_half_written_shard_is_never_taken_for_whole(volume, plain_student, expected, tmp_path):
     out = tmp_path / "out.ome.zarr"
     segment_to_zarr(volume, plain_student, out, tile=TILE)
