@@ -363,6 +363,7 @@ def measure_cancels() -> dict[str, list[float]]:
     during("Train, fitting a probe", job, train, lambda step: getattr(step, "stage", "") == "fit")
     dock.distill.settings.setValue(DistillSettings(steps=40, zoom=Fraction(1)))
     during("Train, a step", job, train, lambda step: isinstance(step, TrainStep) and not step.is_preparation)
+    during("Train, after its steps", job, train, lambda step: hasattr(step, "model"))
     go_on(lambda: not dock.preview.busy)
     dock.preview.on.setChecked(False)
     dock.support.way.setCurrentText("least sure")

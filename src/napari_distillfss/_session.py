@@ -312,6 +312,11 @@ class Session:
         return f"there is no model yet; {'train or load' if self.annotates else 'load'} one first"
 
     @property
+    def no_job(self) -> str:
+        """Why no job can be started; "" if one can."""
+        return f"{self.busy} is running; cancel it, or wait until it has ended" if self.busy else ""
+
+    @property
     def has_slices(self) -> bool:
         """Whether there is anything to train on."""
         return self.annotations is not None and bool(self.annotations.planes() or self.annotations.also)

@@ -32,6 +32,7 @@ from napari_distillfss._shapes import Outline
 from napari_distillfss._students import Compared, KeptStudent, plane_of, read_student
 
 THUMBNAIL = 48
+_UNDOABLE = 32 << 20  # bytes of imported planes that had no labels, which can be undone
 Span = tuple[int, int]
 Replaced = tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.uint8]]
 """A plane whose labels were replaced, with its labels "y x" before and after."""
@@ -89,11 +90,15 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Answering:
-    """Which fit of the instant model gives the parts of a plane that follow, and of which classes."""
+    """Which fit of the instant model gives the parts of a plane that follow, and of which classes.
+
+    ``blank`` is what `iter_instant` was asked to make for these parts.
+    """
 
     plane: int
     version: int
     class_names: tuple[str, ...]
+    blank: Any = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,8 @@ def iter_training(
     """Distill, or refine ``start``; save the student in ``keep`` and its slices in a folder beside it.
 
     Planes of ``volume`` that have no labels are learned from as well. Told to stop, it returns the best student so far,
-    or None if there was no step yet.
+    or None if there was no step yet. After all steps it yields the student, which is kept already; the overlap of tiles
+    that it needs is measured then.
     """
     load_torch()
     yield Doing("reading the annotated slices")
@@ -177,7 +183,7 @@ def iter_training(
             run.close()
             break
     yield Doing("finishing")
-    model = run.result()
+    model = run.result(measure_halo=False)
     kept: Path | None = keep.with_suffix("")
     try:
         write_planes(keep.with_suffix(""), {s.source: (s.image, from_classes(s.labels)) for s in support.slices})
@@ -185,11 +191,20 @@ def iter_training(
             write_unlabeled(keep.with_suffix(""), unlabeled)
     except core.OutputError:  # only a script would need them
         kept = None
+    made = _keep(model, keep, kept, is_stopped=stop.is_set())
+    if made.stopped:
+        return made
+    yield made
+    model = run.result()
+    return made if stop.is_set() else _keep(model, keep, kept, is_stopped=False)
+
+
+def _keep(model: Any, path: Path, support: Path | None, *, is_stopped: bool) -> Distilled:
     try:
-        model.save(keep)
+        model.save(path)
     except core.OutputError as error:  # it can be saved elsewhere
-        return Distilled(model, None, stop.is_set(), kept, str(error))
-    return Distilled(model, keep, stop.is_set(), kept)
+        return Distilled(model, None, is_stopped, support, str(error))
+    return Distilled(model, path, is_stopped, support)
 
 
 def iter_until(run: core.Run[Any, Any], stop: Event) -> Generator[Any, None, Any]:
@@ -453,6 +468,7 @@ def iter_instant(
     *,
     refit: bool,
     stop: Event,
+    make_blank: Callable[[int], Any] = lambda _: None,
 ) -> Generator[Doing | Answering | Unanswered | PlanePart | Noticed, None, None]:
     """Let the instant model follow the annotations, then segment the visible tiles of a plane as `iter_plane` does.
 
@@ -462,6 +478,8 @@ def iter_instant(
         Where tiles of the plane begin that this version has computed.
     refit : bool
         Whether it follows the annotations; a model without a fit does so in any case.
+    make_blank : function
+        Given the number of classes, makes what the parts are to be written into, in this thread.
     """
     if not instant.is_fitted:
         yield Doing("preparing the instant model on your slices")
@@ -475,7 +493,7 @@ def iter_instant(
     if stop.is_set():
         return
     model = instant.model
-    yield Answering(z, instant.version, model.class_names)
+    yield Answering(z, instant.version, model.class_names, make_blank(len(model.class_names)))
     finished = shown[1] if shown[0] == instant.version else ()
     for part in iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile):
         yield Noticed("; ".join(filter(None, (part.text, instant.left_out)))) if isinstance(part, Noticed) else part
@@ -553,8 +571,8 @@ def iter_import(
     Returns
     -------
     list of (plane, before, after)
-        The planes taken over, with their labels "y x" as painted; where nothing was painted both are one zero, "1 1",
-        so that a whole volume can be imported.
+        The planes taken over, with their labels "y x" as painted. Where nothing was painted ``before`` is one zero,
+        "1 1". Beyond 32 MB of such planes ``after`` is so, too: a whole volume can be imported.
 
     Raises
     ------
@@ -575,7 +593,7 @@ def iter_import(
                 numbers = labels.plane(row)
                 if numbers.any():
                     painted = painted_from(numbers, kind, len(annotations.classes), f"{name} plane {row}")
-                    taken.append(_replace(annotations, z if is_single else row, painted))
+                    taken.append(_replace(annotations, z if is_single else row, painted, taken))
                 if stop.is_set():
                     break
                 yield core.TrainStep(row + 1, labels.shape[0], stage="importing")
@@ -588,15 +606,19 @@ def iter_import(
     return taken
 
 
-def _replace(annotations: Annotations, z: int, painted: npt.NDArray[np.uint8]) -> Replaced:
+def _replace(annotations: Annotations, z: int, painted: npt.NDArray[np.uint8], taken: Sequence[Replaced]) -> Replaced:
+    """Replace the labels of a plane, after others were ``taken``; see `iter_import`."""
     before, nothing = annotations.plane(z), np.zeros((1, 1), np.uint8)
+    held = sum(after.nbytes for _, earlier, after in taken if not earlier.any())
     annotations.put(z, painted)
     try:
         annotations.save()
     except core.OutputError:
         annotations.put(z, before)
         raise
-    return (z, before, painted) if before.any() else (z, nothing, nothing)
+    if before.any():
+        return z, before, painted
+    return z, nothing, painted if held + painted.nbytes <= _UNDOABLE else nothing
 
 
 def iter_drawing(
@@ -612,14 +634,14 @@ def iter_drawing(
         Where no shape is, planes with a shape are background; or, for scribbles, stay as they are painted.
     """
     planes = sorted({outline.plane for outline in outlines})
-    taken = []
+    taken: list[Replaced] = []
     for index, z in enumerate(planes, 1):
         before = annotations.plane(z)
         painted = before.copy() if kind == "scribbles" else np.full_like(before, BACKGROUND)
         for outline in outlines:
             if outline.plane == z:
                 painted[outline.pixels(before.shape)] = outline.label
-        taken.append(_replace(annotations, z, painted))
+        taken.append(_replace(annotations, z, painted, taken))
         if stop.is_set():
             break
         yield core.TrainStep(index, len(planes), stage="importing")

@@ -84,9 +84,9 @@ class Job(QObject):
         core.DistillFSSError
             If some work is going on already.
         """
-        busy = self._session.busy if self._session else self._name if self.running else ""
-        if busy:
-            raise core.DistillFSSError(f"{busy} is running; cancel it, or wait until it has ended")
+        no_job = self._session.no_job if self._session else f"{self._name} is running" if self.running else ""
+        if no_job:
+            raise core.DistillFSSError(no_job)
 
     def start(self, work: Work, name: str | None = None) -> None:
         """Start work in a thread.

@@ -69,6 +69,9 @@ def test_the_files_of_a_folder_are_segmented_and_one_that_fails_is_a_row(batch, 
     assert [row["status"] for row in report_of(out)] == ["done", "failed", "done", "done"]
     assert "3 of 4 volumes segmented" in batch.message.text()
     assert batch.message.warns
+    note = batch.rows.item(1, 2).text()
+    assert note
+    assert str(folder) not in note
     batch.rows.setCurrentCell(1, 0)
     assert "b.tif" in batch.message.text()
     batch.start()  # again: what is there is taken up, and the first report is kept

@@ -2,8 +2,9 @@
 
 import os
 import re
+import threading
 from pathlib import Path
-from threading import current_thread, main_thread
+from threading import Event, current_thread, main_thread
 
 import dask.array as da
 import numpy as np
@@ -13,7 +14,7 @@ import zarr
 from napari.plugins import _initialize_plugins
 from napari.utils import progress
 from qtpy.QtCore import Qt
-from qtpy.QtWidgets import QWidget
+from qtpy.QtWidgets import QPushButton, QWidget
 
 from distillfss_core import StudentModel
 from distillfss_core.models.card import read_card
@@ -236,8 +237,6 @@ def test_closing_while_distilling_ends_the_work(viewer, nuclei, qtbot, tmp_path,
     with qtbot.waitSignal(dock.destroyed):
         dock.deleteLater()
     del dock
-    import threading
-
     qtbot.waitUntil(lambda: not any("training" in t.name for t in threading.enumerate()), timeout=60_000)
     assert session.volume is None
     assert not progress._all_instances  # the activity dock shows nothing
@@ -600,8 +599,6 @@ def test_the_plane_stays_where_it_is_painted_while_slices_are_looked_for(viewer,
 
 
 def test_looking_for_slices_that_differ_ends_when_asked_and_answers_the_last_question(viewer, open_dock, qtbot):
-    import threading
-
     class Slow:
         shape, dtype, ndim = (500, 64, 64), np.dtype(np.uint8), 3
         asked, go_on = threading.Event(), threading.Event()
@@ -917,8 +914,6 @@ def test_the_preview_and_applied_labels_are_not_seen_on_one_another(dock, viewer
 @pytest.fixture
 def held(monkeypatch):
     """Apply writes a plane a piece, and waits after the second until it is told to go on or to stop."""
-    import threading
-
     from distillfss_core.labelstore import layout as label_layout
     from napari_distillfss._widgets import apply
 
@@ -972,7 +967,6 @@ def test_apply_is_stopped_and_gone_on_with_in_the_same_and_in_a_new_dock(
     applying, held, viewer, qtbot, sample, student, open_dock, tmp_path
 ):
     from napari.components import ViewerModel
-    from qtpy.QtWidgets import QPushButton
 
     def stop():
         buttons = applying.apply.findChildren(QPushButton)
@@ -1627,10 +1621,6 @@ def test_refining_takes_a_fifth_of_the_steps(preset, steps, dock, qtbot, student
 @pytest.mark.parametrize("has_begun", [False, True])
 def test_cancel_is_acknowledged_while_a_training_starts_or_goes_on(dock, qtbot, painted_truth, monkeypatch, has_begun):
     """What is only prepared ends at once; a training ends its step, and its student is kept."""
-    import threading
-
-    from qtpy.QtWidgets import QPushButton
-
     from distillfss_core import TrainStep
     from napari_distillfss._tasks import Doing
     from napari_distillfss._widgets import distill
@@ -1666,8 +1656,6 @@ def test_cancel_is_acknowledged_while_a_training_starts_or_goes_on(dock, qtbot, 
 @pytest.mark.parametrize("is_import", [False, True])
 def test_an_import_ends_its_step_and_a_suggestion_at_once(dock, qtbot, is_import):
     """An import changes annotations: what it has taken over is shown."""
-    import threading
-
     go_on = threading.Event()
 
     def work(_):
@@ -1987,3 +1975,57 @@ def test_a_copied_path_is_one_that_is_free(tmp_path):
     assert free_name(path) == tmp_path / "a b-again.ome.zarr"
     (tmp_path / "a b-again.ome.zarr").mkdir()
     assert free_name(path) == tmp_path / "a b-again2.ome.zarr"
+
+
+def test_cancel_at_the_end_of_a_training_keeps_its_student_at_once(dock, qtbot, painted_truth, few, monkeypatch):
+    """All steps are made; how far tiles have to overlap is still being measured."""
+    from distillfss_core import StudentModel
+    from distillfss_core.models.segmenter import Segmenter
+
+    measuring, go_on = Event(), Event()
+    monkeypatch.setattr(Segmenter, "fit_halo", lambda self, image: measuring.set() or go_on.wait(60))
+    paint(dock, painted_truth, [2])
+    dock.distill.settings.setValue(few)
+    dock.distill.start()
+    (bar,) = dock.distill.findChildren(JobBar)
+    qtbot.waitUntil(lambda: measuring.is_set() and dock.distill._kept is not None, timeout=60_000)
+    bar.cancel.click()
+    assert not dock.session.busy
+    assert dock.distill.message.text().startswith("Stopped: 3 steps")
+    path = dock.session.model_path
+    written = path.read_bytes()
+    assert StudentModel.load(path).halo == dock.session.model.halo
+    go_on.set()
+    qtbot.waitUntil(lambda: not [t for t in threading.enumerate() if t.name == "distillfss Training"], timeout=60_000)
+    assert path.read_bytes() == written
+
+
+def test_a_disabled_button_says_why(viewer, open_dock, nuclei, painted_truth):
+    dock = open_dock(viewer)
+    dock.objects.of_class.addItem("object")
+    explained = [w for w in dock.widget().findChildren(QPushButton) if not w.isEnabled() and not w.isHidden()]
+    assert {dock.distill.distill, dock.distill.refine, dock.support.remove, dock.apply.apply} <= set(explained)
+    assert not [w.text() for w in explained if "Not now: " not in w.toolTip()]
+    paint(dock, painted_truth, [2])
+    assert dock.distill.distill.isEnabled()
+    assert "Not now" not in dock.distill.distill.toolTip()
+    dock.session.busy = "Segmentation"
+    assert "Not now: Segmentation is running" in dock.distill.distill.toolTip()
+    dock.session.busy = ""
+
+
+def test_a_training_that_cannot_start_leaves_no_empty_plot(dock, qtbot, painted_truth):
+    paint(dock, np.where(painted_truth == 2, 2, 0).astype(np.uint8), [2])
+    dock.distill.start()
+    finish(qtbot, dock)
+    assert "background" in dock.distill.message.text()
+    assert dock.distill.plot.isHidden()
+
+
+def test_who_corrects_a_plane_has_the_brush(dock, qtbot, student):
+    dock.model.load_from(student)
+    with qtbot.waitSignal(dock.preview.settled, timeout=60_000):
+        finish(qtbot, dock)
+    dock.preview.take.click()
+    assert dock.viewer.layers.selection.active is dock.support.layer
+    assert str(dock.support.layer.mode) == "paint"

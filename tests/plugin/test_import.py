@@ -165,3 +165,31 @@ def test_layers_of_labels_and_shapes_are_offered_but_not_those_of_the_dock(dock,
     finish(qtbot, dock)
     assert offered == [["theirs", "drawn"]]
     assert len(dock.session.annotations.planes()) == 8
+
+
+def test_an_import_is_one_step_of_the_history_also_where_nothing_was_painted(dock, viewer, qtbot):
+    before = np.full((96, 96), 1, np.uint8)
+    dock.session.annotations.put(4, before)
+    labels = np.zeros((8, 96, 96), np.uint16)
+    labels[3:6, 20:30] = 7
+    dock.support.import_from(viewer.add_labels(labels, name="theirs", scale=(2.5, 1, 1), units=UM))
+    finish(qtbot, dock)
+    assert dock.support.message.text().endswith("Ctrl+Z brings back what 1 of them had, and clears the others")
+    dock.support.layer.undo()
+    assert dock.session.annotations.planes() == [4]
+    np.testing.assert_array_equal(painted(dock, 4), before)
+    dock.support.layer.redo()
+    assert dock.session.annotations.planes() == [3, 4, 5]
+    np.testing.assert_array_equal(painted(dock, 5), (labels[5] > 0) + 1)
+
+
+def test_an_import_that_is_too_large_to_be_undone_does_not_promise_it(dock, viewer, qtbot, monkeypatch):
+    from napari_distillfss import _tasks
+
+    monkeypatch.setattr(_tasks, "_UNDOABLE", 96 * 96)
+    labels = np.zeros((8, 96, 96), np.uint16)
+    labels[3:6, 20:30] = 7
+    dock.support.import_from(viewer.add_labels(labels, name="theirs", scale=(2.5, 1, 1), units=UM))
+    finish(qtbot, dock)
+    assert "Ctrl+Z" not in dock.support.message.text()
+    assert dock.session.annotations.planes() == [3, 4, 5]

@@ -7,6 +7,7 @@ import pytest
 
 from napari_distillfss._annotations import Class
 from napari_distillfss._instant import InstantAnswers
+from napari_distillfss._tasks import PlanePart
 
 
 @pytest.fixture
@@ -323,3 +324,49 @@ def test_the_instant_model_goes_on_without_a_volume_that_is_closed_and_names_it(
     assert dock.preview.message.text() == (
         "Preview of plane 2 is ready, but without bright, which is no file, and not open here"
     )
+
+
+def test_a_preview_that_arrives_in_parts_is_drawn_few_times(live, qtbot, monkeypatch):
+    """napari maps a whole plane to colors for each drawing. The last part is drawn before the preview is settled."""
+    drawn, layer, planes = [], live.preview.layers["labels"], live.session.volume.volume
+    expected = live.preview.model().predict(planes.plane(5))
+    monkeypatch.setattr(live.preview.model(), "tile", 24)
+    show = live.preview._show_layers
+    monkeypatch.setattr(live.preview, "_show_layers", lambda: show() or drawn.append(layer.data.copy()))
+    live.preview._soon_shown.setTimeout(60_000)
+    parts = []
+    live.preview._latest.answered.connect(parts.append)
+    with qtbot.waitSignal(live.preview.settled, timeout=60_000):
+        live.support.go_to(5)
+    count = sum(isinstance(part, PlanePart) for part in parts)
+    assert count >= 9
+    assert len(drawn) == 2  # of the first part, and of all
+    assert drawn[0].any()
+    np.testing.assert_array_equal(drawn[-1], layer.data)
+    assert (layer.data[0] == expected.labels).mean() > 0.95
+
+
+def test_the_memory_of_a_preview_is_filled_in_another_thread(live, qtbot, monkeypatch):
+    from napari_distillfss._widgets import preview
+
+    threads, make = [], preview._blank
+    monkeypatch.setattr(preview, "_blank", lambda *a: threads.append(threading.current_thread()) or make(*a))
+    with qtbot.waitSignal(live.preview.settled, timeout=60_000):
+        live.support.go_to(5)
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
+
+
+def test_a_preview_that_is_not_yet_of_the_latest_strokes_says_so(live, qtbot, monkeypatch):
+    go_on, follow = threading.Event(), InstantAnswers.follow
+    monkeypatch.setattr(InstantAnswers, "follow", lambda self, stop: go_on.wait(60) and follow(self, stop))
+    stroke(live, 2, 50, 50, 2)
+    qtbot.waitUntil(lambda: live.preview.message.text() == "Preview of plane 2: following your strokes", timeout=10_000)
+    go_on.set()
+    qtbot.waitUntil(lambda: live.preview.message.text() == "Preview of plane 2 is ready", timeout=60_000)
+
+
+def test_a_preview_without_a_volume_says_what_is_missing(viewer, open_dock):
+    dock = open_dock(viewer)
+    dock.preview.on.setChecked(True)
+    assert dock.preview.message.text() == "Choose a volume first"

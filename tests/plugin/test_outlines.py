@@ -137,6 +137,18 @@ def test_escape_drops_the_proposal(user):
     assert not user.annotations.plane(0).any()
 
 
+def test_no_message_asks_for_a_key_that_does_nothing_any_more(user):
+    user = user(picture())
+    user.draw((41, 59))
+    message = user.dock.support.message
+    assert message.text().startswith("Enter makes it object")
+    press(user.target, "Escape")
+    assert message.text().startswith("Click an object")
+    user.draw((41, 59))
+    user.dock.support.paint.click()
+    assert message.text() == ""
+
+
 def test_a_box_proposes_the_object_in_it_and_enter_paints_it(user):
     user = user(picture())
     user.draw((53, 74), (40, 60), (27, 47), control=True)  # from the lower right corner

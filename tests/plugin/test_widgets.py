@@ -184,3 +184,33 @@ def test_a_class_keeps_its_name_where_another_has_the_new_one(name, qtbot):
     assert classes.list.item(3).text() == "debris"
     classes.list.item(3).setText("Debris")  # its own name in other letters
     assert [c.name for c in classes.value()] == ["nucleus", "Debris"]
+
+
+def test_noise_of_the_loss_is_not_drawn_as_a_rise(qtbot):
+    """A training that goes on from a model has a flat loss: its curve stays in the upper part of the plot."""
+    from qtpy.QtGui import QColor
+
+    from napari_distillfss._widgets._colors import LOSS
+
+    plot = TrainingPlot()
+    qtbot.addWidget(plot)
+    plot.resize(300, 110)
+    for step in range(1, 40):
+        plot.add(step, 40, 0.5 + 0.01 * (-1) ** step, None)
+    picture, color = plot.grab().toImage(), LOSS.on(plot.palette().window().color()).name()
+    rows = [y for y in range(20, 110) for x in range(10, 290) if QColor(picture.pixel(x, y)).name() == color]
+    assert rows
+    assert max(rows) - min(rows) < 30
+
+
+def test_a_widget_that_is_not_allowed_says_why(qtbot):
+    from qtpy.QtWidgets import QPushButton
+
+    from napari_distillfss._widgets._common import allow
+
+    part = QPushButton("Train")
+    qtbot.addWidget(part)
+    part.setToolTip("Learns")
+    for reason, text in (("no slice", "Learns. Not now: no slice"), ("busy", "Learns. Not now: busy"), ("", "Learns")):
+        allow(part, reason)
+        assert (part.isEnabled(), part.toolTip()) == (not reason, text)

@@ -453,6 +453,14 @@ def button(text: str, tooltip: str, clicked: Callable[[], object]) -> QPushButto
     return made
 
 
+def allow(part: QWidget, reason: str = "") -> None:
+    """Enable a widget; or disable it for a reason, which its tooltip then ends with."""
+    tooltip = part.property("tooltip") or part.toolTip()
+    part.setProperty("tooltip", tooltip)
+    part.setEnabled(not reason)
+    part.setToolTip(f"{tooltip}. Not now: {reason}" if reason else tooltip)
+
+
 def combo(tooltip: str, choices: tuple[str, ...] = ()) -> QComboBox:
     """A combo box that fits the dock whatever the length of its items."""
     made = QComboBox()

@@ -43,6 +43,7 @@ from napari_distillfss._widgets._common import (
     Message,
     ReplaceOffer,
     Section,
+    allow,
     attempt,
     button,
     choose_output,
@@ -379,9 +380,10 @@ class ApplyWidget(QWidget):
             self.out.setText(path if ".zarr" in Path(path).suffixes else f"{path}.ome.zarr")
 
     def _on_state_changed(self) -> None:
-        has_both = self._session.model is not None and self._session.volume is not None
-        self.apply.setEnabled(not self._session.busy and has_both)
-        self.on_screen.setEnabled(self._session.volume is not None)
+        no_model = "" if self._session.model is not None else self._session.no_model
+        no_volume = "" if self._session.volume is not None else "no volume is chosen; choose an image layer first"
+        allow(self.apply, self._session.no_job or no_volume or no_model)
+        allow(self.on_screen, no_volume)
         if self._session.model is not None and self.message.text() in (self._no_model, self._session.no_model):
             self.message.tell(_READY)
 
@@ -724,10 +726,10 @@ class ObjectsWidget(QWidget):
             self._suited = source
             with suppress(core.DistillFSSError):  # said when it is counted
                 self._suit_radius(self._open(source)[0])
-        is_free = source is not None and not self._session.busy
-        self.count.setEnabled(is_free and not self._measuring.busy)
-        self.save_labels.setEnabled(is_free)
-        self.save_table.setEnabled(not self.table.isHidden())
+        reason = self._session.no_job or (_NO_LABELS if source is None else "")
+        allow(self.count, reason or ("the radius is being measured" if self._measuring.busy else ""))
+        allow(self.save_labels, reason)
+        allow(self.save_table, "count objects first" if self.table.isHidden() else "")
         self.radius.setEnabled(method == "watershed" and not self._measuring.busy)
         self.of_class.setEnabled(method != NUMBERED)
         if source is not None:

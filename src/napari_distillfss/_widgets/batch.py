@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qtpy.QtWidgets import QCheckBox, QFileDialog, QLineEdit, QTableWidget, QTableWidgetItem, QWidget
+from qtpy.QtWidgets import QCheckBox, QFileDialog, QHeaderView, QLineEdit, QTableWidget, QTableWidgetItem, QWidget
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
@@ -15,7 +15,7 @@ from napari_distillfss._scripts import free_name
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Batched, iter_batching, jobs_of_layers
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, column, combo, row
+from napari_distillfss._widgets._common import JobBar, Message, allow, attempt, button, column, combo, row
 
 FILES, LIST = "files of a folder", "chosen files"
 LAYERS, SELECTED = "all image layers", "selected image layers"
@@ -63,6 +63,10 @@ class BatchWidget(QWidget):
         self.rows.setHorizontalHeaderLabels(_COLUMNS)
         self.rows.setToolTip("The report; click a row to read its note")
         self.rows.setMinimumHeight(110)
+        header = self.rows.horizontalHeader()
+        assert header is not None  # every table has one
+        header.setSectionResizeMode(QHeaderView.ResizeMode.ResizeToContents)
+        header.setStretchLastSection(True)  # the note
         for widget, name in (
             (self.what, "Volumes to segment"),
             (self.folder, "Folder or files of volumes"),
@@ -213,7 +217,7 @@ class BatchWidget(QWidget):
         texts = (
             Path(report["volume"]).name + time,
             report["status"],
-            report.get("error") or report.get("warning") or "",
+            (report.get("error") or report.get("warning") or "").removeprefix(report["volume"]).lstrip(": "),
         )
         self.rows.insertRow(number)
         for at, text in enumerate(texts):
@@ -256,7 +260,7 @@ class BatchWidget(QWidget):
         self.folder.setPlaceholderText("folder of volumes" if self.what.currentText() == FILES else "files")
         for widget in (self.folder, self.browse_folder, self.channel):
             widget.setEnabled(is_files)
-        self.run.setEnabled(not self._session.busy and self._session.model is not None)
+        allow(self.run, self._session.no_job or ("" if self._session.model is not None else self._session.no_model))
         if self._session.model is not None and self.message.text() == self._session.no_model:
             self.message.tell("")
 

@@ -9,7 +9,7 @@ from qtpy.QtGui import QColor, QIcon, QPixmap
 from qtpy.QtWidgets import QColorDialog, QListWidget, QListWidgetItem, QWidget
 
 from napari_distillfss._annotations import BACKGROUND, BACKGROUND_COLOR, COLORS, FIRST_CLASS, Class
-from napari_distillfss._widgets._common import button, column, fit_rows, row
+from napari_distillfss._widgets._common import allow, button, column, fit_rows, row
 
 _MOST_ROWS = 5
 _BACKGROUND = "background"
@@ -58,7 +58,7 @@ class ClassList(QWidget):
             if number >= FIRST_CLASS:
                 item.setFlags(item.flags() | Qt.ItemFlag.ItemIsEditable)
             self.list.addItem(item)
-        self.remove.setEnabled(len(self._value) > 1)
+        allow(self.remove, "" if len(self._value) > 1 else "there has to be one class")
         self.list.setCurrentRow(min(brush, self.list.count() - 1))
         self.list.blockSignals(False)
         fit_rows(self.list, _MOST_ROWS)
@@ -84,7 +84,7 @@ class ClassList(QWidget):
         self.setValue(self._value[:-1])
 
     def _on_row_changed(self) -> None:
-        self.color.setEnabled(self.brush() >= FIRST_CLASS)  # background and eraser have their colors
+        allow(self.color, "" if self.brush() >= FIRST_CLASS else "background and eraser have their colors")
 
     def _on_color_clicked(self) -> None:
         row = self.brush() - FIRST_CLASS
@@ -109,4 +109,6 @@ class ClassList(QWidget):
 def _swatch(color: str) -> QIcon:
     picture = QPixmap(14, 14)
     picture.fill(QColor(color) if len(color) == 7 else QColor(0, 0, 0, 0))
-    return QIcon(picture)
+    icon = QIcon(picture)
+    icon.addPixmap(picture, QIcon.Mode.Selected)  # Qt would tint it
+    return icon

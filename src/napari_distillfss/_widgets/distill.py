@@ -13,7 +13,7 @@ from napari_distillfss import _format as fmt
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Distilled, iter_training
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, attempt, button, column, row
+from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, allow, attempt, button, column, row
 from napari_distillfss._widgets.plot import TrainingPlot
 from napari_distillfss._widgets.settings import PresetPicker
 
@@ -30,6 +30,7 @@ class DistillWidget(QWidget):
         self._session = session
         self._started: tuple[Any, Path | None, str] | None = None  # settings, student gone on from, preset
         self._has_begun = False  # whether the training is beyond its preparation, of which nothing is kept
+        self._kept: Distilled | None = None  # the student of a training that has made all its steps, until it ends
         self._trained: Any = None  # the latest student
         self._image: Any = None  # the layer of the volume that message and plot are of
         self.settings = PresetPicker()
@@ -53,7 +54,7 @@ class DistillWidget(QWidget):
                 self.job,
                 cancel="Stop the training and keep the best model so far",
                 instead_of=told,
-                is_patient=lambda: self._has_begun,
+                is_patient=lambda: self._has_begun and self._kept is None,
                 describe=self._describe,
             ),
             told,
@@ -61,7 +62,7 @@ class DistillWidget(QWidget):
         )
         self.plot.hide()
         self.job.done.connect(self._on_job_done)
-        self.job.failed.connect(self.message.warn)
+        self.job.failed.connect(self._on_job_failed)
         session.model_changed.connect(self._on_model_changed)
         session.busy_changed.connect(self._on_state_changed)
         session.slices_changed.connect(self._on_slices_changed)
@@ -93,6 +94,7 @@ class DistillWidget(QWidget):
             self.job.start(lambda stop: iter_training(maker, settings, model, keep, stop, volume))
             start = self._session.model_path if model is not None else None
             self._started, self._has_begun = (settings, start, self.settings.preset.currentText()), False
+            self._kept = None
             self.plot.clear()
             self.plot.show()
             self.message.tell("")
@@ -100,6 +102,8 @@ class DistillWidget(QWidget):
         attempt(self.message, start)
 
     def _on_job_stepped(self, step: Any) -> None:
+        if isinstance(step, Distilled):
+            self._kept = step
         if isinstance(step, core.TrainStep) and not step.is_preparation:
             self._has_begun = True
             loss = sum(step.losses.values()) if step.losses else None
@@ -113,6 +117,8 @@ class DistillWidget(QWidget):
     def _on_job_done(self, distilled: Distilled | None) -> None:
         if self._started is None:
             return
+        if distilled is None and self._kept is not None:
+            distilled = replace(self._kept, stopped=True)
         if distilled is None:
             self.plot.hide()
             self.message.tell("stopped before the first step; nothing was changed")
@@ -136,6 +142,10 @@ class DistillWidget(QWidget):
             return
         self.message.tell(line + ". Scroll to see its preview, paint where it is wrong, then press Refine")
 
+    def _on_job_failed(self, message: str) -> None:
+        self.plot.setVisible(bool(self.plot.losses))
+        self.message.warn(message)
+
     def _on_model_changed(self) -> None:
         """Forget the training of another model."""
         if self._session.model is not self._trained and not self.message.warns and not self.job.running:
@@ -158,6 +168,6 @@ class DistillWidget(QWidget):
         self._on_state_changed()
 
     def _on_state_changed(self) -> None:
-        is_ready = not self._session.busy and self._session.has_slices
-        self.distill.setEnabled(is_ready)
-        self.refine.setEnabled(is_ready and self._session.model is not None)
+        reason = self._session.no_job or ("" if self._session.has_slices else "no slice is annotated")
+        allow(self.distill, reason)
+        allow(self.refine, reason or ("" if self._session.model is not None else "there is no model yet; train one"))

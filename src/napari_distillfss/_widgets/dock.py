@@ -133,7 +133,7 @@ class DistillDock(QScrollArea):
             self._on_volume_chosen(self.volume.value())
 
     def _connect_sections(self) -> None:
-        self.preview.correct.connect(self.support.put_into_plane)
+        self.preview.correct.connect(self.support.correct)
         self.apply.appeared.connect(self.preview.give_way)
         self.preview.on.toggled.connect(self._on_preview_toggled)
         for part in (self.support, self.distill, self.preview, self.apply, self.model.history):

@@ -14,7 +14,7 @@ from napari_distillfss._scripts import command_line, python_lines
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import iter_loading
 from napari_distillfss._threads import Job
-from napari_distillfss._widgets._common import JobBar, Message, attempt, button, choose_output, column, row
+from napari_distillfss._widgets._common import JobBar, Message, allow, attempt, button, choose_output, column, row
 from napari_distillfss._widgets.students import StudentHistory
 
 SUFFIX = ".safetensors"
@@ -125,7 +125,7 @@ class ModelWidget(QWidget):
     def _on_model_changed(self) -> None:
         model = self._session.model
         for part in (self.save, self.command, self.python):
-            part.setEnabled(model is not None)
+            allow(part, "" if model is not None else self._session.no_model)
         self.card.setVisible(model is not None)
         if model is not None:
             self.card.setPlainText(describe(model.card))

@@ -32,6 +32,7 @@ ACCEPT, DROP = "Enter", "Escape"
 _AWAY, _BOX = "Shift", "Control"
 _PART = "proposed outline"
 _COLOR = "#ff00ff"
+_MAKES = "Enter makes it "
 _HELP = (
     "Click an object, draw along it, or Ctrl+drag a box around it. Then: click more, Shift+click takes away, Enter "
     "accepts, Escape drops"
@@ -172,6 +173,8 @@ class OutlineTool(QObject):
         self._latest.cancel()
         if self.layer is not None:
             self.layer.visible = False
+        if self._message.text().startswith(_MAKES):
+            self._message.tell(_HELP)
 
     def brush_changed(self) -> None:
         """The class of the brush has changed: the proposal was for another."""
@@ -184,6 +187,8 @@ class OutlineTool(QObject):
         if not on:
             self.drop()
             self._let_go()
+            if self._message.text() == _HELP:
+                self._message.tell("")
             return
         target = self._show_layer()
         dims = self._viewer.dims
@@ -244,9 +249,7 @@ class OutlineTool(QObject):
             return
         self._answer = answer
         self._show(answer)
-        self._message.tell(
-            f"Enter makes it {self._name_of(answer.draft.label)}; click to add, Shift+click to take away"
-        )
+        self._message.tell(f"{_MAKES}{self._name_of(answer.draft.label)}; click to add, Shift+click to take away")
         if self._is_accepted:
             self.accept()
 

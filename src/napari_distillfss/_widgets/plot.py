@@ -10,6 +10,7 @@ from qtpy.QtWidgets import QSizePolicy, QWidget
 from napari_distillfss._widgets._colors import IOU, LOSS
 
 _MOST_POINTS = 400
+_LEAST_SPAN = 0.25  # of the largest loss, from the bottom to the top of the plot
 
 
 class TrainingPlot(QWidget):
@@ -59,7 +60,8 @@ class TrainingPlot(QWidget):
         painter.drawRect(frame)
         if self.losses:
             values = [v for _, v in self.losses]
-            self._draw(painter, frame, self.losses, min(values), max(values), loss_color)
+            low = min(*values, (1 - _LEAST_SPAN) * max(values))  # so that noise is not drawn as a rise
+            self._draw(painter, frame, self.losses, low, max(values), loss_color)
             self._write(painter, f"loss {values[-1]:.2g}", loss_color, Qt.AlignmentFlag.AlignLeft)
         if self.scores:
             self._draw(painter, frame, self.scores, 0.0, 1.0, iou_color)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from qtpy.QtCore import Signal
 from qtpy.QtWidgets import QCheckBox, QWidget
-from superqt.utils import qdebounced
+from superqt.utils import qdebounced, qthrottled
 
 import distillfss_core as core
 from napari_distillfss._annotations import Class, from_classes, model_classes
@@ -30,6 +30,7 @@ from napari_distillfss._widgets._common import (
     JobBar,
     Message,
     ReplaceOffer,
+    allow,
     attempt,
     button,
     column,
@@ -49,9 +50,16 @@ _NO_MODEL = "Train a model first, or choose an untrained one"
 _LOAD_FIRST = "Load a model first"
 _HINT = "Tick Preview: the instant model learns from what you paint"
 _GAVE_WAY = "Switched off, as the applied labels are shown; tick it to see it in their place"
+_NO_PREVIEW = "there is no preview of this plane yet; tick the preview"
 _WAIT = 60  # milliseconds without a move before a plane is asked for
+_OF_INSTANT = "only the instant model follows strokes"
+_BETWEEN = 250  # milliseconds at least between two drawings of a preview that arrives in parts
+_LATE = 400  # milliseconds after which the answer to a stroke is said to be late
 _AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
+
+
+_Planes = tuple[dict[str, np.ndarray], np.ndarray]
 
 
 class PreviewWidget(QWidget):
@@ -96,7 +104,7 @@ class PreviewWidget(QWidget):
         self.live = QCheckBox("Live")
         self.live.setToolTip("The instant model follows every stroke; otherwise it follows when you change the plane")
         self.live.setChecked(bool(session.recall("live", True)))
-        self.live.setEnabled(self._uses_instant)
+        allow(self.live, "" if self._uses_instant else _OF_INSTANT)
         self.shown = {name: QCheckBox(name) for name in _NAMES}
         for name, help_ in {
             "labels": "The class of every pixel",
@@ -113,13 +121,15 @@ class PreviewWidget(QWidget):
             "Copy the preview of this plane into its unpainted pixels. Then repaint the errors and press Refine",
             self.correct_plane,
         )
-        self.take.setEnabled(False)
+        allow(self.take, _NO_PREVIEW)
         self.job = Job(session, "Preparation of the teacher", self)
         self.message = Message(_HINT if session.annotates else self._no_model)
         self._latest = LatestJob(self)
         self.offer = ReplaceOffer(session, self._latest, self.job)
         told = row(self.message, self.offer, first=3)
         self._soon = until_closed(session, qdebounced(self._ask, timeout=_WAIT))
+        self._soon_shown = until_closed(session, qthrottled(self._show_parts, timeout=_BETWEEN, leading=False))
+        self._late = until_closed(session, qdebounced(self._on_late, timeout=_LATE))
         self._after_stroke = until_closed(session, qdebounced(self._on_stroke_ended, timeout=_AFTER_STROKE))
         self._after_strokes = until_closed(session, qdebounced(self._on_strokes_settled, timeout=_AFTER_STROKES))
         self.shown["labels"].setChecked(True)
@@ -230,7 +240,7 @@ class PreviewWidget(QWidget):
             self._make_teacher()
 
     def _on_source_changed(self) -> None:
-        self.live.setEnabled(self._uses_instant)
+        allow(self.live, "" if self._uses_instant else _OF_INSTANT)
         self._tell_what_is_needed()
 
     def _release_instant(self) -> None:
@@ -346,7 +356,10 @@ class PreviewWidget(QWidget):
     def _ask(self) -> None:
         """Request the tiles on screen that are not computed yet."""
         chosen, model = self._session.volume, self.model()
-        if not self.on.isChecked() or chosen is None:
+        if not self.on.isChecked():
+            return
+        if chosen is None:
+            self.message.tell("choose a volume first")
             return
         if model is None and not self._uses_instant:
             self.message.tell(self._no_model)
@@ -378,10 +391,28 @@ class PreviewWidget(QWidget):
         instant, on_screen, is_here = self._instant, chosen.on_screen(), z == self._plane
         shown = (self._version, frozenset(self._painted_tiles)) if is_here else (0, frozenset[tuple[int, int]]())
         refit = self.live.isChecked() or not is_here
-        if not is_here:
+        if is_here:
+            self._late()
+        else:
             self.message.tell(f"Preview of plane {z}: computing")
         self._latest.cancel()
-        self._latest.ask(lambda stop: iter_instant(instant, z, on_screen, shown, refit=refit, stop=stop))
+        shape, plane_shape = chosen.shape, chosen.plane_shape
+
+        def make_blank(count: int) -> _Planes | None:
+            """The window need not wait for memory that this thread has filled."""
+            planes = None if is_here else _blank(shape, plane_shape, count)
+            for array in () if planes is None else (*planes[0].values(), planes[1]):
+                array.fill(0)
+            return planes
+
+        self._latest.ask(
+            lambda stop: iter_instant(instant, z, on_screen, shown, refit=refit, stop=stop, make_blank=make_blank)
+        )
+
+    def _on_late(self) -> None:
+        """Tell that the preview on screen is not yet that of the latest strokes."""
+        if self._latest.busy and self.on.isChecked() and self._uses_instant:
+            self.message.tell(f"Preview of plane {self._plane}: following your strokes")
 
     def _on_part(self, part: PlanePart | Noticed | Doing | Answering | Unanswered) -> None:
         if isinstance(part, PlanePart):
@@ -394,7 +425,7 @@ class PreviewWidget(QWidget):
             self._hide_layers()
             self.message.warn(part.text)
         elif self._session.volume is not None:
-            self._go_to(self._session.volume, part.plane, list(part.class_names))
+            self._go_to(self._session.volume, part.plane, list(part.class_names), part.blank)
             if part.version != self._version:
                 self._version, self._painted_tiles = part.version, {}
 
@@ -407,14 +438,23 @@ class PreviewWidget(QWidget):
         self._probabilities[(slice(None), *part.where)] = part.probabilities
         self._arrays["probability"][where] = part.probabilities[self.of_class.currentIndex() + 1]
         self._painted_tiles[part.where[0].start, part.where[1].start] = part.where
-        self.take.setEnabled(True)
-        self._show_layers()
+        allow(self.take)
+        if len(self._painted_tiles) == 1:
+            self._show_layers()
+        else:
+            self._soon_shown()
 
     def _on_failed(self, message: str) -> None:
         self.message.warn(message)
         self.on.setChecked(False)
 
+    def _show_parts(self) -> None:
+        """Show the parts that have arrived, now and then: napari maps the whole plane to colors each time."""
+        if self._painted_tiles and self.on.isChecked():
+            self._show_layers()
+
     def _on_idle(self) -> None:
+        self._soon_shown.flush()
         if self.on.isChecked() and self._painted_tiles:
             if self._notice:
                 self.message.warn(f"Preview of plane {self._plane} is ready, but {self._notice}")
@@ -440,7 +480,7 @@ class PreviewWidget(QWidget):
     def correct_plane(self) -> None:
         """Copy the preview of the plane on screen into its unpainted pixels."""
         if not self._painted_tiles:
-            self.message.warn("there is no preview of this plane yet; tick the preview")
+            self.message.warn(_NO_PREVIEW)
             return
         chosen = self._session.volume
         if chosen is None or chosen.plane_on(self._viewer.dims) != self._plane:
@@ -462,23 +502,17 @@ class PreviewWidget(QWidget):
 
     # layers
 
-    def _go_to(self, chosen: ChosenVolume, z: int, names: list[str]) -> None:
+    def _go_to(self, chosen: ChosenVolume, z: int, names: list[str], blank: _Planes | None = None) -> None:
         """Clear the preview layers and move them to another plane, or to other classes."""
         is_same = [self.of_class.itemText(i) for i in range(self.of_class.count())] == names
         if z == self._plane and is_same:
             return
         self._plane, self._corrected, self._painted_tiles = z, -1, {}
-        self.take.setEnabled(False)
-        shape = (*(1 for _ in chosen.shape[:-2]), *chosen.plane_shape)
+        allow(self.take, _NO_PREVIEW)
         if not is_same:
             self.of_class.clear()
             self.of_class.addItems(names)
-        self._probabilities = np.zeros((len(names) + 1, *chosen.plane_shape), np.float32)
-        self._arrays = {
-            "labels": np.zeros(shape, np.uint8),
-            "probability": np.zeros(shape, np.float32),
-            "uncertainty": np.zeros(shape, np.float32),
-        }
+        self._arrays, self._probabilities = blank or _blank(chosen.shape, chosen.plane_shape, len(names))
 
     def _show_layers(self) -> None:
         chosen = self._session.volume
@@ -527,7 +561,7 @@ class PreviewWidget(QWidget):
     def _clear(self) -> None:
         self._latest.cancel()
         self._plane, self._corrected, self._painted_tiles = -1, -1, {}
-        self.take.setEnabled(False)
+        allow(self.take, _NO_PREVIEW)
 
     def _hide_layers(self) -> None:
         self._clear()
@@ -547,3 +581,10 @@ class PreviewWidget(QWidget):
         for event in (camera.zoom, camera.center):
             event.disconnect(self._on_view_moved)
         self._viewer.layers.events.removed.disconnect(self._on_layer_removed)
+
+
+def _blank(shape: tuple[int, ...], plane_shape: tuple[int, int], count: int) -> _Planes:
+    """What is shown of a plane of a volume, by name, and the probabilities of this many classes and background."""
+    one = (*(1 for _ in shape[:-2]), *plane_shape)
+    kinds = {"labels": np.uint8, "probability": np.float32, "uncertainty": np.float32}
+    return {name: np.zeros(one, kind) for name, kind in kinds.items()}, np.zeros((count + 1, *plane_shape), np.float32)

@@ -18,7 +18,7 @@ from napari_distillfss._threads import LatestJob
 from napari_distillfss._widgets._colors import ERROR_IN_LIST
 from napari_distillfss._widgets._common import ToneList, fit_rows
 
-_MOST_ROWS = 2  # that are shown at a time: with the line below them they leave Train in sight
+_MOST_ROWS = 1.6  # that are shown at a time: with the line below them they leave Train in sight
 _Place = tuple[str, int]
 """Name of the folder of the annotations, and the plane."""
 

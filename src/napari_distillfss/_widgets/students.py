@@ -16,7 +16,7 @@ from napari_distillfss._session import Session
 from napari_distillfss._students import Compared, KeptStudent, differences
 from napari_distillfss._tasks import iter_comparing, iter_students
 from napari_distillfss._threads import Job, LatestJob
-from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, attempt, button, column, row
+from napari_distillfss._widgets._common import JobBar, Message, ReplaceOffer, allow, attempt, button, column, row
 
 
 class StudentHistory(QWidget):
@@ -38,6 +38,7 @@ class StudentHistory(QWidget):
         self.list.setToolTip("Students trained on this volume, the latest first; choose two to compare them")
         self.list.setAccessibleName("Models of this volume")
         self.list.setWordWrap(True)
+        self.list.setSpacing(3)  # so that it is seen where the lines of one begin
         self.list.setResizeMode(QListWidget.ResizeMode.Adjust)
         self.list.setHorizontalScrollBarPolicy(Qt.ScrollBarPolicy.ScrollBarAlwaysOff)
         self.list.setMinimumHeight(90)
@@ -124,12 +125,14 @@ class StudentHistory(QWidget):
         self._on_state_changed()
 
     def _on_state_changed(self) -> None:
-        chosen, is_free = self.chosen(), not self._session.busy
+        chosen = self.chosen()
         present = [student for student in chosen if self._session.is_present(student)]
         readable = all(not student.error for student in chosen)
-        self.restore.setEnabled(is_free and readable and len(chosen) == 1 and not present)
-        self.compare.setEnabled(is_free and readable and len(chosen) == 2)
-        self.discard.setEnabled(is_free and bool(chosen) and not present)
+        reason = self._session.no_job or ("" if readable else "one of the chosen models cannot be read")
+        in_use = "it is in use" if present else ""
+        allow(self.restore, reason or in_use or ("" if len(chosen) == 1 else "choose one model in the list"))
+        allow(self.compare, reason or ("" if len(chosen) == 2 else "choose two models in the list (Ctrl+click)"))
+        allow(self.discard, self._session.no_job or in_use or ("" if chosen else "choose models in the list"))
 
     def _on_restore_clicked(self) -> None:
         if self.restore.isEnabled():

@@ -56,6 +56,7 @@ from napari_distillfss._widgets._common import (
     JobBar,
     Message,
     ReplaceOffer,
+    allow,
     attempt,
     button,
     column,
@@ -118,7 +119,7 @@ class SupportWidget(QWidget):
             self.fill_rest,
         )  # fmt: skip
         self.list = SliceList()
-        self.total = Message(lines=1)  # of the ticked slices
+        self.total = Message(lines=2)  # of the ticked slices
         self.total.hide()
         self.way.setAccessibleName("Way of choosing slices")
         self.count.setAccessibleName("Number of slices")
@@ -271,11 +272,18 @@ class SupportWidget(QWidget):
         """Show replaced labels of whole planes and make the change undoable."""
         annotations = self._session.annotations
         if self._show_layer() and annotations is not None:
-            for z, before, after in planes:  # as `data_setitem` does; pixel by pixel zarr takes a second for a million
-                self.layer._save_history((annotations.index(z), before, after))
+            with self.layer.block_history():  # one step of the history
+                for z, before, after in planes:  # as `data_setitem` does; by pixels zarr takes a second for a million
+                    self.layer._save_history((annotations.index(z), before, after))
             self.layer.refresh()
         self._save()
         self._session.painted()
+
+    def correct(self, labels: np.ndarray) -> None:
+        """Put labels into the current plane as `put_into_plane` does, and take the brush to correct them."""
+        self.put_into_plane(labels)
+        if not self.outline.on.isChecked():
+            self.take_brush()
 
     def go_to(self, z: int) -> None:
         """Move to a plane."""
@@ -537,13 +545,13 @@ class SupportWidget(QWidget):
         has_volume, annotations = self._session.volume is not None, self._session.annotations
         parts = (self.suggest, self.paint, self.outline.on, self.rest, self.import_file, self.import_layer, self.also)
         for part in parts:
-            part.setEnabled(has_volume)
-        self.anew.setEnabled(annotations is not None and bool(annotations.planes()))
+            allow(part, "" if has_volume else self._session.no_annotations)
+        allow(self.anew, "" if annotations is not None and annotations.planes() else "nothing is annotated yet")
         row = self.list.row_of(self.list.currentItem())
-        self.remove.setEnabled(row is not None and row.plane is not None)
+        allow(self.remove, "" if row is not None and row.plane is not None else "click a slice in the list first")
 
     def _on_restorable_changed(self) -> None:
-        self.restore.setEnabled(bool(self._session.restorable()))
+        allow(self.restore, "" if self._session.restorable() else "there are none of this volume")
 
     def _on_slice_toggled(self, row: SliceRow, on: bool) -> None:
         annotations = self._session.annotations
@@ -594,7 +602,7 @@ class SupportWidget(QWidget):
 
     def _begin_anew(self) -> None:
         aside = self._session.begin_anew()
-        self.message.tell(f"the annotations of before are in {aside}; Restore… takes them up again")
+        self.message.tell(f"Restore… takes the annotations of before up again; they are in {aside}")
 
     def _on_restore_clicked(self) -> None:
         names = {self._describe_aside(path): path for path in self._session.restorable()}
@@ -688,10 +696,12 @@ class SupportWidget(QWidget):
         attempt(self.message, start)
 
     def _show_imported(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        replaced = [p for p in planes if p[1].any()]
-        self._show_replaced(replaced)
+        replaced, undoable = [p for p in planes if p[1].any()], [p for p in planes if p[2].any()]
+        self._show_replaced(undoable)
         self.go_to(planes[0][0])
         again = f"; Ctrl+Z brings back what {len(replaced)} of them had" if replaced else ""
+        if len(undoable) == len(planes) > len(replaced):
+            again += f"{', and' if replaced else '; Ctrl+Z'} clears {'the others' if replaced else 'them again'}"
         self.message.tell(f"labels of {fmt.count(len(planes), 'plane')} were taken over{again}")
 
     def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
