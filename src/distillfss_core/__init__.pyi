@@ -24,7 +24,7 @@ from .io.labels import labels_from_image, read_labels
 from .io.writing import write_label_stack, write_labels
 from .labelstore.store import check_finished
 from .metrics import Measures, Scores, evaluate
-from .models.card import Thumbnails, describe_expectation, explain_no_expectation, read_card, read_thumbnails
+from .models.card import Thumbnails, describe_expectation, read_card, read_thumbnails
 from .models.fewshot import FewShotModel
 from .models.segmenter import Segmenter
 from .models.student import StudentModel
@@ -139,7 +139,6 @@ __all__ = [
     "distill_adapter",
     "distill_backbone",
     "evaluate",
-    "explain_no_expectation",
     "export_bioimageio",
     "export_onnx",
     "finish",

@@ -205,7 +205,7 @@ def _settings_of(start: StudentModel, options: dict[str, Any], path: Path) -> Di
 
 
 def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
-    from distillfss_core.models.card import describe_expectation, describe_specialization, explain_no_expectation
+    from distillfss_core.models.card import describe_expectation, describe_specialization
 
     size = args.output.stat().st_size
     if args.json:
@@ -217,7 +217,7 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     line = f"{made} in {record['seconds']:.0f} s on {record['device']}"
     if record.get("validation_iou") is not None:
         line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
-    expectation = describe_expectation(record) or explain_no_expectation(record)
+    expectation = describe_expectation(record)
     for phrase in filter(None, (describe_specialization(record), expectation)):
         line += f"; {phrase}"
     print(line)

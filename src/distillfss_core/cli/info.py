@@ -70,7 +70,7 @@ def _engine_lines(args: argparse.Namespace) -> list[str]:
 
 def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
     """A model's card in words."""
-    from distillfss_core.models.card import describe_expectation, describe_specialization, explain_no_expectation
+    from distillfss_core.models.card import describe_expectation, describe_specialization
     from distillfss_core.models.intensities import Intensities
 
     head, prepared, training = card["head"], card["preprocess"], card["training"]
@@ -95,7 +95,7 @@ def _card_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
             lines.append(("validation", f"slice {training['validation_slice']}, IoU {training['validation_iou']:.3f}"))
         if specialization := describe_specialization(training):
             lines.append(("specialized", f"{specialization}, {training['specialization']['teacher']} as teacher"))
-        if expectation := describe_expectation(training) or explain_no_expectation(training):
+        if expectation := describe_expectation(training):
             lines.append(("quality", expectation))
         lines.append(("slices", ", ".join(training["support"])))
     return lines

@@ -79,7 +79,9 @@ _OF_PROBE: Mapping[str, Callable[[Any], bool]] = {
 
 
 def describe_expectation(training: Mapping[str, Any]) -> str | None:
-    """A phrase with the IoU to expect on new slices, such as "IoU 0.71 ± 0.15 expected on new slices of these kinds".
+    """A phrase with the IoU to expect on new slices, or with the reason why none is to be expected.
+
+    Such as "IoU 0.71 ± 0.15 expected on new slices of these kinds" or "no IoU to expect, as it learned from one slice".
 
     Parameters
     ----------
@@ -89,26 +91,10 @@ def describe_expectation(training: Mapping[str, Any]) -> str | None:
     Returns
     -------
     str or None
-        None where nothing is known: one slice, scribbles, a zoom that was given, a warm start, a probe, a training that
-        was stopped, an older file.
+        None for an older file, which states neither.
     """
-    value = training.get("expected_iou")
-    return None if value is None else f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices of these kinds"
-
-
-def explain_no_expectation(training: Mapping[str, Any]) -> str | None:
-    """A phrase with the reason why no IoU is to be expected, such as "no IoU to expect, as it learned from one slice".
-
-    Parameters
-    ----------
-    training : mapping
-        Of the card of a student.
-
-    Returns
-    -------
-    str or None
-        None where an IoU is expected (`describe_expectation`), and for a file that does not state the reason.
-    """
+    if (value := training.get("expected_iou")) is not None:
+        return f"IoU {value:.2f} ± {EXPECTED_ERROR} expected on new slices of these kinds"
     reason = training.get("no_expectation")
     return None if reason is None else f"no IoU to expect, as {reason}"
 

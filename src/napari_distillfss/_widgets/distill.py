@@ -133,7 +133,7 @@ class DistillWidget(QWidget):
             self.plot.hide()
         if card.get("validation_iou") is not None:
             line += f", IoU {card['validation_iou']:.3f} on the validation slice"
-        if expectation := core.describe_expectation(card) or core.explain_no_expectation(card):
+        if expectation := core.describe_expectation(card):
             line += f"; {expectation}"
         if distilled.stopped:
             line += f"; the best model so far (step {card['best_step']}) is kept"

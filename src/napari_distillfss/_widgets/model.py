@@ -167,6 +167,6 @@ def describe(card: dict[str, Any]) -> str:
         )
         if training.get("validation_iou") is not None:
             lines.append(f"validation IoU: {training['validation_iou']:.3f}")
-        if expectation := core.describe_expectation(training) or core.explain_no_expectation(training):
+        if expectation := core.describe_expectation(training):
             lines.append(expectation)
     return "\n".join(lines)

@@ -114,9 +114,7 @@ class StudentHistory(QWidget):
         for student in self.students():
             present = "in use: " if self._session.is_present(student) else ""
             item = QListWidgetItem(present + student.describe())
-            reason = core.explain_no_expectation(student.record)
-            lines = filter(None, (str(student.path), "IoU: on the validation slice", fmt.sentence(reason or "")))
-            item.setToolTip(student.error or "\n".join(lines))
+            item.setToolTip(student.error or f"{student.path}\nIoU: on the validation slice")
             item.setData(Qt.ItemDataRole.UserRole, student.path)
             self.list.addItem(item)
         self.choose(*chosen)

@@ -17,7 +17,7 @@ from distillfss_core.export.onnx import export_onnx
 from distillfss_core.io.writing import write_labels
 from distillfss_core.metrics import evaluate
 from distillfss_core.models import card
-from distillfss_core.models.card import describe_expectation, explain_no_expectation
+from distillfss_core.models.card import describe_expectation
 from distillfss_core.models.preprocess import fit_preprocess
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.backbones import backbone_spec, load_backbone
@@ -320,7 +320,7 @@ def test_a_training_that_was_stopped_states_no_iou_to_expect(support, tiny):
         next(run)
     run.close()
     assert run.result().training["expected_iou"] is None
-    assert explain_no_expectation(run.result().training) == "no IoU to expect, as the training was stopped"
+    assert describe_expectation(run.result().training) == "no IoU to expect, as the training was stopped"
     whole = iter_distill(support, replace(tiny, steps=1, zoom="auto"))
     assert [step.index for step in whole][-1] == 1
     assert whole.result().training["expected_iou"] is not None
@@ -336,11 +336,9 @@ def test_the_iou_to_expect_comes_from_held_out_slices(support, tiny, case):
     expected = model.training["expected_iou"]
     if case != "whole":
         assert expected is None
-        assert describe_expectation(model.training) is None
         reason = {"strokes": "strokes are too easy", "one slice": "one slice", "given zoom": "its zoom was given"}[case]
-        assert reason in explain_no_expectation(model.training)
+        assert reason in describe_expectation(model.training)
         return
-    assert explain_no_expectation(model.training) is None
     scores = model.training["zoom_scores"][model.preprocess.zoom], model.training["probe_iou"]
     assert expected == max(scores)
     assert describe_expectation(model.training) == f"IoU {expected:.2f} ± 0.15 expected on new slices of these kinds"
