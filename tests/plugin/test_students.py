@@ -99,8 +99,9 @@ def test_students_that_are_trained_are_listed_the_latest_first_with_their_origin
     second, first = history.students()
     assert [second.path, first.path] == [folder / "model-2.safetensors", folder / "model-1.safetensors"]
     assert texts(history.list) == [
-        f"in use: {second.time}, own settings\nmodel 2: refined from model 1, 3 slices, 4 steps",
-        f"{first.time}, own settings\nmodel 1: 2 slices, 3 steps",
+        f"in use: {second.time}, own settings\nmodel 2: refined from model 1, 3 slices, 4 steps\n"
+        "no IoU to expect, as it went on from another model",
+        f"{first.time}, own settings\nmodel 1: 2 slices, 3 steps\nno IoU to expect, as its zoom was given",
     ]
     assert not history.isHidden()
     assert not history.restore.isEnabled()  # none is chosen
