@@ -37,7 +37,7 @@ FEATURE_PENALTY, INTENSITY_PENALTY = 50.0, 0.5  # half the inverse of scikit-lea
 FOLDS = 8  # probes that each leave some slices out, at most
 WORTHLESS = 0.05  # gain below which a probe is no evidence
 OFFSET_PENALTY = 1e-3
-ITERATIONS = 60
+ITERATIONS = 120
 _RANGE = 0.05, 0.95  # quantiles of the intensities at which the first and the last knot lie
 
 
