@@ -31,6 +31,11 @@ def size(count: float, digits: int = 3) -> str:
     return f"{count:.{digits}g} TB"
 
 
+def running(what: str) -> str:
+    """Why no job can be started while another runs."""
+    return f"{what} is running; cancel it, or wait until it has ended"
+
+
 def count(number: int, what: str) -> str:
     """A number of things: "1 piece", "2 pieces"."""
     return f"{number} {what}{'' if number == 1 else 's'}"

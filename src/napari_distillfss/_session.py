@@ -14,6 +14,7 @@ import platformdirs
 from psygnal import Signal
 
 import distillfss_core as core
+from napari_distillfss import _format as fmt
 from napari_distillfss._annotations import (
     Annotations,
     User,
@@ -314,7 +315,7 @@ class Session:
     @property
     def no_job(self) -> str:
         """Why no job can be started; "" if one can."""
-        return f"{self.busy} is running; cancel it, or wait until it has ended" if self.busy else ""
+        return fmt.running(self.busy) if self.busy else ""
 
     @property
     def has_slices(self) -> bool:

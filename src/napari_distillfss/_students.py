@@ -94,7 +94,7 @@ class KeptStudent:
         return tuple(self.record.get("support", ()))
 
     def describe(self) -> str:
-        """Time, preset, slices, steps and IoU on the validation slice in two lines; in a third the IoU to expect."""
+        """Time, preset, slices, steps, IoU on the validation slice; in a third line the IoU to expect, if any."""
         if self.error:
             return f"{self.name}: cannot be read"
         iou = f", IoU {self.validation_iou:.3f}" if self.validation_iou is not None else ""

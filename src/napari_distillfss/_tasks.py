@@ -6,7 +6,7 @@ import ctypes
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -454,10 +454,15 @@ def iter_plane(
 
 
 def iter_filled(arrays: Sequence[npt.NDArray[Any]], parts: Generator[Any, None, Any]) -> Generator[Any, None, Any]:
-    """Fill new arrays with 0, then iterate: the window need not wait for their memory when it writes into them."""
+    """`fill` arrays, then iterate."""
+    fill(arrays)
+    return (yield from parts)
+
+
+def fill(arrays: Iterable[npt.NDArray[Any]]) -> None:
+    """Fill new arrays with 0: the window need not wait for their memory when it writes into them."""
     for array in arrays:
         array.fill(0)
-    return (yield from parts)
 
 
 def iter_instant(
@@ -579,7 +584,7 @@ def iter_import(
     core.DistillFSSError
         If sizes or numbers do not fit.
     """
-    taken: list[Replaced] = []
+    taken = _Taken(annotations)
     with core.open_volume(source) as labels:
         name = source.name
         is_single = labels.shape[0] == 1
@@ -593,32 +598,40 @@ def iter_import(
                 numbers = labels.plane(row)
                 if numbers.any():
                     painted = painted_from(numbers, kind, len(annotations.classes), f"{name} plane {row}")
-                    taken.append(_replace(annotations, z if is_single else row, painted, taken))
+                    taken.replace(z if is_single else row, painted)
                 if stop.is_set():
                     break
                 yield core.TrainStep(row + 1, labels.shape[0], stage="importing")
         except core.DistillFSSError:
-            for plane, before, _ in taken:
+            for plane, before, _ in taken.planes:
                 annotations.put(plane, np.broadcast_to(before, shape[1:]))
             raise
-    if not taken:
+    if not taken.planes:
         raise core.SupportSetError(f"{name}: holds no label; nothing was taken over")
-    return taken
+    return taken.planes
 
 
-def _replace(annotations: Annotations, z: int, painted: npt.NDArray[np.uint8], taken: Sequence[Replaced]) -> Replaced:
-    """Replace the labels of a plane, after others were ``taken``; see `iter_import`."""
-    before, nothing = annotations.plane(z), np.zeros((1, 1), np.uint8)
-    held = sum(after.nbytes for _, earlier, after in taken if not earlier.any())
-    annotations.put(z, painted)
-    try:
-        annotations.save()
-    except core.OutputError:
-        annotations.put(z, before)
-        raise
-    if before.any():
-        return z, before, painted
-    return z, nothing, painted if held + painted.nbytes <= _UNDOABLE else nothing
+class _Taken:
+    """Planes of annotations that were taken over, as `iter_import` returns them."""
+
+    def __init__(self, annotations: Annotations) -> None:
+        self.planes: list[Replaced] = []
+        self._annotations, self._held = annotations, 0  # bytes of planes where nothing was painted
+
+    def replace(self, z: int, painted: npt.NDArray[np.uint8]) -> None:
+        """Replace the labels of a plane."""
+        before, nothing = self._annotations.plane(z), np.zeros((1, 1), np.uint8)
+        self._annotations.put(z, painted)
+        try:
+            self._annotations.save()
+        except core.OutputError:
+            self._annotations.put(z, before)
+            raise
+        if before.any():
+            self.planes.append((z, before, painted))
+            return
+        self._held += painted.nbytes
+        self.planes.append((z, nothing, painted if self._held <= _UNDOABLE else nothing))
 
 
 def iter_drawing(
@@ -634,18 +647,18 @@ def iter_drawing(
         Where no shape is, planes with a shape are background; or, for scribbles, stay as they are painted.
     """
     planes = sorted({outline.plane for outline in outlines})
-    taken: list[Replaced] = []
+    taken = _Taken(annotations)
     for index, z in enumerate(planes, 1):
         before = annotations.plane(z)
         painted = before.copy() if kind == "scribbles" else np.full_like(before, BACKGROUND)
         for outline in outlines:
             if outline.plane == z:
                 painted[outline.pixels(before.shape)] = outline.label
-        taken.append(_replace(annotations, z, painted, taken))
+        taken.replace(z, painted)
         if stop.is_set():
             break
         yield core.TrainStep(index, len(planes), stage="importing")
-    return taken
+    return taken.planes
 
 
 def iter_thumbnails(

@@ -13,6 +13,7 @@ from qtpy.QtCore import QEventLoop, QObject, Qt, QThread, QTimer, Signal
 from qtpy.QtWidgets import QApplication, QProgressDialog
 
 import distillfss_core as core
+from napari_distillfss import _format as fmt
 from napari_distillfss._process import keep_triton_out, quick_turns, rare_collections
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Work
@@ -84,9 +85,9 @@ class Job(QObject):
         core.DistillFSSError
             If some work is going on already.
         """
-        no_job = self._session.no_job if self._session else f"{self._name} is running" if self.running else ""
-        if no_job:
-            raise core.DistillFSSError(no_job)
+        busy = self._session.busy if self._session else self._name if self.running else ""
+        if busy:
+            raise core.DistillFSSError(fmt.running(busy))
 
     def start(self, work: Work, name: str | None = None) -> None:
         """Start work in a thread.

@@ -193,3 +193,5 @@ def test_an_import_that_is_too_large_to_be_undone_does_not_promise_it(dock, view
     finish(qtbot, dock)
     assert "Ctrl+Z" not in dock.support.message.text()
     assert dock.session.annotations.planes() == [3, 4, 5]
+    dock.support.layer.undo()
+    assert dock.session.annotations.planes() == [3, 4, 5]

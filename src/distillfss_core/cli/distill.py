@@ -217,7 +217,6 @@ def _print_model(args: argparse.Namespace, model: StudentModel) -> None:
     line = f"{made} in {record['seconds']:.0f} s on {record['device']}"
     if record.get("validation_iou") is not None:
         line += f"; best at step {record['best_step']}, IoU {record['validation_iou']:.3f} on the validation slice"
-    expectation = describe_expectation(record)
-    for phrase in filter(None, (describe_specialization(record), expectation)):
+    for phrase in filter(None, (describe_specialization(record), describe_expectation(record))):
         line += f"; {phrase}"
     print(line)

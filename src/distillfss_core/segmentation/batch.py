@@ -6,9 +6,10 @@ import csv
 import json
 import logging
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from distillfss_core.labelstore.layout import Part, parse_region
 from distillfss_core.labelstore.store import check_apart, count_voxels
 from distillfss_core.models.student import StudentModel
 from distillfss_core.segmentation.cluster import Connection
-from distillfss_core.segmentation.to_zarr import ShardDone, check_region, iter_segment
-from distillfss_core.types import as_run
+from distillfss_core.segmentation.to_zarr import ShardDone, VolumeReport, check_region, iter_segment
+from distillfss_core.types import GeneratorRun, as_run
 from distillfss_core.volumes.opening import is_one_volume, is_volume, stem_of, volumes_in
 from distillfss_core.volumes.remote import address_of
 from distillfss_core.volumes.volume import Volume, count_choices, open_volume
@@ -197,6 +198,9 @@ def iter_batch(
     goes_on = resume and _is_report_of(report, jobs)
     check_replaceable([report], _sources(jobs), overwrite=overwrite or goes_on)
     check_apart(report, *(job.output for job in jobs), *_sources(jobs))
+    segment = partial(
+        iter_segment, resume=resume, overwrite=overwrite, mode=mode, tile=tile, cluster=cluster, by_plane=by_plane
+    )
     unwritten: OutputError | None = None
     rows: list[dict[str, Any]] = []
     for index, job in enumerate(jobs, 1):
@@ -205,16 +209,7 @@ def iter_batch(
         row: dict[str, Any] = {**job.notes, "volume": volume, "output": printable(job.output), "status": "done"}
         failed: Exception | None = None
         try:
-            run = _segment_job(
-                job,
-                model,
-                resume=resume,
-                overwrite=overwrite,
-                mode=mode,
-                tile=tile,
-                cluster=cluster,
-                by_plane=by_plane,
-            )
+            run = _segment_job(job, model, segment)
             while True:
                 yield BatchStep(index, len(jobs), job, next(run))
         except StopIteration as end:
@@ -280,33 +275,14 @@ def _reason(error: Exception, job: BatchJob) -> str:
 
 
 def _segment_job(
-    job: BatchJob,
-    model: StudentModel,
-    *,
-    resume: bool,
-    overwrite: bool,
-    mode: str,
-    tile: int | None,
-    cluster: str | Connection | None,
-    by_plane: bool,
+    job: BatchJob, model: StudentModel, segment: Callable[..., GeneratorRun[ShardDone, VolumeReport]]
 ) -> Generator[ShardDone, None, dict[str, Any]]:
     if job.error:
         raise InputFileError(job.error)
     with open_volume(job.source, **job.options) if job.opened is None else nullcontext(job.opened) as volume:
         if not job.output.parent.is_dir():
             raise OutputError(f"cannot make {job.output}: there is no folder {job.output.parent}; make it first")
-        done = yield from iter_segment(
-            volume,
-            model,
-            job.output,
-            region=job.region,
-            resume=resume,
-            overwrite=overwrite,
-            mode=mode,
-            tile=tile,
-            cluster=cluster,
-            by_plane=by_plane,
-        )
+        done = yield from segment(volume, model, job.output, region=job.region)
         counts = count_voxels(job.output, check_region(volume, job.region), len(model.class_names))
         scale = dict(zip(("scale_z", "scale_y", "scale_x"), volume.scale, strict=True))
         return {

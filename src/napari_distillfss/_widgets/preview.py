@@ -20,6 +20,7 @@ from napari_distillfss._tasks import (
     Noticed,
     PlanePart,
     Unanswered,
+    fill,
     iter_filled,
     iter_instant,
     iter_plane,
@@ -51,15 +52,14 @@ _LOAD_FIRST = "Load a model first"
 _HINT = "Tick Preview: the instant model learns from what you paint"
 _GAVE_WAY = "Switched off, as the applied labels are shown; tick it to see it in their place"
 _NO_PREVIEW = "there is no preview of this plane yet; tick the preview"
-_WAIT = 60  # milliseconds without a move before a plane is asked for
 _OF_INSTANT = "only the instant model follows strokes"
+_WAIT = 60  # milliseconds without a move before a plane is asked for
 _BETWEEN = 250  # milliseconds at least between two drawings of a preview that arrives in parts
 _LATE = 400  # milliseconds after which the answer to a stroke is said to be late
 _AFTER_STROKE = 50  # milliseconds without a stroke before the instant model follows it
 _AFTER_STROKES = 500  # milliseconds without a stroke before a teacher learns of them
-
-
 _Planes = tuple[dict[str, np.ndarray], np.ndarray]
+"""What is shown of a plane, by name, and the probabilities of its classes."""
 
 
 class PreviewWidget(QWidget):
@@ -399,11 +399,11 @@ class PreviewWidget(QWidget):
         shape, plane_shape = chosen.shape, chosen.plane_shape
 
         def make_blank(count: int) -> _Planes | None:
-            """The window need not wait for memory that this thread has filled."""
-            planes = None if is_here else _blank(shape, plane_shape, count)
-            for array in () if planes is None else (*planes[0].values(), planes[1]):
-                array.fill(0)
-            return planes
+            if is_here:
+                return None
+            arrays, probabilities = _blank(shape, plane_shape, count)
+            fill((*arrays.values(), probabilities))
+            return arrays, probabilities
 
         self._latest.ask(
             lambda stop: iter_instant(instant, z, on_screen, shown, refit=refit, stop=stop, make_blank=make_blank)

@@ -696,12 +696,14 @@ class SupportWidget(QWidget):
         attempt(self.message, start)
 
     def _show_imported(self, planes: list[tuple[int, np.ndarray, np.ndarray]]) -> None:
-        replaced, undoable = [p for p in planes if p[1].any()], [p for p in planes if p[2].any()]
-        self._show_replaced(undoable)
+        replaced = [p for p in planes if p[1].any()]
+        is_undoable = all(after.any() for _, _, after in planes)
+        self._show_replaced(planes if is_undoable else replaced)
         self.go_to(planes[0][0])
-        again = f"; Ctrl+Z brings back what {len(replaced)} of them had" if replaced else ""
-        if len(undoable) == len(planes) > len(replaced):
-            again += f"{', and' if replaced else '; Ctrl+Z'} clears {'the others' if replaced else 'them again'}"
+        undo = [f"brings back what {len(replaced)} of them had"] if replaced else []
+        if is_undoable and len(replaced) < len(planes):
+            undo.append("clears the others" if replaced else "clears them again")
+        again = f"; Ctrl+Z {', and '.join(undo)}" if undo else ""
         self.message.tell(f"labels of {fmt.count(len(planes), 'plane')} were taken over{again}")
 
     def _show_suggested(self, planes: list[int], *, stay: bool = False) -> None:
