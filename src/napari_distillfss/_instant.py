@@ -67,7 +67,13 @@ class InstantAnswers:
         self.version = self._first = version
         self._slices: dict[int, tuple[Any, core.AnnotatedSlice]] = {}
         self._of_others: dict[str, tuple[Any, dict[int, core.AnnotatedSlice]]] = {}
-        self._learned: Any = None
+        self._learned: Any = None  # what the last fit is of
+        self._rest: tuple[list[core.AnnotatedSlice], tuple[str, ...]] | None = None  # slices and classes
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the last fit is of a few parts of each slice only, and `learn_rest` takes the others."""
+        return self._rest is not None
 
     @property
     def is_fitted(self) -> bool:
@@ -75,6 +81,8 @@ class InstantAnswers:
 
     def follow(self, stop: Event) -> None:
         """Fit the model to the annotations as they are now, if they have changed. Only changed planes are read.
+
+        Where many parts of planes have to go through the backbone, a few of each slice are learned from at first.
 
         It stops between parts of planes that go through the backbone, which are kept, so a newer stroke loses nothing.
 
@@ -98,12 +106,26 @@ class InstantAnswers:
             self.model = core.InstantModel(core.sample_volume(self.volume)[0])
         if stop.is_set():
             return
-        self._learned = None  # where the fit fails, the next one tries again
-        for _ in self.model.iter_fit([*(labeled for _, labeled in self._slices.values()), *others.values()], names):
+        slices = [*(labeled for _, labeled in self._slices.values()), *others.values()]
+        self._learned = self._rest = None  # where the fit fails, the next one tries again
+        quickly = self.model.takes_long(slices, names)
+        if self._fit(slices, names, stop, quickly=quickly):
+            self._learned, self._rest = present, (slices, names) if quickly else None
+
+    def learn_rest(self, stop: Event) -> None:
+        """Fit the model to all parts of the slices of the last fit, where that one has taken a few; stops likewise."""
+        if self._rest is not None and self._fit(*self._rest, stop):
+            self._rest = None
+
+    def _fit(
+        self, slices: list[core.AnnotatedSlice], names: tuple[str, ...], stop: Event, *, quickly: bool = False
+    ) -> bool:
+        """Fit the model; returns whether it was not stopped."""
+        for _ in self.model.iter_fit(slices, names, quickly=quickly):
             if stop.is_set():
-                return
-        self._learned = present
+                return False
         self.version += 1
+        return True
 
     def _read(self, z: int, stamp: Any) -> core.AnnotatedSlice:
         earlier, labeled = self._slices.get(z, (None, None))

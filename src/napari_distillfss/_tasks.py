@@ -465,6 +465,10 @@ def fill(arrays: Iterable[npt.NDArray[Any]]) -> None:
         array.fill(0)
 
 
+def _nothing(_: int) -> None:
+    """Makes nothing for the parts of a plane."""
+
+
 def iter_instant(
     instant: InstantAnswers,
     z: int,
@@ -473,9 +477,11 @@ def iter_instant(
     *,
     refit: bool,
     stop: Event,
-    make_blank: Callable[[int], Any] = lambda _: None,
+    make_blank: Callable[[int], Any] = _nothing,
 ) -> Generator[Doing | Answering | Unanswered | PlanePart | Noticed, None, None]:
     """Let the instant model follow the annotations, then segment the visible tiles of a plane as `iter_plane` does.
+
+    Where it has learned from a few parts of the slices only, it then learns from the rest, and segments them again.
 
     Parameters
     ----------
@@ -495,13 +501,17 @@ def iter_instant(
         except core.SupportSetError as error:
             yield Unanswered(str(error))
             return
-    if stop.is_set():
-        return
-    model = instant.model
-    yield Answering(z, instant.version, model.class_names, make_blank(len(model.class_names)))
-    finished = shown[1] if shown[0] == instant.version else ()
-    for part in iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile):
-        yield Noticed("; ".join(filter(None, (part.text, instant.left_out)))) if isinstance(part, Noticed) else part
+    while not stop.is_set():
+        model = instant.model
+        yield Answering(z, instant.version, model.class_names, make_blank(len(model.class_names)))
+        finished = shown[1] if shown[0] == instant.version else ()
+        for part in iter_plane(instant.volume, model, z, on_screen, finished, stop, tile=model.tile):
+            yield Noticed("; ".join(filter(None, (part.text, instant.left_out)))) if isinstance(part, Noticed) else part
+        if not instant.is_behind or stop.is_set():
+            return
+        yield Doing(f"Preview of plane {z}: a first answer; learning from the rest of the slices")
+        instant.learn_rest(stop)
+        make_blank = _nothing  # the plane has been made
 
 
 def tiles_on_screen(

@@ -7,7 +7,7 @@ import pytest
 
 from napari_distillfss._annotations import Class
 from napari_distillfss._instant import InstantAnswers
-from napari_distillfss._tasks import PlanePart
+from napari_distillfss._tasks import Answering, PlanePart
 
 
 @pytest.fixture
@@ -370,3 +370,54 @@ def test_a_preview_without_a_volume_says_what_is_missing(viewer, open_dock):
     dock = open_dock(viewer)
     dock.preview.on.setChecked(True)
     assert dock.preview.message.text() == "Choose a volume first"
+
+
+def test_large_slices_get_a_first_answer_before_all_of_them_are_learned_from(dock, qtbot, painted_truth, monkeypatch):
+    from distillfss_core import InstantModel
+
+    monkeypatch.setattr(InstantModel, "tile", 24)
+    for z in (2, 4, 6):
+        dock.session.annotations.put(z, painted_truth[z])
+    dock.session.painted()
+    dock.support.go_to(2)
+    steps, shown = [], []
+    dock.preview._latest.answered.connect(steps.append)
+    dock.preview._latest.answered.connect(lambda _: shown.append(dock.preview.message.text()))
+    with qtbot.waitSignal(dock.preview.settled, timeout=120_000):
+        dock.preview.on.setChecked(True)
+    versions = [step.version for step in steps if isinstance(step, Answering)]
+    assert versions == [1, 2]
+    (first,) = {steps.index(step) for step in steps if isinstance(step, Answering) and step.version == 2}
+    assert any(isinstance(step, PlanePart) for step in steps[:first])  # it is shown
+    assert "Preview of plane 2: a first answer; learning from the rest of the slices" in shown
+    assert not dock.preview._instant.is_behind
+    expected = dock.preview.model().predict(dock.session.volume.volume.plane(2), tile=24)
+    np.testing.assert_array_equal(dock.preview.layers["labels"].data[0], expected.labels)
+
+
+def test_a_slider_is_answered_before_the_rest_of_large_slices_is_learned_from(dock, qtbot, painted_truth, monkeypatch):
+    from distillfss_core import InstantModel
+
+    monkeypatch.setattr(InstantModel, "tile", 24)
+    go_on, rest = threading.Event(), InstantAnswers.learn_rest
+
+    def held_up(self, stop):
+        while not (go_on.is_set() or stop.is_set()):
+            stop.wait(0.01)
+        if go_on.is_set():
+            rest(self, stop)
+
+    monkeypatch.setattr(InstantAnswers, "learn_rest", held_up)
+    for z in (2, 4, 6):
+        dock.session.annotations.put(z, painted_truth[z])
+    dock.session.painted()
+    dock.support.go_to(2)
+    dock.preview.on.setChecked(True)
+    qtbot.waitUntil(lambda: "a first answer" in dock.preview.message.text(), timeout=60_000)
+    dock.support.go_to(3)
+    qtbot.waitUntil(lambda: "plane 3: a first answer" in dock.preview.message.text(), timeout=60_000)
+    assert dock.preview.layers["labels"].data.any()
+    assert version(dock) == 1
+    go_on.set()
+    qtbot.waitUntil(lambda: "plane 3 is ready" in dock.preview.message.text(), timeout=60_000)
+    assert version(dock) == 2

@@ -20,6 +20,7 @@ from distillfss_core.models.preprocess import Limits, Preprocess, resize
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
 from distillfss_core.nn.features import EncodedSupport, FeaturePyramid, cat_pyramids
+from distillfss_core.support.support_set import count_labels
 from distillfss_core.types import IGNORE, AnnotatedSlice, Array, TrainStep
 
 STEP = 32  # pixels that sides of crops are multiples of
@@ -204,7 +205,7 @@ class CropSampler:
 def spread(parts: Sequence[Array], values: int, limit: int) -> list[int]:
     """Indices of ``limit`` arrays of labels, drawn evenly, but one for each label below ``values`` first; ascending."""
     drawn = [int(i) for i in np.random.default_rng(0).permutation(len(parts))]
-    held = [set(np.unique(parts[i]).tolist()) for i in drawn]
+    held = [set(np.flatnonzero(count_labels(parts[i])).tolist()) for i in drawn]
     present = [value for value in range(values) if any(value in h for h in held)]
     first = {next(n for n, h in enumerate(held) if value in h) for value in present}
     chosen = [*sorted(first), *(n for n in range(len(drawn)) if n not in first)][:limit]

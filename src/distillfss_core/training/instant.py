@@ -11,6 +11,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -38,6 +39,8 @@ DENSE = 0.5  # share of annotated pixels from which on the rest of a plane may c
 POINTS = 600  # pixels of each class and slice, at most
 ALL_POINTS = 8_000  # pixels of all, at most
 WINDOWS = 16  # of each slice that are learned from, at most
+FEW_WINDOWS = 2  # likewise, for a first answer
+MANY_WINDOWS = 4  # that go through the backbone from which on a first answer comes before
 WARM_ITERATIONS = 30  # of a fit that starts from the last one
 _TILE, _HALO = 512, 128  # pixels after zooming
 
@@ -76,8 +79,8 @@ class ContentCache:
     def __contains__(self, key: bytes) -> bool:
         return key in self._values
 
-    def get(self, key: bytes, make: Callable[[], _Value]) -> _Value:
-        """The value of a key, made now if it is not there."""
+    def get(self, key: bytes, make: Callable[[], _Value], *, store: bool = True) -> _Value:
+        """The value of a key, made now if it is not there; what was made is stored, unless it is not to be."""
         held = self._values.get(key)
         if held is not None:
             self.hits += 1
@@ -85,7 +88,7 @@ class ContentCache:
             return held  # type: ignore[return-value]
         self.misses += 1
         value = make()
-        if value.nbytes <= self.memory:
+        if store and value.nbytes <= self.memory:
             self._values[key] = value
             self.nbytes += value.nbytes
         while self.nbytes > self.memory:
@@ -105,6 +108,15 @@ class _Drawn:
         return self.columns.nbytes + self.labels.nbytes
 
 
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """A slice, its labels with background as far as that counts, and the tiles that are learned from."""
+
+    labeled: AnnotatedSlice
+    labels: Array
+    tiles: list[Tile]
+
+
 class InstantModel(Segmenter):
     """The probe of what is annotated so far, for planes of one volume; `fit` follows a stroke within a fraction of a
     second.
@@ -120,7 +132,7 @@ class InstantModel(Segmenter):
     settings : DistillSettings, optional
         Backbone, head, zoom ("auto" is 1), normalization ("auto" is per volume), seed, device and precision count.
     memory : int
-        Bytes of stored features and drawn pixels at most.
+        Bytes of stored features at most; those of drawn pixels take a quarter more at most.
 
     Raises
     ------
@@ -140,9 +152,12 @@ class InstantModel(Segmenter):
         super().__init__(backbone.to(device.torch), _fit_preprocess(sample, settings), (), device=device, halo=_HALO)
         self.cache: ContentCache = ContentCache(memory)
         self.probe: Probe | None = None
+        self._drawn: dict[tuple[bytes, int], _Drawn] = {}  # apart from features, which would push them out
+        self._window_bytes = 0  # of the features of a window
         self._seed = settings.seed
         self._reader = Probe(backbone.spec, 1, self.preprocess.inputs).to(device.torch)
         self._digests: weakref.WeakKeyDictionary[AnnotatedSlice, bytes] = weakref.WeakKeyDictionary()
+        self._counts: weakref.WeakKeyDictionary[AnnotatedSlice, Array] = weakref.WeakKeyDictionary()
 
     @property
     def local(self) -> bool:
@@ -173,25 +188,34 @@ class InstantModel(Segmenter):
             pass
 
     def iter_fit(
-        self, slices: Sequence[AnnotatedSlice], class_names: Sequence[str] = ("object",)
+        self, slices: Sequence[AnnotatedSlice], class_names: Sequence[str] = ("object",), *, quickly: bool = False
     ) -> Generator[None, None, None]:
         """As `fit`; it yields after each part of a plane that went through the backbone.
 
-        Stopped before its end, the model is as before, and the features of these parts are stored.
+        Stopped before its end, the model is as before, and what was drawn from these parts is stored. So are their
+        features, unless there are so many that those of other planes would go.
+
+        Parameters
+        ----------
+        quickly : bool
+            For a first answer, learn from two parts of each slice, but one for each class at least. What was drawn
+            from all parts before counts.
         """
-        names = tuple(class_names)
-        counts = np.stack([count_labels(s.labels) for s in slices]) if slices else np.zeros((0, IGNORE + 1), int)
-        with_rest = _dense(counts) if not counts[:, 0].sum() else np.zeros(len(slices), bool)
-        counts[with_rest, 0] = counts[with_rest, IGNORE]
-        totals = counts[:, : len(names) + 1].sum(0)
-        _check_totals(totals, counts[:, len(names) + 1 : IGNORE])
-        drawn: list[_Drawn] = []
-        for labeled, rest in zip(slices, with_rest, strict=True):
-            drawn.append((yield from self._iter_drawn(labeled, len(names), bool(rest))))
-        origins = torch.repeat_interleave(torch.tensor([len(d.labels) for d in drawn]))
+        names, windows = tuple(class_names), FEW_WINDOWS if quickly else WINDOWS
+        keys, plans, totals = self._plan(slices, names, windows)
+        self._drawn = {(key, limit): held for (key, limit), held in self._drawn.items() if key in keys}
+        is_stored = sum(len(plan.tiles) for plan in plans.values()) * self._window_bytes <= self.cache.memory // 2
+        parts: list[_Drawn] = []
+        for key in keys:
+            held = self._held(key, windows)
+            if held is None:
+                held = yield from self._iter_draw(plans[key], len(names), is_stored)
+                self._keep(key, windows, held)
+            parts.append(held)
+        origins = torch.repeat_interleave(torch.tensor([len(part.labels) for part in parts]))
         new = Probe(self.backbone.spec, len(names), self.preprocess.inputs)
         shares = torch.from_numpy(totals / totals.sum()).float()
-        columns, labels = torch.cat([d.columns for d in drawn]), torch.cat([d.labels for d in drawn])
+        columns, labels = torch.cat([part.columns for part in parts]), torch.cat([part.labels for part in parts])
         chosen = evenly(len(labels), ALL_POINTS)
         points = ProbePoints(columns[chosen], labels[chosen], origins[chosen], shares, new)
         if self.probe is not None and names == self.class_names:
@@ -201,17 +225,65 @@ class InstantModel(Segmenter):
         self.class_names: tuple[str, ...] = names
         self.probe = probe.to(self.device.torch)
 
+    def takes_long(
+        self, slices: Sequence[AnnotatedSlice], class_names: Sequence[str] = ("object",), *, windows: int = MANY_WINDOWS
+    ) -> bool:
+        """Whether more than so many parts of planes would go through the backbone; errors are those of `fit`."""
+        _, plans, _ = self._plan(slices, tuple(class_names), WINDOWS)
+        if sum(len(plan.tiles) for plan in plans.values()) <= windows:
+            return False
+        new = (
+            None
+            for plan in plans.values()
+            for image, _ in self._images(plan)
+            if self._window_key(image) not in self.cache
+        )
+        return sum(1 for _ in islice(new, windows + 1)) > windows
+
+    def _plan(
+        self, slices: Sequence[AnnotatedSlice], names: Sequence[str], windows: int
+    ) -> tuple[list[bytes], dict[bytes, _Plan], Array]:
+        """Keys of the slices, what is to be drawn of those that are not stored, and the pixels of each class."""
+        for labeled in slices:
+            if labeled not in self._counts:
+                self._counts[labeled] = count_labels(labeled.labels)
+        counts = np.stack([self._counts[s] for s in slices]) if slices else np.zeros((0, IGNORE + 1), int)
+        with_rest = _dense(counts) if not counts[:, 0].sum() else np.zeros(len(slices), bool)
+        counts[with_rest, 0] = counts[with_rest, IGNORE]
+        totals = counts[:, : len(names) + 1].sum(0)
+        _check_totals(totals, counts[:, len(names) + 1 : IGNORE])
+        keys = [self._slice_key(s, bool(rest), len(names)) for s, rest in zip(slices, with_rest, strict=True)]
+        plans = {}
+        for labeled, rest, key in zip(slices, with_rest, keys, strict=True):
+            if self._held(key, windows) is None:
+                labels = np.where(labeled.labels == IGNORE, 0, labeled.labels) if rest else labeled.labels
+                tiles = self._tiles_to_learn_from(labels, len(names), max(windows, len(names) + 1))
+                plans[key] = _Plan(labeled, labels, tiles)
+        return keys, plans, totals
+
+    def _held(self, key: bytes, windows: int) -> _Drawn | None:
+        """What is stored of a slice, drawn from so many windows or from more."""
+        return self._drawn.get((key, WINDOWS)) or self._drawn.get((key, windows))
+
+    def _keep(self, key: bytes, windows: int, drawn: _Drawn) -> None:
+        if drawn.nbytes + sum(held.nbytes for held in self._drawn.values()) <= self.cache.memory // 4:
+            self._drawn[key, windows] = drawn
+
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         if self.probe is None:
             raise NoStudentYetError("the instant model has learned nothing yet; fit it to annotated slices first")
         return self.probe.margins(self._inputs_of(image))
 
-    def _inputs_of(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
+    def _inputs_of(self, image: Float[Tensor, "b 3 h w"], *, store: bool = True) -> FeaturePyramid:
         """What the probe reads of an image, from the cache if it was encoded before."""
-        pixels = image[:, : self.preprocess.inputs].contiguous().cpu().numpy()
-        key = self._key("inputs", str(pixels.shape).encode(), pixels.data)
-        inputs: FeaturePyramid = self.cache.get(key, lambda: self._encode(image)).map(Tensor.float)
+        stored = self.cache.get(self._window_key(image), lambda: self._encode(image), store=store)
+        self._window_bytes = stored.nbytes
+        inputs: FeaturePyramid = stored.map(Tensor.float)
         return inputs
+
+    def _window_key(self, image: Float[Tensor, "b 3 h w"]) -> bytes:
+        pixels = image[:, : self.preprocess.inputs].contiguous().cpu().numpy()
+        return self._key("inputs", str(pixels.shape).encode(), pixels.data)
 
     def _encode(self, image: Float[Tensor, "b 3 h w"]) -> FeaturePyramid:
         """With features in half precision; intensities are not rounded."""
@@ -227,42 +299,40 @@ class InstantModel(Segmenter):
             sha.update(part)
         return sha.digest()
 
-    def _iter_drawn(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> Generator[None, None, _Drawn]:
+    def _slice_key(self, labeled: AnnotatedSlice, with_rest: bool, classes: int) -> bytes:
         if labeled not in self._digests:
             arrays = (labeled.image, labeled.labels)
             digests = [hashlib.blake2b(np.ascontiguousarray(array).data).digest() for array in arrays]
             kinds = [f"{array.dtype}{array.shape}".encode() for array in arrays]
             self._digests[labeled] = b"".join((*digests, *kinds))
-        key = self._key("drawn", f"{classes} {with_rest}".encode(), self._digests[labeled])
-        made: list[_Drawn] = []
-        if key not in self.cache:
-            made.append((yield from self._iter_draw(labeled, classes, with_rest)))
-        return self.cache.get(key, made.pop)
+        return self._key("drawn", f"{classes} {with_rest}".encode(), self._digests[labeled])
 
-    def _iter_draw(self, labeled: AnnotatedSlice, classes: int, with_rest: bool) -> Generator[None, None, _Drawn]:
-        labels = np.where(labeled.labels == IGNORE, 0, labeled.labels) if with_rest else labeled.labels
-        plane = self.preprocess.as_channels(labeled.image, labeled.source)
+    def _images(self, plan: _Plan) -> Iterator[tuple[Float[Tensor, "1 3 h w"], tuple[int, int]]]:
+        """What the network gets of each tile of a plan, and the size before the zoom."""
+        plane = self.preprocess.as_channels(plan.labeled.image, plan.labeled.source)
         limits = self.preprocess.limits(plane)
-        tiles = self._tiles_to_learn_from(labels, classes)
-        drawn = _draw_pixels(labels, [tile.inner for tile in tiles], classes, self._seed)
+        for tile in plan.tiles:
+            yield self._network_input(self.preprocess.to_tensor(plane[tile.outer], limits))
+
+    def _iter_draw(self, plan: _Plan, classes: int, is_stored: bool) -> Generator[None, None, _Drawn]:
+        drawn = _draw_pixels(plan.labels, [tile.inner for tile in plan.tiles], classes, self._seed)
         columns, values = [], []
-        for tile, pixels in zip(tiles, drawn, strict=True):
+        for tile, pixels, (image, size) in zip(plan.tiles, drawn, self._images(plan), strict=True):
             if len(pixels):
-                image, size = self._network_input(self.preprocess.to_tensor(plane[tile.outer], limits))
                 before = self.cache.misses
-                inputs = FeaturePyramid(self._inputs_of(image).stages, size)  # pixels as they are before the zoom
+                inputs = FeaturePyramid(self._inputs_of(image, store=is_stored).stages, size)  # before the zoom
                 corner = [span.start for span in tile.outer]
                 with torch.no_grad():
                     columns.append(point_features(inputs, torch.from_numpy(pixels - corner)).cpu())
-                values.append(torch.from_numpy(labels[pixels[:, 0], pixels[:, 1]]).long())
+                values.append(torch.from_numpy(plan.labels[pixels[:, 0], pixels[:, 1]]).long())
                 if self.cache.misses > before:
                     yield
         return _Drawn(torch.cat(columns), torch.cat(values))
 
-    def _tiles_to_learn_from(self, labels: Array, classes: int) -> list[Tile]:
+    def _tiles_to_learn_from(self, labels: Array, classes: int, limit: int) -> list[Tile]:
         tiles = self.tiles((labels.shape[0], labels.shape[1]), tile=self.tile)
         tiles = [tile for tile in tiles if (labels[tile.inner] != IGNORE).any()]
-        return [tiles[i] for i in spread([labels[tile.inner] for tile in tiles], classes + 1, WINDOWS)]
+        return [tiles[i] for i in spread([labels[tile.inner] for tile in tiles], classes + 1, limit)]
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.probe.state_dict().items() if self.probe is not None else ())
@@ -306,7 +376,14 @@ def _draw_pixels(
     order = np.random.default_rng(seed).random(labels.shape, np.float32)
     is_chosen = np.zeros(labels.shape, bool)
     for value in range(classes + 1):
-        pixels = np.concatenate([np.argwhere(labels[part] == value) + [s.start for s in part] for part in parts])
+        masks = [labels[part] == value for part in parts]
+        count = sum(int(mask.sum()) for mask in masks)
+        if count > 8 * POINTS:  # four times as many as wanted are looked at
+            early = [mask & (order[part] < 4 * POINTS / count) for mask, part in zip(masks, parts, strict=True)]
+            masks = early if sum(int(mask.sum()) for mask in early) >= POINTS else masks
+        pixels = np.concatenate(
+            [np.argwhere(m) + [s.start for s in part] for m, part in zip(masks, parts, strict=True)]
+        )
         if len(pixels) > POINTS:
             pixels = pixels[np.argpartition(order[tuple(pixels.T)], POINTS)[:POINTS]]
         is_chosen[tuple(pixels.T)] = True

@@ -334,3 +334,56 @@ def test_a_fit_that_is_stopped_changes_nothing_and_goes_on_later(fresh, model, e
     again.fit(slices)
     assert len(encoded) == 2 * whole  # so none was encoded twice before
     assert again.probe.state_dict().keys() == model.probe.state_dict().keys()
+
+
+def test_a_stroke_encodes_no_other_slice_again_where_features_of_all_have_no_room(model, encoded, monkeypatch):
+    monkeypatch.setattr(instant, "POINTS", 5)
+    slices = [scribbled(seed) for seed in range(6)]
+    model.fit(slices[:1])
+    model.cache = ContentCache(model.cache.nbytes * 5 // 2)
+    model.fit(slices)
+    before = len(encoded)
+    model.fit([*slices[:-1], scribbled(5, rows=6)])
+    assert len(encoded) <= before + 1
+
+
+def test_features_of_many_parts_leave_those_of_the_plane_on_screen(model, encoded, monkeypatch):
+    monkeypatch.setattr(instant, "POINTS", 5)
+    model.fit([scribbled(0)])
+    model.cache = ContentCache(model.cache.nbytes * 5 // 2)
+    on_screen = blobs(20).image
+    model.predict(on_screen)
+    model.fit([scribbled(seed) for seed in range(8)])
+    before = len(encoded)
+    model.predict(on_screen)
+    assert len(encoded) == before
+
+
+def test_a_first_answer_learns_from_two_parts_of_each_slice_and_the_rest_follows(model, encoded, monkeypatch):
+    monkeypatch.setattr(InstantModel, "tile", 32)
+    model.halo = 32
+    slices = [scribbled(seed, size=128) for seed in range(3)]
+    assert model.takes_long(slices)
+    assert len(list(model.iter_fit(slices, quickly=True))) == 3 * 2
+    assert iou(model, blobs(10)) > 0.5
+    model.fit(slices)
+    assert len(encoded) >= 3 * 16
+    assert not model.takes_long(slices)
+    before = len(encoded)
+    stroke = [*slices[:2], scribbled(2, size=128, rows=6)]
+    assert not model.takes_long(stroke)  # its parts are stored
+    assert list(model.iter_fit(stroke, quickly=True)) == []
+    assert len(encoded) == before
+
+
+def test_drawn_pixels_are_the_first_of_each_class_in_one_order():
+    rng = np.random.default_rng(3)
+    labels = (rng.random((300, 300)) < 0.4).astype(np.uint8)
+    labels[:2, :9] = 2
+    parts = [(slice(0, 150), slice(0, 300)), (slice(150, 300), slice(0, 300))]
+    drawn = np.concatenate(instant._draw_pixels(labels, parts, 2, seed=1))
+    order = np.random.default_rng(1).random(labels.shape, np.float32)
+    for value in range(3):
+        own = np.flatnonzero(labels == value)
+        first = own[np.argsort(order.ravel()[own])][: instant.POINTS]
+        assert set(first) == {y * 300 + x for y, x in drawn if labels[y, x] == value}
