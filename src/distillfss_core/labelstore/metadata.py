@@ -112,7 +112,7 @@ def _open_group(path: Path) -> Any:
 def _attributes(layout: Layout, description: Description) -> dict[str, Any]:
     """OME-Zarr 0.5 metadata of a label image, and ours beside it."""
     unit = {"unit": description.unit} if description.unit else {}
-    scale = [s or 1.0 for s in description.scale]
+    scale = [s or 1.0 for s in description.scale]  # what is not known has to be a number, but gets no unit
     datasets = []
     for level, factors in enumerate(layout.factors):
         steps: list[dict[str, Any]] = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factors, strict=True)]}]
@@ -134,7 +134,9 @@ def _attributes(layout: Layout, description: Description) -> dict[str, Any]:
         image["source"] = {"image": description.image}
     multiscale = {
         "name": description.name,
-        "axes": [{"name": a, "type": "space", **unit} for a in "zyx"],
+        "axes": [
+            {"name": a, "type": "space", **(unit if s else {})} for a, s in zip("zyx", description.scale, strict=True)
+        ],
         "datasets": datasets,
         "type": "mode" if description.classes else "nearest",
     }

@@ -385,7 +385,8 @@ class _Splitter:
         seen[whole[peaks]] = True
         peaks |= mask & ~seen[whole]  # what lies beside something larger is an object all the same
         seeds = cc3d.connected_components(peaks, connectivity=26, binary_image=True, out_dtype=np.uint32)
-        return watershed(-smooth, seeds.astype(np.int32), mask=mask), seeds
+        # flooded by what joins voxels of `whole`, so that none stays without an object
+        return watershed(-smooth, seeds.astype(np.int32), connectivity=3, mask=mask), seeds
 
 
 def _fingerprint(volume: Volume) -> dict[str, Any]:

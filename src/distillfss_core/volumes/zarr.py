@@ -439,13 +439,17 @@ class _Multiscale:
         return len(self.axes) == ndim and all(len(v) in (0, ndim) for v in (*self.scales, *self.shifts))
 
     def place(self, axes: str) -> tuple[dict[str, float], dict[str, float], str | None]:
-        """Voxel size and origin along z, y, x as far as there are, and their unit: micrometers where it is known."""
+        """Voxel size and origin along z, y, x as far as there are, and their unit: micrometers where it is known.
+
+        Those of an axis without a unit, where others have one, are not known.
+        """
         if not any(self.scales):
             return {}, {}, None
         ones, zeros = [1.0] * len(axes), [0.0] * len(axes)
         total = np.multiply(self.scales[0] or ones, self.scales[1] or ones)
         place = np.multiply(self.scales[0] or ones, self.shifts[1] or zeros) + (self.shifts[0] or zeros)
         spatial = [a for a in "zyx" if a in axes]
+        spatial = [a for a in spatial if self.units.get(a)] or spatial
         factors = {a: UNITS.get((self.units.get(a) or "").lower()) for a in spatial}
         has_scale = bool(factors) and None not in factors.values()
         step = {a: float(total[axes.index(a)]) * (factors[a] or 1.0 if has_scale else 1.0) for a in spatial}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 from scipy import ndimage
 from skimage.measure import regionprops
@@ -144,6 +145,32 @@ def test_a_watershed_keeps_what_has_no_seed_of_its_own(tmp_path):
     assert found[4, 10, 21] not in found[2:7, 5:20, 5:20]
     label_instances(open_volume(np.ones((4, 8, 8), np.uint8)), tmp_path / "full.zarr", method="watershed", radius=2.0)
     assert (numbered(tmp_path / "full.zarr") > 0).all()
+
+
+def test_a_watershed_keeps_voxels_that_are_joined_by_edges_and_corners_only(tmp_path):
+    z, y, x = np.indices((30, 40, 40))
+    ball = (z - 15) ** 2 + (y - 15) ** 2 + (x - 15) ** 2 <= 64
+    ball[15, 15:24, 15] = True
+    for step in range(1, 5):
+        ball[15, 23 + step, 15 + step] = True  # a tail
+        ball[15 - step, 23 + step, 15 - step] = True
+    label_instances(open_volume(ball.astype(np.uint8)), tmp_path / "out.zarr", method="watershed", radius=8.0)
+    assert np.array_equal(numbered(tmp_path / "out.zarr") > 0, ball)
+    scattered = np.random.default_rng(0).random((12, 40, 40)) > 0.7
+    options = {"method": "watershed", "radius": 2.0, "block": (8, 32, 32)}
+    label_instances(open_volume(scattered.astype(np.uint8)), tmp_path / "scattered.zarr", **options)
+    assert np.array_equal(numbered(tmp_path / "scattered.zarr") > 0, scattered)
+
+
+def test_a_voxel_size_that_is_not_known_is_not_measured_with(balls, tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", balls, imagej=True, resolution=(5, 5), metadata={"unit": "um", "axes": "ZYX"})
+    with open_volume(tmp_path / "a.tif") as labels:
+        assert labels.scale == (None, pytest.approx(0.2), pytest.approx(0.2))
+        label_instances(labels, tmp_path / "out.zarr")
+        again = open_volume(tmp_path / "out.zarr")
+        assert (again.scale, again.unit) == (labels.scale, "micrometer")
+    label_instances(again, tmp_path / "again.zarr", table=tmp_path / "t.csv")
+    assert all(row["volume_voxels"] == row["voxels"] for row in rows_of(tmp_path / "t.csv"))
 
 
 @pytest.mark.slow

@@ -95,6 +95,13 @@ def test_units_become_micrometers_and_unknown_ones_stay_unknown(tmp_path):
     assert nano.unit == "micrometer"
     bare = open_volume(write_ome_zarr(tmp_path / "b.zarr", data, scale=(5.0, 1.0, 1.0), unit=None))
     assert (bare.scale, bare.unit) == ((5.0, 1.0, 1.0), None)
+    group = zarr.open_group(tmp_path / "a.zarr", mode="r+")
+    about = group.attrs["ome"]
+    del about["multiscales"][0]["axes"][0]["unit"]
+    group.attrs["ome"] = about
+    partly = open_volume(tmp_path / "a.zarr")
+    assert partly.scale == (None, pytest.approx(0.008), pytest.approx(0.008))
+    assert partly.unit == "micrometer"
 
 
 def test_plain_zarr_numpy_dask_and_npy(tmp_path):
