@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from distillfss_core.errors import SettingsError
@@ -116,6 +116,8 @@ def plan_layout(
     rows, columns = (min(-(-n // t), max(1, _SIDE // t)) * t for n, t in zip((height, width), tile, strict=True))
     planes = 1 << max(0, int(math.log2(max(1, growth * _SHARD // (rows * columns)))))
     planes = min(planes, 64, 1 << max(0, (depth - 1).bit_length()))
+    if _levels(shape, scale, levels)[1][-1][0] > 1:
+        planes = max(planes, 2)  # two planes that become one are in one shard
     chunk = (min(planes, 4), _divisor(rows), _divisor(columns))
     return plan_blocks(shape, (planes, rows, columns), chunk, scale, dtype=dtype, levels=levels)
 
@@ -129,7 +131,22 @@ def plan_blocks(
     dtype: str,
     levels: int | None = None,
 ) -> Layout:
-    """Shards and chunks (z, y, x) as given; the rest as for `plan_layout`."""
+    """Shards and chunks (z, y, x) as given; the rest as for `plan_layout`.
+
+    Raises
+    ------
+    SettingsError
+        If voxels that become one of the next level could lie in several shards.
+    """
+    shapes, factors = _levels(shape, scale, levels)
+    halved = [any(b[k] > a[k] for a, b in pairwise(factors)) for k in range(3)]
+    if any(side < 1 or (side % 2 and is_halved) for side, is_halved in zip(shard, halved, strict=True)):
+        raise SettingsError(f"blocks of {shard} voxels (z y x) are not possible; give even numbers, e.g. 64, 256, 256")
+    return Layout(tuple(shapes), tuple(factors), shard, chunk, dtype)
+
+
+def _levels(shape: Sequence[int], scale: Sequence[float | None], levels: int | None) -> tuple[list[Index], list[Index]]:
+    """Shapes and factors of a `Layout`."""
     depth, height, width = (int(n) for n in shape[:3])
     shapes, factors = [(depth, height, width)], [(1, 1, 1)]
     while len(shapes) < (levels or (_DEEPEST if max(shapes[-1][1:]) > _SMALLEST else 0)):
@@ -138,7 +155,7 @@ def plan_blocks(
         halve = z is not None and y is not None and x is not None and z * f[0] <= 1.5 * math.sqrt(y * x) * f[1]
         factors.append((f[0] * 2 if halve and shapes[-1][0] > 1 else f[0], f[1] * 2, f[2] * 2))
         shapes.append(tuple(-(-n // g) for n, g in zip(shapes[0], factors[-1], strict=True)))  # type: ignore[arg-type]
-    return Layout(tuple(shapes), tuple(factors), shard, chunk, dtype)
+    return shapes, factors
 
 
 def _divisor(n: int) -> int:

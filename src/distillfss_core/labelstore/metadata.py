@@ -94,11 +94,20 @@ def write_metadata(path: Path, layout: Layout, description: Description, notes: 
     if present != attributes:
         group.attrs.put(attributes)
     if image_of(path):
-        labels: Any = _open_group(path.parent)
-        names = list(labels.attrs.asdict().get("ome", {}).get("labels", []))
-        if path.name not in names:
-            labels.attrs["ome"] = {"version": OME_VERSION, "labels": [*names, path.name]}
+        _list_in_image(path)
     return arrays
+
+
+def _list_in_image(path: Path) -> None:
+    """Add labels to those that the image lists, one run at a time; what else is stated there stays."""
+    from filelock import FileLock
+
+    with FileLock(path.parent / ".distillfss.lock", timeout=60):
+        labels: Any = _open_group(path.parent)
+        stated = labels.attrs.asdict().get("ome", {})
+        names = stated.get("labels", [])
+        if path.name not in names:
+            labels.attrs["ome"] = {"version": OME_VERSION, **stated, "labels": [*names, path.name]}
 
 
 def _open_group(path: Path) -> Any:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import numpy as np
 import pytest
+import zarr
 
-from distillfss_core.labelstore.layout import plan_layout
+from distillfss_core.errors import SettingsError
+from distillfss_core.labelstore.layout import Layout, plan_blocks, plan_layout, slices
+from distillfss_core.labelstore.metadata import Description
 from distillfss_core.labelstore.pyramid import coarsen_labels
+from distillfss_core.labelstore.store import LabelStore
 
 
 def test_coarsening_takes_the_majority_and_fills_the_ends():
@@ -38,3 +44,59 @@ def test_shards_are_made_of_whole_tiles_and_levels_halve_where_the_scale_allows(
     assert plan_layout((99, 9000, 9000), (1536, 1536), growth=2.5).shard == (8, 1536, 1536)
     boxes = [layout.box(0, at) for at in layout.shards(0, ((0, 1000), (0, 5000), (0, 3000)))]
     assert sum(np.prod([b - a for a, b in box]) for box in boxes) == 1000 * 5000 * 3000
+
+
+def begin(path, layout: Layout) -> LabelStore:
+    about = Description(path.name, (1.0, 1.0, 1.0), (0.0, 0.0, 0.0), "micrometer", ("blob",), {})
+    return LabelStore(path, layout, about, {}, resume=False)
+
+
+def test_planes_that_become_one_are_in_one_shard(tmp_path, monkeypatch):
+    """Large tiles fill a shard by one plane; the second plane of two was written over the first."""
+    for name, small in (("_SHARD", 32 * 32), ("_SIDE", 32), ("_SMALLEST", 16)):
+        monkeypatch.setattr(f"distillfss_core.labelstore.layout.{name}", small)
+    assert plan_layout((5, 60, 60), (32, 32)).shard == (1, 32, 32)  # z is not halved
+    assert plan_layout((5, 60, 60), (32, 32), (2.5, 1.0, 1.0)).shard == (2, 32, 32)  # z is halved last
+    layout = plan_layout((5, 60, 60), (32, 32), (1.0, 1.0, 1.0))
+    labels = np.random.default_rng(0).integers(0, 3, layout.shapes[0], np.uint8)
+    store = begin(tmp_path / "a.ome.zarr", layout)
+    for at in layout.shards(0, layout.whole(0)):
+        box = layout.box(0, at)
+        store.note(0, at, [box], store.write(0, box, labels[slices(box)]))
+    for level in range(1, len(layout.shapes)):
+        for at in layout.shards(level, layout.whole(level)):
+            store.coarsen(level, at)
+        labels = coarsen_labels(labels, layout.step(level))
+        assert np.array_equal(store.arrays[level][...], labels)
+    store.close()
+
+
+@pytest.mark.parametrize("shard", [(3, 64, 64), (2, 63, 64), (2, 64, 63), (0, 64, 64), (2, -2, 64)])
+def test_shards_of_odd_sides_are_refused_where_levels_halve_them(shard):
+    with pytest.raises(SettingsError, match="give even numbers"):
+        plan_blocks((6, 640, 640), shard, (1, 1, 1), (1.0, 1.0, 1.0), dtype="uint8")
+    if shard[0] == 3:
+        assert plan_blocks((6, 640, 640), shard, (1, 1, 1), dtype="uint8").factors[1] == (1, 2, 2)
+
+
+def _list_itself(path, barrier) -> None:
+    barrier.wait()
+    begin(path, Layout(((1, 8, 8),), ((1, 1, 1),), (1, 8, 8), (1, 8, 8))).close()
+
+
+def test_labels_that_begin_at_once_in_one_image_are_all_listed(tmp_path):
+    image = zarr.create_group(tmp_path / "image.ome.zarr", zarr_format=3)
+    image.create_group("labels").attrs.put({"ome": {"version": "0.5", "labels": ["old"], "more": 1}, "other": 2})
+    forked = multiprocessing.get_context("fork")
+    for turn in range(3):
+        barrier = forked.Barrier(4)
+        paths = [tmp_path / "image.ome.zarr" / "labels" / f"{turn}{k}" for k in range(4)]
+        runs = [forked.Process(target=_list_itself, args=(path, barrier)) for path in paths]
+        for run in runs:
+            run.start()
+        for run in runs:
+            run.join()
+        listed = zarr.open_group(tmp_path / "image.ome.zarr" / "labels", mode="r").attrs.asdict()
+        assert {path.name for path in paths} <= set(listed["ome"]["labels"])
+    assert listed["ome"]["labels"][0] == "old"
+    assert (listed["ome"]["more"], listed["other"]) == (1, 2)
