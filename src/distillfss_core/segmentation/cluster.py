@@ -18,6 +18,7 @@ import signal
 import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from distillfss_core.errors import OutOfMemoryError, SettingsError
+from distillfss_core.errors import OutOfMemoryError, OutputError, SettingsError
 from distillfss_core.labelstore.layout import Box, Index, Layout
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
@@ -136,6 +137,8 @@ def iter_shards(
     ------
     OutOfMemoryError
         If workers die of a shard again and again.
+    OutputError
+        If the scheduler is lost, which is known after half a minute.
     DistillFSSError
         What went wrong on a worker.
     """
@@ -163,7 +166,10 @@ def iter_shards(
     finished = as_completed()
     try:
         while True:
-            room = _AHEAD * max(1, sum(client.nthreads().values()))
+            try:
+                room = _AHEAD * max(1, sum(client.nthreads().values()))
+            except OSError as error:
+                raise _lost(path) from error
             while len(running) < room and (following := next(ahead, None)):
                 future = client.submit(segment_shard, name, following[1], pure=False, retries=_RETRIES)
                 running[future] = following
@@ -179,11 +185,17 @@ def iter_shards(
                     f"{path}: shard {index} ended one worker after another, most likely for want of memory; what is "
                     "finished is kept, give workers more memory and resume"
                 ) from error
+            except CancelledError as error:  # nobody else cancels them
+                raise _lost(path) from error
             yield index, boxes, digest, missing
     finally:
         client.cancel(list(running))
         with suppress(OSError):  # of a worker that closes at this moment
             client.unregister_worker_plugin(name)
+
+
+def _lost(path: Path) -> OutputError:
+    return OutputError(f"{path}: the scheduler was lost; what is finished is kept, start it anew and resume")
 
 
 def _describe_device(device: str, precision: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,9 @@ import torch
 
 from distillfss_core.cli.console import FINE
 from distillfss_core.cli.main import main
-from distillfss_core.errors import InputFileError, SettingsError
+from distillfss_core.errors import InputFileError, OutputError, SettingsError
 from distillfss_core.labelstore.store import JOURNAL
-from distillfss_core.segmentation.cluster import connect
+from distillfss_core.segmentation.cluster import Connection, connect
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
@@ -102,6 +104,38 @@ def test_a_scheduler_without_workers_is_said(volume, plain_student, tmp_path):
         with pytest.raises(SettingsError, match="no worker yet"):
             segment_to_zarr(volume, plain_student, tmp_path / "out.zarr", cluster=address)
     assert not (tmp_path / "out.zarr").exists()
+
+
+_SCHEDULER = """
+import time
+from distributed import LocalCluster
+one = {"n_workers": 1, "threads_per_worker": 1, "processes": False, "protocol": "tcp", "host": "127.0.0.1"}
+with LocalCluster(dashboard_address=None, **one) as cluster:
+    print(cluster.scheduler_address, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_dies_is_said_in_one_line(volume, plain_student, tmp_path):
+    from distributed import Client
+
+    out = tmp_path / "out.zarr"
+    scheduler = subprocess.Popen([sys.executable, "-c", _SCHEDULER], stdout=subprocess.PIPE, text=True)
+    try:
+        assert scheduler.stdout is not None
+        address = scheduler.stdout.readline().strip()
+        with Client(address, timeout="5s") as client:
+            run = iter_segment(volume, plain_student, out, tile=TILE, cluster=Connection(client, "auto", "auto"))
+            next(run)
+            scheduler.kill()
+            with pytest.raises(OutputError, match=r"the scheduler was lost; what is finished is kept") as caught:
+                list(run)
+        assert "\n" not in str(caught.value)
+    finally:
+        scheduler.kill()
+        scheduler.wait()
+    assert segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE).finished >= 1
 
 
 @pytest.mark.parametrize(
