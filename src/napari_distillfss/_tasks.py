@@ -229,7 +229,8 @@ def iter_applying(
 ) -> Generator[Any, None, Any]:
     """Segment a volume into OME-Zarr. Finished labels are kept when it is stopped. `Written` comes first and last."""
     yield Doing("preparing")
-    run = iter_until(core.iter_segment(volume, model, out, resume=True, by_plane=True, **options), stop)
+    resume = not options.get("overwrite")
+    run = iter_until(core.iter_segment(volume, model, out, resume=resume, by_plane=True, **options), stop)
     written, paused = 0, False
     while True:
         try:

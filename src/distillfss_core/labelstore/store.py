@@ -276,6 +276,20 @@ def check_apart(path: Path, *inputs: Path | None) -> None:
             raise OutputError(f"cannot write {path}: {source} is read, and would be lost or changed; give another name")
 
 
+def check_choice(*, resume: bool, overwrite: bool) -> None:
+    """Refuse to go on with labels and to begin them anew at once: what is finished would be deleted.
+
+    Raises
+    ------
+    SettingsError
+    """
+    if resume and overwrite:
+        raise SettingsError(
+            "resume and overwrite contradict one another: one goes on with the labels that are there, the other "
+            "deletes them; give one of them"
+        )
+
+
 def remove_labels(path: Path) -> None:
     """Delete labels that were written from here, for another run in their place.
 

@@ -42,7 +42,14 @@ from distillfss_core.labelstore.layout import (
     slices,
 )
 from distillfss_core.labelstore.metadata import Description, image_of
-from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_finished, remove_labels
+from distillfss_core.labelstore.store import (
+    JOURNAL,
+    LabelStore,
+    check_apart,
+    check_choice,
+    check_finished,
+    remove_labels,
+)
 from distillfss_core.objects.measure import PIECE, check_table, join_pieces, measure_pieces, write_table
 from distillfss_core.types import Array, as_run, finish
 from distillfss_core.volumes.volume import Volume
@@ -161,9 +168,9 @@ def iter_instances(
     binary_threshold : float, optional
         The labels are a mask of gray values, also as JPEG: from this value on a voxel is object.
     resume, overwrite : bool
-        As for `iter_segment`.
+        As for `iter_segment`; not both.
     block : (z, y, x)
-        Voxels worked on at a time, even numbers.
+        Voxels worked on at a time; even numbers where the labels get coarser levels.
 
     Yields
     ------
@@ -186,6 +193,7 @@ def iter_instances(
         is, a warning is logged.)
     """
     start = time.monotonic()
+    check_choice(resume=resume, overwrite=overwrite)
     out, table = Path(out), None if table is None else Path(table)
     splitter = _Splitter(labels, image, class_id, method, connectivity, radius, binary_threshold)
     splitter.check()
@@ -273,10 +281,6 @@ class _Splitter:
 
     def check(self) -> None:
         labels, image = self.labels, self.image
-        if self.method not in METHODS:
-            raise SettingsError(f"there is no method {self.method!r}; choose one of: {', '.join(METHODS)}")
-        if self.connectivity not in CONNECTIVITIES:
-            raise SettingsError(f"connectivity {self.connectivity} is not possible; give 6, 18 or 26")
         for module in ("cc3d", "scipy", "skimage"):
             if find_spec(module) is None:
                 raise SettingsError(f"instances need {module}: pip install 'napari-distillfss[instances]'")
@@ -284,15 +288,31 @@ class _Splitter:
             raise ImageError(f"{labels.name}: is {labels.dtype} with axes {labels.axes}; labels are integers (z, y, x)")
         if self.binary_threshold is None and labels.path is not None:
             check_lossless(labels.path)
-        if self.binary_threshold is not None and self.class_id is not None:
-            raise SettingsError("a binary threshold makes one class; leave the number of the class out")
-        if self.method == "numbered" and (self.class_id is not None or self.binary_threshold is not None):
-            raise SettingsError("numbered labels have no classes; leave the number of the class and the threshold out")
         if image is not None and image.shape != labels.shape:
             raise ImageError(
                 f"{image.name}: is {image.shape} but the labels are {labels.shape}; give the level and the channel "
                 "that they were made from"
             )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Find out that options cannot be, or that the method has no such option."""
+        labels = self.labels
+        if self.method not in METHODS:
+            raise SettingsError(f"there is no method {self.method!r}; choose one of: {', '.join(METHODS)}")
+        if self.connectivity not in CONNECTIVITIES:
+            raise SettingsError(f"connectivity {self.connectivity} is not possible; give 6, 18 or 26")
+        most = 1 if labels.dtype.kind == "b" else np.iinfo(labels.dtype).max
+        if self.class_id is not None and not 1 <= self.class_id <= most:
+            raise SettingsError(f"class_id {self.class_id} is not possible in {labels.dtype} labels; give 1 to {most}")
+        if self.method != "watershed" and self.radius is not None:
+            raise SettingsError(f"method {self.method} has no radius; leave it out, or choose method watershed")
+        if self.method != "components" and self.connectivity != CONNECTIVITIES[0]:
+            raise SettingsError(f"method {self.method} has no connectivity; leave it out, or choose method components")
+        if self.binary_threshold is not None and self.class_id is not None:
+            raise SettingsError("a binary threshold makes one class; leave the number of the class out")
+        if self.method == "numbered" and (self.class_id is not None or self.binary_threshold is not None):
+            raise SettingsError("numbered labels have no classes; leave the number of the class and the threshold out")
         if self.method == "watershed":
             if self.radius is None or not 0 < self.radius < math.inf:
                 raise SettingsError(f"radius {self.radius} is not possible; give that of a typical object")

@@ -18,7 +18,7 @@ from distillfss_core.io.tables import TableRow, read_table
 from distillfss_core.io.tiff import first_of_sets
 from distillfss_core.io.writing import atomic_path, check_output, check_replaceable
 from distillfss_core.labelstore.layout import Part, parse_region
-from distillfss_core.labelstore.store import check_apart, count_voxels
+from distillfss_core.labelstore.store import check_apart, check_choice, count_voxels
 from distillfss_core.models.student import StudentModel
 from distillfss_core.segmentation.cluster import Connection
 from distillfss_core.segmentation.to_zarr import ShardDone, VolumeReport, check_region, iter_segment
@@ -188,12 +188,13 @@ def iter_batch(
     Raises
     ------
     SettingsError
-        If the report has another suffix.
+        If the report has another suffix, or ``resume`` and ``overwrite`` are both given.
     OutputError
         If it cannot be written: before anything else where that is known, else at the end, when all volumes are done.
     """
     if report.suffix.lower() not in REPORTS:
         raise SettingsError(f"report {report}: end its name in .csv or .json")
+    check_choice(resume=resume, overwrite=overwrite)
     check_output(report)
     goes_on = resume and _is_report_of(report, jobs)
     check_replaceable([report], _sources(jobs), overwrite=overwrite or goes_on)

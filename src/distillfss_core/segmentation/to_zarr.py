@@ -31,7 +31,7 @@ from distillfss_core.errors import SettingsError, printable
 from distillfss_core.labelstore.journal import read_header
 from distillfss_core.labelstore.layout import Box, Index, Part, box_within, check_shards, check_size, overlap
 from distillfss_core.labelstore.metadata import Description, image_of
-from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, remove_labels
+from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_choice, remove_labels
 from distillfss_core.models.engines import describe_engine
 from distillfss_core.models.segmenter import Segmenter
 from distillfss_core.models.student import StudentModel
@@ -155,7 +155,7 @@ def iter_segment(
     resume : bool
         Go on with what another run began; begin if there is none. False, the default, raises where labels are.
     overwrite : bool
-        Begin anew in place of labels that were written from here.
+        Begin anew in place of labels that were written from here; not with ``resume``.
     mode : {"planewise", "smoothed", "consensus"}
         Each plane on its own; with its neighbors along z; or the mean of planes in three directions, where voxels are
         about as long as wide (some ten times slower). See `modes`.
@@ -187,14 +187,15 @@ def iter_segment(
     Raises
     ------
     SettingsError
-        If the region is not in the volume, or the output was begun with another model, volume or settings, or by an
-        engine that is not installed.
+        If the region is not in the volume, ``resume`` and ``overwrite`` are both given, or the output was begun with
+        another model, volume or settings, or by an engine that is not installed.
     OutputError
         If it cannot be written (disk full, ...): what is finished is kept. If it would lie where the volume does.
     InputFileError, ImageError
         If the volume is damaged, has other channels than the model, or is not finite somewhere.
     """
     start = time.monotonic()
+    check_choice(resume=resume, overwrite=overwrite)
     return_large_buffers()
     wanted = check_region(volume, region)
     check_size(wanted, volume.shape, volume.name)

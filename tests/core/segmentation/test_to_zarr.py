@@ -235,6 +235,8 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
     first.close()
     with pytest.raises(OutputError, match="is there already"):
         segment_to_zarr(volume, plain_student, out, tile=TILE)
+    with pytest.raises(SettingsError, match="resume and overwrite contradict one another"):
+        segment_to_zarr(volume, plain_student, out, tile=TILE, resume=True, overwrite=True)
     with pytest.raises(SettingsError, match="another volume"):
         segment_to_zarr(open_volume(STACK[:, ::-1]), plain_student, out, resume=True, tile=TILE)
     other = pickle.loads(pickle.dumps(plain_student))
