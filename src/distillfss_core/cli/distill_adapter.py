@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,19 @@ def _distill_adapter(args: argparse.Namespace) -> int:
     distilled.save(args.output)
     checkpoint.unlink(missing_ok=True)
     if args.cache is None:
-        shutil.rmtree(cache, ignore_errors=True)
+        _remove_embeddings(cache)
     _print_adapter(args, distilled.card)
     return FINE
+
+
+def _remove_embeddings(folder: Path) -> None:
+    """Delete embeddings, and their folder if nothing else is in it."""
+    from distillfss_core.training.sam_embeddings import embedding_files
+
+    with suppress(OSError):
+        for file in embedding_files(folder):
+            file.unlink()
+        folder.rmdir()
 
 
 def _print_adapter(args: argparse.Namespace, card: dict[str, Any]) -> None:

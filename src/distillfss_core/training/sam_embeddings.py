@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,12 @@ from distillfss_core.nn.sam import PATCH, WIDTH, SamEncoder
 from distillfss_core.training.backbone_views import Views
 
 _HEADER = 128  # bytes of a .npy file before its values
+_NAME = re.compile(r"[0-9a-f]{64}\.npy")
+
+
+def embedding_files(folder: Path) -> list[Path]:
+    """The files of embeddings in a folder; others that lie there are not touched."""
+    return [file for file in folder.glob("*.npy") if _NAME.fullmatch(file.name)]
 
 
 class SamEmbeddings:
@@ -48,7 +55,7 @@ class SamEmbeddings:
         self.budget: int = budget
         self.origin: dict[str, str] = sam.origin()
         make_folder(folder, parents=True)
-        files = sorted(((f.stat(), f) for f in folder.glob("*.npy")), key=lambda pair: pair[0].st_mtime)
+        files = sorted(((f.stat(), f) for f in embedding_files(folder)), key=lambda pair: pair[0].st_mtime)
         self._sizes: dict[Path, int] = {file: stat.st_size for stat, file in files}  # the oldest first
         self._used: set[Path] = set()
 

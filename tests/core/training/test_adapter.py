@@ -256,6 +256,17 @@ def test_the_budget_holds_and_embeddings_of_earlier_trainings_make_room(tmp_path
     assert (fresh.held, list((tmp_path / "none").glob("*"))) == (0, [])
 
 
+def test_what_else_lies_among_embeddings_is_not_touched(tmp_path) -> None:
+    names = ["mine.npy", f"{'0' * 63}.npy", f"{'g' * 64}.npy", "notes.txt"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"of the user" * 9999)
+    kept = embeddings(tmp_path, budget=2 * ENTRY + 10)
+    assert list(kept.prepare([0, 1])) == [(1, 2), (2, 2)]
+    assert kept.held == 2 * ENTRY
+    embeddings(tmp_path, seed=1, budget=2 * ENTRY + 10).batch([0, 1])
+    assert all((tmp_path / name).stat().st_size == 11 * 9999 for name in names)
+
+
 def test_a_damaged_embedding_is_made_again(tmp_path) -> None:
     kept = embeddings(tmp_path)
     expected = kept.batch([0])[1]
@@ -311,6 +322,11 @@ def test_the_command_writes_an_adapter_that_info_describes(command, tmp_path, ca
     assert main([*command, str(out), "--overwrite", "--json", "--cache", str(tmp_path / "kept")]) == FINE
     assert '"steps": 4' in capsys.readouterr().out
     assert len(list((tmp_path / "kept").glob("*.npy"))) == 4
+    mine = tmp_path / "adapter.embeddings" / "mine.npy"
+    mine.parent.mkdir()
+    mine.write_bytes(b"of the user")
+    assert main([*command, str(out), "--overwrite"]) == FINE
+    assert [file.name for file in mine.parent.iterdir()] == ["mine.npy"]
     assert main([*command, str(tmp_path / "adapter.tif")]) == ERROR
     assert "end its name in .safetensors" in capsys.readouterr().err
 
