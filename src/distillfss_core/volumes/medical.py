@@ -30,6 +30,7 @@ log: logging.Logger = logging.getLogger(__name__)
 MRC = (".mrc", ".rec", ".st", ".map")
 NIFTI = (".nii", ".nii.gz")
 DICOM = (".dcm", ".dicom", ".ima")
+_IMOD = 1146047817  # stamp of IMOD in the header of an MRC file
 _UNEVEN = 0.01  # of the step between planes
 
 
@@ -48,6 +49,8 @@ def _library(module: str, path: Path) -> Any:
 def open_mrc(path: Path, axes: str | None, series: int | None) -> Opened:
     """Open an MRC file; its axes are those that its header maps to x, y, z, and its voxel size is in micrometers.
 
+    Bytes are signed, as the standard of 2014 has it, except those that IMOD states to be unsigned.
+
     ``series`` is ignored: a file holds one volume.
 
     Raises
@@ -61,6 +64,9 @@ def open_mrc(path: Path, axes: str | None, series: int | None) -> Opened:
     with mrcfile.mmap(path, mode="r") as file:
         data, size, header = file.data, file.voxel_size, file.header
         order = "".join("?xyz"[int(header[name])] for name in ("maps", "mapr", "mapc"))
+        stamp, flags = np.frombuffer(header.extra2.tobytes()[40:48], header.mode.dtype)
+    if data.dtype == np.int8 and stamp == _IMOD and not flags & 1:
+        data = data.view(np.uint8)
     if axes is None and data.ndim == 3 and sorted(order) == ["x", "y", "z"]:
         axes = order
     factor = UNITS["angstrom"]

@@ -60,6 +60,25 @@ def write_dicom(folder: Path, array: np.ndarray, *, intercept: float = -1024, se
     return folder
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("stamp", "flags", "kind"), [(1146047817, 0, "u1"), (1146047817, 1, "i1"), (0, 0, "i1")])
+def test_bytes_of_mrc_are_unsigned_where_imod_states_so(tmp_path, order, stamp, flags, kind):
+    """https://bio3d.colorado.edu/imod/doc/mrc_format.txt"""
+    stored = noise((3, 8, 9), "u1")
+    stored[0, 0] = range(246, 255)
+    path = write_mrc(tmp_path / "a.mrc", stored.view("i1"))
+    content = bytearray(path.read_bytes())
+    if order == ">":
+        kinds = mrcfile.dtypes.HEADER_DTYPE
+        content[:1024] = np.frombuffer(content[:1024], kinds).astype(kinds.newbyteorder(">")).tobytes()
+        content[212:216] = b"\x11\x11\0\0"
+    content[152:160] = np.array([stamp, flags], f"{order}i4").tobytes()
+    path.write_bytes(content)
+    with open_volume(path) as volume:
+        assert volume.dtype == kind
+        assert np.array_equal(volume.read(), stored.view(kind))
+
+
 def test_mrc_is_mapped_with_its_voxel_size_and_axes(tmp_path):
     with open_volume(write_mrc(tmp_path / "a.mrc", DATA)) as volume:
         assert np.array_equal(volume.read(), DATA)
