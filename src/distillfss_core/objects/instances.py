@@ -417,7 +417,8 @@ def _fingerprint(volume: Volume) -> dict[str, Any]:
         if metadata_file and metadata_file.is_file()
         else None
     )
-    return {**volume.identity, "metadata_file": digest}
+    order = {} if volume.order == "zyx" else {"order": volume.order}
+    return {**volume.identity, "metadata_file": digest, **order}
 
 
 def _ids(seeds: Array, origin: Sequence[int], shape: Sequence[int]) -> npt.NDArray[np.uint64]:

@@ -280,7 +280,8 @@ def sample_volume(volume: Volume) -> Array:
     Returns
     -------
     array, shape (1, n, 1) or (1, n, 1, c)
-        Without spots that cannot be read, which are an error only where they are segmented.
+        Without spots that cannot be read, which are an error only where they are segmented. It is kept, except that of
+        an array in memory, which may change.
     """
     if volume in _sampled_of:
         return _sampled_of[volume]
@@ -292,7 +293,9 @@ def sample_volume(volume: Volume) -> Array:
         with suppress(InputFileError):
             spot = volume.read(slice(z, z + 1), y, x)[0, ::step, ::step]
             parts.append(spot.reshape(-1, *volume.shape[3:]))
-    sample = _sampled_of[volume] = np.concatenate(parts)[None, :, None]
+    sample = np.concatenate(parts)[None, :, None]
+    if not volume.is_in_memory:
+        _sampled_of[volume] = sample
     return sample
 
 

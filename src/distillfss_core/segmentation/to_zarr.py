@@ -287,6 +287,8 @@ def open_store(
         "tile": mode_labels.tile,
         "device": device,
     }
+    if volume.order != "zyx":
+        settings["order of axes"] = volume.order
     return LabelStore(out, layout, description, settings, resume=resume, notes=notes)
 
 

@@ -51,6 +51,8 @@ class Volume:
         Whether its metadata (OME-Zarr) call it labels.
     directions : str
         Where in the body z, y and x increase to (NIfTI, DICOM): S or I, P or A, L or R each; empty where not known.
+    order : str
+        Which axes of what was opened z, y and x are: "zyx", or another order after `along`.
     """
 
     name: str
@@ -68,19 +70,24 @@ class Volume:
     _source: Source = field(repr=False)
     _fixed: Mapping[str, slice] = field(repr=False)
     _reopen: tuple[Any, dict[str, Any]] = field(repr=False)
-    _across: str = field(default="z", repr=False)
     is_label_image: bool = False
     directions: str = ""
+    order: str = "zyx"
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """JSON-able; two volumes that differ in it are not the same.
+        """JSON-able; two volumes that differ in it are not the same. (Those that differ in ``order`` are not, either.)
 
         Files are distinguished by size and time, zarr by a few megabytes of its chunks, an array in memory by its
         voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access. An array in
         memory is read once, as long as small tiles all over it stay as they are.
         """
         return self._identify()
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether it is a numpy array, whose voxels may change while it is open."""
+        return isinstance(self._reopen[0], np.ndarray)
 
     @property
     def location(self) -> str | None:
@@ -151,7 +158,10 @@ class Volume:
 
         Shape, scale, origin and chunks are in the new order; ``levels`` stay as they are.
         """
-        order = {"y": (1, 0, 2), "x": (2, 0, 1)}[axis]
+        return self._reordered({"y": (1, 0, 2), "x": (2, 0, 1)}[axis])
+
+    def _reordered(self, order: tuple[int, int, int]) -> Volume:
+        """The same voxels; z, y and x are what these axes, by number, are now."""
         letters = str.maketrans({"zyx"[old]: new for new, old in zip("zyx", order, strict=True)})
         z, y, x = order
         return replace(
@@ -161,8 +171,8 @@ class Volume:
             origin=(self.origin[z], self.origin[y], self.origin[x]),
             chunks=(self.chunks[z], self.chunks[y], self.chunks[x]),
             _source=_Renamed(self._source, letters),
-            _across=axis,
             directions="".join(self.directions[k] for k in order if self.directions),
+            order="".join(self.order[k] for k in order),
         )
 
     def __getitem__(self, key: Any) -> Array:
@@ -184,10 +194,10 @@ class Volume:
         self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _open_again, (*self._reopen, self._across)
+        return _open_again, (*self._reopen, self.order)
 
     def __dask_tokenize__(self) -> str:
-        return json.dumps([str(self.location), self.identity], sort_keys=True, default=str)
+        return json.dumps([str(self.location), self.identity, self.order], sort_keys=True, default=str)
 
     def _ordered(self, voxels: Array) -> Array:
         """Axes of the source brought to z, y, x[, c]; those that are not wanted have length 1 here."""
@@ -400,9 +410,10 @@ def axis_sizes(path: str | Path, *, series: int | None = None) -> dict[str, int]
     return {a: int(n) for a, n in zip(opened.source.axes, opened.source.shape, strict=True)}
 
 
-def _open_again(source: Any, options: dict[str, Any], across: str) -> Volume:
+def _open_again(source: Any, options: dict[str, Any], order: str) -> Volume:
     volume = open_volume(source, **options)
-    return volume if across == "z" else volume.along(across)
+    z, y, x = ("zyx".index(axis) for axis in order)
+    return volume if order == "zyx" else volume._reordered((z, y, x))
 
 
 class _Replaced:
@@ -484,6 +495,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         "channel": "all" if channel == "all" else None if options["channel"] is None else channel,
     }
     details |= {} if replace_nan is None else {"replace_nan": replace_nan}
+    identify = partial(_identity, opened, details, name)
     return Volume(
         name=name,
         shape=(*spatial, count) if channel == "all" and count > 1 else spatial,
@@ -496,7 +508,7 @@ def _choose(name: str, path: Path | None, opened: Opened, options: dict[str, Any
         chunks=(chunk.get("z", 1), chunk.get("y", 1), chunk.get("x", 1)),
         path=path,
         address=str(original) if isinstance(original, Address) else None,
-        _identify=cache(partial(_identity, opened, details, name)),
+        _identify=identify if isinstance(original, np.ndarray) else cache(identify),
         _source=source,
         _fixed={axis: kept[axis] for axis in "tc" if axis in axes},
         _reopen=(original if path is None else path.absolute(), options),

@@ -11,7 +11,7 @@ import pytest
 
 from distillfss_core.errors import ImageError, SettingsError
 from distillfss_core.models.preprocess import Limits
-from distillfss_core.segmentation.lazy import VolumeSegmenter, segment_lazy
+from distillfss_core.segmentation.lazy import VolumeSegmenter, sample_volume, segment_lazy
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 from volumes import write_ome_zarr
@@ -126,3 +126,14 @@ def test_what_cannot_be_segmented_is_said(plain_student):
     broken[1, 5, 5] = np.nan
     with pytest.raises(ImageError, match="plane 1: 1 of"):
         segment_lazy(open_volume(broken), plain_student)[1].compute()
+
+
+def test_an_array_in_memory_is_sampled_as_it_is_now(tmp_path):
+    array = np.zeros((2, 30, 40), np.uint16)
+    volume = open_volume(array)
+    assert not sample_volume(volume).any()
+    array[:] = 7
+    assert (sample_volume(volume) == 7).all()
+    np.save(tmp_path / "a.npy", array)
+    with open_volume(tmp_path / "a.npy") as stored:
+        assert sample_volume(stored) is sample_volume(stored)

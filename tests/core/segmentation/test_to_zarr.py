@@ -260,6 +260,16 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
         segment_to_zarr(open_volume(old), plain_student, old / "labels" / "blob", tile=TILE)
 
 
+def test_labels_of_a_volume_are_not_taken_for_those_of_the_turned_one(plain_student, tmp_path):
+    volume = open_volume(np.stack([blobs(seed, 40).image for seed in range(40)]))
+    for begun, other in ((volume, volume.along("y")), (volume.along("y"), volume)):
+        out = tmp_path / f"{begun.order}.ome.zarr"
+        segment_to_zarr(begun, plain_student, out)
+        with pytest.raises(SettingsError, match="another order of axes"):
+            segment_to_zarr(other, plain_student, out, resume=True)
+        assert segment_to_zarr(begun, plain_student, out, resume=True).computed == 0
+
+
 def test_going_on_never_names_another_volume(volume, plain_student, tmp_path):
     out = tmp_path / "out.ome.zarr"
     part = ((0, 1), (None, None), (None, None))

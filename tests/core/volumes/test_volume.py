@@ -305,6 +305,30 @@ def test_an_unchanged_volume_keeps_its_identity_wherever_a_zarr_lies(tmp_path):
     assert open_volume(data).along("y").identity == open_volume(data).identity
 
 
+def test_a_turned_volume_is_another_for_dask_and_turned_when_it_is_opened_again(tmp_path):
+    data = noise((4, 5, 6))
+    volume = open_volume(write_ome_zarr(tmp_path / "a.zarr", data, scale=(3.0, 2.0, 1.0)))
+    turned = [volume, volume.along("y"), volume.along("x"), volume.along("y").along("x"), volume.along("x").along("y")]
+    assert len({each.order for each in turned}) == len({da.from_array(each).name for each in turned}) == 5
+    for each in (*turned, volume.along("y").along("y"), volume.along("x").along("x")):
+        again = pickle.loads(pickle.dumps(each))
+        whole = data.transpose(["zyx".index(axis) for axis in each.order])
+        assert np.array_equal(each[:], whole)
+        assert np.array_equal(again[:], whole)
+        assert again.order == each.order
+        assert again.scale == each.scale == tuple((3.0, 2.0, 1.0)["zyx".index(axis)] for axis in each.order)
+    assert volume.along("y").along("y").order == "zyx"
+
+
+def test_an_array_that_was_filled_meanwhile_is_another_volume():
+    array = np.zeros((3, 40, 50), np.uint16)
+    volume = open_volume(array)
+    before = dict(volume.identity)
+    assert volume.identity == before
+    array[:] = noise(array.shape)
+    assert volume.identity == open_volume(array.copy()).identity != before
+
+
 def test_an_array_in_memory_is_hashed_once_until_it_changes(monkeypatch):
     array = noise((3, 4, 40, 50))
     hashed, digest_of = [], sources._digest_of
