@@ -151,7 +151,7 @@ def check_image(image: Array, source: str = "image") -> None:
 
 def is_usable(values: Array) -> Array:
     """Where floating values are finite and within 3e38, so that sums of them in float32 are finite."""
-    result: Array = np.abs(values) < 3e38  # NaN compares as false
+    result: Array = np.isfinite(values) if values.dtype.itemsize == 2 else np.abs(values) < 3e38  # false for NaN
     return result
 
 

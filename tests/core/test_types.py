@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from distillfss_core.types import PREPARATION, TrainStep, describe_step
+from distillfss_core.types import PREPARATION, TrainStep, describe_step, is_usable
 
 
 @pytest.mark.parametrize("stage", PREPARATION)
@@ -29,3 +30,13 @@ def test_the_loss_of_a_training_step_is_the_sum_of_its_terms():
 
 def test_a_stage_without_a_text_is_called_by_its_name():
     assert describe_step(TrainStep(1, 2, stage="importing")) == "importing, 1 of 2"
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_values_that_are_not_finite_cannot_be_used(dtype):
+    values = np.array([0, -60000, np.nan, np.inf, -np.inf], dtype)
+    assert is_usable(values).tolist() == [True, True, False, False, False]
+
+
+def test_float32_beyond_a_sum_cannot_be_used():
+    assert is_usable(np.array([2.9e38, -3.1e38], np.float32)).tolist() == [True, False]

@@ -32,6 +32,7 @@ _SURELY = 0.85  # the same, where one range lies within the other
 _SAME_GAIN = 0.03  # difference from 1 up to which two scales differ by an offset alone
 _SHIFT = 0.035  # of all gray values, in parts of the range; planes of one volume differ by up to 0.033
 _STEPS = 8  # gray values between the limits at least
+_CONSTANT = 1e-200  # quantiles that span no more are one value
 _SWAPPED = 6  # channels at most whose order is compared
 
 
@@ -272,10 +273,12 @@ def _linear_map(reference: F64, present: F64, step: float) -> tuple[float, float
     """Gain and offset from quantiles to quantiles by least absolute deviations, and the share that they explain.
 
     Iteratively reweighted least squares (Schlossmacher, JASA 68, 1973). Quantiles between a dark and a bright part of
-    the histogram depend on how much there is of either, so they are the outliers here.
+    the histogram depend on how much there is of either, so they are the outliers here. One value explains nothing.
     """
     x, y = reference.ravel(), present.ravel()
-    floor = 1e-3 * max(float(np.ptp(y)), 1e-300)
+    if np.ptp(y) <= _CONSTANT:
+        return 0.0, float(y[0]), 0.0
+    floor = 1e-3 * float(np.ptp(y))
     weights = np.ones_like(x)
     gain = offset = 0.0
     for _ in range(60):

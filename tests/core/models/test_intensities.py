@@ -290,3 +290,18 @@ def test_a_support_of_very_many_slices_of_several_types() -> None:
     intensities = fit_preprocess(many).intensities
     assert intensities is not None
     assert intensities.dtype == "int32"
+
+
+@pytest.mark.parametrize("value", [0, 7, 5000])
+def test_an_image_of_one_value_is_compared_without_a_warning(value: int) -> None:
+    matched, warning = PICTURES.matched_to(np.full((1, 64, 64), value, np.uint16), "blank", is_plane=True)
+    assert (matched, warning) == (PICTURES, "")
+
+
+def test_a_channel_of_one_value_keeps_the_limits_of_the_support() -> None:
+    support = np.stack([STACK[0], STACK[1][::-1]], -1)
+    preprocess = fit_preprocess([support], scope="volume")
+    blank = support.copy()
+    blank[..., 1] = 0
+    matched, _ = preprocess.matched_to(blank[None], "blank", is_plane=True)
+    assert matched.fitted == preprocess.fitted
