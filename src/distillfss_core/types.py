@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -17,6 +18,9 @@ IGNORE = 255
 """Label of a pixel that nobody annotated: it teaches nothing and is no key of the attention."""
 
 MAX_CLASSES = 254
+
+SAMPLE = 1 << 20
+"""Pixels of a plane at most from which its intensity limits are taken."""
 
 Rgb = tuple[int, int, int]
 
@@ -126,7 +130,7 @@ class UnlabeledImage:
     pixels : array, shape (y, x) or (y, x, c)
         Any integer, bool or floating dtype; finite.
     sample : array, shape (y, x) or (y, x, c)
-        Every so manieth row and column of the whole image, from which its intensity limits are taken.
+        Every `sample_step`-th row and column of the whole image, from which its intensity limits are taken.
     """
 
     pixels: Array
@@ -266,16 +270,21 @@ def describe_step(step: TrainStep) -> str:
 
 
 def evenly(length: int, limit: int) -> list[int]:
-    """Up to ``most`` of the indices below ``length``, the first and the last among them."""
+    """Up to ``limit`` of the indices below ``length``, the first and the last among them."""
     return [int(i) for i in np.linspace(0, length - 1, min(limit, length)).round()]
+
+
+def sample_step(shape: tuple[int, int], limit: int = SAMPLE) -> int:
+    """The step at which rows and columns of a plane (y, x) are taken, so that about ``limit`` pixels are."""
+    return max(1, math.ceil(math.sqrt(shape[0] * shape[1] / max(limit, 1))))
 
 
 @runtime_checkable
 class Run(Protocol[Step_co, Result_co]):
     """Long work: iterate it for its progress, then take its result.
 
-    Nothing is computed before the first step. Leaving the loop, Ctrl-C and `close` stop the work, and lose nothing that
-    is finished.
+    Nothing is computed before the first step. Ctrl-C, `close` and the end of a ``with`` block stop the work, and lose
+    nothing that is finished. After a loop that was left, the run can be iterated further.
 
     Examples
     --------
@@ -310,15 +319,23 @@ class GeneratorRun(Generic[Step, Result]):
         return self
 
     def __next__(self) -> Step:
+        is_over = self._steps.gi_frame is None  # type: ignore[attr-defined]  # ended before, closed or failed
         try:
             return next(self._steps)
         except StopIteration as end:
-            self._result = self._result or (end.value,)
+            if not is_over:
+                self._result = (end.value,)
             raise
 
     def close(self) -> None:
         """Stop; what is finished is kept."""
         self._steps.close()
+
+    def __enter__(self) -> GeneratorRun[Step, Result]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def result(self) -> Result:
         """What the generator returned.

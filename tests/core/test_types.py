@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distillfss_core.types import PREPARATION, TrainStep, describe_step, is_usable
+from distillfss_core.errors import UnfinishedError
+from distillfss_core.types import PREPARATION, GeneratorRun, TrainStep, describe_step, is_usable, sample_step
 
 
 @pytest.mark.parametrize("stage", PREPARATION)
@@ -40,3 +41,31 @@ def test_values_that_are_not_finite_cannot_be_used(dtype):
 
 def test_float32_beyond_a_sum_cannot_be_used():
     assert is_usable(np.array([2.9e38, -3.1e38], np.float32)).tolist() == [True, False]
+
+
+def test_a_run_is_stopped_at_the_end_of_its_block_and_not_by_a_loop_that_is_left():
+    ended = []
+
+    def steps():
+        try:
+            yield from range(5)
+        finally:
+            ended.append(True)
+
+    with GeneratorRun(steps()) as run:
+        for step in run:
+            if step == 1:
+                break
+        assert not ended
+        assert next(run) == 2
+    assert ended
+    assert list(run) == []
+    with pytest.raises(UnfinishedError):
+        run.result()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1024, 1024), (1025, 1024), (5000, 3000), (3, 10**9)])
+def test_about_as_many_pixels_are_sampled_as_is_stated(shape):
+    step = sample_step(shape)
+    assert shape[0] * shape[1] / step**2 <= 1 << 20
+    assert step == 1 or shape[0] * shape[1] / (step - 1) ** 2 > 1 << 20

@@ -131,7 +131,7 @@ def _head_lines(card: dict[str, Any]) -> list[tuple[str, str]]:
         ),
         ("held out", ", ".join(scores)),
         *(("data", f"{row['name']} ({row['pictures']} pictures, {row['license']})") for row in card["data"]),
-        *(("kept out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
+        *(("held out", f"{row['name']} ({row['pictures']} pictures)") for row in card["held_out"]),
     ]
 
 

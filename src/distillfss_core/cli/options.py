@@ -224,7 +224,9 @@ def add_opening(parser: argparse.ArgumentParser) -> None:
 
 def add_volume_part(group: argparse._ArgumentGroup) -> None:
     """Options that say what of a volume is meant."""
-    group.add_argument("--region", type=_region, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels, e.g. 0:100,:,512:1024")
+    group.add_argument(
+        "--region", type=parse_region_option, metavar="Z0:Z1,Y0:Y1,X0:X1", help="voxels, e.g. 0:100,:,512:1024"
+    )
     group.add_argument(
         "--level", type=parse_whole, metavar="N", help="resolution of a pyramid; 0 is the finest (default)"
     )
@@ -285,7 +287,14 @@ def opening_options(args: argparse.Namespace, stack: ExitStack) -> dict[str, Any
     return {"resume": args.resume, "overwrite": args.overwrite, "mode": args.mode or "planewise", "cluster": cluster}
 
 
-def _region(text: str) -> Part:
+def parse_region_option(text: str) -> Part:
+    """A part of a volume, Z0:Z1,Y0:Y1,X0:X1; the type of an option.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is no such text.
+    """
     from distillfss_core.labelstore.layout import parse_region
 
     try:

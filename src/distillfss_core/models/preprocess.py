@@ -23,9 +23,7 @@ from distillfss_core.models.intensities import (
     match_intensities,
 )
 from distillfss_core.settings import parse_zoom
-from distillfss_core.types import Array
-
-_SAMPLE = 1 << 20  # pixels that percentiles are taken from at most
+from distillfss_core.types import SAMPLE, Array, sample_step
 
 
 @dataclass(frozen=True)
@@ -247,7 +245,7 @@ def fit_preprocess(
     together = channels == 3
     probe = Preprocess(channels, _mix(channels, None), "image", Limits((), ()), together, str(parse_zoom(zoom)))
     prepared = [probe.as_channels(image) for image in images]
-    count = _SAMPLE // len(images)
+    count = SAMPLE // len(images)
     pixels = [sample_pixels(image, count) for image in prepared]
     if objects is None:
         masks = [np.zeros(len(part), bool) for part in pixels]
@@ -277,7 +275,7 @@ def percentile_limits(image: Array, *, together: bool, support: Intensities | No
     >>> percentile_limits(np.arange(1001)[:, None], together=True)
     Limits(low=(5.0,), high=(995.0,))
     """
-    pixels = sample_pixels(image, _SAMPLE)
+    pixels = sample_pixels(image, SAMPLE)
     if together:
         low, high = _low_and_high(pixels.reshape(-1), None if support is None else support.pooled())
         return _as_limits(*np.full((2, pixels.shape[-1]), [[low], [high]]))
@@ -340,11 +338,6 @@ def _without_artifacts(pixels: Array, objects: npt.NDArray[np.bool_], together: 
     low, high = np.array(ranges).T
     is_kept = np.logical_and(values >= low, values <= high).all(axis=1)
     return pixels[is_kept] if is_kept.any() else pixels
-
-
-def sample_step(shape: tuple[int, int], count: int = _SAMPLE) -> int:
-    """Percentiles are taken from every so manieth row and column of a plane of ``shape`` (y, x)."""
-    return max(1, int(np.ceil(np.sqrt(shape[0] * shape[1] / max(count, 1)))))
 
 
 def sample_pixels(image: Array, count: int) -> Array:

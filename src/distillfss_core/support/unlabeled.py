@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from distillfss_core.errors import InputFileError
 from distillfss_core.labelstore.layout import Part, box_within
 from distillfss_core.support.support_set import SupportSet
-from distillfss_core.types import Array, UnlabeledImage, evenly
+from distillfss_core.types import Array, UnlabeledImage, evenly, sample_step
 from distillfss_core.volumes.opening import is_one_volume, is_volume
 from distillfss_core.volumes.volume import Volume, open_volume
 
@@ -20,7 +19,6 @@ LIMIT = 12
 """Planes that are read at most."""
 
 _SIDE = 2048  # pixels of the window that is read of a larger plane
-_SAMPLE = 1 << 20  # pixels of a larger plane from which its intensity limits are taken
 _READ = 1 << 26  # pixels that are read for them at most, in bands
 _BAND = 256  # rows of a band
 
@@ -99,22 +97,17 @@ def _iter_new(volume: Volume, support: SupportSet, limit: int, region: Part | No
         is_alike = image.ndim == shown[0].ndim and image.shape[2:] == shown[0].shape[2:]
         if is_alike and not any(np.array_equal(image, known[inside]) for known in shown):
             limit -= 1
-            step = _step(*image.shape[:2])
+            step = sample_step((image.shape[0], image.shape[1]))
             is_window = any(p.stop - p.start < stop - start for p, (start, stop) in zip(part, sides, strict=True))
             yield UnlabeledImage(image, _sampled(volume, z, sides) if is_window else image[::step, ::step])
 
 
 def _sampled(volume: Volume, z: int, sides: Sequence[tuple[int, int]]) -> Array:
-    """Every so manieth row and column of a plane; of the largest ones, of some bands of rows."""
+    """Every `sample_step`-th row and column of a plane; of the largest ones, of some bands of rows."""
     (y0, y1), (x0, x1) = sides
-    step = _step(y1 - y0, x1 - x0)
+    step = sample_step((y1 - y0, x1 - x0))
     height = step * max(1, _BAND // step)
     starts = range(y0, y1, height)
     chosen = [starts[i] for i in evenly(len(starts), max(1, _READ // (height * (x1 - x0))))]
     bands = [volume.read(slice(z, z + 1), slice(y, min(y + height, y1)), slice(x0, x1))[0] for y in chosen]
     return np.concatenate([band[::step, ::step] for band in bands])
-
-
-def _step(rows: int, columns: int) -> int:
-    """As `models.preprocess.sample_step`, which this layer cannot import."""
-    return math.ceil(math.sqrt(rows * columns / _SAMPLE))

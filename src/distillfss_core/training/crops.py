@@ -146,7 +146,7 @@ class CropSampler:
         return self._finish(slice_index, (y0, x0, y0 + side, x0 + side), aug, rng)
 
     def grid(self, slice_index: int, limit: int) -> list[Crop]:
-        """Plain crops that cover what is annotated of the slice, evenly thinned out to at most ``most``."""
+        """Plain crops that cover what is annotated of the slice, evenly thinned out to at most ``limit``."""
         side = max(2, round(self.size / float(self.preprocess.zoom_factor)))
         h, w = self._labels[slice_index].shape
         corners = [(y, x) for y in _starts(h, side) for x in _starts(w, side)]
@@ -226,8 +226,8 @@ def recolor(x: Float[Tensor, "3 h w"], aug: Augmentation, rng: np.random.Generat
 
 
 def _anchors(labels: Array, classes: int, limit: int = 4096) -> list[Array]:
-    """For each class, background first, up to ``most`` of its pixels (y, x), evenly spaced."""
-    step = max(1, labels.shape[0] * labels.shape[1] >> 22)  # of a huge slice, every so many-th row is looked at first
+    """For each class, background first, up to ``limit`` of its pixels (y, x), evenly spaced."""
+    step = max(1, labels.shape[0] * labels.shape[1] >> 22)  # of a huge slice, each step-th row is looked at first
     anchors = []
     for value in range(classes + 1):
         points = np.argwhere(labels[::step] == value) * (step, 1)

@@ -69,8 +69,8 @@ class DistillRun(Iterator[TrainStep]):
     """A training that runs step by step; `result` returns the best student so far.
 
     The first steps prepare the training (their stages are in `PREPARATION`). Nothing is loaded or computed before them,
-    but the card of a head file is read. Stopping early (leaving the loop, Ctrl-C, `close`) loses nothing: the result is
-    that of the best step so far.
+    but the card of a head file is read. Stopping early (Ctrl-C, `close`, the end of a ``with`` block) loses nothing:
+    the result is that of the best step so far.
 
     Parameters
     ----------
@@ -131,6 +131,12 @@ class DistillRun(Iterator[TrainStep]):
     def close(self) -> None:
         """Stop training; `result` keeps the best student so far."""
         self._generator.close()
+
+    def __enter__(self) -> DistillRun:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def backbone(self) -> Backbone:
@@ -395,10 +401,7 @@ def distill(
     ------
     SettingsError, WeightsUnavailableError
     """
-    run = iter_distill(support, settings, init_from=init_from, unlabeled=unlabeled)
-    for _ in run:
-        pass
-    return run.result()
+    return finish(iter_distill(support, settings, init_from=init_from, unlabeled=unlabeled))
 
 
 def iter_refine(support: SupportSet, settings: DistillSettings | None = None) -> DistillRun:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distillfss_core.errors import IntensityWarning
 from distillfss_core.models.intensities import CHECKED
-from distillfss_core.models.preprocess import Limits, Preprocess, sample_pixels, sample_step
+from distillfss_core.models.preprocess import Limits, Preprocess, sample_pixels
 from distillfss_core.models.segmenter import HALO, Segmenter
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
@@ -32,7 +32,16 @@ from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training.crops import Augmentation, CropSampler, FeatureCache
 from distillfss_core.training.loop import UnlabeledCrops
 from distillfss_core.training.probe import CrossFit, fit_probe, iter_points
-from distillfss_core.types import IGNORE, AnnotatedSlice, Array, TrainStep, UnlabeledImage, check_image, evenly
+from distillfss_core.types import (
+    IGNORE,
+    AnnotatedSlice,
+    Array,
+    TrainStep,
+    UnlabeledImage,
+    check_image,
+    evenly,
+    sample_step,
+)
 
 IMAGES = 12
 """Images without labels that are used at most."""

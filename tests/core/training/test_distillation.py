@@ -134,6 +134,12 @@ def test_cancelling_keeps_the_best_so_far(support, tiny) -> None:
     assert model.predict(support.slices[0].image).labels.shape == (96, 96)
 
 
+def test_the_end_of_a_block_stops_a_training(support, tiny) -> None:
+    with iter_distill(support, replace(tiny, steps=1000)) as run:
+        assert next(run).is_preparation
+    assert next(run, None) is None
+
+
 def test_a_result_is_there_before_the_first_step(support, tiny) -> None:
     assert iter_distill(support, tiny).result().training["steps"] == 0
 
