@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +23,11 @@ from torch import Tensor
 from distillfss_core.errors import IntensityWarning, OutOfMemoryError
 from distillfss_core.models.batches import NEVER, PIXELS, PlaneBatches
 from distillfss_core.models.intensities import CHECKED
-from distillfss_core.models.preprocess import Limits, Preprocess, resize, sample_step
+from distillfss_core.models.preprocess import Limits, Preprocess, resize
 from distillfss_core.models.tiling import Tile, largest_window, split_axis, split_plane
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
-from distillfss_core.types import Array, Segmentation, check_image, likeliest
+from distillfss_core.types import Array, Segmentation, check_image, likeliest, sample_step
 
 log: logging.Logger = logging.getLogger(__name__)
 TILE = 1024  # inner side of a tile, pixels after zooming
@@ -243,9 +244,7 @@ class Segmenter:
         (y0, y1), (x0, x1) = region
         labels = np.empty((len(limits), y1 - y0, x1 - x0), np.uint8)
         batches = PlaneBatches(self._margins, self.preprocess, self.device, step=self.step, pixels=self._batch)
-        for where in self.tiles(shape, tile=tile):
-            if not _touches(where.inner, region):
-                continue
+        for where in self.tiles(shape, tile=tile, region=region):
             to, source = _overlap(where.inner, where.outer, region)
             windows = self.preprocess.stack_channels(read(*where.outer))
             if not batches.label(windows, source, limits, labels[:, to[0], to[1]]):
@@ -262,11 +261,17 @@ class Segmenter:
         for where, values in self._windows(*self._whole(image), tile):
             yield where, _probabilities(values)[:, where.crop[0], where.crop[1]]
 
-    def tiles(self, shape: tuple[int, int], *, tile: int | None = None) -> list[Tile]:
-        """The tiles of a plane of ``shape`` (y, x), row by row."""
+    def tiles(self, shape: tuple[int, int], *, tile: int | None = None, region: Region | None = None) -> list[Tile]:
+        """The tiles of a plane of ``shape`` (y, x), row by row; with a region, those that `predict_region` computes."""
         zoom = self.preprocess.zoom_factor
         side = max(1, round((tile or self.best_tile(shape)) / zoom))
-        return list(split_plane(shape, side, round(self.halo / zoom), self.step))
+        axes = [split_axis(length, side, round(self.halo / zoom), self.step) for length in shape]
+        if region is not None:
+            axes = [
+                [s for s in spans if s.touches(*part, beyond=not self.local)]
+                for spans, part in zip(axes, region, strict=True)
+            ]
+        return [Tile(y, x) for y, x in product(*axes)]
 
     def best_tile(self, shape: tuple[int, int]) -> int:
         """Inner side in zoomed pixels of the tiles of a plane (y, x), by which the fewest pixels are computed.
@@ -301,7 +306,7 @@ class Segmenter:
 
     def reach(self, shape: tuple[int, int], region: Region, *, tile: int | None = None) -> Region:
         """The part of a plane that `predict_region` reads for a region."""
-        seen = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        seen = self.tiles(shape, tile=tile, region=region)
         (y0, y1), (x0, x1) = zip(*(t.y.outer for t in seen), strict=True), zip(*(t.x.outer for t in seen), strict=True)
         return (min(y0), max(y1)), (min(x0), max(x1))
 
@@ -352,7 +357,7 @@ class Segmenter:
         """
         zoom = self.preprocess.zoom_factor
         side, halo = min(max(1, round((tile or self.best_tile(shape)) / zoom)), max(shape)), round(self.halo / zoom)
-        todo = [t for t in self.tiles(shape, tile=tile) if _touches(t.inner if self.local else t.outer, region)]
+        todo = self.tiles(shape, tile=tile, region=region)
 
         def split(todo: list[Tile], side: int) -> list[Tile]:
             return [part for old in todo for part in _split_tile(old, shape, side, halo, self.step)]
@@ -431,10 +436,6 @@ def _window_of(plane: Array) -> tuple[Window, tuple[int, int], Region]:
 def _one_plane(read: Window, i: int, y: slice, x: slice) -> Array:
     plane: Array = read(y, x)[i]
     return plane
-
-
-def _touches(part: tuple[slice, slice], region: Region) -> bool:
-    return all(s.start < stop and start < s.stop for s, (start, stop) in zip(part, region, strict=True))
 
 
 def _overlap(

@@ -34,6 +34,11 @@ class Span:
         """Where the inner part lies within the window."""
         return slice(self.inner[0] - self.outer[0], self.inner[1] - self.outer[0])
 
+    def touches(self, start: int, stop: int, *, beyond: bool) -> bool:
+        """Whether the labels, or with ``beyond`` the input, have a pixel from ``start`` to ``stop``."""
+        first, end = self.outer if beyond else self.inner
+        return first < stop and start < end
+
     def fade(self) -> npt.NDArray[np.float32]:
         """Weights over the window that fade out towards its ends; those of two neighbors add up to one."""
         centers = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5

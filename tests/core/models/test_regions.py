@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import zarr
 
-from distillfss_core.models.preprocess import sample_step
+from distillfss_core.models import segmenter
 from distillfss_core.models.segmenter import TILE
 from distillfss_core.models.student import StudentModel
+from distillfss_core.models.tiling import Tile, split_axis
 from distillfss_core.nn.backbones import SPECS
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation.lazy import segment_lazy
 from distillfss_core.segmentation.to_zarr import segment_to_zarr
 from distillfss_core.training import distill
+from distillfss_core.types import sample_step
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 
@@ -135,3 +137,17 @@ def test_the_digest_is_that_of_what_decides_the_answer(plain_student, tmp_path):
     assert again.digest() == plain_student.digest()
     again.halo = 96
     assert again.digest() != plain_student.digest()
+
+
+def test_a_region_of_a_huge_plane_is_found_without_a_look_at_all_tiles(plain_student, monkeypatch):
+    made = []
+    monkeypatch.setattr(segmenter, "Tile", lambda y, x: (made.append((y, x)), Tile(y, x))[1])
+    shape, region = (10**6, 10**6), ((512_000, 514_048), (0, 1024))
+    tiles = plain_student.tiles(shape, tile=TILE, region=region)
+    assert len(made) == len(tiles) <= 8
+    rows = split_axis(shape[0], TILE, plain_student.halo, plain_student.step)
+    assert [t.y for t in tiles] == [s for s in rows if s.inner[0] < 514_048 and s.inner[1] > 512_000]
+    assert {t.x.inner for t in tiles} == {(0, tiles[0].x.inner[1])}
+    (y0, y1), (x0, x1) = plain_student.reach(shape, region, tile=TILE)
+    assert (x0, x1) == (0, tiles[0].x.outer[1])
+    assert (y0, y1) == (tiles[0].y.outer[0], tiles[-1].y.outer[1])

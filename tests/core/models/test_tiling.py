@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,3 +45,15 @@ def test_fading_windows_add_up_to_one(length: int, tile: int, halo: int) -> None
     if len(spans) < 2 or spans[-1].inner[1] - spans[-1].inner[0] >= 2 * halo + 32:
         np.testing.assert_allclose(total, 1, atol=1e-6)
     assert (total > 0).all()
+
+
+@pytest.mark.parametrize("beyond", [False, True])
+def test_a_span_touches_what_its_pixels_are_in(beyond: bool) -> None:
+    spans = split_axis(300, 64, 32, 32)
+    for start in range(0, 300, 7):
+        for stop in (start + 1, min(start + 90, 300)):
+            touched = [s for s in spans if s.touches(start, stop, beyond=beyond)]
+            parts = [s.outer if beyond else s.inner for s in spans]
+            assert touched == [
+                s for s, (a, b) in zip(spans, parts, strict=True) if set(range(a, b)) & set(range(start, stop))
+            ]
