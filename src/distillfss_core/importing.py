@@ -17,6 +17,7 @@ from distillfss_core.nn.device import choose_device
 from distillfss_core.nn.head import FewShotHead
 from distillfss_core.nn.pretrained import read_head_card, write_head
 from distillfss_core.nn.published import PUBLISHED_FORM, PublishedCheckpoint, read_published
+from distillfss_core.support.support_set import check_class_names
 
 _RGB = Preprocess(
     channels=3,
@@ -64,6 +65,8 @@ def import_checkpoint(
         If the file is missing, damaged, of another kind, or a tensor does not fit.
     SettingsError
         If there is another number of classes.
+    SupportSetError
+        If their names are not possible.
     WeightsUnavailableError
         If the backbone's weights are needed and cannot be had.
     OutputError
@@ -103,7 +106,7 @@ def _class_names(checkpoint: PublishedCheckpoint, classes: Sequence[str] | None,
     if len(classes) != count:
         what = f"{path} has {count}" if count else f"{path} is a head of DCAMA, which has none"
         raise SettingsError(f"{len(classes)} classes are named, but {what}; give as many names, or none")
-    return tuple(classes)
+    return check_class_names(classes)
 
 
 def _head_card(checkpoint: PublishedCheckpoint, backbone: Backbone | None, origin: dict[str, Any]) -> dict[str, Any]:

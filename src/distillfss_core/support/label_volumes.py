@@ -106,7 +106,7 @@ def load_volume_slices(
     mode, n_classes
         As for `labels_from_image`.
     region : part of the volume, optional
-        Slices are cut to its rows and columns.
+        Its planes are taken, cut to its rows and columns.
     opening : mapping
         Options of `open_volume`, for the image.
 
@@ -123,8 +123,7 @@ def load_volume_slices(
         labels = stack.enter_context(_open_labels(label_path, image, same_time))
         box = box_within(image.shape[:3], region, image.name)
         check_finished(labels.path, labels.name, labels.levels[0], None if labels.level else box)
-        for z in planes or ():
-            check_plane(z, image.shape[0], image_path.name)
+        _check_planes(planes, image, box, image_path.name)
         of_one_plane = labels.shape[0] == 1 < image.shape[0]
         if of_one_plane and (planes is None or len(planes) != 1):
             raise SettingsError(
@@ -193,8 +192,7 @@ def compare_volumes(
         box = box_within(predicted.shape[:3], region, predicted.name)
         for volume in (predicted, truth):
             check_finished(volume.path, volume.name, volume.levels[0], None if volume.level else box)
-        for z in planes or ():
-            check_plane(z, predicted.shape[0], predicted_path.name)
+        _check_planes(planes, predicted, box, predicted_path.name)
         chosen = sorted(set(planes)) if planes else range(*box[0])
         for zs, pieces in _pieces((predicted, truth), chosen, box):
             counts = [np.zeros((n_classes + 1, n_classes + 1), np.int64) for _ in zs]
@@ -210,6 +208,22 @@ def compare_volumes(
                     counts[k] += confusion(parts[0], parts[1], n_classes)
             for z, matrix in zip(zs, counts, strict=True):
                 yield _plane_name(predicted_path, z, predicted.shape[0]), matrix
+
+
+def _check_planes(planes: Sequence[int] | None, volume: Volume, box: Box, name: str) -> None:
+    """Check that planes are those of a volume, and of a region of it.
+
+    Raises
+    ------
+    SettingsError
+    """
+    for z in planes or ():
+        check_plane(z, volume.shape[0], name)
+        if not box[0][0] <= z < box[0][1]:
+            raise SettingsError(
+                f"plane {z} is outside the region of {name}, whose planes are {box[0][0]} to {box[0][1] - 1}; "
+                "choose others, or another region"
+            )
 
 
 def _plane_name(path: Path, z: int, depth: int) -> str:
@@ -241,6 +255,7 @@ def _open_labels(path: Path, like: Volume | None, opening: Mapping[str, Any]) ->
             volume.close()
             volume = open_volume(path, **{**options, "level": levels[0]})
     if like is not None and (volume.shape[1:3] != like.shape[1:3] or volume.shape[0] not in (1, like.shape[0])):
+        volume.close()
         raise ImageError(_size_message(path, volume, like))
     if like is not None and volume.directions and like.directions and volume.directions != like.directions:
         log.warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ class SupportSet:
     slices : sequence of AnnotatedSlice
         At least one. Labels: 0 background, 1..K classes, IGNORE not annotated.
     class_names : sequence of str
-        Names of classes 1..K.
+        Names of classes 1..K; they differ, and none is "background".
     pixel_size : (float, float), optional
         Size of a pixel (y, x) in micrometers, kept on the model's card.
     planes_of_one_volume : bool
@@ -35,7 +36,7 @@ class SupportSet:
     ------
     SupportSetError
         Without slices; if a class has no pixel in any slice; if a label is beyond the classes; if a slice has
-        nothing annotated; if nothing but objects is annotated anywhere.
+        nothing annotated; if nothing but objects is annotated anywhere; if a name or the pixel size is not possible.
     """
 
     slices: Sequence[AnnotatedSlice]
@@ -45,8 +46,8 @@ class SupportSet:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "slices", tuple(self.slices))
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        self._check_names()
+        object.__setattr__(self, "class_names", check_class_names(self.class_names))
+        check_pixel_size(self.pixel_size)
         if not self.slices:
             raise SupportSetError("the support set is empty; annotate at least one slice")
         counts = np.stack([count_labels(s.labels) for s in self.slices])
@@ -70,12 +71,6 @@ class SupportSet:
         if not totals[0]:
             raise SupportSetError("no pixel is labeled background; paint some background too, or scribble it")
 
-    def _check_names(self) -> None:
-        if not 1 <= len(self.class_names) <= MAX_CLASSES:
-            raise SupportSetError(f"a support set has 1 to {MAX_CLASSES} classes, this one {len(self.class_names)}")
-        if len(set(self.class_names)) < len(self.class_names) or not all(n.strip() for n in self.class_names):
-            raise SupportSetError(f"class names must differ and not be empty, got {list(self.class_names)}")
-
     @property
     def classes(self) -> int:
         """K, without background."""
@@ -93,6 +88,44 @@ class SupportSet:
         """Share of the annotated pixels that each class (background first) has, over all slices. Shape (k + 1,)."""
         counts = np.sum([count_labels(s.labels)[: self.classes + 1] for s in self.slices], axis=0)
         return np.asarray(counts / counts.sum())
+
+
+def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of classes 1..K as a tuple.
+
+    Raises
+    ------
+    SupportSetError
+        If they are one text, too many, not different, or one is empty or "background".
+    """
+    if isinstance(names, str):
+        raise SupportSetError(f"class names {names!r} are one text; give a list of names, such as [{names!r}]")
+    if not 1 <= len(names) <= MAX_CLASSES:
+        raise SupportSetError(f"a support set has 1 to {MAX_CLASSES} classes, this one {len(names)}")
+    if len(set(names)) < len(names) or not all(name.strip() for name in names):
+        raise SupportSetError(f"class names must differ and not be empty, got {list(names)}")
+    if "background" in names:
+        raise SupportSetError("a class is named 'background', which stands for label 0; give it another name")
+    return tuple(names)
+
+
+def check_pixel_size(size: Any) -> None:
+    """Check that the size of a pixel is None, or two positive numbers (y, x) of micrometers.
+
+    Raises
+    ------
+    SupportSetError
+    """
+    if size is None:
+        return
+    try:
+        is_possible = len(size) == 2 and all(0 < float(side) < math.inf for side in size)
+    except (TypeError, ValueError):
+        is_possible = False
+    if not is_possible:
+        raise SupportSetError(
+            f"pixel size {size!r} is not possible; give height and width in micrometers, e.g. (0.25, 0.25)"
+        )
 
 
 def count_labels(labels: Array) -> Array:
@@ -137,7 +170,7 @@ def load_support(
     binary_threshold : float, optional
         The labels are masks of gray values, also as JPEG: from this value on a pixel is object.
     region : ((start, stop),) * 3, optional
-        Part of a volume along z, y, x that slices are cut to; ends may be None.
+        Part of a volume along z, y, x; ends may be None. Slices are its planes, cut to it along y and x.
     **opening
         ``axes``, ``level``, ``channel``, ``time``, ``series`` and ``replace_nan`` of the image volume, as for
         `open_volume`. Labels are taken at the level that has the size of the image.
@@ -150,7 +183,8 @@ def load_support(
     from distillfss_core.io.labels import check_threshold, load_pair
     from distillfss_core.support.label_volumes import are_images, check_no_threshold, load_volume_slices, pair_volumes
 
-    names = tuple(classes) if classes else ("object",)
+    names = check_class_names(classes or ("object",))
+    check_pixel_size(pixel_size)
     mode = "scribbles" if scribbles else "classes" if classes else "binary"
     check_threshold(mode, binary_threshold)
     images, labels = Path(images), Path(labels)
