@@ -188,10 +188,13 @@ def box_within(shape: Sequence[int], region: Part | None, name: str) -> Box:
     Raises
     ------
     SettingsError
-        If it is empty or not within the volume.
+        If it is empty or not within the volume, or has not three spans.
     """
     box = []
-    for axis, (start, stop), length in zip("zyx", region or [(None, None)] * 3, shape, strict=True):
+    spans = [(None, None)] * 3 if region is None else list(region)
+    if len(spans) != 3:
+        raise SettingsError(f"region {spans} has {len(spans)} spans; give (start, stop) along z, y and x")
+    for axis, (start, stop), length in zip("zyx", spans, shape, strict=True):
         first, last = start or 0, length if stop is None else stop
         if not 0 <= first < last <= length:
             raise SettingsError(f"region {axis} {first}:{last} is empty or outside {name}, 0:{length}")

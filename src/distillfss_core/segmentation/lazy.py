@@ -17,10 +17,10 @@ import numpy as np
 
 from distillfss_core.errors import ImageError, InputFileError, IntensityWarning, SettingsError
 from distillfss_core.models.intensities import CHECKED
-from distillfss_core.models.preprocess import Limits, sample_step
+from distillfss_core.models.preprocess import Limits
 from distillfss_core.models.segmenter import Region, Segmenter, Window
 from distillfss_core.segmentation.rows import RowReader
-from distillfss_core.types import Array, GeneratorRun, Segmentation, check_image, evenly, finish
+from distillfss_core.types import Array, GeneratorRun, Segmentation, check_image, evenly, finish, sample_step
 from distillfss_core.volumes.volume import Volume, split_index
 
 KINDS = ("labels", "probabilities", "uncertainty")
@@ -231,7 +231,7 @@ class VolumeSegmenter:
         return -(-self.shape[0] // step), -(-self.shape[1] // step)
 
     def _samples(self, start: int, stop: int) -> Array:
-        """Every so manieth row and column of some planes "z y x [c]", read a few whole chunks at a time."""
+        """Every `sample_step`-th row and column of some planes "z y x [c]", read a few whole chunks at a time."""
         rows, columns = self.shape
         step = sample_step(self.shape)
         _, high, wide = self.volume.chunks
@@ -375,7 +375,7 @@ def segment_lazy(volume: Volume, model: Segmenter, *, what: str = "labels", tile
         If the volume has other channels than the model.
     """
     if what not in KINDS:
-        raise SettingsError(f"there is no answer {what!r}; choose one of: {', '.join(KINDS)}")
+        raise SettingsError(f"there is no output {what!r}; choose one of: {', '.join(KINDS)}")
     segmenter = VolumeSegmenter(volume, model, tile=tile)
     outputs = _Outputs(segmenter, what)
     grid = model.tiles(segmenter.shape, tile=segmenter.tile)

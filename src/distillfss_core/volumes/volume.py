@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from distillfss_core.volumes.remote import Address, address_of
 from distillfss_core.volumes.source import READ_ERRORS, Channel, Opened, Source, reason
 
 log: logging.Logger = logging.getLogger(__name__)
+
+_PLAIN = {"level": 0, "labels": False}  # options of `open_volume` that are not None where they are not given
 
 Scale = tuple[float | None, float | None, float | None]
 
@@ -80,7 +83,7 @@ class Volume:
 
         Files are distinguished by size and time, zarr by a few megabytes of its chunks, an array in memory by its
         voxels (above 256 MB by a sample), any other by a few tiles. They are read at the first access. An array in
-        memory is read once, as long as small tiles all over it stay as they are.
+        memory, which may change, is read again when small tiles all over it are no longer as they were.
         """
         return self._identify()
 
@@ -183,6 +186,10 @@ class Volume:
             voxels = voxels[..., spans[3]]
         return voxels[rest]
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        """All voxels, as `read` gives them."""
+        return np.array(self.read(), dtype, copy=copy)
+
     def close(self) -> None:
         """Let go of open files; reading is over then."""
         self._source.close()
@@ -215,7 +222,7 @@ def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tu
     Raises
     ------
     IndexError
-        As numpy does; also for steps backwards.
+        As numpy does; also for steps backwards, and for what is neither a number nor a slice.
     """
     key = key if isinstance(key, tuple) else (key,)
     if Ellipsis in key:
@@ -234,7 +241,7 @@ def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tu
             spans.append(slice(start, max(start, stop)))
             rest.append(slice(None, None, step))
         else:
-            position = int(part) + (n if part < 0 else 0)
+            position = _position(part, n)
             if not 0 <= position < n:
                 raise IndexError(f"index {part} is out of range for an axis of {n}")
             spans.append(slice(position, position + 1))
@@ -242,11 +249,20 @@ def split_index(key: Any, shape: tuple[int, ...]) -> tuple[tuple[slice, ...], tu
     return tuple(spans), tuple(rest)
 
 
+def _position(part: Any, n: int) -> int:
+    """An index from the start of an axis of ``n``."""
+    try:
+        number = operator.index(part)
+    except TypeError:
+        raise IndexError(f"index {part!r} is no whole number; give whole numbers and slices") from None
+    return number + n if number < 0 else number
+
+
 def open_volume(
     source: Any,
     *,
     axes: str | None = None,
-    level: int = 0,
+    level: SupportsIndex = 0,
     channel: int | str | None = None,
     time: int | None = None,
     series: int | None = None,
@@ -261,7 +277,7 @@ def open_volume(
         OME-Zarr (0.1 to 0.5; zarr format 2 or 3, sharded or not, also zipped), any zarr array, TIFF (OME also of
         several files, ImageJ, BigTIFF, pyramids), MRC, NIfTI, a DICOM series (a folder, or one file), a folder of
         planes, a .npy file, another image file; OME-Zarr or zarr at an address (https://, s3://); or an array with
-        shape, dtype and indexing (numpy, dask, zarr).
+        shape, dtype and indexing (numpy, dask, zarr). A `Volume` is returned as it is.
     axes : str, optional
         One letter of "tczyx" a dimension, where the source does not say (or says wrong) what its dimensions are.
         Without it, arrays of two and three dimensions are "yx" and "zyx".
@@ -289,7 +305,7 @@ def open_volume(
         If it is missing, damaged, cut short, or of an unknown kind.
     SettingsError
         If there is no such level, channel, time point or series, or one has to be chosen, or the axes are not known,
-        or ``replace_nan`` is no number of the volume's type.
+        or ``replace_nan`` is no number of the volume's type, or a volume that is open is given with options.
     ImageError
         If the array cannot be an image (axes, dtype, empty).
 
@@ -301,8 +317,7 @@ def open_volume(
     >>> volume.read(slice(0, 1), slice(0, 8), slice(0, 8)).shape
     (1, 8, 8)
     """
-    if not isinstance(level, int) or level < 0:
-        raise SettingsError(f"level {level!r} is not possible; give 0 (the finest), 1, ...")
+    level = _level(level)
     options: dict[str, Any] = {
         "axes": axes,
         "level": level,
@@ -313,6 +328,8 @@ def open_volume(
     }
     options |= {} if replace_nan is None else {"replace_nan": float(replace_nan)}
     if isinstance(source, Volume):
+        if given := [name for name, value in options.items() if value is not None and value != _PLAIN.get(name)]:
+            raise SettingsError(f"{source.name}: is open, so {given[0]} cannot be chosen; give its path or array")
         return source
     address = address_of(source) if isinstance(source, (str, Path)) else None
     source = source if address is None else address
@@ -321,7 +338,22 @@ def open_volume(
     opened = _find(source, name, level, axes, series, labels=labels)
     if path is None and address is None and level:
         raise SettingsError(f"{name}: has no level {level}; an array has only level 0")
-    return _choose(name, path, opened, options, source)
+    try:
+        return _choose(name, path, opened, options, source)
+    except BaseException:
+        opened.source.close()
+        raise
+
+
+def _level(level: Any) -> int:
+    """A level as a number, also one of numpy."""
+    try:
+        number = operator.index(level)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise SettingsError(f"level {level} is not possible; give 0 (the finest), 1, ...")
+    return number
 
 
 def _find(source: Any, name: str, level: int, axes: str | None, series: int | None, *, labels: bool = False) -> Opened:
@@ -405,7 +437,8 @@ def axis_sizes(path: str | Path, *, series: int | None = None) -> dict[str, int]
     >>> axis_sizes(path)
     {'z': 4, 'y': 8, 'x': 9}
     """
-    opened = _find(path, str(path), 0, None, series)
+    source = address_of(path) or path
+    opened = _find(source, str(source), 0, None, series)
     opened.source.close()
     return {a: int(n) for a, n in zip(opened.source.axes, opened.source.shape, strict=True)}
 

@@ -90,7 +90,9 @@ class _ZarrSource:
             )
 
     def close(self) -> None:
-        pass
+        store = self.array.store_path.store
+        if isinstance(store, zarr.storage.ZipStore) and store.read_only:  # one to write to is the caller's
+            store.close()
 
 
 def _stored_sizes(array: Any) -> Callable[[str], int | None] | None:

@@ -13,7 +13,15 @@ import pytest
 import tifffile
 import zarr
 
-from distillfss_core import InputFileError, SettingsError, load_support, open_volume, plan_batch, segment_to_zarr
+from distillfss_core import (
+    InputFileError,
+    SettingsError,
+    axis_sizes,
+    load_support,
+    open_volume,
+    plan_batch,
+    segment_to_zarr,
+)
 from distillfss_core.cli.console import ERROR, FINE
 from distillfss_core.cli.main import main
 from distillfss_core.volumes import remote
@@ -52,6 +60,7 @@ def test_an_image_on_a_server_is_read_as_from_disk(tmp_path, version, shards, ha
         np.testing.assert_array_equal(there[:], IMAGE[:, ::2, ::2])
         assert (there.scale, there.unit, there.levels) == (here.scale, here.unit, here.levels)
         assert there.identity == here.identity
+        assert axis_sizes(address) == axis_sizes(path)
         assert (there.name, there.location, there.path) == (address, address, None)
         np.testing.assert_array_equal(open_volume(Path(address))[1:3, 4:9], IMAGE[1:3, 4:9])
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(there))[:], IMAGE[:, ::2, ::2])

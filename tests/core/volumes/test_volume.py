@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
 import random
 import shutil
@@ -20,6 +21,8 @@ import zarr
 from distillfss_core.errors import DistillFSSError, ImageError, InputFileError, SettingsError
 from distillfss_core.io.images import read_stack
 from distillfss_core.io.writing import write_labels
+from distillfss_core.labelstore.layout import box_within
+from distillfss_core.support.label_volumes import _open_labels
 from distillfss_core.volumes import source as sources
 from distillfss_core.volumes.source import Channel, spread
 from distillfss_core.volumes.volume import open_volume, read_channels
@@ -342,6 +345,63 @@ def test_an_array_in_memory_is_hashed_once_until_it_changes(monkeypatch):
     assert changed != first
     assert sum(hashed) == 2
     assert open_volume(array.copy(), axes="tzyx", time=0).identity == changed
+
+
+def test_options_for_a_volume_that_is_open_are_refused():
+    volume = open_volume(np.zeros((3, 8, 9), np.float32))
+    assert open_volume(volume) is volume
+    for option in ({"level": 1}, {"channel": 0}, {"time": 0}, {"axes": "zyx"}, {"replace_nan": 0}, {"labels": True}):
+        with pytest.raises(SettingsError, match=f"is open, so {next(iter(option))} cannot be chosen"):
+            open_volume(volume, **option)
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux lists them")
+def test_a_volume_that_is_refused_or_closed_leaves_no_file_open(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, np.zeros((2, 8, 9), np.uint8), photometric="minisblack", metadata={"axes": "CYX"})
+    with zarr.storage.ZipStore(tmp_path / "a.zip", mode="w") as store:
+        zarr.create_array(store, shape=(4, 8, 9), chunks=(1, 8, 9), dtype="uint8")[:] = 1
+    tifffile.imwrite(tmp_path / "l.tif", np.zeros((4, 5, 9), np.uint8), photometric="minisblack")
+    before, kept = open_files(), []
+    for _ in range(5):
+        with pytest.raises(SettingsError, match="has 2 channels") as caught:
+            open_volume(path)
+        kept.append(caught.value)
+        with open_volume(tmp_path / "a.zip") as volume:
+            assert volume.read().all()
+            with pytest.raises(ImageError, match="same size") as refused:
+                _open_labels(tmp_path / "l.tif", volume, {"level": 0})
+            kept.append(refused.value)
+        kept.append(volume)
+    assert open_files() == before
+
+
+def test_indices_and_levels_are_whole_numbers_of_any_kind():
+    data = noise((3, 8, 9))
+    volume = open_volume(data, level=np.int64(0))
+    np.testing.assert_array_equal(volume[np.int64(-1)], data[-1])
+    for index in (1.7, None, "1"):
+        with pytest.raises(IndexError, match="is no whole number"):
+            volume[index]
+    with pytest.raises(SettingsError, match="level -1 is not possible"):
+        open_volume(data, level=np.int64(-1))
+
+
+def test_numpy_reads_a_volume_as_an_array(tmp_path):
+    data = noise((3, 8, 9))
+    np.save(tmp_path / "a.npy", data)
+    with open_volume(tmp_path / "a.npy") as volume:
+        np.testing.assert_array_equal(np.asarray(volume), data)
+        assert np.array(volume, np.float32).dtype == np.float32
+
+
+def test_a_region_has_three_spans():
+    with pytest.raises(SettingsError, match=r"has 2 spans; give \(start, stop\) along z, y and x"):
+        box_within((3, 8, 9), ((0, 1), (0, 1)), "a")
 
 
 def test_little_is_read_to_tell_a_large_volume_from_another():
