@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import distillfss_core as core
 
 Value = TypeVar("Value")
 
 _SWITCH = 0.001  # seconds
+THREADS = "distillfss "  # that names of the threads of jobs begin with
 _RARELY = 200  # collections of the middle generation before one of all objects; Python's default is 10
 
 
@@ -72,3 +75,18 @@ rare_collections = _WhileUsed(
 A collection of all objects stops every thread for 0.2 to 0.4 s once torch's modules are there. Loading them calls for
 several, and for one more during the next thing that the user does. Garbage that is new is collected as before.
 """
+
+
+def _without_told(show: Callable[..., object]) -> Callable[..., object]:
+    def shown(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        is_ours = threading.current_thread().name.startswith(THREADS)
+        if not (is_ours and issubclass(category, (core.IntensityWarning, core.ConsensusWarning))):
+            show(message, category, *where)
+
+    return shown
+
+
+told_warnings = _WhileUsed(
+    lambda: warnings.showwarning, lambda show: setattr(warnings, "showwarning", show), _without_told
+)
+"""Show no notification for what the dock's message tells, while a job runs; warnings of other threads are shown."""

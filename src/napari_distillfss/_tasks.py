@@ -239,8 +239,8 @@ def iter_applying(
             if end.value is not None:
                 yield Written(see(open_levels(out)))
             return end.value
-        if step.index == written:  # a plane of the next shard
-            if not written and not paused:
+        if step.index == written:  # a plane of the next shard, or a part of the preparation
+            if step.total and not written and not paused:
                 paused = True
                 yield Doing("segmenting the first piece")
             continue

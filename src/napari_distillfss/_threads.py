@@ -14,9 +14,11 @@ from qtpy.QtWidgets import QApplication, QProgressDialog
 
 import distillfss_core as core
 from napari_distillfss import _format as fmt
-from napari_distillfss._process import keep_triton_out, quick_turns, rare_collections
+from napari_distillfss._process import THREADS, keep_triton_out, quick_turns, rare_collections, told_warnings
 from napari_distillfss._session import Session
 from napari_distillfss._tasks import Work
+
+_LOOK_AGAIN = 0.05  # seconds
 
 
 class _Out(QObject):
@@ -42,6 +44,8 @@ class Job(QObject):
         Whose other jobs have to wait; without one this job minds no other.
     name : str
         A noun for the work, with a capital letter: "Training".
+    in_turn : bool
+        Whether work waits until the thread of abandoned work has ended, as both write in one place.
     """
 
     started = Signal()
@@ -50,9 +54,17 @@ class Job(QObject):
     failed = Signal(str)
     ended = Signal()
 
-    def __init__(self, session: Session | None = None, name: str = "Work", parent: QObject | None = None) -> None:
+    def __init__(
+        self,
+        session: Session | None = None,
+        name: str = "Work",
+        parent: QObject | None = None,
+        *,
+        in_turn: bool = False,
+    ) -> None:
         super().__init__(parent)
-        self._session, self._name = session, name
+        self._session, self._name, self._in_turn = session, name, in_turn
+        self._thread: Thread | None = None
         self._stop: Event | None = None
         self._arrived: deque[tuple[Event, Callable[[], object]]] = deque()
         self._is_handling = False
@@ -113,8 +125,9 @@ class Job(QObject):
             self._session.busy = self._name
         self.started.emit()
         # no daemon: a program that ends waits for the step under way, and writes what it is writing
-        is_long = self._session is not None
-        Thread(target=_run, args=(work, stop, out, is_long), name=f"distillfss {self._name}").start()
+        is_long, before = self._session is not None, self._thread if self._in_turn else None
+        self._thread = Thread(target=_run, args=(work, stop, out, is_long, before), name=f"{THREADS}{self._name}")
+        self._thread.start()
 
     def cancel(self) -> None:
         """Stop the work after its present step."""
@@ -311,9 +324,15 @@ class LatestJob(QObject):
             self.idle.emit()
 
 
-def _run(work: Work, stop: Event, out: _Out, is_long: bool) -> None:
-    """Run the work and send its result, or its error, to the window's thread."""
-    with quick_turns, rare_collections:
+def _run(work: Work, stop: Event, out: _Out, is_long: bool, before: Thread | None) -> None:
+    """Run the work and send its result, or its error, to the window's thread; first another thread ends."""
+    while before is not None and before.is_alive():
+        before.join(_LOOK_AGAIN)
+        if stop.is_set():
+            out.end.emit(stop, None)
+            before.join()
+            return
+    with quick_turns, rare_collections, told_warnings:
         outcome = _outcome(work, stop, out)
     out.end.emit(stop, outcome)
     if is_long:

@@ -1,6 +1,7 @@
 """Many volumes are segmented from the dock: files of a folder, image layers, and all their time points."""
 
 import csv
+import threading
 
 import numpy as np
 import pytest
@@ -149,6 +150,44 @@ def test_a_cancel_keeps_what_is_finished_and_reports_it(batch, viewer, qtbot, tm
     np.testing.assert_array_equal(labels_of(tmp_path / "out" / "first.ome.zarr"), predicted(sample.image[:2]))
     assert report_of(tmp_path / "out")[0]["status"] == "done"
     assert batch.message.text().startswith("Stopped")
+
+
+def test_a_volume_that_fails_leaves_no_folder(batch, viewer, qtbot, tmp_path, sample):
+    viewer.add_image(np.full((2, 96, 96), np.nan, np.float32), name="dark")
+    viewer.add_image(sample.image[:2], name="good")
+    batch.what.setCurrentText(LAYERS)
+    batch.start()
+    qtbot.waitUntil(lambda: not batch.job.running, timeout=120_000)
+    assert statuses(batch) == [["dark", "failed"], ["good", "done"]]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["good.ome.zarr", "report.csv"]
+
+
+def test_cancel_of_a_batch_ends_at_once_and_leaves_nothing_half_written(
+    batch, viewer, qtbot, tmp_path, sample, monkeypatch, predicted
+):
+    from qtpy.QtWidgets import QPushButton
+
+    entered, go_on, original = threading.Event(), threading.Event(), StudentModel.iter_calibrated
+
+    def held_up(self, *args, **options):
+        entered.set()
+        assert go_on.wait(30)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(StudentModel, "iter_calibrated", held_up)
+    viewer.add_image(sample.image[:2], name="first")
+    batch.what.setCurrentText(LAYERS)
+    batch.start()
+    qtbot.waitUntil(entered.is_set, timeout=60_000)
+    (cancel,) = [b for b in batch.findChildren(QPushButton) if b.text() == "Cancel" and b.isVisibleTo(batch)]
+    cancel.click()
+    assert not batch.job.running
+    assert batch.message.text().startswith("Stopped")
+    batch.start()  # at once: it waits for the thread
+    go_on.set()
+    qtbot.waitUntil(lambda: not batch.job.running, timeout=120_000)
+    np.testing.assert_array_equal(labels_of(tmp_path / "out" / "first.ome.zarr"), predicted(sample.image[:2]))
+    assert [row["status"] for row in report_of(tmp_path / "out")][-1] in ("done", "interrupted")
 
 
 @pytest.mark.parametrize("fault", ["no folder", "missing", "same", "empty", "no layer", "unwritable"])

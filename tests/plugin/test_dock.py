@@ -996,6 +996,48 @@ def test_apply_is_stopped_and_gone_on_with_in_the_same_and_in_a_new_dock(
     np.testing.assert_array_equal(np.asarray(dock.apply.layer.data), zarr.open_array(tmp_path / "out.ome.zarr" / "0"))
 
 
+@pytest.mark.parametrize("where", ["engines are timed", "intensities are compared", "the first plane"])
+def test_cancel_in_the_preparation_of_apply_ends_at_once_and_leaves_nothing(
+    dock, qtbot, student, sample, tmp_path, monkeypatch, where
+):
+    from distillfss_core.segmentation.lazy import VolumeSegmenter
+    from distillfss_core.segmentation.modes import PlanewiseLabels
+
+    entered, go_on = threading.Event(), threading.Event()
+    kind, name = {
+        "engines are timed": (StudentModel, "iter_calibrated"),
+        "intensities are compared": (VolumeSegmenter, "match"),
+        "the first plane": (PlanewiseLabels, "iter_labels"),
+    }[where]
+    original = getattr(kind, name)
+
+    def held_up(self, *args, **options):
+        entered.set()
+        assert go_on.wait(30)
+        return original(self, *args, **options)
+
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.preview.on.setChecked(False)
+    qtbot.waitUntil(lambda: not dock.preview.busy, timeout=60_000)
+    monkeypatch.setattr(kind, name, held_up)
+    out = tmp_path / "out.ome.zarr"
+    dock.apply.out.setText(str(out))
+    dock.apply.apply.click()
+    qtbot.waitUntil(entered.is_set, timeout=60_000)
+    (cancel,) = [b for b in dock.apply.findChildren(QPushButton) if b.text() == "Cancel" and b.isVisibleTo(dock.apply)]
+    cancel.click()
+    assert dock.session.busy == ""
+    assert dock.apply.message.text().startswith("Stopped")
+    go_on.set()
+    qtbot.waitUntil(lambda: not any("Segmentation" in t.name for t in threading.enumerate()), timeout=60_000)
+    assert not out.exists()
+    dock.apply.apply.click()
+    finish(qtbot, dock)
+    assert dock.apply.message.text().startswith("Done")
+    assert_written(tmp_path, student, sample.image)
+
+
 def test_a_second_run_waits_until_applying_has_ended(applying, held, viewer, qtbot, painted_truth):
     paint(applying, painted_truth, [2])
     layer = applying.apply.layer

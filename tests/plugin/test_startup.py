@@ -31,6 +31,36 @@ def test_opening_the_dock_loads_no_torch(root, tmp_path):
     assert not loaded & {"torch", "timm", "torchvision"}
 
 
+READERS = """
+import sys, threading
+from qtpy.QtWidgets import QApplication
+app = QApplication([])
+from napari.components import ViewerModel
+from napari_distillfss._widgets.dock import DistillDock
+READERS = "distillfss_core.volumes.opening"
+seen = []
+class Finder:
+    def find_spec(self, name, *_):
+        if name == READERS:
+            seen.append(threading.current_thread() is threading.main_thread())
+sys.meta_path.insert(0, Finder())
+dock = DistillDock(ViewerModel())
+for thread in threading.enumerate():
+    if thread is not threading.main_thread() and not thread.daemon:
+        thread.join()
+print(READERS in sys.modules, seen)
+dock.session.close()
+"""
+
+
+def test_the_readers_of_volumes_are_imported_beside_the_window(root, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "XDG_DATA_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", READERS], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.stdout.split(maxsplit=1) == ["True", "[False]\n"], done.stderr
+
+
 LOADING = """
 import sys
 import distillfss_core as core

@@ -105,6 +105,35 @@ def test_a_job_that_is_abandoned_ends_at_once_and_what_comes_later_is_dropped(qt
     assert seen[2:] == [0, 1, "finished"]
 
 
+def test_a_job_in_turn_waits_for_what_was_abandoned(qtbot, tmp_path):
+    session, go_on, done = Session(tmp_path), threading.Event(), []
+    job = Job(session, "Writing", in_turn=True)
+
+    def writing(stop):
+        yield "first"
+        assert go_on.wait(10)
+        done.append("first")
+
+    def next_one(stop):
+        done.append("second")
+        yield "second"
+
+    with qtbot.waitSignal(job.stepped):
+        job.start(writing)
+    job.abandon()
+    assert not job.running
+    job.start(lambda stop: counting(stop, 0))
+    with qtbot.waitSignal(job.ended):  # also one that waits can be cancelled
+        job.cancel()
+    job.start(next_one)
+    qtbot.wait(200)
+    assert job.running
+    assert done == []
+    with qtbot.waitSignal(job.ended):
+        go_on.set()
+    assert done == ["first", "second"]
+
+
 def test_what_arrives_is_handled_one_by_one_also_where_a_slot_processes_events(qtbot):
     """napari's progress bars do so."""
     from qtpy.QtWidgets import QApplication
@@ -305,3 +334,32 @@ def test_an_error_of_a_run_that_is_waited_for_is_raised(qtbot):
     with pytest.raises(DistillFSSError, match="no stack"):
         wait_for_run(Counted(fails=True), "Generation of nuclei")
     assert not progress_dialogs()
+
+
+def test_what_the_dock_tells_gives_no_second_notification(qtbot, told):
+    import warnings
+
+    from napari.utils.notifications import notification_manager
+
+    from distillfss_core import IntensityWarning
+
+    go_on = threading.Event()
+
+    def warning(stop):
+        yield
+        warnings.warn("its intensities differ", IntensityWarning, stacklevel=1)
+        warnings.warn("a layer is odd", UserWarning, stacklevel=1)
+        assert go_on.wait(10)
+
+    with notification_manager, warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = notification_manager.receive_warning
+        job = Job(name="Segmentation")
+        with qtbot.waitSignal(job.stepped):
+            job.start(warning)
+        qtbot.waitUntil(lambda: "a layer is odd" in told())
+        warnings.warn("of a script in this process", IntensityWarning, stacklevel=1)
+        with qtbot.waitSignal(job.ended):
+            go_on.set()
+        assert warnings.showwarning == notification_manager.receive_warning
+    assert told() == ["a layer is odd", "of a script in this process"]

@@ -214,3 +214,31 @@ def test_a_widget_that_is_not_allowed_says_why(qtbot):
     for reason, text in (("no slice", "Learns. Not now: no slice"), ("busy", "Learns. Not now: busy"), ("", "Learns")):
         allow(part, reason)
         assert (part.isEnabled(), part.toolTip()) == (not reason, text)
+
+
+def test_a_long_choice_is_elided_in_the_middle_and_whole_in_the_tooltip(qtbot):
+    from qtpy.QtCore import QEvent, QPoint
+    from qtpy.QtGui import QHelpEvent
+    from qtpy.QtWidgets import QApplication, QToolTip
+
+    from napari_distillfss._widgets._common import combo
+
+    name = "experiment-2026-11-30-nuclei-in-the-first-well-of-the-second-plate-deconvolved.ome.zarr"
+    box = combo("The image to segment", (name, "short"))
+    qtbot.addWidget(box)
+    box.resize(180, 24)
+    box.show()
+
+    def tooltip():
+        QApplication.sendEvent(box, QHelpEvent(QEvent.Type.ToolTip, QPoint(5, 5), box.mapToGlobal(QPoint(5, 5))))
+        return QToolTip.text()
+
+    assert box.shown().startswith("exp")
+    assert box.shown().endswith("arr")
+    assert "…" in box.shown()
+    assert box.fontMetrics().horizontalAdvance(box.shown()) < 180
+    assert tooltip() == f"{name}\nThe image to segment"
+    assert box.currentText() == name
+    box.setCurrentIndex(1)
+    assert box.shown() == "short"
+    assert tooltip() == "The image to segment"

@@ -93,21 +93,23 @@ def write_metadata(path: Path, layout: Layout, description: Description, notes: 
     attributes["distillfss"] = present.get("distillfss", attributes["distillfss"])  # how it was begun, what is finished
     if present != attributes:
         group.attrs.put(attributes)
-    if image_of(path):
-        _list_in_image(path)
+    list_in_image(path, is_there=True)
     return arrays
 
 
-def _list_in_image(path: Path) -> None:
-    """Add labels to those that the image lists, one run at a time; what else is stated there stays."""
+def list_in_image(path: Path, *, is_there: bool) -> None:
+    """Add labels to those that their image lists, or take them off, one run at a time; what else is stated stays."""
     from filelock import FileLock
 
+    if not image_of(path):
+        return
     with FileLock(path.parent / ".distillfss.lock", timeout=60):
         labels: Any = _open_group(path.parent)
         stated = labels.attrs.asdict().get("ome", {})
         names = stated.get("labels", [])
-        if path.name not in names:
-            labels.attrs["ome"] = {"version": OME_VERSION, **stated, "labels": [*names, path.name]}
+        if (path.name in names) != is_there:
+            listed = [*names, path.name] if is_there else [name for name in names if name != path.name]
+            labels.attrs["ome"] = {"version": OME_VERSION, **stated, "labels": listed}
 
 
 def _open_group(path: Path) -> Any:

@@ -17,8 +17,9 @@ import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from distillfss_core.errors import InputFileError, OutputError, SettingsError
 from distillfss_core.io.writing import error_reason
 from distillfss_core.labelstore.journal import Journal
 from distillfss_core.labelstore.layout import Box, Index, Layout, as_box, overlap, slices
-from distillfss_core.labelstore.metadata import Description, check_place, image_of, write_metadata
+from distillfss_core.labelstore.metadata import Description, check_place, image_of, list_in_image, write_metadata
 from distillfss_core.labelstore.pyramid import coarsen_labels
 from distillfss_core.types import Array
 
@@ -108,6 +109,9 @@ class LabelStore:
                 self._arrays = write_metadata(path, layout, description, self.notes)
         except BaseException:
             self.journal.close()
+            if not mine:
+                with suppress(OutputError):
+                    remove_labels(path)
             raise
         self._done: dict[tuple[int, Index], dict[str, Any]] = {}
         for entry in self.journal.entries:
@@ -207,8 +211,13 @@ class LabelStore:
                 group.attrs["distillfss"] = attributes
 
     def close(self) -> None:
-        """Close the journal, and let other runs write there. What was noted is finished."""
+        """Close the journal, and let other runs write there. What was noted is finished; where nothing was, the labels
+        are removed: they would look like empty ones."""
         self.journal.close()
+        if not self.journal.entries and not sys.is_finalizing():
+            with suppress(OutputError):
+                remove_labels(self.path)
+                list_in_image(self.path, is_there=False)
 
     def _remember(self, entry: dict[str, Any]) -> None:
         z, y, x = entry["at"]

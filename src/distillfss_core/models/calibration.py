@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ _SECONDS = 0.5  # that each form is timed at least
 _GAIN = 0.95  # a form is taken before an exacter one if it takes less than this part of its time
 
 
-def fastest_form(
+def iter_fastest_form(
     forms: Sequence[Form],
     network: StudentNetwork,
     make: Callable[[str, str], Engine],
@@ -41,8 +41,10 @@ def fastest_form(
     *,
     measure: bool = True,
     clock: Callable[[], float] = time.perf_counter,
-) -> Form | None:
-    """The fastest of some engines and precisions, for windows of one size.
+) -> Generator[None, None, Form | None]:
+    """Find the fastest of some engines and precisions, for windows of one size; it pauses after each window.
+
+    Closed before its end, nothing is kept.
 
     Parameters
     ----------
@@ -68,7 +70,7 @@ def fastest_form(
     known = _cached(key, forms)
     times = known.get(window)
     if times is None and measure:
-        times = _time_forms(forms, make, window, clock)
+        times = yield from _iter_times(forms, make, window, clock)
         _keep(key, known | {window: times})
     if not times:
         return None
@@ -123,32 +125,38 @@ def cache_file() -> Path | None:
         return None
 
 
-def _time_forms(
+def _iter_times(
     forms: Sequence[Form], make: Callable[[str, str], Engine], window: tuple[int, int], clock: Callable[[], float]
-) -> dict[str, float]:
+) -> Generator[None, None, dict[str, float]]:
     """Seconds that a window takes at least; without the forms that fail."""
     image: Float[Tensor, "1 3 h w"] = torch.rand(1, 3, *window, generator=torch.Generator().manual_seed(0))
     times = {}
     for form in forms:
         try:
-            times[_name(form)] = _time(make(*form), image, clock)
+            times[_name(form)] = yield from _iter_time(make(*form), image, clock)
         except (SettingsError, RuntimeError) as error:
             log.info("%s is not timed: %s", _name(form), str(error).partition("\n")[0])
     return times
 
 
-@torch.inference_mode()
-def _time(run: Engine, image: Float[Tensor, "1 3 h w"], clock: Callable[[], float]) -> float:
-    run(image)  # prepares the engine, and its memory for this size
-    begun = clock()
-    least = float("inf")
-    while True:
+def _iter_time(
+    engine: Engine, image: Float[Tensor, "1 3 h w"], clock: Callable[[], float]
+) -> Generator[None, None, float]:
+    _run(engine, image)  # prepares the engine, and its memory for this size
+    yield
+    total, least = 0.0, float("inf")
+    while total < _SECONDS:
         start = clock()
-        run(image)
-        stop = clock()
-        least = min(least, stop - start)
-        if stop - begun >= _SECONDS:
-            return least
+        _run(engine, image)
+        seconds = clock() - start
+        total, least = total + seconds, min(least, seconds)
+        yield
+    return least
+
+
+@torch.inference_mode()
+def _run(engine: Engine, image: Float[Tensor, "1 3 h w"]) -> None:
+    engine(image)
 
 
 def _name(form: Form) -> str:

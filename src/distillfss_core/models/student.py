@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError
 from distillfss_core.models.batches import PIXELS
-from distillfss_core.models.calibration import Form, fastest_form, timed_forms
+from distillfss_core.models.calibration import Form, iter_fastest_form, timed_forms
 from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
 from distillfss_core.models.engines import Runner, StudentNetwork, auto_forms, choose_engine, choose_precision
 from distillfss_core.models.preprocess import Preprocess
@@ -28,7 +28,7 @@ from distillfss_core.nn.head import FewShotHead, HeadForm
 from distillfss_core.nn.pretrained import can_be_found_again, find_backbone
 from distillfss_core.nn.probe import Probe
 from distillfss_core.settings import ZOOMS
-from distillfss_core.types import Array
+from distillfss_core.types import Array, GeneratorRun, finish
 
 _OF_PROBE = ("inputs", "alone", "bound")
 KEEP_BACKBONE = (
@@ -147,6 +147,10 @@ class StudentModel(Segmenter):
         measure : bool
             Whether to time them, some seconds in all, where no times are in the user's cache.
         """
+        return finish(GeneratorRun(self.iter_calibrated(window, measure=measure)))
+
+    def iter_calibrated(self, window: tuple[int, int], *, measure: bool = True) -> Generator[None, None, StudentModel]:
+        """`calibrated`, which pauses after each window that is timed."""
         forms = self._forms()
         if len(forms) < 2:
             return self
@@ -154,7 +158,7 @@ class StudentModel(Segmenter):
         def make(engine: str, precision: str) -> Runner:
             return self._runner(engine, replace(self.device, precision=precision))
 
-        fastest = fastest_form(forms, self.network, make, window, measure=measure)
+        fastest = yield from iter_fastest_form(forms, self.network, make, window, measure=measure)
         if fastest is None or fastest == (self.engine, self.device.precision):
             return self
         return self._as_form(*fastest)

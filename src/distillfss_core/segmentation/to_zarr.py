@@ -39,7 +39,7 @@ from distillfss_core.nn.device import Device
 from distillfss_core.process import return_large_buffers
 from distillfss_core.segmentation.cluster import Connection, connect, iter_shards
 from distillfss_core.segmentation.modes import PlanewiseLabels, make_mode
-from distillfss_core.types import Array, as_run, finish
+from distillfss_core.types import Array, GeneratorRun, Result, as_run, finish
 from distillfss_core.volumes.volume import Volume
 
 log: logging.Logger = logging.getLogger(__name__)
@@ -57,7 +57,8 @@ class ShardDone:
     Parameters
     ----------
     index, total : int
-        Shards done (1..total), those finished before included, and shards in all, coarser levels included.
+        Shards done (1..total), those finished before included, and shards in all, coarser levels included. Both are 0
+        during the preparation.
     level : int
         0 is segmenting, 1.. is the pyramid.
     computed : bool
@@ -166,8 +167,8 @@ def iter_segment(
         Workers that segment the shards, as for `cluster.connect`; they load the model anew, on what devices they have.
         By default this process does it, on the device of ``model``.
     by_plane : bool
-        Give a step after each plane of a shard as well, with the index of the step before: the run can be closed there.
-        Shards of a cluster, and those that a GPU computes whole, have no such steps.
+        Give a step after each plane of a shard as well, with the index of the step before, and during the preparation:
+        the run can be closed there. Shards of a cluster, and those that a GPU computes whole, have no such steps.
 
     Yields
     ------
@@ -205,8 +206,9 @@ def iter_segment(
     check_shards(mode_labels.layout(None), wanted, volume.name)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
-    if cluster is None and (chosen := _fastest(model, mode_labels, wanted, begun)) is not model:
-        model, mode_labels = chosen, make_mode(mode, volume, chosen, tile)
+    clock = _Clock(start)
+    if cluster is None:
+        model, mode_labels = yield from _paused(_iter_fastest(model, mode_labels, wanted, begun, tile), clock, by_plane)
     with ExitStack() as stack:
         workers = stack.enter_context(connect(cluster)) if isinstance(cluster, str) else cluster
         if workers and volume.location is None:
@@ -221,11 +223,11 @@ def iter_segment(
         if (begun_with := _engine_of(store, engine)) != engine:
             engine, model = begun_with, _run_by(begun_with, model, store)
             mode_labels = make_mode(mode, volume, model, tile)
-        warning = mode_labels.segmenter.match()
+        warning = yield from _paused(_iter_match(mode_labels), clock, by_plane)
         plan = plan_work(store, wanted)
         if not plan.finished:
             warning = "; ".join(filter(None, (warning, mode_labels.compare(wanted))))
-        clock = _Clock(start, plan.total, plan.finished)
+        clock.begin(plan.total, plan.finished)
         if plan.finished:
             yield clock.step(0, computed=False, count=0)
         run: Generator[Index | None, None, None]
@@ -414,9 +416,13 @@ def _segmented_by(
 class _Clock:
     """Count steps and estimate the time that the rest takes."""
 
-    def __init__(self, start: float, total: int, finished: int) -> None:
-        self.start, self.total, self.index, self.computed = start, total, finished, 0
-        self._begun, self._pace = time.monotonic(), math.nan
+    def __init__(self, start: float) -> None:
+        self.start, self.total, self.index, self.computed = start, 0, 0, 0
+        self._begun, self._pace = start, math.nan
+
+    def begin(self, total: int, finished: int) -> None:
+        """Begin with the first of ``total`` shards that is not finished."""
+        self.total, self.index, self._begun = total, finished, time.monotonic()
 
     def step(self, level: int, *, computed: bool = True, count: int = 1) -> ShardDone:
         now = time.monotonic()
@@ -428,6 +434,24 @@ class _Clock:
         return ShardDone(self.index, self.total, level, computed, now - self.start, left)
 
 
+def _paused(
+    pauses: Generator[None, None, Result], clock: _Clock, is_wanted: bool
+) -> Generator[ShardDone, None, Result]:
+    """Do a part of the preparation; it gives a step at each pause where that is wanted."""
+    run = GeneratorRun(pauses)
+    for _ in run:
+        if is_wanted:
+            yield clock.step(0, count=0)
+    return run.result()
+
+
+def _iter_match(mode_labels: PlanewiseLabels) -> Generator[None, None, str]:
+    """`VolumeSegmenter.match`, and a pause."""
+    warning = mode_labels.segmenter.match()
+    yield
+    return warning
+
+
 def _path_to_image(volume: Volume, out: Path) -> str | None:
     """From the labels to the image they are of, as OME-Zarr has it."""
     if volume.identity.get("kind") != "ome-zarr" or volume.path is None:
@@ -435,16 +459,25 @@ def _path_to_image(volume: Volume, out: Path) -> str | None:
     return printable(Path(os.path.relpath(volume.path, out)).as_posix())
 
 
-def _fastest(model: StudentModel, mode_labels: PlanewiseLabels, wanted: Box, begun: Mapping[str, Any]) -> StudentModel:
-    """The model in the precision with which the labels were begun; or as is the fastest here, where it may choose."""
+def _iter_fastest(
+    model: StudentModel, mode_labels: PlanewiseLabels, wanted: Box, begun: Mapping[str, Any], tile: int | None
+) -> Generator[None, None, tuple[StudentModel, PlanewiseLabels]]:
+    """The model in the precision with which the labels were begun; or as is the fastest here, where it may choose.
+
+    With it comes the mode, whose model it is then.
+    """
     if begun:
         kind, _, precision = str(begun.get("device", "")).partition(" ")
-        return model.in_precision(precision) if kind == "cpu" else model
-    zoom = model.preprocess.zoom_factor
-    largest = max(model.tiles(mode_labels.segmenter.shape, tile=mode_labels.tile), key=lambda tile: tile.area)
-    height, width = (int(-(-(s.stop - s.start) // model.step) * model.step * zoom) for s in largest.outer)
-    pixels = math.prod(stop - start for start, stop in wanted) * zoom**2
-    return model.calibrated((height, width), measure=pixels >= WORTH)
+        chosen = model.in_precision(precision) if kind == "cpu" else model
+    else:
+        zoom = model.preprocess.zoom_factor
+        largest = max(model.tiles(mode_labels.segmenter.shape, tile=mode_labels.tile), key=lambda tile: tile.area)
+        height, width = (int(-(-(s.stop - s.start) // model.step) * model.step * zoom) for s in largest.outer)
+        pixels = math.prod(stop - start for start, stop in wanted) * zoom**2
+        chosen = yield from model.iter_calibrated((height, width), measure=pixels >= WORTH)
+    if chosen is model:
+        return model, mode_labels
+    return chosen, make_mode(mode_labels.mode, mode_labels.volume, chosen, tile)
 
 
 def _engine_of(store: LabelStore, engine: str) -> str:

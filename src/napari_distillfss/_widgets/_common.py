@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from napari.utils import progress
 from napari.utils.notifications import show_info, show_warning
 from qtpy.QtCore import QEvent, QObject, QRect, QSize, Qt
-from qtpy.QtGui import QAction, QKeyEvent, QResizeEvent
+from qtpy.QtGui import QAction, QHelpEvent, QKeyEvent, QPaintEvent, QResizeEvent
 from qtpy.QtWidgets import (
     QAbstractSpinBox,
     QApplication,
@@ -27,7 +27,11 @@ from qtpy.QtWidgets import (
     QPushButton,
     QSizePolicy,
     QSpinBox,
+    QStyle,
+    QStyleOptionComboBox,
+    QStylePainter,
     QToolButton,
+    QToolTip,
     QVBoxLayout,
     QWidget,
 )
@@ -43,6 +47,7 @@ from napari_distillfss._widgets._colors import ERROR, Tone
 
 Later = TypeVar("Later", bound=QObject)
 
+_MARGIN = 2  # pixels beside the text of a combo box
 _LINES = 3  # of text that a message has room for
 _ANY_HEIGHT = 100_000  # pixels
 _NEW_LOOK = (QEvent.Type.StyleChange, QEvent.Type.PaletteChange)
@@ -166,6 +171,36 @@ class ToneList(QListWidget):
                 if item is not None and item.data(_TONE) is not None:
                     self.set_tone(item, item.data(_TONE))
             self.blockSignals(was_blocked)
+
+
+class Choice(QComboBox):
+    """A combo box that elides a long text in the middle, and has it whole in the tooltip then."""
+
+    def shown(self) -> str:
+        """The text as there is room for it."""
+        return self._option().currentText or ""
+
+    def paintEvent(self, _: QPaintEvent | None) -> None:
+        painter, option = QStylePainter(self), self._option()
+        painter.drawComplexControl(QStyle.ComplexControl.CC_ComboBox, option)
+        painter.drawControl(QStyle.ControlElement.CE_ComboBoxLabel, option)
+
+    def event(self, event: QEvent | None) -> bool:
+        if isinstance(event, QHelpEvent) and event.type() == QEvent.Type.ToolTip:
+            whole = self.currentText()
+            lines = [self.toolTip()] if self.shown() == whole else [whole, self.toolTip()]
+            QToolTip.showText(event.globalPos(), "\n".join(filter(None, lines)), self)
+            return True
+        return super().event(event)
+
+    def _option(self) -> QStyleOptionComboBox:
+        option, style = QStyleOptionComboBox(), self.style()
+        self.initStyleOption(option)
+        assert style is not None  # every widget has one
+        parts = QStyle.ComplexControl.CC_ComboBox, option, QStyle.SubControl.SC_ComboBoxEditField, self
+        width = style.subControlRect(*parts).width() - 2 * _MARGIN
+        option.currentText = self.fontMetrics().elidedText(self.currentText(), Qt.TextElideMode.ElideMiddle, width)
+        return option
 
 
 class Section(QWidget):
@@ -463,7 +498,7 @@ def allow(part: QWidget, reason: str = "") -> None:
 
 def combo(tooltip: str, choices: tuple[str, ...] = ()) -> QComboBox:
     """A combo box that fits the dock whatever the length of its items."""
-    made = QComboBox()
+    made = Choice()
     made.setToolTip(tooltip)
     made.addItems(choices)
     made.setSizeAdjustPolicy(QComboBox.SizeAdjustPolicy.AdjustToMinimumContentsLengthWithIcon)

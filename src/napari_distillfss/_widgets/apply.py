@@ -114,7 +114,7 @@ class ApplyWidget(QWidget):
         self.apply = button(
             "Apply", "Segment into OME-Zarr. After a cancel or crash, Apply continues the run", self.start
         )
-        self.job = Job(session, "Segmentation", self)
+        self.job = Job(session, "Segmentation", self, in_turn=True)
         self.message = Message(self._no_model)
         self.offer = ReplaceOffer(session, self.job)
         self.anew = button("Replace labels", "Replace the labels that are there, and begin anew", self.start_anew)
@@ -132,6 +132,7 @@ class ApplyWidget(QWidget):
                 self.job,
                 cancel="Stop; what is written is kept, and Apply goes on from there",
                 instead_of=told,
+                is_patient=lambda: self._written,
             ),
             told,
             Section("Many volumes", self.batch, tooltip="Folders of files, open layers, time points", unfolded=False),
@@ -446,7 +447,7 @@ class ObjectsWidget(QWidget):
         self.radius.setToolTip("Radius of a typical object, in the unit of the pixel size, for the watershed")
         self.smallest = spin(1, 10**9, 20, "Objects of fewer voxels are left out")
         self.count = button("Count objects", "Number and measure the objects of the labels", self.start)
-        self.job = Job(session, "Object count", self)
+        self.job = Job(session, "Object count", self, in_turn=True)
         self.table = ObjectTable()
         self.save_labels = button(
             "Labels as TIFF…",
@@ -464,7 +465,12 @@ class ObjectsWidget(QWidget):
             row("Class", self.of_class),
             row("Min. size (voxels)", self.smallest),
             self.count,
-            JobBar(self.job, cancel="Stop; Count objects begins again", instead_of=self.message),
+            JobBar(
+                self.job,
+                cancel="Stop; Count objects begins again",
+                instead_of=self.message,
+                is_patient=lambda: False,
+            ),
             row(self.save_labels, self.save_table),
             JobBar(
                 self.exporting,

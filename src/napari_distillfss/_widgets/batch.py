@@ -58,7 +58,7 @@ class BatchWidget(QWidget):
         self.replace = QCheckBox("Replace existing labels")
         self.replace.setToolTip("Replace labels that this plugin has written; other files are never replaced")
         self.run = button("Segment all", "Segment one volume after another. After a cancel it continues", self.start)
-        self.job = Job(session, "Batch segmentation", self)
+        self.job = Job(session, "Batch segmentation", self, in_turn=True)
         self.rows = QTableWidget(0, len(_COLUMNS))
         self.rows.setHorizontalHeaderLabels(_COLUMNS)
         self.rows.setToolTip("The report; click a row to read its note")
@@ -98,6 +98,7 @@ class BatchWidget(QWidget):
                 self.job,
                 cancel="Stop; what is written is kept, and Segment all goes on from there",
                 instead_of=told,
+                is_patient=lambda: False,
             ),
             told,
             self.rows,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 from weakref import ref
 
@@ -71,6 +72,7 @@ class DistillDock(QScrollArea):
         if _going_on.pop(id(self), None) is not None:
             return
         super().__init__()
+        Thread(target=getattr, args=(core, "open_volume"), name="distillfss readers").start()  # imports them
         self.viewer = _bare(napari_viewer)
         self._is_docked = False
         self._window: Callable[[], QMainWindow | None] = lambda: None  # that showed it last

@@ -11,12 +11,13 @@ import torch
 
 from distillfss_core.errors import SettingsError
 from distillfss_core.models import calibration
-from distillfss_core.models.calibration import Form, fastest_form, timed_forms
+from distillfss_core.models.calibration import Form, iter_fastest_form, timed_forms
 from distillfss_core.models.engines import auto_forms
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
 from distillfss_core.segmentation import to_zarr
 from distillfss_core.segmentation.to_zarr import iter_segment, segment_to_zarr
+from distillfss_core.types import GeneratorRun, finish
 from distillfss_core.volumes.volume import open_volume
 from pictures import blobs
 
@@ -45,7 +46,10 @@ class Machine:
         return run
 
     def fastest(self, network, *, measure: bool = True, forms=FORMS) -> Form | None:
-        return fastest_form(forms, network, self.make, WINDOW, measure=measure, clock=lambda: self.now)
+        return finish(GeneratorRun(self.iter_fastest(network, measure=measure, forms=forms)))
+
+    def iter_fastest(self, network, *, measure: bool = True, forms=FORMS):
+        return iter_fastest_form(forms, network, self.make, WINDOW, measure=measure, clock=lambda: self.now)
 
 
 @pytest.fixture
@@ -87,6 +91,18 @@ def test_times_are_found_again_in_the_cache(network, cache, monkeypatch):
         assert other.fastest(network) == ORT
         assert other.made == FORMS
     assert len(json.loads(cache.read_text())["times"]) == 4
+
+
+def test_timing_pauses_after_each_window_and_keeps_nothing_that_is_not_whole(network, cache):
+    machine = Machine({ORT: 0.3, VINO: 0.2, ROUNDED: 0.5})
+    run = machine.iter_fastest(network)
+    for windows in range(1, 5):
+        next(run)
+        assert machine.now == pytest.approx({1: 0.3, 2: 0.6, 3: 0.9, 4: 1.1}[windows])
+    run.close()
+    assert machine.made == [ORT, VINO]
+    assert not cache.exists()
+    assert machine.fastest(network) == VINO
 
 
 def _with_times(content: dict, times: object) -> bytes:
@@ -177,11 +193,12 @@ def _choosing(monkeypatch, form: Form) -> list[list[Form]]:
     """Have this form chosen; gives what it was chosen from."""
     asked: list[list[Form]] = []
 
-    def choose(forms, *args: object, **options: object) -> Form:
+    def choose(forms, *args: object, **options: object):
+        yield
         asked.append(list(forms))
         return form
 
-    monkeypatch.setattr("distillfss_core.models.student.fastest_form", choose)
+    monkeypatch.setattr("distillfss_core.models.student.iter_fastest_form", choose)
     return asked
 
 
@@ -220,9 +237,13 @@ def test_a_run_goes_on_in_the_precision_it_was_begun_with(network, plain_student
 
 def test_a_short_run_is_not_delayed_by_timing(network, plain_student, tmp_path, monkeypatch):
     measured = []
-    monkeypatch.setattr(
-        StudentModel, "calibrated", lambda self, window, *, measure: measured.append((window, measure)) or self
-    )
+
+    def noting(self, window, *, measure):
+        yield
+        measured.append((window, measure))
+        return self
+
+    monkeypatch.setattr(StudentModel, "iter_calibrated", noting)
     volume, free = open_volume(blobs(3, 200).image[None]), copy.copy(plain_student).to("cpu", "auto", "auto")
     segment_to_zarr(volume, free, tmp_path / "short.zarr")
     monkeypatch.setattr(to_zarr, "WORTH", 200 * 200)

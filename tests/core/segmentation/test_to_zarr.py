@@ -184,7 +184,9 @@ def test_a_run_by_planes_pauses_within_each_shard(plain_student, tmp_path, mode)
     volume, options = open_volume(STACK[:, :100, :100]), {"tile": TILE, "mode": mode}
     segment_to_zarr(volume, plain_student, tmp_path / "once.ome.zarr", **options)
     run = iter_segment(volume, plain_student, tmp_path / "parts.ome.zarr", by_plane=True, **options)
-    first = next(run)
+    preparing = next(run)
+    assert (preparing.index, preparing.total) == (0, 0)
+    first = next(step for step in run if step.total)
     assert (first.index, first.total > 1, np.isnan(first.eta)) == (0, True, True)
     run.close()
     run = iter_segment(volume, plain_student, tmp_path / "parts.ome.zarr", resume=True, by_plane=True, **options)
@@ -396,3 +398,51 @@ def test_a_volume_that_states_an_absurd_size_is_refused(plain_student, tmp_path)
     with pytest.raises(SettingsError, match=r"102399999998976 voxels .* at most 8796093022208 are possible in one run"):
         segment_to_zarr(volume, plain_student, tmp_path / "o.ome.zarr")
     assert not (tmp_path / "o.ome.zarr").exists()
+
+
+def test_a_run_that_is_closed_before_its_first_shard_leaves_nothing(volume, plain_student, tmp_path):
+    image, out = tmp_path / "image.ome.zarr", tmp_path / "out.ome.zarr"
+    before = files_of(tmp_path)
+    for labels in (out, image / "labels" / "blob"):
+        run = iter_segment(volume, plain_student, labels, tile=TILE, by_plane=True)
+        step = next(run)
+        assert (step.index, step.total) == (0, 0)  # the preparation
+        while not step.total:
+            step = next(run)
+        assert step.index == 0
+        assert labels.is_dir()
+        run.close()
+        assert not labels.exists()
+    after = files_of(tmp_path)
+    listed = json.loads(after.pop(str(Path("image.ome.zarr", "labels", "zarr.json"))))
+    assert listed["attributes"]["ome"]["labels"] == []
+    after.pop(str(Path("image.ome.zarr", "labels", ".distillfss.lock")), None)
+    assert after == before
+
+
+def test_a_run_that_is_closed_later_keeps_what_is_finished(volume, plain_student, expected, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    run = iter_segment(volume, plain_student, out, tile=TILE)
+    next(run)
+    run.close()
+    assert next(iter_segment(volume, plain_student, out, tile=TILE, resume=True)).index >= 1
+    segment_to_zarr(volume, plain_student, out, resume=True, tile=TILE)
+    np.testing.assert_array_equal(labels_of(out), expected)
+
+
+def test_a_volume_that_cannot_be_segmented_leaves_nothing(plain_student, tmp_path):
+    stack = STACK.astype(np.float32)
+    stack[0, :3] = np.nan
+    with pytest.raises(ImageError, match="NaN"):
+        segment_to_zarr(open_volume(stack), plain_student, tmp_path / "out.ome.zarr", tile=TILE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_others_have_put_among_labels_that_were_just_begun_stays(volume, plain_student, tmp_path):
+    out = tmp_path / "out.ome.zarr"
+    run = iter_segment(volume, plain_student, out, tile=TILE, by_plane=True)
+    while not next(run).total:
+        pass
+    (out / "notes.txt").write_text("mine")
+    run.close()
+    assert (out / "notes.txt").read_text() == "mine"
