@@ -195,7 +195,7 @@ def iter_segment(
     InputFileError, ImageError
         If the volume is damaged, has other channels than the model, or is not finite somewhere.
     """
-    start = time.monotonic()
+    clock = _Clock(time.monotonic())
     check_choice(resume=resume, overwrite=overwrite)
     return_large_buffers()
     wanted = check_region(volume, region)
@@ -206,7 +206,6 @@ def iter_segment(
     check_shards(mode_labels.layout(None), wanted, volume.name)
     out, missing = Path(out), set[str]()
     check_apart(out, volume.path)
-    clock = _Clock(start)
     if cluster is None:
         model, mode_labels = yield from _paused(_iter_fastest(model, mode_labels, wanted, begun, tile), clock, by_plane)
     with ExitStack() as stack:
@@ -245,7 +244,7 @@ def iter_segment(
         for level, index in plan.coarser:
             yield clock.step(level, computed=store.coarsen(level, index))
         store.finish(wanted)
-    chunks, seconds = len(volume.missing | missing), time.monotonic() - start
+    chunks, seconds = len(volume.missing | missing), time.monotonic() - clock.start
     ran = f"{store.notes['engine']} {device.split()[-1]}"
     return VolumeReport(out, clock.computed, plan.finished, chunks, seconds, warning, ran)
 
