@@ -211,9 +211,12 @@ class LabelStore:
                 group.attrs["distillfss"] = attributes
 
     def close(self) -> None:
-        """Close the journal, and let other runs write there. What was noted is finished; where nothing was, the labels
-        are removed: they would look like empty ones."""
+        """Close the journal, and let other runs write there. What was noted is finished."""
         self.journal.close()
+
+    def leave(self) -> None:
+        """`close`; where nothing is finished, the labels are removed, as they would look like empty ones."""
+        self.close()
         if not self.journal.entries and not sys.is_finalizing():
             with suppress(OutputError):
                 remove_labels(self.path)
