@@ -34,7 +34,7 @@ from PIL import Image
 
 from distillfss_core.errors import DistillFSSError
 from distillfss_core.io.images import read_stack
-from distillfss_core.io.labels import load_support_arrays, read_label_stack
+from distillfss_core.io.labels import load_pair, read_label_stack
 from distillfss_core.volumes.volume import open_volume
 
 OUTCOMES = ("error", "warning", "equal", "as stated", "silent", "traceback", "hang", "memory")
@@ -291,7 +291,7 @@ DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
 
 
 def _as_support(path: Path) -> np.ndarray:
-    slices, _ = load_support_arrays(path, path, mode="binary")
+    slices, _ = load_pair(path, path, None, "binary", None)
     return np.stack([s.image for s in slices])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distillfss_core.errors import InputFileError, SettingsError, SupportSetError
 from distillfss_core.io.images import READABLE
-from distillfss_core.io.labels import check_threshold, labels_from_image, load_support_arrays
+from distillfss_core.io.labels import labels_from_image
 from distillfss_core.io.writing import make_folder, write_labels, write_stack
 from distillfss_core.metrics import evaluate
 from distillfss_core.models.segmenter import Segmenter
@@ -19,7 +19,7 @@ from distillfss_core.process import peak_mb
 from distillfss_core.samples import generate_sample
 from distillfss_core.settings import DistillSettings, parse_zoom
 from distillfss_core.support.slice_selection import suggest_planes
-from distillfss_core.support.support_set import SupportSet
+from distillfss_core.support.support_set import SupportSet, load_support
 from distillfss_core.training import iter_distill, unrefined_teacher
 from distillfss_core.types import AnnotatedSlice, Array, TrainStep, as_run, finish
 from distillfss_core.volumes.source import UNITS
@@ -158,21 +158,15 @@ def own_data(
         images, labels = source / "images", source / "labels"
         if not (images.is_dir() and labels.is_dir()):
             raise InputFileError(f"{source}: holds no folders images and labels; make them, or give two paths")
-    names = tuple(classes) if classes else ("object",)
-    mode = "scribbles" if scribbles else "classes" if classes else "binary"
-    check_threshold(mode, binary_threshold)
-    slices, same_volume = load_support_arrays(
-        images, labels, mode=mode, n_classes=len(names), binary_threshold=binary_threshold
-    )
+    own = load_support(images, labels, classes=classes, scribbles=scribbles, binary_threshold=binary_threshold)
+    slices = own.slices
     if len(slices) < 2:
         raise SupportSetError(f"{source}: holds 1 labeled slice; give two, one to learn from and one to be judged on")
     if supports < 1:
         raise SettingsError(f"supports is {supports}; give 1 or more")
     kept = len(slices) - max(1, round(len(slices) * QUERY_SHARE))
     chosen = [slices[i] for i in suggest_planes(kept, min(supports, kept))]
-    return DemoData(
-        source.name or str(source), SupportSet(tuple(chosen), names, None, same_volume), tuple(slices[kept:])
-    )
+    return DemoData(source.name or str(source), replace(own, slices=chosen), tuple(slices[kept:]))
 
 
 @as_run

@@ -136,7 +136,7 @@ def _peers(args: argparse.Namespace) -> int:
     from distillfss_core.bench.tables import peers_tables
 
     peers = args.baselines or [name for name in PEERS if name != "teacher"]
-    _check_names(peers, PEERS, "peers")
+    _check_names(peers, PEERS, "baselines")
     _check_names(args.supports, SUPPORT_KINDS, "supports")
     return _run(args, "peers", _jobs(args, range(args.seeds), args.supports, peers), peers_tables)
 

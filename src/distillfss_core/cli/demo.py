@@ -36,12 +36,10 @@ def add_demo(commands: Any) -> None:
         metavar="PATH",
         help="a folder that holds images and labels, or IMAGES LABELS as for distill; the last third is judged on",
     )
-    parser.add_argument(
-        "--sample", choices=SAMPLES, default="nuclei", help="what to generate, unless there is --data (default: nuclei)"
-    )
+    parser.add_argument("--sample", choices=SAMPLES, help="what to generate, unless there is --data (default: nuclei)")
     parser.add_argument("--supports", type=positive, metavar="N", help="slices to learn from (default: 5)")
-    parser.add_argument("--planes", type=positive, default=12, metavar="N", help="planes to generate (default: 12)")
-    parser.add_argument("--size", type=positive, default=384, metavar="N", help="their side in pixels (default: 384)")
+    parser.add_argument("--planes", type=positive, metavar="N", help="planes to generate (default: 12)")
+    parser.add_argument("--size", type=positive, metavar="N", help="their side in pixels (default: 384)")
     add_label_options(parser)
     add_overwrite(parser)
     add_settings(parser)
@@ -55,6 +53,10 @@ def _demo(args: argparse.Namespace) -> int:
         raise SettingsError(f"--data has {len(args.data)} paths; give a folder, or images and labels")
     if not args.data and (args.classes or args.scribbles or args.binary_threshold is not None):
         raise SettingsError("--classes, --scribbles and --binary-threshold are for your own data; give it with --data")
+    generated = {"planes": args.planes, "size": args.size, "kind": args.sample}
+    generated = {name: value for name, value in generated.items() if value is not None}
+    if args.data and generated:
+        raise SettingsError("--planes, --size and --sample are for generated data; leave them out, or --data")
 
     from distillfss_core.demo import (
         DEMO_FOLDER,
@@ -79,7 +81,7 @@ def _demo(args: argparse.Namespace) -> int:
             binary_threshold=args.binary_threshold,
         )
     else:
-        data = generated_data(args.planes, args.size, supports, settings.seed, args.sample)
+        data = generated_data(supports=supports, seed=settings.seed, **generated)
     folder = args.output or Path(DEMO_FOLDER)
     check_folder_name(folder)
     reads = [inner for path in args.data or () for inner in (path, path / "images", path / "labels")]

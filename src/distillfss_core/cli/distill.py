@@ -68,7 +68,8 @@ def add_distill(commands: Any) -> None:
         default="auto",
         metavar="auto|none|PATH",
         help="images without labels that the model learns from as well: auto: other planes or files of IMAGES if "
-        "--foundation or --specialize is given, else none; or a file, volume or folder (default auto)",
+        "--foundation or --specialize is given, else none; or a file, volume or folder, of which --channel, --time and "
+        "the like choose as of IMAGES (default auto)",
     )
     parser.add_argument("--init-from", type=Path, metavar="MODEL", help="go on from this model with these slices")
     parser.add_argument(
@@ -163,7 +164,7 @@ def _unlabeled_images(
     if args.unlabeled == "none" or (args.unlabeled == "auto" and not settings.uses_unlabeled):
         return ()
     if args.unlabeled != "auto":
-        return load_unlabeled(args.unlabeled, support)
+        return load_unlabeled(args.unlabeled, support, **given_opening(args))
     pairs = pair_volumes(args.images, args.labels)
     known = [path for pair in pairs for path in pair] if args.images.is_dir() else []
     return load_unlabeled(args.images, support, leave_out=known, region=args.region, **given_opening(args))

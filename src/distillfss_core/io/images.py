@@ -70,8 +70,10 @@ class Pixels:
 def read_image(path: PathLike) -> Array:
     """Read one plane.
 
-    Palettes become RGB; an alpha channel that is the same everywhere is dropped, any other is kept as a channel. A PNG
-    or JPEG is turned as its EXIF orientation states; a TIFF is read as it is stored, and the log names an orientation.
+    Palettes of PNG and BMP become RGB. Of a TIFF the numbers are read, as its palette mostly is a lookup table by which
+    ImageJ shows intensities. An alpha channel that is the same everywhere is dropped, any other is kept as a channel.
+    A PNG or JPEG is turned as its EXIF orientation states; a TIFF is read as it is stored, and the log names an
+    orientation.
 
     Returns
     -------

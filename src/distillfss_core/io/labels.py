@@ -225,57 +225,6 @@ def _without_pickled_duplicates(pairs: list[tuple[Path, Path]]) -> list[tuple[Pa
     return [pair for pair in pairs if pair not in dropped]
 
 
-def load_support_arrays(
-    images: PathLike,
-    labels: PathLike,
-    planes: Sequence[int] | None = None,
-    mode: str = "binary",
-    n_classes: int | None = None,
-    *,
-    binary_threshold: float | None = None,
-) -> tuple[list[AnnotatedSlice], bool]:
-    """Read annotated slices from folders, from one image and its labels, or from planes of a stack.
-
-    Parameters
-    ----------
-    images, labels : path
-        As for `pair_files`.
-    planes : sequence of int, optional
-        Planes of a stack, counted from 0; by default all that have any label. With a label file of one plane, the
-        one plane it belongs to.
-    mode, n_classes
-        As for `labels_from_image`.
-    binary_threshold : float, optional
-        As for `read_labels`.
-
-    Returns
-    -------
-    slices : list of AnnotatedSlice
-    of_one_volume : bool
-        Whether all are planes of one stack, so that one range of intensities serves them all.
-
-    Raises
-    ------
-    InputFileError, ImageError
-        As `pair_files`, `read_image`, `read_labels` and `labels_from_image` do, or if sizes differ.
-    SettingsError
-        If a plane is outside the stack, or planes are given and there is no stack.
-    SupportSetError
-        If a stack has no labeled plane.
-    """
-    pairs = pair_files(images, labels)
-    if planes is not None and Path(images).is_dir():
-        raise SettingsError(f"planes are given, but {images} is a folder; give one stack and its labels")
-    slices: list[AnnotatedSlice] = []
-    from_stack = False
-    for image_path, label_path in pairs:
-        read_slices, from_stack = load_pair(
-            image_path, label_path, planes, mode, n_classes, binary_threshold, in_folder=Path(images).is_dir()
-        )
-        slices += read_slices
-    return slices, from_stack and len(pairs) == 1
-
-
 def load_pair(
     image_path: Path,
     label_path: Path,
@@ -286,9 +235,29 @@ def load_pair(
     *,
     in_folder: bool = False,
 ) -> tuple[list[AnnotatedSlice], bool]:
-    """Slices of one image file, and whether it is a stack; as `load_support_arrays`.
+    """Annotated slices of one image file and its labels, and whether it is a stack.
 
-    ``in_folder``: a file of an OME-TIFF of several files stands for its own planes.
+    Parameters
+    ----------
+    image_path, label_path : path
+    planes : sequence of int, optional
+        Planes of a stack, counted from 0; by default all that have any label. With a label file of one plane, the
+        one plane it belongs to.
+    mode, n_classes
+        As for `labels_from_image`.
+    binary_threshold : float, optional
+        As for `read_labels`.
+    in_folder : bool
+        A file of an OME-TIFF of several files stands for its own planes.
+
+    Raises
+    ------
+    InputFileError, ImageError
+        As `read_image`, `read_labels` and `labels_from_image` do, or if sizes differ.
+    SettingsError
+        If a plane is outside the stack, or planes are given and there is no stack.
+    SupportSetError
+        If a stack has no labeled plane.
     """
     labels_in = read_pixels(label_path, palette_numbers=binary_threshold is None, own_planes=in_folder)
     # A .npy file does not say what its axes are; the labels beside it do.

@@ -103,3 +103,8 @@ def test_help_loads_nothing_heavy(root):
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines()[-1] == "False", done.stderr
+
+
+def test_an_unknown_baseline_is_named_with_its_option(here, capsys):
+    assert main(["bench", "peers", "--data", "own=mine", "--baselines=forrest", "-o", "out"]) == ERROR
+    assert "--baselines has 'forrest'; choose of" in capsys.readouterr().err

@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import zarr
 from PIL import Image
 
-from distillfss_core import DistillSettings, SettingsError, generate_sample
+from distillfss_core import DistillSettings, SettingsError, generate_sample, load_support
 from distillfss_core.cli.console import ERROR, FINE, INTERRUPTED, USAGE
+from distillfss_core.cli.distill import _unlabeled_images
 from distillfss_core.cli.main import build_parser, main
 from distillfss_core.errors import WeightsUnavailableError
 from distillfss_core.io.images import read_image, read_stack
@@ -267,6 +269,16 @@ def test_distill_learns_from_images_without_labels(here, capsys, monkeypatch):
     assert "foundation" not in card
     assert run(*made, "--unlabeled=nowhere") == ERROR
     assert "nowhere: no such file or folder" in capsys.readouterr().err
+
+
+def test_images_without_labels_are_opened_as_the_annotated_ones_are(here):
+    planes = read_stack("stack.tif")
+    two = np.stack([planes * 0, planes], 1)
+    tifffile.imwrite("two.ome.tif", two, photometric="minisblack", metadata={"axes": "ZCYX"})
+    options = ["--unlabeled=two.ome.tif", "--channel=1"]
+    args = build_parser().parse_args(["distill", "stack.tif", "stack_labels.tif", "-o", "m", *options])
+    images = _unlabeled_images(args, DistillSettings(), load_support("stack.tif", "stack_labels.tif", planes=[0, 2]))
+    assert [image.pixels.tolist() for image in images] == [planes[1].tolist(), planes[3].tolist()]
 
 
 def test_single_files_and_named_classes(here, capsys):
@@ -693,6 +705,24 @@ def test_the_demo_runs_on_own_data_and_prints_a_table(here, capsys):
     assert "no folders images and labels" in error_of(capsys, "demo", "--data", "distillfss-demo")
     one = ("mine/images/plane_0.tif", "mine/labels/plane_0_mask.tif")
     assert "holds 1 labeled slice" in error_of(capsys, "demo", "--data", *one)
+
+
+def test_own_data_of_the_demo_may_be_volumes(here):
+    from distillfss_core.demo import own_data
+
+    stacks = {name: read_stack(f"{name}.tif") for name in ("stack", "stack_labels")}
+    for name, stack in stacks.items():
+        zarr.save_array(f"{name}.zarr", stack)
+    data = own_data("stack.zarr", "stack_labels.zarr", supports=2)
+    assert [q.source for q in data.queries] == ["stack.zarr plane 3"]
+    assert data.support.planes_of_one_volume
+    np.testing.assert_array_equal(data.queries[0].image, stacks["stack"][3])
+
+
+@pytest.mark.parametrize("option", ["--planes=4", "--size=96", "--sample=nuclei"])
+def test_options_of_generated_data_are_refused_beside_own_data(here, capsys, option):
+    said = error_of(capsys, "demo", "--data", "stack.tif", "stack_labels.tif", option)
+    assert "--planes, --size and --sample are for generated data" in said
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import zarr
 
 from distillfss_core.errors import InputFileError
 from distillfss_core.io.images import read_stack
-from distillfss_core.io.labels import load_support_arrays, read_label_stack
+from distillfss_core.io.labels import load_pair, read_label_stack
 from distillfss_core.io.writing import write_labels
 from distillfss_core.segmentation.batch import plan_batch
+from distillfss_core.support.support_set import load_support
 from distillfss_core.volumes.volume import open_volume
 from ome_sets import OME, ome_xml, write_ome_set, write_pages
 
@@ -30,7 +31,7 @@ def as_labels(path: Path) -> np.ndarray:
 
 
 def as_support(path: Path) -> np.ndarray:
-    slices, _ = load_support_arrays(path, path, mode="classes")
+    slices, _ = load_pair(path, path, None, "classes", None)
     return np.stack([s.image for s in slices])
 
 
@@ -192,7 +193,7 @@ def test_in_a_folder_a_file_of_a_set_stands_for_its_own_planes(tmp_path, files):
         tifffile.imwrite(
             tmp_path / f"labels/z{k}_mask.tif", STACK[k * each : (k + 1) * each] % 2, photometric="minisblack"
         )
-    slices, _ = load_support_arrays(tmp_path / "set", tmp_path / "labels")
+    slices = load_support(tmp_path / "set", tmp_path / "labels").slices
     np.testing.assert_array_equal(np.stack([s.image for s in slices]), STACK)
     np.testing.assert_array_equal(np.stack([s.labels for s in slices]), STACK % 2)
     paths[1].unlink()

@@ -14,8 +14,9 @@ from PIL import Image
 from distillfss_core.errors import ImageError, InputFileError, OutputError, SettingsError, SupportSetError
 from distillfss_core.io import images, writing
 from distillfss_core.io.images import read_image, read_stack
-from distillfss_core.io.labels import labels_from_image, load_support_arrays, pair_files, read_label_stack, read_labels
+from distillfss_core.io.labels import labels_from_image, pair_files, read_label_stack, read_labels
 from distillfss_core.io.writing import atomic_path, write_float_tiff, write_label_stack, write_labels, write_stack
+from distillfss_core.support.support_set import load_support
 from distillfss_core.types import IGNORE
 from distillfss_core.volumes.volume import open_volume
 
@@ -83,6 +84,11 @@ def test_a_palette_image_becomes_rgb_and_palette_labels_stay_numbers(tmp_path):
     assert image.shape == (20, 30, 3)
     np.testing.assert_array_equal(labels, GRAY % 3)
     assert (image[labels == 1] == (255, 0, 0)).all()
+
+
+def test_a_tiff_gives_its_numbers_whatever_its_lookup_table(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", GRAY, photometric="palette", colormap=np.zeros((3, 256), np.uint16))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.tif"), GRAY)
 
 
 def test_an_alpha_that_says_nothing_is_dropped(tmp_path):
@@ -319,8 +325,9 @@ def test_what_does_not_pair_is_said(folders, tmp_path):
 def test_folders_become_slices(folders):
     png(folders[0] / "a.png", GRAY)
     png(folders[1] / "a_mask.png", (GRAY > 99).astype(np.uint8) * 255)
-    (one,), of_one_volume = load_support_arrays(*folders)
-    assert not of_one_volume
+    support = load_support(*folders)
+    (one,) = support.slices
+    assert not support.planes_of_one_volume
     np.testing.assert_array_equal(one.image, GRAY)
     np.testing.assert_array_equal(one.labels, GRAY > 99)
     assert one.source == "a.png"
@@ -336,54 +343,55 @@ def stack_pair(tmp_path):
 
 
 def test_all_labeled_planes_of_a_stack_are_taken(stack_pair):
-    slices, of_one_volume = load_support_arrays(*stack_pair)
-    assert of_one_volume
+    support = load_support(*stack_pair)
+    slices = support.slices
+    assert support.planes_of_one_volume
     assert [s.source for s in slices] == ["image.tif plane 1", "image.tif plane 3"]
     np.testing.assert_array_equal(slices[1].image, STACK[3])
     assert slices[1].labels.sum() == 4 * 30
 
 
 def test_named_planes_are_taken_once_in_their_order(stack_pair):
-    slices, _ = load_support_arrays(*stack_pair, planes=[3, 0, 3])
+    slices = load_support(*stack_pair, planes=[3, 0, 3]).slices
     assert [s.source for s in slices] == ["image.tif plane 3", "image.tif plane 0"]
 
 
 def test_a_plane_outside_the_stack_is_named(stack_pair):
     for plane in (5, -1):
         with pytest.raises(SettingsError, match=f"plane {plane} is outside image.tif, whose planes are 0 to 4"):
-            load_support_arrays(*stack_pair, planes=[0, plane])
+            load_support(*stack_pair, planes=[0, plane])
 
 
 def test_npy_stacks_are_understood_as_such(tmp_path):
     np.save(tmp_path / "i.npy", STACK[:, :, :9])
     np.save(tmp_path / "l.npy", STACK[:, :, :9] > 30000)
-    assert len(load_support_arrays(tmp_path / "i.npy", tmp_path / "l.npy")[0]) == 5
+    assert len(load_support(tmp_path / "i.npy", tmp_path / "l.npy")) == 5
 
 
 def test_one_plane_of_labels_belongs_to_the_plane_that_is_said(stack_pair, tmp_path):
     png(tmp_path / "one.png", (GRAY > 99).astype(np.uint8))
-    (one,), _ = load_support_arrays(stack_pair[0], tmp_path / "one.png", planes=[2])
+    (one,) = load_support(stack_pair[0], tmp_path / "one.png", planes=[2]).slices
     np.testing.assert_array_equal(one.image, STACK[2])
     with pytest.raises(SettingsError, match="which one"):
-        load_support_arrays(stack_pair[0], tmp_path / "one.png")
+        load_support(stack_pair[0], tmp_path / "one.png")
 
 
 def test_supports_that_do_not_fit_are_refused(stack_pair, tmp_path, folders):
     tifffile.imwrite(tmp_path / "short.tif", STACK[:2])
     with pytest.raises(ImageError, match="has 2 planes"):
-        load_support_arrays(stack_pair[0], tmp_path / "short.tif")
+        load_support(stack_pair[0], tmp_path / "short.tif")
     tifffile.imwrite(tmp_path / "empty.tif", STACK * 0)
     with pytest.raises(SupportSetError, match="no plane has a label"):
-        load_support_arrays(stack_pair[0], tmp_path / "empty.tif")
+        load_support(stack_pair[0], tmp_path / "empty.tif")
     png(tmp_path / "a.png", GRAY)
     with pytest.raises(SettingsError, match="single plane"):
-        load_support_arrays(tmp_path / "a.png", tmp_path / "a.png", planes=[0])
+        load_support(tmp_path / "a.png", tmp_path / "a.png", planes=[0])
     png(folders[0] / "a.png", GRAY)
     png(folders[1] / "a.png", GRAY[:9])
     with pytest.raises(ImageError, match="20 x 30"):
-        load_support_arrays(*folders)
+        load_support(*folders)
     with pytest.raises(SettingsError, match="is a folder"):
-        load_support_arrays(*folders, planes=[0])
+        load_support(*folders, planes=[0])
 
 
 # Writing
@@ -509,7 +517,7 @@ def test_a_real_stack_gives_slices(shared):
     folder = shared / "data" / "vnc"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/vnc")
-    slices, _ = load_support_arrays(folder / "raw.tif", folder / "mitochondria.tif", planes=[0, 10])
+    slices = load_support(folder / "raw.tif", folder / "mitochondria.tif", planes=[0, 10]).slices
     assert [s.image.shape for s in slices] == [(1024, 1024)] * 2
     assert 0 < slices[0].labels.mean() < 0.5
 
