@@ -189,7 +189,8 @@ def iter_shards(
                 raise _lost(path) from error
             yield index, boxes, digest, missing
     finally:
-        client.cancel(list(running))
+        with suppress(OSError):  # of a scheduler that is lost
+            client.cancel(list(running))
         with suppress(OSError):  # of a worker that closes at this moment
             client.unregister_worker_plugin(name)
 
