@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from distillfss_core.errors import ModelFileError, SettingsError
-from distillfss_core.models.batches import PIXELS
+from distillfss_core.models.batches import NEVER, PIXELS
 from distillfss_core.models.calibration import Form, iter_fastest_form, timed_forms
 from distillfss_core.models.card import STUDENT_FILE, Thumbnails, upgrade_card
 from distillfss_core.models.engines import Runner, StudentNetwork, auto_forms, choose_engine, choose_precision
@@ -42,7 +43,8 @@ class StudentModel(Segmenter):
     A student of method "probe" answers by its probe, and keeps the head for a training that goes on from it. That of
     another student adds to what the head answers.
 
-    It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`.
+    It is made by `distillfss_core.distill` or `StudentModel.load`. ``engine`` runs its network, as for `load`. It has
+    test-time augmentation where ``tta`` is true, see `with_tta`.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class StudentModel(Segmenter):
         self.thumbnails: Thumbnails | None = thumbnails
         self.samples: UInt8[Array, "n 3 s s"] | None = samples
         self.created: str = created or datetime.now(UTC).isoformat(timespec="seconds")
+        self.tta: bool = False
         self.network: StudentNetwork = StudentNetwork(self.backbone, self.head, probe)
         self._run = self._runner(engine, device)
         self._asked = device.precision, engine  # either may be "auto"
@@ -81,7 +84,7 @@ class StudentModel(Segmenter):
         return self.network.local
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
-        return *super().__dask_tokenize__(), self.engine
+        return *super().__dask_tokenize__(), self.engine, str(self.tta)
 
     @property
     def engine(self) -> str:
@@ -97,7 +100,7 @@ class StudentModel(Segmenter):
         return Runner(self.network, choose_engine(engine, device, self.network), device, self.samples)
 
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
-        return self._run(image)
+        return _mean_over_turns(self._run, image) if self.tta else self._run(image)
 
     def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(self.head.state_dict().items())
@@ -120,6 +123,31 @@ class StudentModel(Segmenter):
         if self.probe is not None:
             self.probe.to(chosen.torch)
         return self
+
+    def with_tta(self, tta: bool = True) -> StudentModel:
+        """The same student with test-time augmentation, or without; this one stays as it is.
+
+        Its probabilities are the mean of those of eight turned and mirrored copies of a window [1]_. That takes eight
+        times as long. The file of the student does not hold it.
+
+        Raises
+        ------
+        SettingsError
+            If the student distinguishes directions, so that it must not see an image turned.
+
+        References
+        ----------
+        .. [1] Wang, Li, Aertsen, Deprest, Ourselin, Vercauteren, "Aleatoric Uncertainty Estimation with Test-Time
+           Augmentation for Medical Image Segmentation with Convolutional Neural Networks", Neurocomputing 2019.
+        """
+        if tta and self.training.get("orientation") == "fixed":
+            raise SettingsError(
+                "test-time augmentation turns images, but this student tells directions apart (orientation fixed); "
+                "go without it"
+            )
+        other = copy.copy(self)
+        other.tta = tta
+        return other
 
     def with_engine(self, engine: str) -> StudentModel:
         """The same student, run by another engine (as for `load`) in the same precision; this one stays as it is."""
@@ -350,6 +378,19 @@ class StudentModel(Segmenter):
             reason = str(error).splitlines()[0]
             raise ModelFileError(f"{path}: its card and its tensors do not fit together ({reason})") from error
         return model.to(chosen.name, precision, engine)
+
+
+def _mean_over_turns(network: Runner, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
+    """Margins of the mean probabilities of the eight turned and mirrored copies of images, turned back."""
+    views = []
+    for mirrored, quarters in itertools.product((False, True), range(4)):
+        turned = torch.rot90(image.flip(3) if mirrored else image, quarters, (2, 3))
+        margins = network(turned.contiguous()).float().clamp_min(NEVER)
+        logs = torch.cat([torch.zeros_like(margins[:, :1]), margins], 1).log_softmax(1)
+        back = torch.rot90(logs, -quarters, (2, 3))
+        views.append(back.flip(3) if mirrored else back)
+    mean = torch.stack(views).logsumexp(0)
+    return mean[:, 1:] - mean[:, :1]
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

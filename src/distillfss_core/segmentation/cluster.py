@@ -158,6 +158,7 @@ def iter_shards(
         connection.device,
         connection.precision,
         engine,
+        model.tta,
         threads,
     )
     client.register_plugin(Job(spec), name=name)

@@ -278,6 +278,7 @@ def open_store(
             "model": {"digest": digest, "card": model.card},
             "volume": {"path": printable(volume.location) if volume.location else None, **volume.identity},
             "device": device,
+            "test_time_augmentation": model.tta,
         },
         image=_path_to_image(volume, out),
     )
@@ -287,6 +288,7 @@ def open_store(
         "mode": mode_labels.mode,
         "tile": mode_labels.tile,
         "device": device,
+        **({"test-time augmentation": True} if model.tta else {}),
     }
     if volume.order != "zyx":
         settings["order of axes"] = volume.order

@@ -37,6 +37,7 @@ class Spec:
     device: str
     precision: str
     engine: str
+    tta: bool
     threads: int
 
 
@@ -78,7 +79,7 @@ class Job(WorkerPlugin):
                     file.write_bytes(spec.model)
                     device = choose_device(spec.device, spec.precision)  # "auto" is the same for all CPUs here
                     model = StudentModel.load(file, device=device.name, precision=device.precision, engine=spec.engine)
-                self._mode = make_mode(spec.mode, spec.volume, model, spec.tile)
+                self._mode = make_mode(spec.mode, spec.volume, model.with_tta(spec.tta), spec.tile)
             return self._mode
 
 

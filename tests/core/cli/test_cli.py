@@ -478,6 +478,18 @@ def test_a_pixel_size_zooms_as_the_model_needs(here, capsys):
     assert (expected != model.predict_labels(read_image("images/plane_0.tif"))).any()
 
 
+def test_test_time_augmentation_is_an_option(here):
+    assert (
+        run("segment", "images/plane_0.tif", "-m", "model.safetensors", "-o", "out.tif", "--tta", "--probabilities")
+        == FINE
+    )
+    model = StudentModel.load("model.safetensors")
+    plain, augmented = (m.predict(read_image("images/plane_0.tif")).probabilities for m in (model, model.with_tta()))
+    written = tifffile.imread("out_probabilities.tif")
+    np.testing.assert_allclose(written, augmented, atol=1e-6)
+    assert np.abs(written - plain).max() > 1e-3
+
+
 def test_an_array_file_may_be_an_image_or_a_stack(here):
     stack = read_stack("stack.tif")
     np.save("stack.npy", stack)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from dataclasses import replace
@@ -226,6 +227,36 @@ def test_the_answer_does_not_depend_on_how_the_plane_was_cut(practiced: StudentM
     image = nuclei.image[2]
     a, b = (practiced.predict(image, tile=t).labels for t in (128, 192))
     assert (a == b).mean() >= 0.999
+
+
+def test_with_augmentation_a_turned_image_has_the_turned_answer(practiced: StudentModel, nuclei) -> None:
+    image = nuclei.image[2][:384, :384]
+    turned = np.ascontiguousarray(np.rot90(image[:, ::-1]))
+    for model, equal in ((practiced.with_tta(), True), (practiced, False)):
+        answer, of_turned = (model.predict(each).probabilities for each in (image, turned))
+        difference = np.abs(np.rot90(answer[:, :, ::-1], axes=(1, 2)) - of_turned).max()
+        assert (difference < 1e-3) == equal, difference
+    assert not practiced.tta
+
+
+def test_with_augmentation_the_answer_does_not_depend_on_how_the_plane_was_cut(practiced: StudentModel, nuclei) -> None:
+    model = practiced.with_tta()
+    a, b = (model.predict(nuclei.image[2], tile=t).labels for t in (128, 448))
+    assert (a == b).mean() >= 0.999
+    assert (a != practiced.predict_labels(nuclei.image[2])).any()
+
+
+def test_a_student_that_distinguishes_directions_is_not_turned(student: StudentModel) -> None:
+    directed = copy.copy(student)
+    directed.training = student.training | {"orientation": "fixed"}
+    with pytest.raises(SettingsError, match="orientation fixed"):
+        directed.with_tta()
+    assert not directed.with_tta(False).tta
+
+
+def test_augmentation_is_another_computation_for_dask(student: StudentModel) -> None:
+    assert student.with_tta().__dask_tokenize__() != student.__dask_tokenize__()
+    assert student.with_tta().digest() == student.digest()
 
 
 def test_images_of_another_pixel_size_are_brought_to_the_size_of_training(tiny) -> None:

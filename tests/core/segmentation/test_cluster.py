@@ -68,6 +68,18 @@ def test_a_cluster_that_loses_a_worker_writes_the_bytes_of_one_process(volume, p
     )  # one process may go on with it
 
 
+def test_workers_turn_the_image_too(volume, plain_student, workers, tmp_path):
+    model, labels = plain_student.with_tta(), {}
+    for name, cluster in (("one", None), ("many", workers)):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "out.zarr"
+        segment_to_zarr(volume, model, path, tile=TILE, cluster=cluster)
+        labels[name] = files_of(path)
+    segment_to_zarr(volume, plain_student, tmp_path / "plain.zarr", tile=TILE)
+    assert labels["many"] == labels["one"]
+    assert files_of(tmp_path / "plain.zarr" / "0") != files_of(tmp_path / "one" / "out.zarr" / "0")
+
+
 def test_a_cancelled_run_is_resumed_by_other_workers(volume, plain_student, workers, tmp_path):
     (tmp_path / "a").mkdir()
     out = tmp_path / "a" / "out.zarr"

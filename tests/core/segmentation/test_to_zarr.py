@@ -245,6 +245,8 @@ def test_a_run_with_anything_else_is_refused_in_one_line(volume, plain_student, 
     other.preprocess = replace(other.preprocess, scope="volume" if other.preprocess.scope == "image" else "image")
     with pytest.raises(SettingsError, match="another model"):
         segment_to_zarr(volume, other, out, resume=True, tile=TILE)
+    with pytest.raises(SettingsError, match="another test-time augmentation"):
+        segment_to_zarr(volume, plain_student.with_tta(), out, resume=True, tile=TILE)
     with pytest.raises(SettingsError, match="another layout, tile"):
         segment_to_zarr(volume, plain_student, out, resume=True, tile=192)
     for path in (volume.path, volume.path / "out.zarr", tmp_path):
