@@ -34,6 +34,7 @@ def command_line(session: Session) -> str:
         words = ["distillfss", "segment", _source(session), "-m", _name(_applied_model(session)), "-o"]
         words += [str(free_name(done.out))]
         words += ["--mode", done.mode]
+        words += ["--tta"] if done.tta else []
         words += ["--region", ",".join(f"{a}:{b}" for a, b in done.region)] if done.region else []
         for name, value in _opening(session).items():
             words += [f"--{name.replace('_', '-')}", str(value)]
@@ -87,7 +88,7 @@ def python_lines(session: Session) -> str:
             lines.append(f"model = StudentModel.load({_name(done.model)!r})")
         lines += [
             f"with open_volume({_source(session)!r}{opening}) as volume:",
-            f"    segment_to_zarr(volume, model, {str(free_name(done.out))!r}, "
+            f"    segment_to_zarr(volume, model{'.with_tta()' if done.tta else ''}, {str(free_name(done.out))!r}, "
             f"region={done.region!r}, mode={done.mode!r}, resume=True)",
         ]
     if session.counted is not None and session.applied is not None:

@@ -48,6 +48,7 @@ class Applied:
     model: Path | None
     classes: tuple[str, ...]
     is_earlier: bool = False  # written before this session
+    tta: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from qtpy.QtWidgets import QPushButton, QWidget
 
 from distillfss_core import StudentModel
 from distillfss_core.models.card import read_card
+from distillfss_core.segmentation.lazy import segment_lazy
 from napari_distillfss._annotations import Annotations, Class
 from napari_distillfss._format import short
 from napari_distillfss._layers import ANNOTATIONS, choose_layer
@@ -1160,6 +1161,31 @@ def test_a_script_segments_with_the_student_that_did(dock, qtbot, student, tmp_p
     assert f"-m {student}" in QApplication.clipboard().text()
     dock.model.copy_python()
     assert f"StudentModel.load('{student}')" in QApplication.clipboard().text()
+
+
+def test_apply_turns_the_image_where_test_time_augmentation_is_ticked(dock, qtbot, student, tmp_path):
+    from qtpy.QtWidgets import QApplication
+
+    dock.model.load_from(student)
+    finish(qtbot, dock)
+    dock.apply.tta.setChecked(True)
+    dock.apply.out.setText(str(tmp_path / "out.ome.zarr"))
+    dock.apply.start()
+    finish(qtbot, dock)
+    volume, model = dock.session.volume.volume, dock.session.model
+    expected, plain = (segment_lazy(volume, m)[2].compute() for m in (model.with_tta(), model))
+    written = zarr.open_array(tmp_path / "out.ome.zarr" / "0", mode="r")[2]
+    np.testing.assert_array_equal(written, expected)
+    assert (written != plain).any()
+    dock.model.copy_command()
+    assert "--tta" in QApplication.clipboard().text()
+    dock.model.copy_python()
+    assert "segment_to_zarr(volume, model.with_tta()," in QApplication.clipboard().text()
+    dock.apply.tta.setChecked(False)
+    dock.apply.start()
+    finish(qtbot, dock)
+    assert "another test-time augmentation" in dock.apply.message.text()
+    assert dock.apply.anew.isVisibleTo(dock.apply)
 
 
 def test_a_student_that_cannot_be_kept_can_be_saved_elsewhere(dock, qtbot, painted_truth, monkeypatch, tmp_path):

@@ -30,11 +30,20 @@ class BatchWidget(QWidget):
     ----------
     mode : function
         The mode in which volumes are segmented, as the core calls it.
+    tta : function
+        Whether they are segmented with test-time augmentation.
     """
 
-    def __init__(self, session: Session, viewer: Any, mode: Callable[[], str], parent: QWidget | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        viewer: Any,
+        mode: Callable[[], str],
+        tta: Callable[[], bool],
+        parent: QWidget | None = None,
+    ) -> None:
         super().__init__(parent)
-        self._session, self._viewer, self._mode = session, viewer, mode
+        self._session, self._viewer, self._mode, self._tta = session, viewer, mode, tta
         self._report: Path | None = None
         self._failed = 0
         self._plan: Callable[[float | None], list[core.BatchJob]] = lambda _: []
@@ -149,7 +158,7 @@ class BatchWidget(QWidget):
         attempt(self.message, start)
 
     def _start(self, plan: Callable[[], list[core.BatchJob]], model: Any, out: Path, *, overwrite: bool) -> None:
-        report = free_name(out / "report.csv")
+        report, model = free_name(out / "report.csv"), model.with_tta(self._tta())
         options = {"mode": self._mode(), "overwrite": overwrite, "resume": not overwrite}
         self.job.start(lambda stop: iter_batching(plan, model, report, stop, **options))
         self._report, self._failed, self._not_finite = report, 0, set()
