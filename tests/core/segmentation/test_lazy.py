@@ -118,7 +118,7 @@ def test_planes_that_are_seen_one_by_one_share_a_look_at_their_chunks(plain_stud
 
 
 def test_what_cannot_be_segmented_is_said(plain_student):
-    with pytest.raises(SettingsError, match="no answer 'colors'"):
+    with pytest.raises(SettingsError, match="no output 'colors'"):
         segment_lazy(open_volume(STACK), plain_student, what="colors")
     with pytest.raises(ImageError, match="5 channel"):
         segment_lazy(open_volume(np.zeros((2, 9, 9, 5), "u1"), axes="zyxc", channel="all"), plain_student)
