@@ -317,7 +317,7 @@ def iter_exporting(labels: Any, path: Path, stop: Event) -> Generator[Any, None,
         If they cannot be written.
     """
     yield Doing(f"writing {path.name}")
-    with core.open_volume(labels, labels=True) as volume:
+    with labels if isinstance(labels, core.Volume) else core.open_volume(labels, labels=True) as volume:
         depth, height, width = volume.shape[:3]
         core.check_finished(volume.path, volume.name, (depth, height, width))
 

@@ -107,11 +107,18 @@ def test_labels_begun_with_other_pixels_in_place_of_nan_are_replaced_by_a_button
     ended(qtbot, dock)
     assert "of 9216 pixels are NaN or infinite" in message.text()
     assert dock.apply.anew.isHidden()
+    assert not out.exists()  # nothing was finished
     dock.apply.offer.click()
     dock.apply.start()
     ended(qtbot, dock)
+    assert "Done" in message.text()
+    dock.volume.replacement.setValue(-3)
+    dock.volume.replacement.editingFinished.emit()
+    dock.apply.out.setText(str(out))
+    dock.apply.start()
+    ended(qtbot, dock)
     assert message.text() == (
-        "o.ome.zarr: holds results with NaN and infinite pixels as they are, not read as 0. Press “Replace labels”, "
+        "o.ome.zarr: holds results with NaN and infinite pixels read as 0, not read as -3. Press “Replace labels”, "
         "tick “Replace existing labels”, or choose another name"
     )
     assert not dock.apply.anew.isHidden()

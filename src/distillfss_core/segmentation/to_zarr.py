@@ -218,7 +218,7 @@ def iter_segment(
         if overwrite:
             remove_labels(out)
         store = open_store(mode_labels, model, out, device=device, notes=notes, resume=resume)
-        stack.callback(store.leave)
+        stack.callback(store.close if workers else store.leave)  # a worker may still be writing
         if (begun_with := _engine_of(store, engine)) != engine:
             engine, model = begun_with, _run_by(begun_with, model, store)
             mode_labels = make_mode(mode, volume, model, tile)
