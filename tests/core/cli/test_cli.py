@@ -329,7 +329,7 @@ def test_info_explains_the_engine_and_times_nothing(here, capsys, monkeypatch):
     def timed(*_: object) -> None:
         raise AssertionError("an engine was timed")
 
-    monkeypatch.setattr("distillfss_core.models.calibration._time_forms", timed)
+    monkeypatch.setattr("distillfss_core.models.calibration._iter_times", timed)
     (line,) = json_of(capsys, "info", "model.safetensors", "--device=cpu", "--precision=float32")["engine"]
     assert " float32 on cpu: the " in line
     refused = error_of(capsys, "info", "model.safetensors", "--device=cpu", "--precision=int8", "--engine=torch")
