@@ -89,4 +89,4 @@ def _without_told(show: Callable[..., object]) -> Callable[..., object]:
 told_warnings = _WhileUsed(
     lambda: warnings.showwarning, lambda show: setattr(warnings, "showwarning", show), _without_told
 )
-"""Show no notification for what the dock's message tells, while a job runs; warnings of other threads are shown."""
+"""Show no notification for what the dock's message states, while a job runs; warnings of other threads are shown."""

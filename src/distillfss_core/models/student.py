@@ -142,8 +142,8 @@ class StudentModel(Segmenter):
         """
         if tta and self.training.get("orientation") == "fixed":
             raise SettingsError(
-                "test-time augmentation turns images, but this student tells directions apart (orientation fixed); "
-                "go without it"
+                "test-time augmentation turns images, but this student distinguishes directions (orientation fixed); "
+                "leave it out"
             )
         other = copy.copy(self)
         other.tta = tta

@@ -288,8 +288,9 @@ def open_store(
         "mode": mode_labels.mode,
         "tile": mode_labels.tile,
         "device": device,
-        **({"test-time augmentation": True} if model.tta else {}),
     }
+    if model.tta:
+        settings["test-time augmentation"] = True
     if volume.order != "zyx":
         settings["order of axes"] = volume.order
     return LabelStore(out, layout, description, settings, resume=resume, notes=notes)
