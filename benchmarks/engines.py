@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 import zarr
-from torch import Tensor, nn
+from torch import Tensor
 
 from distillfss_core import (
     AnnotatedSlice,
@@ -45,7 +45,6 @@ from distillfss_core import (
 )
 from distillfss_core.errors import SettingsError
 from distillfss_core.models.engines import Runner, StudentNetwork, choose_engine, describe_engine
-from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device
 from distillfss_core.types import Array
 
@@ -62,14 +61,8 @@ FORMS = (
 WHAT = ("network", "batch", "tiles", "zarr", "labels")
 
 
-class BackboneAlone(nn.Module):
+class BackboneAlone(StudentNetwork):
     """The floor: every block of the backbone, nothing on top."""
-
-    local = True
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__()
-        self.backbone = backbone
 
     def forward(self, image: Tensor) -> Tensor:
         deepest: Tensor = self.backbone(image).stages[-1][-1]
@@ -141,10 +134,10 @@ def _jobs(
         x = torch.rand(count, 3, SIDE, SIDE)
         for (engine, precision), model in models.items():
             for part, network in (
-                ("student", StudentNetwork(model.backbone, model.head)),
-                ("backbone", BackboneAlone(model.backbone)),
+                ("student", StudentNetwork(model.backbone, model.head, model.probe)),
+                ("backbone", BackboneAlone(model.backbone, model.head)),
             ):
-                run = Runner(network, engine, Device("cpu", precision), model.samples)  # type: ignore[arg-type]
+                run = Runner(network, engine, Device("cpu", precision), model.samples)
                 jobs[part, engine, precision] = lambda run=run: _infer(run, x)  # type: ignore[misc]
         return jobs, count * SIDE**2 / 1e6
     if quantity == "tiles":

@@ -46,13 +46,19 @@ class StudentNetwork(nn.Module):
     Forward takes "b 3 h w" in [0, 1], sides multiples of the backbone's, and gives "b k hg wg": by how much the logit
     of each class exceeds the background's, on the decoder's own grid (for the default one, that of the finest
     features). The margins of a probe are added, or they alone are the answer, on the grid of the finest features.
+
+    Parameters
+    ----------
+    inputs : {1, 3}
+        Channels that other engines than torch read; 1 where all three are alike.
     """
 
-    def __init__(self, backbone: Backbone, head: FewShotHead, probe: Probe | None = None) -> None:
+    def __init__(self, backbone: Backbone, head: FewShotHead, probe: Probe | None = None, inputs: int = 3) -> None:
         super().__init__()
         self.backbone: Backbone = backbone
         self.head: FewShotHead = head
         self.probe: Probe | None = probe
+        self.inputs: int = inputs
         self._graph = b""
 
     def graph(self) -> bytes:
@@ -214,14 +220,14 @@ class Runner:
             threads = torch.get_num_threads() if self.engine in _EXTRAS else 0
             if self._ready is None or threads != self._threads:
                 self._ready, self._threads = self._make(threads), threads
-            return self._ready(image)
+            return self._ready(image[:, : self.network.inputs] if self.engine in _EXTRAS else image)
 
     def _write(self) -> bytes:
         graph = self.network.graph()
         if self.device.precision != "int8":
             return graph
         assert self.samples is not None
-        return quantized(graph, _GRAPH_INPUT, self.samples, narrow=not sums_bytes_exactly())
+        return quantized(graph, _GRAPH_INPUT, self.samples[:, : self.network.inputs], narrow=not sums_bytes_exactly())
 
     def _make(self, threads: int) -> Engine:
         if self.engine in ("torch", "torch-compiled"):
@@ -313,7 +319,7 @@ def network_graph(network: StudentNetwork) -> bytes:
     """
     side = 2 * network.backbone.spec.multiple
     try:
-        return onnx_graph(network, torch.rand(1, 3, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
+        return onnx_graph(network, torch.rand(1, network.inputs, side, 2 * side), _GRAPH_INPUT, _GRAPH_OUTPUT)
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).partition("\n")[0][:120]
         name = network.backbone.spec.name
@@ -353,6 +359,7 @@ def _tracing() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             warnings.simplefilter("ignore", DeprecationWarning)  # of tracing, for which there is no equal yet
+            warnings.filterwarnings("ignore", "Constant folding")  # of paddings, which need none
             yield
     finally:
         jaxtyping.config.update("jaxtyping_disable", before)

@@ -153,7 +153,10 @@ class Preprocess:
         return np.stack([self.as_channels(plane) for plane in planes])
 
     def to_tensor(self, crop: Array, limits: Limits) -> Float[Tensor, "3 h w"]:
-        """Normalize a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet."""
+        """Normalize a crop "y x c" (from `as_channels`) to three channels in [0, 1]; no zoom yet.
+
+        Those of a gray image are one in memory.
+        """
         exact = np.float32 if crop.dtype.itemsize <= 2 else np.float64  # small changes on a large offset survive
         scaled: Array = crop.astype(exact)
         low: Array = np.array(limits.low, exact)
@@ -168,12 +171,12 @@ class Preprocess:
         low = torch.tensor([pair.low for pair in limits], dtype=exact, device=crops.device)[:, None, None]
         high = torch.tensor([pair.high for pair in limits], dtype=exact, device=crops.device)[:, None, None]
         scaled = ((crops.to(exact) - low) / (high - low)).clamp_(0, 1).float()
-        return self._mixed(scaled.movedim(-1, -3))
+        return self._mixed(scaled.movedim(-1, -3)).contiguous()
 
     def _mixed(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n 3 h w"]:
         """The channels of the image as those of the network."""
         if self.channels == 1:
-            return x.expand(*x.shape[:-3], 3, -1, -1).contiguous()
+            return x.expand(*x.shape[:-3], 3, -1, -1)
         mix = torch.tensor(self.mix, dtype=torch.float32, device=x.device)
         lowest = mix.clamp_max(0).sum(1)[:, None, None]  # of a component with negative weights
         return (torch.einsum("oc,...chw->...ohw", mix, x) - lowest).clamp_(0, 1)

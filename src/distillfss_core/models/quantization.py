@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from distillfss_core.types import Array
 
 _INTEGER = ("Conv", "Add", "Clip", "Relu")  # what else there is would gain nothing and lose accuracy
 _NARROW = 8  # maps with fewer channels are slower in integers
-_KEEPING = ("Add", "Resize", "Reshape", "Unsqueeze", "Squeeze", "Gather")  # a narrow map stays one
+_KEEPING = ("Add", "Resize", "Reshape", "Unsqueeze", "Squeeze", "Gather", "DepthToSpace")  # a narrow map stays one
 
 
-def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *, narrow: bool = False) -> bytes:
+def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n c h w"], *, narrow: bool = False) -> bytes:
     """An ONNX network with convolutions in eight bits: weights scaled by channel, activations by what samples show.
 
     The same graph and samples give the same network.
@@ -28,8 +27,8 @@ def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *
     graph : bytes
         In ONNX.
     input_name : str
-        Name of its input, "b 3 h w" float32 in [0, 1].
-    samples : uint8 array "n 3 h w"
+        Name of its input, "b c h w" float32 in [0, 1].
+    samples : uint8 array "n c h w"
         Inputs (255 is 1.0) from which the ranges of activations are taken; sides are multiples of the network's.
     narrow : bool
         Weights of seven bits, for processors whose sums would be clipped with eight.
@@ -86,7 +85,7 @@ def quantized(graph: bytes, input_name: str, samples: UInt8[Array, "n 3 h w"], *
 
 
 def _narrow_nodes(path: Path) -> list[str]:
-    """Names of the convolutions with few output channels or one product for each output, and of the sums of these."""
+    """Names of the convolutions with few output channels or of a map of one channel, and of the sums of these."""
     import onnx
 
     graph = onnx.load(path).graph
@@ -95,7 +94,8 @@ def _narrow_nodes(path: Path) -> list[str]:
     for node in graph.node:
         if node.op_type == "Conv":
             shape = weights[node.input[1]]
-            is_narrow = shape[0] < _NARROW or math.prod(shape[1:]) == 1
+            is_depthwise = any(value.name == "group" and value.i > 1 for value in node.attribute)
+            is_narrow = shape[0] < _NARROW or (shape[1] == 1 and not is_depthwise)
         else:
             is_narrow = node.op_type in _KEEPING and not narrow.isdisjoint(node.input)
         if is_narrow:

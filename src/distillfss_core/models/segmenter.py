@@ -402,14 +402,15 @@ class Segmenter:
         return resize(margins, padded)[0, :, :h, :w]
 
     def _network_input(self, window: Float[Tensor, "3 h w"]) -> tuple[Float[Tensor, "1 3 hz wz"], tuple[int, int]]:
-        """A window on the device, padded and zoomed, and its size before the zoom."""
+        """A window on the device, padded and zoomed, and its size before the zoom; gray is held once."""
+        window = window[: self.preprocess.inputs]
         pad = [-n % self.step for n in window.shape[-2:]]
         if any(pad):
             window = torch.from_numpy(np.pad(window.numpy(), ((0, 0), (0, pad[0]), (0, pad[1])), mode="symmetric"))
         h, w = window.shape[-2:]
         zoom = self.preprocess.zoom_factor
         x = resize(window[None].to(self.device.torch), (int(h * zoom), int(w * zoom)))
-        return x.clamp_(0, 1), (h, w)
+        return x.clamp_(0, 1).expand(-1, 3, -1, -1), (h, w)
 
 
 def _probabilities(margins: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

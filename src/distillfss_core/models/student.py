@@ -74,7 +74,7 @@ class StudentModel(Segmenter):
         self.samples: UInt8[Array, "n 3 s s"] | None = samples
         self.created: str = created or datetime.now(UTC).isoformat(timespec="seconds")
         self.tta: bool = False
-        self.network: StudentNetwork = StudentNetwork(self.backbone, self.head, probe)
+        self.network: StudentNetwork = StudentNetwork(self.backbone, self.head, probe, preprocess.inputs)
         self._run = self._runner(engine, device)
         self._asked = device.precision, engine  # either may be "auto"
 

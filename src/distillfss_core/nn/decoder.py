@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from distillfss_core.nn.features import NEUTRAL, CoarseMaps, FeaturePyramid, margins
 
+RATIOS = (2, 4, 8, 16)
+"""Of the sides of grids of a backbone; in ONNX no tensor is unpacked to ask its size then."""
+
 
 def _fold(maps: Float[Tensor, "b k n h w"]) -> Float[Tensor, "bk n h w"]:
     return maps.flatten(0, 1)
@@ -293,12 +296,26 @@ class SlimDecoder(Decoder):
 
 def resize_like(x: Tensor, like: Tensor) -> Tensor:
     """Maps "b c h w" brought to the height and width of others, bilinearly."""
-    size = like.shape[-2:]
-    if x.shape[-2:] == size:
+    height, width = like.shape[-2:]
+    if x.shape[-2:] == (height, width):
         return x
-    if size == (2 * x.shape[-2], 2 * x.shape[-1]):  # the same, but in ONNX no tensor is unpacked to ask its size
-        return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+    for ratio in RATIOS:
+        if (height, width) == (ratio * x.shape[-2], ratio * x.shape[-1]):
+            if x.shape[1] == 1 and torch.onnx.is_in_onnx_export():
+                return enlarge_by_convolution(x, ratio)
+            return F.interpolate(x, scale_factor=float(ratio), mode="bilinear", align_corners=False)
+    return F.interpolate(x, (height, width), mode="bilinear", align_corners=False)
+
+
+def enlarge_by_convolution(x: Float[Tensor, "b 1 h w"], ratio: int) -> Float[Tensor, "b 1 rh rw"]:
+    """Bilinear enlargement: a convolution makes ``ratio`` x ``ratio`` values of each position and its neighbors.
+
+    For other engines than torch, whose own enlargement of a single channel is slower.
+    """
+    offsets = [(2 * i + 1 - ratio) / (2 * ratio) for i in range(ratio)]
+    line = x.new_tensor([[max(-offset, 0), 1 - abs(offset), max(offset, 0)] for offset in offsets])
+    weight = (line[:, None, :, None] * line[:, None, :]).reshape(-1, 1, 3, 3)
+    return F.pixel_shuffle(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight), ratio)
 
 
 def sum_on_finest(maps: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "b c h w"]:
@@ -309,7 +326,6 @@ def sum_on_finest(maps: Sequence[Float[Tensor, "b c _h _w"]]) -> Float[Tensor, "
         grids[grid] = grids[grid] + part if grid in grids else part
     total, *coarser = grids.values()
     for part in coarser:
-        # Engines enlarge a map of one channel eight times as fast as one of a few.
         single = resize_like(_fold(part[:, :, None]), total)
         total = total + _split(single, part.shape[1])[:, :, 0]
     return total

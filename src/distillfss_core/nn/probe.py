@@ -33,12 +33,15 @@ class PiecewiseLinear(nn.Conv2d):
     """
 
     knots: Tensor
+    copies: Tensor
 
     def __init__(self, maps: int, others: int, classes: int, *, bias: bool) -> None:
         super().__init__(maps * (1 + KNOTS) + others, classes, 1, bias=bias)
         self.maps: int = maps
         self.read: int = maps + others
         self.register_buffer("knots", torch.zeros(maps, KNOTS))
+        copies = torch.eye(self.read)[[*range(self.read), *(m for m in range(maps) for _ in range(KNOTS))]]
+        self.register_buffer("copies", copies[:, :, None, None], persistent=False)
 
     def columns(self, x: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
         """What the weights are for: the inputs, then the excess of each map over each of its knots."""
@@ -46,11 +49,10 @@ class PiecewiseLinear(nn.Conv2d):
         return torch.cat([x, excess.flatten(1)], 1)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k h w"]:
-        """The same of maps; the excess is a convolution, which engines fuse."""
-        linear, bent = self.weight.split([self.read, self.maps * KNOTS], 1)
-        expand = torch.eye(self.maps, device=x.device).repeat_interleave(KNOTS, 0)[:, :, None, None]
-        excess = F.relu(F.conv2d(x[:, : self.maps], expand, -self.knots.flatten()))
-        return F.conv2d(x, linear, self.bias) + F.conv2d(excess, bent)
+        """The same of maps that are not negative: inputs and excess are one convolution, which engines fuse."""
+        below = torch.cat([self.knots.new_zeros(self.read), -self.knots.flatten()])
+        result: Tensor = super().forward(F.relu(F.conv2d(x, self.copies, below)))
+        return result
 
 
 class Probe(nn.Module):
@@ -116,7 +118,7 @@ class Probe(nn.Module):
 
     def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b i hg wg"], Float[Tensor, "b s h2 w2"]]:
         """Intensities on the finest grid; their means over `WINDOWS` and the deviations from these, twice as coarse."""
-        pixels = F.avg_pool2d(image[:, : self.inputs], self.stride)
+        pixels = F.avg_pool2d(image if image.shape[1] == self.inputs else image[:, : self.inputs], self.stride)
         cells = F.avg_pool2d(pixels, 2)
         means = [_local_mean(cells, window) for window in WINDOWS]
         deviations = [

@@ -53,7 +53,13 @@ def other(request) -> str:
 
 
 def network(
-    backbone: str, classes: int, student: str = "default", decoder: str = "default", *, probe: bool = False
+    backbone: str,
+    classes: int,
+    student: str = "default",
+    decoder: str = "default",
+    *,
+    probe: bool = False,
+    inputs: int = 3,
 ) -> StudentNetwork:
     """One with random weights everywhere."""
     with warnings.catch_warnings():
@@ -63,12 +69,12 @@ def network(
     noise = torch.Generator().manual_seed(1)
     for parameter in head.decoder.parameters():
         parameter += 0.05 * torch.randn(parameter.shape, generator=noise)
-    linear = Probe(trunk.spec, classes, 3, alone=False, bound=BOUND).eval().requires_grad_(False)
+    linear = Probe(trunk.spec, classes, inputs, alone=False, bound=BOUND).eval().requires_grad_(False)
     linear.intensities.knots.uniform_(generator=noise)
     linear.surroundings.knots.uniform_(generator=noise)
     for parameter in linear.parameters():
         parameter.normal_(std=0.05, generator=noise)
-    return StudentNetwork(trunk, head, linear if probe else None)
+    return StudentNetwork(trunk, head, linear if probe else None, inputs)
 
 
 @pytest.mark.parametrize("probe", [False, True])
@@ -89,6 +95,18 @@ def test_an_engine_gives_the_margins_of_torch_at_any_size_and_batch(other, backb
         assert expected.std() > 0.01
         assert (found - expected).abs().max() <= TOLERANCE
         assert torch.equal(run(x), found)
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_engines_read_one_channel_of_a_gray_image(other, probe):
+    net = network("efficientnet_lite0", 1, probe=probe, inputs=1)
+    run = Runner(net, other, CPU)
+    gray = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
+    with torch.inference_mode():
+        assert (run(gray) - net(gray)).abs().max() <= TOLERANCE
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    image = onnx.load_from_string(net.graph()).graph.input[0]
+    assert image.type.tensor_type.shape.dim[1].dim_value == 1
 
 
 def test_the_graph_of_a_student_is_written_once_for_all_engines_and_precisions(monkeypatch, other):
@@ -272,6 +290,9 @@ def test_margins_are_no_integers(plain_student):
     integers = [node for node in graph.node if node.op_type == "Conv" and node.input[1] in scale_of]
     assert len(integers) > 40
     assert not any("normalize" in node.name for node in integers)
+    enlarged = [made_by[node.input[0]] for node in graph.node if node.op_type == "DepthToSpace"]
+    assert enlarged
+    assert all(node.op_type == "Conv" and node not in integers for node in enlarged)
 
 
 def test_int8_that_cannot_be_had_is_refused_with_the_remedy(plain_student, monkeypatch):

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distillfss_core.nn.decoder import Decoder, PublishedDecoder, SlimDecoder, sum_on_finest
+from distillfss_core.nn.decoder import (
+    RATIOS,
+    Decoder,
+    PublishedDecoder,
+    SlimDecoder,
+    enlarge_by_convolution,
+    sum_on_finest,
+)
 from distillfss_core.nn.features import CoarseMaps, FeaturePyramid, margins, merge_classes
 from distillfss_core.nn.students import ConvDist, LightConvDist, Student
 from distillfss_core.nn.students.convdist import ChannelNorm
@@ -159,3 +166,10 @@ def test_maps_are_summed_as_if_each_were_enlarged_by_itself() -> None:
     maps = [torch.randn(2, 3, 32 // n, 48 // n, generator=noise) for n in (1, 2, 1, 8, 2)]
     expected = sum(F.interpolate(m, (32, 48), mode="bilinear", align_corners=False) for m in maps)
     torch.testing.assert_close(sum_on_finest(maps), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_a_map_is_enlarged_by_a_convolution_as_by_torch(ratio: int) -> None:
+    x = torch.randn(2, 1, 5, 3, generator=torch.Generator().manual_seed(0))
+    expected = F.interpolate(x, scale_factor=float(ratio), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(enlarge_by_convolution(x, ratio), expected)
