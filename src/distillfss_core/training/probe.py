@@ -133,7 +133,8 @@ def iter_points(
         Side of a crop in pixels after zooming.
     """
     sampler = CropSampler(support, preprocess, crop_size, PLAIN)
-    new = Probe(cache.backbone.spec, support.classes, preprocess.inputs, alone=False)
+    bound = None if support.planes_of_one_volume else BOUND  # planes of one volume show what is to come
+    new = Probe(cache.backbone.spec, support.classes, preprocess.inputs, alone=False, bound=bound)
     rng = np.random.default_rng(seed)
     limit = min(POINTS, max(1, ALL_POINTS // (len(slices) * (support.classes + 1))))
     columns: list[Tensor] = []
@@ -177,7 +178,7 @@ def fit_probe(
         Steps of L-BFGS at most.
     """
     probe = copy.deepcopy(points.new)
-    probe.alone, probe.bound = alone, None if alone else BOUND
+    probe.alone, probe.bound = alone, None if alone else probe.bound
     end = points.columns.shape[1]
     for layer in (probe.surroundings, probe.intensities):
         end -= layer.read

@@ -143,6 +143,12 @@ def test_a_program_that_knows_no_probes_or_no_bound_refuses_its_file(probe, tmp_
         StudentModel.load(path)
 
 
+@pytest.mark.parametrize(("one_volume", "bound"), [(False, 2.0), (True, None)])
+def test_evidence_is_bounded_where_images_may_be_unlike_the_slices(support, tiny, one_volume, bound):
+    model = distill(replace(support, planes_of_one_volume=one_volume), replace(tiny, steps=2))
+    assert (model.probe.alone, model.probe.bound) == (False, bound)
+
+
 def test_evidence_of_before_the_bound_is_read_without_one(support, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(fitting, "BOUND", None)
     model = distill(support, replace(tiny, steps=2))
