@@ -114,7 +114,7 @@ def rows(model: StudentModel, plane: Array, what: tuple[str, ...], runs: int, pl
 
 def _can_run(model: StudentModel, engine: str, precision: str) -> bool:
     try:
-        choose_engine(engine, Device("cpu", precision), StudentNetwork(model.backbone, model.head))
+        choose_engine(engine, Device("cpu", precision), model.network)
     except SettingsError:
         return False
     return True
@@ -134,8 +134,8 @@ def _jobs(
         x = torch.rand(count, 3, SIDE, SIDE)
         for (engine, precision), model in models.items():
             for part, network in (
-                ("student", StudentNetwork(model.backbone, model.head, model.probe)),
-                ("backbone", BackboneAlone(model.backbone, model.head)),
+                ("student", model.network),
+                ("backbone", BackboneAlone(model.backbone, model.head, inputs=model.network.inputs)),
             ):
                 run = Runner(network, engine, Device("cpu", precision), model.samples)
                 jobs[part, engine, precision] = lambda run=run: _infer(run, x)  # type: ignore[misc]

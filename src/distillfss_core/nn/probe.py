@@ -118,6 +118,7 @@ class Probe(nn.Module):
 
     def maps(self, image: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b i hg wg"], Float[Tensor, "b s h2 w2"]]:
         """Intensities on the finest grid; their means over `WINDOWS` and the deviations from these, twice as coarse."""
+        # Engines copy even what they read whole through a slice.
         pixels = F.avg_pool2d(image if image.shape[1] == self.inputs else image[:, : self.inputs], self.stride)
         cells = F.avg_pool2d(pixels, 2)
         means = [_local_mean(cells, window) for window in WINDOWS]
