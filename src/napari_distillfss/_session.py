@@ -98,9 +98,10 @@ class Session:
         self.applied: Applied | None = None
         self.counted: Counted | None = None
         self._busy = ""
-        self._seen_slices: list[tuple[int, Any]] = []
+        self._seen_slices: list[tuple[int, Any]] | None = []  # None after a stroke
         self._others: dict[str, OtherSlices] = {}
         self._resumed: tuple[Path | None, Training | None] = (None, None)
+        self.stroked.connect(self._on_stroked)
 
     @property
     def busy(self) -> str:
@@ -260,9 +261,14 @@ class Session:
 
     def painted(self) -> None:
         """Signal that labels of any plane may have been painted or undone."""
-        if self._slices() != self._seen_slices:
-            self._seen_slices = self._slices()
+        slices = self._slices()
+        if slices != self._seen_slices:
+            self._seen_slices = slices
             self.slices_changed.emit()
+
+    def _on_stroked(self) -> None:
+        """Note that the preview has followed a stroke: if it is undone soon, the slices have changed nevertheless."""
+        self._seen_slices = None
 
     def others(self) -> list[OtherSlices]:
         """Annotated slices of all other volumes that are on disk, the latest first."""

@@ -167,6 +167,19 @@ def test_a_preview_without_strokes_any_more_is_hidden(live, qtbot):
     assert not layer.visible
 
 
+def test_a_stroke_whose_slice_is_removed_at_once_is_forgotten_by_the_preview(live, qtbot):
+    wait_until_at_rest(qtbot, live)
+    live.session.annotations.remove(2)
+    live.session.painted()
+    qtbot.waitUntil(lambda: "no slice is annotated" in live.preview.message.text(), timeout=60_000)
+    changes = []
+    live.session.slices_changed.connect(lambda: changes.append(live.session.annotations.planes()))
+    stroke(live, 2, 50, 50, 2)
+    live.session.annotations.remove(2)  # sooner than the stroke is counted
+    live.session.painted()
+    assert changes == [[]]
+
+
 def test_a_class_that_is_added_has_a_probability(live, qtbot):
     earlier = version(live)
     classes = live.session.annotations.classes
