@@ -24,7 +24,7 @@ from distillfss_core.errors import IntensityWarning, OutOfMemoryError
 from distillfss_core.models.batches import NEVER, PIXELS, PlaneBatches
 from distillfss_core.models.intensities import CHECKED
 from distillfss_core.models.preprocess import Limits, Preprocess, resize
-from distillfss_core.models.tiling import Tile, largest_window, split_axis, split_plane
+from distillfss_core.models.tiling import Span, Tile, largest_window, split_axis, split_plane
 from distillfss_core.nn.backbones import Backbone
 from distillfss_core.nn.device import Device, out_of_memory, release_memory
 from distillfss_core.types import Array, Segmentation, check_image, likeliest, sample_step
@@ -32,6 +32,9 @@ from distillfss_core.types import Array, Segmentation, check_image, likeliest, s
 log: logging.Logger = logging.getLogger(__name__)
 TILE = 1024  # inner side of a tile, pixels after zooming
 _INT8 = 2  # windows may have so many times the pixels in int8, where each needs less than half of the memory
+_MANY = 8  # windows of one size, from which on it is worth while to make an engine ready for it
+_MORE = 1.2  # times as many pixels may be computed for it
+_GAIN = 0.95  # part of the time that it then takes for each
 HALO = 256  # pixels after zooming; a student has its own, measured
 HALOS = (64, 96, 128, 160, 192, 256)
 _HALO_TILE = 192
@@ -62,6 +65,7 @@ class Segmenter:
         self._room: Fraction | float = math.inf  # side of the tiles that the device has memory for, zoomed pixels
         self._batch = PIXELS  # zoomed pixels that the device has memory for at a time
         self._is_matched = False  # whether the limits are already those of the input
+        self._repeats = False  # whether windows of one size follow one another
 
     def _margins(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b k hg wg"]:
         """Of an image in [0, 1], zoomed, whose sides are multiples of the backbone's: `margins`, on a grid of any size
@@ -72,6 +76,11 @@ class Segmenter:
     def local(self) -> bool:
         """Whether tiles agree with one another as they are; otherwise they overlap and are blended."""
         raise NotImplementedError
+
+    @property
+    def repeated_pixels(self) -> float:
+        """So many times the pixels of a window need the same memory where windows of one size follow one another."""
+        return 1
 
     @property
     def halo_side(self) -> int:
@@ -263,9 +272,7 @@ class Segmenter:
 
     def tiles(self, shape: tuple[int, int], *, tile: int | None = None, region: Region | None = None) -> list[Tile]:
         """The tiles of a plane of ``shape`` (y, x), row by row; with a region, those that `predict_region` computes."""
-        zoom = self.preprocess.zoom_factor
-        side = max(1, round((tile or self.best_tile(shape)) / zoom))
-        axes = [split_axis(length, side, round(self.halo / zoom), self.step) for length in shape]
+        axes = self._axes(shape, tile or self.best_tile(shape), alike=self._repeats)
         if region is not None:
             axes = [
                 [s for s in spans if s.touches(*part, beyond=not self.local)]
@@ -273,10 +280,11 @@ class Segmenter:
             ]
         return [Tile(y, x) for y, x in product(*axes)]
 
-    def best_tile(self, shape: tuple[int, int]) -> int:
-        """Inner side in zoomed pixels of the tiles of a plane (y, x), by which the fewest pixels are computed.
+    def best_tile(self, shape: tuple[int, int], planes: int = 1) -> int:
+        """Inner side in zoomed pixels of the tiles of some planes (y, x), by which the fewest pixels are computed.
 
-        Windows, halo included, need no more memory than those of `TILE` with the default backbone in float32. At the
+        Windows, halo included, need no more memory than those of `TILE` with the default backbone in float32. They may
+        be larger where many of one size follow one another and the engine is made ready for it (`repeats`). At the
         border of the plane there is no halo, so a plane that is a little larger than `TILE` is one tile, not four::
 
             +-------+-------+      +---------------+
@@ -291,18 +299,48 @@ class Segmenter:
             return TILE
         zoom = self.preprocess.zoom_factor
         halo = round(self.halo / zoom)
+        window = largest_window(round(TILE / zoom), halo, self.step) ** 2
         fits = max(self.backbone.spec.windows, _INT8 if self.device.precision == "int8" else 1)
-        limit = int(largest_window(round(TILE / zoom), halo, self.step) ** 2 * fits)
-        sides = [TILE, int((math.isqrt(limit) - 2 * halo) * zoom)]
+        most = max(fits, self.repeated_pixels)
+        sides = [TILE, *(int((math.isqrt(int(window * times)) - 2 * halo) * zoom) for times in (fits, most))]
         sides += [math.ceil(length * zoom / pieces) for length in shape for pieces in (1, 2)]
+        costs = {}
+        for side in sorted(side for side in sides if side >= TILE):
+            repeats = self.repeats(shape, side, planes)
+            areas = [y.length * x.length for y, x in product(*self._axes(shape, side, alike=repeats))]
+            if side == TILE or max(areas) <= int(window * (most if repeats else fits)):
+                costs[side] = sum(areas) * (_GAIN if repeats else 1)
+        return min(costs, key=lambda side: costs[side])
 
-        def computed(side: int) -> tuple[int, int]:
-            axes = [split_axis(length, max(1, round(side / zoom)), halo, self.step) for length in shape]
-            windows = [[span.outer[1] - span.outer[0] for span in axis] for axis in axes]
-            return math.prod(map(sum, windows)), math.prod(map(max, windows))
+    def repeats(self, shape: tuple[int, int], tile: int, planes: int) -> bool:
+        """Whether tiles of this side of so many planes (y, x) have many large windows, which can be of one size.
 
-        costs = {side: computed(side) for side in sorted(sides) if side >= TILE}
-        return min((s for s, (_, largest) in costs.items() if s == TILE or largest <= limit), key=lambda s: costs[s][0])
+        They are not where this takes many pixels more, or where the engine gains nothing from it.
+        """
+        if self.repeated_pixels == 1 or not self.local:
+            return False
+        axes = self._axes(shape, tile, alike=True)
+        many = planes * math.prod(map(len, axes)) >= _MANY
+        large = math.prod(axis[0].length for axis in axes) * self.preprocess.zoom_factor**2 > TILE**2
+        alike, plain = (
+            math.prod(sum(span.length for span in axis) for axis in of_kind)
+            for of_kind in (axes, self._axes(shape, tile, alike=False))
+        )
+        return many and large and alike <= _MORE * plain
+
+    def repeating(self, shape: tuple[int, int], tile: int, planes: int) -> Segmenter:
+        """The same model for so many planes in tiles of this side; if one size `repeats`, with an engine for it."""
+        if self._repeats == self.repeats(shape, tile, planes):
+            return self
+        model = copy.copy(self)
+        model._repeats = not self._repeats
+        return model
+
+    def _axes(self, shape: tuple[int, int], tile: int, *, alike: bool) -> list[list[Span]]:
+        """Both axes of a plane cut into tiles of this side in zoomed pixels."""
+        zoom = self.preprocess.zoom_factor
+        side, halo = max(1, round(tile / zoom)), round(self.halo / zoom)
+        return [split_axis(length, side, halo, self.step, alike=alike) for length in shape]
 
     def reach(self, shape: tuple[int, int], region: Region, *, tile: int | None = None) -> Region:
         """The part of a plane that `predict_region` reads for a region."""

@@ -14,7 +14,6 @@ A tile is computed on a larger window, its halo thrown away::
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,6 +29,11 @@ class Span:
     outer: tuple[int, int]
 
     @property
+    def length(self) -> int:
+        """Pixels of the input."""
+        return self.outer[1] - self.outer[0]
+
+    @property
     def crop(self) -> slice:
         """Where the inner part lies within the window."""
         return slice(self.inner[0] - self.outer[0], self.inner[1] - self.outer[0])
@@ -41,7 +45,7 @@ class Span:
 
     def fade(self) -> npt.NDArray[np.float32]:
         """Weights over the window that fade out towards its ends; those of two neighbors add up to one."""
-        centers = np.arange(self.outer[1] - self.outer[0], dtype=np.float32) + 0.5
+        centers = np.arange(self.length, dtype=np.float32) + 0.5
         weights = np.ones_like(centers)
         for halo, distance in ((self.crop.start, centers), (self.outer[1] - self.inner[1], centers[::-1])):
             if halo:
@@ -69,7 +73,7 @@ class Tile:
     @property
     def area(self) -> int:
         """Pixels that the tile reads."""
-        return math.prod(stop - start for start, stop in (self.y.outer, self.x.outer))
+        return self.y.length * self.x.length
 
     @property
     def crop(self) -> tuple[slice, slice]:
@@ -77,13 +81,15 @@ class Tile:
         return self.y.crop, self.x.crop
 
 
-def split_axis(length: int, tile: int, halo: int, step: int) -> list[Span]:
+def split_axis(length: int, tile: int, halo: int, step: int, *, alike: bool = False) -> list[Span]:
     """Cut ``length`` pixels into pieces of about ``tile``, each with ``halo`` pixels of context where there are any.
 
     Parameters
     ----------
     length, tile, halo, step : int
         Pixels. Tile and halo are rounded up to multiples of ``step``; pieces are even in size.
+    alike : bool
+        Whether all inputs are as long as the longest, but for less than a step: those at the borders have more context.
 
     Returns
     -------
@@ -102,7 +108,12 @@ def split_axis(length: int, tile: int, halo: int, step: int) -> list[Span]:
     for start in range(0, length, size):
         stop = min(start + size, length)
         spans.append(Span((start, stop), (max(0, start - halo), min(length, stop + halo))))
-    return spans
+    if not alike:
+        return spans
+    window = max(_round_up(span.length, step) for span in spans)
+    last = _round_up(length, step) - window
+    starts = [min(span.outer[0], last) for span in spans]
+    return [Span(span.inner, (start, min(length, start + window))) for span, start in zip(spans, starts, strict=True)]
 
 
 def largest_window(tile: int, halo: int, step: int) -> int:

@@ -62,8 +62,8 @@ class VolumeSegmenter:
                 "give the channels it was distilled from"
             )
         self.volume: Volume = volume
-        self.model: Segmenter = model
-        self.tile: int = tile or model.best_tile(self.shape)
+        self.tile: int = tile or model.best_tile(self.shape, volume.shape[0])
+        self.model: Segmenter = model.repeating(self.shape, self.tile, volume.shape[0])
         self._fixed, self._warning = limits, "" if limits else None
         self._limits: dict[int, Limits] = {}
         self._rows: RowReader | None = None

@@ -33,7 +33,7 @@ from distillfss_core.labelstore.layout import Box, Index, Part, box_within, chec
 from distillfss_core.labelstore.metadata import Description, image_of
 from distillfss_core.labelstore.store import JOURNAL, LabelStore, check_apart, check_choice, remove_labels
 from distillfss_core.models.engines import describe_engine
-from distillfss_core.models.segmenter import Segmenter
+from distillfss_core.models.segmenter import TILE, Segmenter
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import Device
 from distillfss_core.process import return_large_buffers
@@ -473,7 +473,8 @@ def _iter_fastest(
         chosen = model.in_precision(precision) if kind == "cpu" else model
     else:
         zoom = model.preprocess.zoom_factor
-        largest = max(model.tiles(mode_labels.segmenter.shape, tile=mode_labels.tile), key=lambda tile: tile.area)
+        side = min(mode_labels.tile, TILE)  # larger ones may not fit every engine
+        largest = max(model.tiles(mode_labels.segmenter.shape, tile=side), key=lambda tile: tile.area)
         height, width = (int(-(-(s.stop - s.start) // model.step) * model.step * zoom) for s in largest.outer)
         pixels = math.prod(stop - start for start, stop in wanted) * zoom**2
         chosen = yield from model.iter_calibrated((height, width), measure=pixels >= WORTH)

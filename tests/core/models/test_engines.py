@@ -208,6 +208,47 @@ def test_bfloat16_is_asked_for_and_changes_little(plain_student):
     assert (found.labels != expected.labels).mean() < 0.02
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_windows_of_one_size_have_a_graph_of_their_own(plain_student, precision):
+    for needed in {"openvino", "onnx", "onnxruntime"} if precision == "int8" else {"openvino"}:
+        pytest.importorskip(needed, reason=f"{needed} is not installed")
+    run = copy.copy(plain_student).to("cpu", precision, "openvino")._run
+    images = torch.rand(3, 1, 3, 96, 128, generator=torch.Generator().manual_seed(0))
+    expected = [run(image) for image in images]
+    closeness = {"float32": TOLERANCE, "bfloat16": 0.3, "int8": 0.3}[precision]
+    compiled = []
+    make = run._ready._compile
+    run._ready._compile = lambda model: compiled.append(model.inputs[0].partial_shape.is_static) or make(model)
+    for image, margins in zip(images, expected, strict=True):
+        torch.testing.assert_close(run(image, repeats=True), margins, atol=closeness, rtol=0)
+    assert run(images[0][..., :64], repeats=True).shape[-1] * 2 == expected[0].shape[-1]
+    assert compiled == [True, True]  # once for each size
+    torch.testing.assert_close(run(images[0]), expected[0], atol=0, rtol=0)
+
+
+def test_a_volume_of_many_large_planes_has_a_graph_for_the_size_of_their_windows(plain_student, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    student = plain_student.with_engine("openvino")
+    stack = np.tile(blobs(3, 300).image, (8, 4, 4))[:, :1030, :1040]
+    zarr.save_array(tmp_path / "stack.zarr", stack)
+    asked = []
+    run = Runner.__call__
+
+    def recorded(self, image, *, repeats=False):
+        asked.append((tuple(image.shape[-2:]), repeats))
+        return run(self, image, repeats=repeats)
+
+    monkeypatch.setattr(Runner, "__call__", recorded)
+    volume = open_volume(tmp_path / "stack.zarr")
+    segment_to_zarr(volume, student, tmp_path / "labels.ome.zarr")
+    assert asked == [((1056, 1056), True)] * 8
+    labels = zarr.open_array(tmp_path / "labels.ome.zarr" / "0", mode="r")
+    asked.clear()
+    whole = student.predict_labels(stack[0])
+    assert asked == [((1056, 1056), False)]
+    assert (labels[0] == whole).mean() > 0.9999
+
+
 def test_auto_is_bfloat16_where_the_processor_and_openvino_have_it(plain_student, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="openvino is not installed")
     plain_student.save(tmp_path / "m.safetensors")

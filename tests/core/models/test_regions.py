@@ -99,6 +99,28 @@ def test_a_backbone_that_needs_less_memory_has_larger_tiles(sized):
     assert max(tile.area for tile in narrow.tiles((9999, 9999))) <= 2.6 * 1280**2
 
 
+def test_windows_of_one_size_may_be_larger_where_the_engine_needs_less_memory_for_them(sized, monkeypatch):
+    plain = sized(128)
+    monkeypatch.setattr(StudentModel, "repeated_pixels", 2.6)
+    model = sized(128)
+
+    def counted(shape, planes):
+        tile = model.best_tile(shape, planes)
+        tiles = model.repeating(shape, tile, planes).tiles(shape, tile=tile)
+        return len(tiles), max(tile.area for tile in tiles)
+
+    assert counted((2048, 2048), 8) == (1, 2048**2)
+    assert counted((2048, 2048), 7) == (4, 1152**2)  # too few to make an engine ready
+    assert counted((4096, 4096), 100) == (9, 1632**2)
+    assert counted((900, 1000), 100) == (1, 900 * 1000)
+    assert not model.repeats((900, 1000), TILE, 100)  # so small that its memory does not count
+    largest = max(tile.area for tile in plain.tiles((99999, 99999), tile=TILE))
+    for shape in ((1200, 1600), (3000, 3000), (5000, 9000), (20000, 20000)):
+        assert counted(shape, 50)[1] <= 2.6 * largest
+    assert model.repeating((2048, 2048), 2048, 7) is model
+    assert plain.tiles((3000, 3000)) == model.tiles((3000, 3000))
+
+
 def test_tiles_stay_as_they_are_on_a_gpu_and_where_they_are_blended(sized, blending):
     on_gpu = sized(128)
     on_gpu.device = Device("cuda", "bfloat16")

@@ -36,6 +36,19 @@ def test_no_window_is_needlessly_large(length: int, tile: int, halo: int) -> Non
     assert all(span.outer[1] - span.outer[0] <= most for span in split_axis(length, tile, halo, step))
 
 
+@given(lengths, sides, st.integers(0, 90), st.sampled_from([16, 32, 64]))
+def test_windows_that_are_to_be_alike_have_one_length_and_no_less_context(
+    length: int, tile: int, halo: int, step: int
+) -> None:
+    plain, alike = (split_axis(length, tile, halo, step, alike=alike) for alike in (False, True))
+    assert [span.inner for span in alike] == [span.inner for span in plain]
+    assert {-(-span.length // step) for span in alike} == {max(-(-span.length // step) for span in plain)}
+    for one, other in zip(alike, plain, strict=True):
+        assert one.outer[0] % step == 0
+        assert 0 <= one.outer[0] <= other.outer[0]
+        assert other.outer[1] <= one.outer[1] <= length
+
+
 @given(lengths, sides, st.integers(1, 90))
 def test_fading_windows_add_up_to_one(length: int, tile: int, halo: int) -> None:
     spans = split_axis(length, max(tile, 2 * halo + 64), halo, 32)
