@@ -327,7 +327,7 @@ class _OpenVino:
     def repeated(self, image: Tensor) -> Tensor:
         """The same by a graph for this size alone: its memory is planned before, so that more of it is shared."""
         if self._size != image.shape:
-            self._repeated = None  # its memory first
+            self._repeated, self._size = None, ()  # its memory first
             model = self._model.clone()
             model.reshape(list(image.shape))
             self._repeated, self._size = self._compile(model), tuple(image.shape)
