@@ -113,7 +113,8 @@ def iter_fit(
     rng = np.random.default_rng([settings.seed, len(STAGES) if unlabeled else list(STAGES).index(stage)])
     trained = [p for p in _trained(head, roles) if p.requires_grad]
     rate = settings.learning_rate * (UNLABELED_RATE if unlabeled else 1)
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=settings.weight_decay)
+    fused = cache.device.kind != "mps"  # one call for all weights, not several for each
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=settings.weight_decay, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: _rate(i, steps))
     every = max(10, steps // 12)
     head.train()
