@@ -56,7 +56,7 @@ class RowReader:
         ----------
         end : int
             Where the inner part of the block ends along x. The next block begins there, with a halo no wider than those
-            of the blocks before.
+            of the blocks before; a wider one is read anew.
         """
         with self._lock:
             columns, chunk = self.volume.shape[2], self.volume.chunks[2]

@@ -121,6 +121,31 @@ def test_windows_of_one_size_may_be_larger_where_the_engine_needs_less_memory_fo
     assert plain.tiles((3000, 3000)) == model.tiles((3000, 3000))
 
 
+def test_parts_of_a_volume_with_windows_of_one_size_have_the_labels_of_the_whole(plain_student, tmp_path, monkeypatch):
+    monkeypatch.setattr(StudentModel, "repeated_pixels", 2.6)
+    monkeypatch.setattr(segmenter, "TILE", 64)
+    monkeypatch.setattr(segmenter, "_MORE", 9)
+    stack = np.stack([np.roll(PLANE, 40 * z, 1) for z in range(3)])
+    zarr.save_array(tmp_path / "stack.zarr", stack)
+    sizes = []
+    compute = StudentModel._window
+
+    def recorded(self, window):
+        sizes.append(tuple(-(-side // self.step) for side in window.shape[-2:]))
+        return compute(self, window)
+
+    monkeypatch.setattr(StudentModel, "_window", recorded)
+    volume = open_volume(tmp_path / "stack.zarr")
+    segment_to_zarr(volume, plain_student, tmp_path / "labels.ome.zarr", tile=96)
+    assert len(sizes) == 3 * 16
+    assert len(set(sizes)) == 1
+    labels = zarr.open_array(tmp_path / "labels.ome.zarr" / "0", mode="r")[:]
+    part = segment_lazy(volume, plain_student, tile=96)[1:3, 37:250, 95:197].compute()
+    np.testing.assert_array_equal(part, labels[1:3, 37:250, 95:197])
+    whole = plain_student.predict_labels(PLANE, tile=10**6)
+    assert (labels[0] == whole).mean() > 0.999
+
+
 def test_tiles_stay_as_they_are_on_a_gpu_and_where_they_are_blended(sized, blending):
     on_gpu = sized(128)
     on_gpu.device = Device("cuda", "bfloat16")
