@@ -34,7 +34,7 @@ def return_large_buffers() -> None:
 
 
 def leave_triton_out() -> None:
-    """Do not load triton, which only GPUs need: timm loads it with torch's compiler, and it takes 70 MB.
+    """Do not load triton, which only GPUs need: it comes with torch's compiler, by timm, and takes 70 MB.
 
     What has loaded it before is left as it is.
     """

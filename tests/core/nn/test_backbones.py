@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ import safetensors.torch
 import timm
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.efficientnet import EfficientNet
+from torch import Tensor, nn
 
 from distillfss_core.errors import SettingsError, WeightsUnavailableError
 from distillfss_core.nn.backbones import (
     SPECS,
     Backbone,
+    BackboneSpec,
     LearningBackbone,
     backbone_from_state,
     backbone_spec,
@@ -151,12 +155,32 @@ class TestContract:
 
     def test_a_state_has_the_names_and_shapes_of_timm(self, backbone: Backbone) -> None:
         with torch.device("meta"):
-            net = create_net(backbone.spec)
+            net = timm_net(backbone.spec)
         theirs = {key: tensor.shape for key, tensor in net.state_dict().items()}
         assert {key: tensor.shape for key, tensor in backbone.state().items()}.items() <= theirs.items()
 
 
 # The same numbers, computed by timm's unchanged model with hooks -------------------------------------------------
+
+
+def timm_net(spec: BackboneSpec, **timm_args: object) -> Any:
+    """Timm's model; of a network that timm has no name for, what its own builder makes of the layout."""
+    if spec.hub_id:
+        return timm.create_model(spec.timm_name, pretrained=False, **timm_args)
+    stages = [
+        [f"{'ds' if stage.expansion == 1 else 'ir'}_r{{}}_k{{}}_s{{}}_e{{}}_c{{}}".format(*stage)]
+        for stage in spec.layout
+    ]
+    return EfficientNet(
+        decode_arch_def(stages),
+        num_classes=0,
+        num_features=0,
+        stem_size=spec.stem,
+        fix_stem=True,
+        act_layer=nn.ReLU6,
+        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
+        pad_type="same",
+    )
 
 
 def reference(backbone: Backbone, image: Float[Tensor, "b 3 h w"], **timm_args: object) -> Iterator[Tensor]:
@@ -165,7 +189,7 @@ def reference(backbone: Backbone, image: Float[Tensor, "b 3 h w"], **timm_args: 
     ResNet: what enters the last activation of each block; ViT: normalized patch tokens.
     """
     spec = backbone.spec
-    net = (create_net(spec) if spec.layout else timm.create_model(spec.timm_name, pretrained=False, **timm_args)).eval()
+    net = timm_net(spec, **timm_args).eval()
     assert net.load_state_dict(backbone.state(), strict=False).unexpected_keys == []
     seen: list[Tensor] = []
     if spec.family == "resnet":
@@ -211,7 +235,9 @@ def test_features_of_resnet_and_convnext_are_those_of_timm(name: str) -> None:
     ("name", "places"),
     [  # where the stages' blocks are among: stem, blocks[0], blocks[1], ...
         ("efficientnet_lite0", [[1], [2, 3], [4, 5], [9, 10, 11], [12, 13, 14, 15]]),
+        ("efficientnet_lite1", [[1], [2, 3, 4], [5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19, 20]]),
         ("efficientnet_lite2", [[1], [2, 3, 4], [5, 6, 7], [12, 13, 14, 15], [16, 17, 18, 19, 20]]),
+        ("lite0_compact", [[1], [2], [3], [7], [9]]),
         ("mobilenetv4_conv_small", [[0], [2], [4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]),
         ("mobilenetv4_conv_small_050", [[0], [2], [4], [5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]),
         ("lcnet_050", [[1], [2, 3], [4, 5], [8, 9, 10, 11], [12, 13]]),
@@ -223,6 +249,18 @@ def test_features_of_small_networks_are_those_of_timm(name: str, places: list[li
     theirs = list(reference(backbone, image))
     for stage, indices in zip(backbone(image).stages, places, strict=True):
         assert_close(stage, [theirs[i] for i in indices])
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "lite0_compact"])
+def test_a_lite_that_learns_is_that_of_timm_at_odd_sizes_too(name: str) -> None:
+    spec = SPECS[name]
+    ours, theirs = create_net(spec, seed=1), timm_net(spec)
+    theirs.load_state_dict(ours.state_dict())
+    for training, side in ((True, 63), (False, 33), (True, 32)):
+        image = noise(2, 3, side, side + 2, seed=side)
+        maps = [create_trunk(net.train(training), spec)(image) for net in (ours, theirs)]
+        assert all(torch.equal(a, b) for a, b in zip(*([m for stage in x for m in stage] for x in maps), strict=True))
+    assert all(torch.equal(tensor, ours.state_dict()[key]) for key, tensor in theirs.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["dinov2_small", "dinov3_small"])
@@ -571,6 +609,11 @@ def test_a_missing_file_a_folder_and_a_pickle_of_something_else_are_refused(tmp_
         load_backbone(TINY, tmp_path / "module.pth")
 
 
-def test_importing_the_package_does_not_import_timm() -> None:
-    code = "import sys, distillfss_core.nn.backbones; sys.exit('timm' in sys.modules)"
+def test_the_packaged_backbones_are_built_without_timm_and_the_compiler_of_torch() -> None:
+    code = """if True:
+        import sys
+        from distillfss_core.nn.backbones import load_backbone
+        load_backbone(), load_backbone("lite0_compact")
+        sys.exit(any(name in sys.modules for name in ("timm", "torchvision", "torch._dynamo")))
+    """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

