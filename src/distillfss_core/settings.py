@@ -294,8 +294,8 @@ class DistillSettings:
     specialize_teacher: str = _setting(
         "auto",
         "Specialization teacher",
-        "Backbone whose features are learned: a name, or a file as for distill-backbone; auto: dinov2_small, where its "
-        "package is installed.",
+        "Backbone whose features are learned: a name, or a file as for distill-backbone; auto: for size fast the "
+        "default backbone, else dinov2_small, where its package is installed.",
     )
     invert_prob: float | Auto = _setting(
         "auto",

