@@ -258,16 +258,17 @@ def write_shard(path: Path, array: Any, layout: Layout, level: int, box: Box, la
     z, y, x = (a // n for (a, _), n in zip(box, layout.shard, strict=True))
     corner = (z, y, x)
     with _named_errors(path):
-        array[slices(box)] = labels
         file = shard_file(path, array, level, corner)
-        if file.exists():
-            with open(file, "rb") as written:
-                os.fsync(written.fileno())
+        if not file.exists() and not labels.any():
+            return ""
+        array[slices(box)] = labels
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())
         return _file_digest(file)
 
 
 def shard_file(path: Path, array: Any, level: int, index: Index) -> Path:
-    """Path of the file of a shard. ``array`` is the zarr array of the level; an empty shard has no file."""
+    """Path of the file of a shard. ``array`` is the zarr array of the level; a shard without labels has no file."""
     return path / str(level) / str(array.metadata.encode_chunk_key(index))
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import zarr
 from distributed import WorkerPlugin, get_worker
 
 from distillfss_core.labelstore.layout import Box, Layout
+from distillfss_core.labelstore.metadata import open_level
 from distillfss_core.labelstore.store import write_shard
 from distillfss_core.models.student import StudentModel
 from distillfss_core.nn.device import choose_device
@@ -61,7 +61,7 @@ class Job(WorkerPlugin):
     def segment(self, boxes: Sequence[Box]) -> tuple[str, frozenset[str]]:
         """Write (parts of) a shard; gives the digest of its file, and the volume's chunks that had no file."""
         mode_labels, spec = self._ready(), self.spec
-        array = zarr.open_array(spec.path / "0", mode="r+")
+        array = open_level(spec.path, 0)
         before = mode_labels.volume.missing
         digest = ""
         for box in boxes:

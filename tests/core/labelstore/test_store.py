@@ -71,6 +71,23 @@ def test_planes_that_become_one_are_in_one_shard(tmp_path, monkeypatch):
     store.close()
 
 
+def test_a_shard_without_labels_has_no_file_until_it_had_some(tmp_path, monkeypatch):
+    for name, small in (("_SHARD", 32 * 32), ("_SIDE", 32), ("_SMALLEST", 16)):
+        monkeypatch.setattr(f"distillfss_core.labelstore.layout.{name}", small)
+    layout = plan_layout((1, 64, 32), (32, 32))
+    upper, lower = (layout.box(0, (0, y, 0)) for y in (0, 1))
+    corner = np.zeros((1, 32, 32), np.uint8)
+    corner[0, :3, :3] = 1  # other chunks of the shard are empty
+    store = begin(tmp_path / "labels.ome.zarr", layout)
+    assert store.write(0, upper, np.zeros_like(corner)) == ""
+    assert not store.file(0, (0, 0, 0)).exists()
+    digests = [store.write(0, lower, labels) for labels in (corner, np.zeros_like(corner), corner)]
+    store.close()
+    assert digests[0] == digests[2] != digests[1] != ""
+    labels = zarr.open_array(tmp_path / "labels.ome.zarr" / "0", mode="r")[:]
+    assert (int(labels.sum()), int(labels[0, 32:35, :3].sum())) == (9, 9)
+
+
 @pytest.mark.parametrize("shard", [(3, 64, 64), (2, 63, 64), (2, 64, 63), (0, 64, 64), (2, -2, 64)])
 def test_shards_of_odd_sides_are_refused_where_levels_halve_them(shard):
     with pytest.raises(SettingsError, match="give even numbers"):
